@@ -1,0 +1,1 @@
+"""Training-free sparse decoding for LLaMA-family models in JAX."""

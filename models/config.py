@@ -1,0 +1,181 @@
+"""The shape of a model: everything static that the decoder needs, read from a Hugging Face configuration."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+ARCHITECTURES = ("llama", "mistral", "qwen2")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """How rotary position embedding spaces its angles (transformers' `rope_parameters`; fields its type does not use are inert)."""
+
+    kind: str = "default"
+    theta: float = 10_000.0
+    factor: float = 1.0
+    original_max_positions: int = 0
+    # llama3
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    # yarn
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+    # A GGUF file stores llama3 scaling as one divisor per frequency instead of by its parameters.
+    divisors: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in ROPE_TYPES:
+            raise ValueError(f"rope type {self.kind!r} is not known; known types: {', '.join(ROPE_TYPES)}")
+        if not self.theta > 0:
+            raise ValueError(f"rope theta={self.theta} must be positive")
+        if not self.factor > 0:
+            raise ValueError(f"rope factor={self.factor} must be positive")
+        if self.kind in ("llama3", "yarn") and self.divisors is None and self.original_max_positions < 1:
+            raise ValueError(f"rope type {self.kind!r} needs original_max_position_embeddings of at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A LLaMA-family decoder, static and hashable. `windows[l]` is layer l's sliding window, None where it sees everything."""
+
+    vocab_size: int
+    width: int
+    mlp_width: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_positions: int
+    windows: tuple[int | None, ...]
+    rope: RopeConfig = RopeConfig()
+    norm_eps: float = 1e-5
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    tie_embeddings: bool = False
+    architecture: str = "llama"
+
+    def __post_init__(self) -> None:
+        sizes = (
+            "vocab_size", "width", "mlp_width", "num_layers", "num_heads", "num_kv_heads", "head_dim", "max_positions",
+        )  # fmt: skip
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even: rotary embedding turns pairs of channels")
+        if len(self.windows) != self.num_layers:
+            raise ValueError(f"windows has {len(self.windows)} entries; it needs one for each of {self.num_layers} layers")
+        if any(window is not None and window < 1 for window in self.windows):
+            raise ValueError(f"windows={self.windows}: a sliding window must be at least 1, or None")
+        if self.rope.divisors is not None and len(self.rope.divisors) != self.head_dim // 2:
+            raise ValueError(f"rope has {len(self.rope.divisors)} divisors; head_dim={self.head_dim} needs {self.head_dim // 2}")
+
+    @property
+    def group_size(self) -> int:
+        """Returns G, the number of query heads that share one key/value head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def num_parameters(self) -> int:
+        """Returns how many numbers the weights hold; tied embeddings count once."""
+        query_width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        qkv_width = query_width + 2 * kv_width
+        layer = self.width * (qkv_width + query_width + 3 * self.mlp_width + 2)
+        layer += self.qkv_bias * qkv_width + self.out_bias * self.width
+        layer += self.mlp_bias * (2 * self.mlp_width + self.width)
+        embeddings = self.vocab_size * self.width * (1 if self.tie_embeddings else 2)
+        return embeddings + self.num_layers * layer + self.width
+
+    def cache_bytes_per_token(self, bytes_per_number: int) -> int:
+        """Returns the bytes that one cached token takes over all layers, keys and values together."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * bytes_per_number
+
+
+def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
+    """Returns the ModelConfig of a Hugging Face configuration.
+
+    Args:
+        hf: config.json as a mapping, or `LlamaConfig(...).to_dict()`. Both spellings of rotary scaling are read: transformers 5's
+            `rope_parameters` and the older `rope_theta` with `rope_scaling`.
+
+    Raises:
+        ValueError: an architecture, activation or rotary type that this decoder does not compute, or a missing size. The message
+            names the field and what is known.
+    """
+    architecture = hf.get("model_type")
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"model_type={architecture!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
+    if hf.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise ValueError(f"hidden_act={hf['hidden_act']!r} is not supported; this decoder computes silu")
+    required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    if missing := [name for name in required if not isinstance(hf.get(name), int)]:
+        raise ValueError(f"config.json lacks the whole number(s) {', '.join(missing)}")
+    num_heads, num_layers = hf["num_attention_heads"], hf["num_hidden_layers"]
+    max_positions = hf.get("max_position_embeddings") or 2048
+    head_dim = hf.get("head_dim")
+    if head_dim is None:
+        if num_heads < 1 or hf["hidden_size"] % num_heads:
+            raise ValueError(f"hidden_size={hf['hidden_size']} is not a multiple of num_attention_heads={num_heads}; set head_dim")
+        head_dim = hf["hidden_size"] // num_heads
+    qwen2 = architecture == "qwen2"
+    return ModelConfig(
+        vocab_size=hf["vocab_size"],
+        width=hf["hidden_size"],
+        mlp_width=hf["intermediate_size"],
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=hf.get("num_key_value_heads") or num_heads,
+        head_dim=head_dim,
+        max_positions=max_positions,
+        windows=_windows(hf, num_layers),
+        rope=_rope(hf, max_positions),
+        norm_eps=hf.get("rms_norm_eps", 1e-6),
+        qkv_bias=qwen2 or bool(hf.get("attention_bias")),
+        out_bias=not qwen2 and bool(hf.get("attention_bias")),
+        mlp_bias=bool(hf.get("mlp_bias")),
+        tie_embeddings=bool(hf.get("tie_word_embeddings")),
+        architecture=architecture,
+    )
+
+
+def _windows(hf: Mapping[str, Any], num_layers: int) -> tuple[int | None, ...]:
+    window = hf.get("sliding_window")
+    if hf["model_type"] == "llama" or (hf["model_type"] == "qwen2" and not hf.get("use_sliding_window")):
+        window = None
+    kinds = hf.get("layer_types")
+    if kinds is None and hf["model_type"] == "qwen2":
+        first = hf.get("max_window_layers", 28)
+        kinds = ["full_attention" if layer < first else "sliding_attention" for layer in range(num_layers)]
+    if kinds is None or window is None:
+        return (window,) * num_layers
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _rope(hf: Mapping[str, Any], max_positions: int) -> RopeConfig:
+    scaling = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+    kind = scaling.get("rope_type", scaling.get("type")) or "default"
+    fields = {
+        name: scaling[name]
+        for name in (
+            "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor",
+            "mscale", "mscale_all_dim", "truncate",
+        )
+        if scaling.get(name) is not None
+    }  # fmt: skip
+    original = scaling.get("original_max_position_embeddings") or max_positions
+    if kind == "yarn" and "factor" not in fields:
+        fields["factor"] = max_positions / original
+    theta = scaling.get("rope_theta") or hf.get("rope_theta") or 10_000.0
+    if not isinstance(theta, int | float) or not math.isfinite(theta):
+        raise ValueError(f"rope_theta={theta!r} must be a finite number")
+    return RopeConfig(kind=kind, theta=float(theta), original_max_positions=original, **fields)

@@ -1,0 +1,61 @@
+"""The decoder's parts: normalisation, projections stored [out, in], and the gated mlp."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Float
+
+
+class RMSNorm(nn.Module):
+    """x divided by its root mean square over the last axis, then scaled. Computed in float32 (arXiv 1910.07467)."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        wide = x.astype(jnp.float32)
+        wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return wide.astype(x.dtype) * jnp.expand_dims(scale, range(x.ndim - 1))
+
+
+def project(weight: Float[Array, "out D"], x: Float[Array, "*rows D"]) -> Float[Array, "*rows out"]:
+    """Returns x @ weight.T, computed weight first.
+
+    With one or a few rows this is a matrix-vector product bound by reading the weight. XLA:CPU reads it at full bandwidth only
+    when the weight is the left operand, and einsum would reorder the operands, hence dot_general (docs/performance.md).
+    """
+    out = lax.dot_general(weight, x, (((1,), (x.ndim - 1,)), ((), ())))
+    return jnp.moveaxis(out, 0, -1)
+
+
+class Linear(nn.Module):
+    """A projection; its weight is [features, in] as in Hugging Face checkpoints."""
+
+    features: int
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows out"]:
+        out = project(self.param("weight", _fan_in_normal, (self.features, x.shape[-1])), x)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            out = out + jnp.expand_dims(bias, range(x.ndim - 1))
+        return out
+
+
+def _fan_in_normal(key: Array, shape: tuple[int, int], dtype: jnp.dtype = jnp.dtype(jnp.float32)) -> Array:
+    return jax.random.normal(key, shape, dtype) * shape[1] ** -0.5
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)), gate and up fused into one projection (SwiGLU, arXiv 2002.05202)."""
+
+    mlp_width: int
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        gate, up = jnp.split(Linear(2 * self.mlp_width, self.use_bias, name="gate_up")(x), 2, axis=-1)
+        return Linear(x.shape[-1], self.use_bias, name="down")(nn.silu(gate) * up)
