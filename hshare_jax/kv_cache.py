@@ -1,0 +1,53 @@
+"""The KV cache: per-layer arrays of keys and values, and how many of their slots each row has filled."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+from hshare_jax.kernels.reference import PREFILL_BLOCK
+from hshare_jax.models.config import ModelConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys (rotated) and values of every layer. Slot s of a row holds its token at position s; prompts are right-padded.
+
+    One array a layer, so that a donated step updates each in place: stacking the layers would copy them on every step.
+    """
+
+    keys: tuple[Array, ...]  # L x [B, K, S, H]
+    values: tuple[Array, ...]  # L x [B, K, S, H]
+    lengths: Array  # [B] int32, filled slots
+
+    @property
+    def capacity(self) -> int:
+        """Returns S, the number of slots of each row."""
+        return self.keys[0].shape[2]
+
+
+def init_cache(config: ModelConfig, batch_size: int, capacity: int, dtype: jnp.dtype) -> KVCache:
+    """Returns an empty cache; `capacity` rounds up to whole prefill blocks."""
+    S = -(-capacity // PREFILL_BLOCK) * PREFILL_BLOCK
+    shape = (batch_size, config.num_kv_heads, S, config.head_dim)
+    return KVCache(
+        keys=tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers)),
+        values=tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers)),
+        lengths=jnp.zeros((batch_size,), jnp.int32),
+    )
+
+
+def append(
+    cache: Float[Array, "B K S width"], new: Float[Array, "B T K width"], slots: Int[Array, "B T"]
+) -> Float[Array, "B K S width"]:
+    """Returns the cache with token t of row b written at slots[b, t]; a slot at or beyond S drops the write."""
+    rows = jnp.arange(cache.shape[0])[:, None]
+    if slots.shape[1] == 1:
+        # XLA:CPU turns a scatter of one update into a slice update, and copies the cache for it; two updates, one of them
+        # dropped, stay a scatter in place.
+        slots = jnp.concatenate([slots, jnp.full_like(slots, cache.shape[2])], axis=1)
+        new = jnp.concatenate([new, new], axis=1)
+    return cache.at[rows, :, slots].set(new.astype(cache.dtype), mode="drop")

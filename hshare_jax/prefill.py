@@ -1,0 +1,127 @@
+"""Prefill: prompts into the cache, exactly and in chunks; then, where tokens are shared, each row's channels, labels and plan."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from hshare_jax.attend import Probes, prefill_attend
+from hshare_jax.decode_state import DecodeState, SharedLists
+from hshare_jax.kv_cache import KVCache
+from hshare_jax.labels import choose_channels, take_channels
+from hshare_jax.models.config import ModelConfig
+from hshare_jax.models.decoder import Decoder
+from hshare_jax.shapes import Logits, PerRow, Tokens
+from hshare_jax.share_plan import find_plan
+from hshare_jax.similarity import measure_similarity, probe_positions
+
+CHUNKS = (64, 512)  # widths of a prefill program: two programs serve prompts of every length
+
+
+def prefill(
+    params: dict, tokens: Tokens, lengths: PerRow, state: DecodeState, *, config: ModelConfig
+) -> tuple[Logits, DecodeState]:
+    """Returns (float32 logits after each row's last token [B, V], the state with the prompts in it).
+
+    Runs onto an empty state or one that already holds tokens (the next turn of a chat). Attention is dense and exact. With shared
+    lists the plan is found anew from this prefill's tokens, and the next decode step refreshes. The state is donated: use the
+    returned one.
+
+    Args:
+        params: the decoder's parameters.
+        tokens: the new tokens of each row, right-padded with any id [B, T].
+        lengths: how many of them are real, at least 1 [B].
+        state: from `init_state`, or a previous call.
+        config: the model.
+
+    Raises:
+        ValueError: shapes that disagree, or rows that outgrow the capacity (checked where the lengths are not traced).
+    """
+    B, T = tokens.shape
+    cache = state.cache
+    if cache.lengths.shape[0] != B or lengths.shape[0] != B:
+        raise ValueError(
+            f"tokens has {B} rows, lengths {lengths.shape[0]} and the state {cache.lengths.shape[0]}; they must agree"
+        )
+    if not isinstance(cache.lengths, jax.core.Tracer) and not isinstance(lengths, jax.core.Tracer):
+        _check_lengths(lengths, cache.lengths, T, cache.capacity)
+    starts, shared = cache.lengths, state.shared
+    probes: Probes = ()
+    positions = None
+    if shared is not None:
+        positions, _ = probe_positions(starts, starts + lengths, shared.config)
+        shape = (B, shared.config.num_probes, config.num_heads, config.head_dim)
+        probes = tuple(jnp.zeros(shape, cache.keys[0].dtype) for _ in range(config.num_layers))
+    hidden = jnp.zeros((B, config.width), params["embedding"].dtype)
+    offset = 0
+    while offset < T:
+        width = next((width for width in CHUNKS if width >= T - offset), CHUNKS[-1])
+        chunk = jnp.pad(tokens[:, offset : offset + width], ((0, 0), (0, max(0, offset + width - T))))
+        valid = jnp.clip(lengths - offset, 0, width)
+        hidden, cache, probes = _prefill_chunk(params, chunk, valid, hidden, cache, probes, positions, config=config)
+        offset += width
+    if shared is not None:
+        assert positions is not None
+        shared = share_after_prefill(probes, positions, cache, shared, config=config)
+    return _unembed(params, hidden, config=config), DecodeState(cache, shared)
+
+
+def _check_lengths(lengths: Array, starts: Array, num_tokens: int, capacity: int) -> None:
+    for row, (length, start) in enumerate(zip(lengths.tolist(), starts.tolist(), strict=True)):
+        if not 1 <= length <= num_tokens:
+            raise ValueError(f"lengths[{row}]={length} must lie between 1 and the {num_tokens} tokens given")
+        if start + length > capacity:
+            raise ValueError(
+                f"row {row} would hold {start + length} tokens, but capacity={capacity}; make the state larger"
+            )
+
+
+@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("hidden", "cache", "probes"))
+def _prefill_chunk(
+    params: dict,
+    tokens: Array,
+    valid: Array,
+    hidden: Array,
+    cache: KVCache,
+    probes: Probes,
+    positions: Array | None,
+    *,
+    config: ModelConfig,
+) -> tuple[Array, KVCache, Probes]:
+    """Appends `valid` of these tokens to each row; hidden [B, D] becomes that of the row's last token, if it is among them."""
+    index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+    starts = cache.lengths
+    places = starts[:, None] + index
+    slots = jnp.where(index < valid[:, None], places, cache.capacity)
+    attend = prefill_attend(config, slots, starts, positions)
+    decoder = Decoder(config)
+    out, (cache, probes) = decoder.apply({"params": params}, tokens, places, attend, (cache, probes))  # pyright: ignore[reportAssignmentType]
+    last = jnp.take_along_axis(out, jnp.maximum(valid - 1, 0)[:, None, None], axis=1)[:, 0]
+    hidden = jnp.where((valid > 0)[:, None], last, hidden)
+    return hidden, dataclasses.replace(cache, lengths=starts + valid), probes
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def _unembed(params: dict, hidden: Array, *, config: ModelConfig) -> Array:
+    return Decoder(config).apply({"params": params}, hidden, method="unembed")  # pyright: ignore[reportReturnType]
+
+
+@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("shared",))
+def share_after_prefill(
+    probes: Probes, positions: Array, cache: KVCache, shared: SharedLists, *, config: ModelConfig
+) -> SharedLists:
+    """Returns the lists' state with channels, labels and plan found from the cache and the probe queries."""
+    hshare = shared.config
+    R = hshare.num_label_channels(config)
+    channels = tuple(choose_channels(q, k, cache.lengths, R) for q, k in zip(probes, cache.keys, strict=True))
+    labels = tuple(take_channels(k, c) for k, c in zip(cache.keys, channels, strict=True))
+    stacked = jnp.stack(channels, axis=1)
+    layers, lists = measure_similarity(probes, labels, stacked, positions, model=config, config=hshare)
+    source = find_plan(
+        layers, lists, num_shared_layers=hshare.num_shared_layers(config), num_shared_lists=hshare.num_shared_lists(config)
+    )
+    return dataclasses.replace(
+        shared, source=source, channels=stacked, labels=labels, age=jnp.zeros_like(shared.age)
+    )
