@@ -1,0 +1,215 @@
+"""A GGUF file (llama.cpp's format) as a model: configuration from the metadata, weights dequantised block by block."""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from gguf.constants import GGMLQuantizationType
+from gguf.quants import dequantize
+
+from hshare_jax.models.config import ModelConfig, RopeConfig
+from hshare_jax.models.gguf_file import GGUFFile
+from hshare_jax.models.weights import BLOCK_BYTES, CheckpointError
+
+ARCHITECTURES = ("llama", "qwen2")  # llama.cpp writes Mistral as llama too
+_ROPE_DIVISORS = "rope_freqs.weight"
+_PERMUTED = re.compile(r"blk\.\d+\.attn_[qk]\.(weight|bias)$")
+_TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_LAYER_NAMES = {
+    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+}  # fmt: skip
+
+
+def config_from_gguf(file: GGUFFile) -> ModelConfig:
+    """Returns the configuration that a GGUF file's metadata and tensor table describe.
+
+    Raises:
+        ValueError: an architecture or a rotary scaling that this decoder does not compute.
+        CheckpointError: a missing or mistyped entry, or sizes that contradict each other.
+    """
+    architecture = file.metadata.get("general.architecture")
+    if architecture not in ARCHITECTURES:
+        raise ValueError(
+            f"{file.path}: general.architecture={architecture!r} is not supported; known: {', '.join(ARCHITECTURES)}"
+        )
+    entries = _Entries(file, f"{architecture}.")
+    width, num_heads, num_layers = (
+        entries.size("embedding_length"), entries.size("attention.head_count"), entries.size("block_count"),
+    )  # fmt: skip
+    if "attention.key_length" not in entries and width % num_heads:
+        raise CheckpointError(
+            f"{file.path}: embedding_length={width} is not a multiple of attention.head_count={num_heads}"
+        )
+    head_dim = entries.size("attention.key_length", width // num_heads)
+    for name in ("attention.value_length", "rope.dimension_count"):
+        if entries.size(name, head_dim) != head_dim:
+            raise CheckpointError(
+                f"{file.path}: {name}={entries.size(name, head_dim)} must equal the head size {head_dim}"
+            )
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None:
+        raise CheckpointError(f"{file.path}: tensor token_embd.weight is missing")
+    names = file.tensors.keys()
+    window = entries.size("attention.sliding_window", 0) if architecture == "llama" else 0
+    try:
+        return ModelConfig(
+            vocab_size=entries.size("vocab_size", embedding.shape[0]),
+            width=width,
+            mlp_width=entries.size("feed_forward_length"),
+            num_layers=num_layers,
+            num_heads=num_heads,
+            num_kv_heads=entries.size("attention.head_count_kv", num_heads),
+            head_dim=head_dim,
+            max_positions=entries.size("context_length"),
+            windows=(window or None,) * num_layers,
+            rope=_rope(file, entries),
+            norm_eps=entries.number("attention.layer_norm_rms_epsilon"),
+            qkv_bias="blk.0.attn_q.bias" in names,
+            out_bias="blk.0.attn_output.bias" in names,
+            mlp_bias="blk.0.ffn_down.bias" in names,
+            tie_embeddings="output.weight" not in names,
+            architecture=architecture,
+        )
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{file.path}: {error}") from error
+
+
+class _Entries:
+    """The metadata of one architecture, by type."""
+
+    def __init__(self, file: GGUFFile, prefix: str) -> None:
+        self._file, self._prefix = file, prefix
+
+    def __contains__(self, name: str) -> bool:
+        return self._prefix + name in self._file.metadata
+
+    def _get(self, name: str, kind: type | tuple[type, ...], default: Any) -> Any:
+        value = self._file.metadata.get(self._prefix + name, default)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            found = "is missing" if value is None else f"is {value!r}"
+            raise CheckpointError(f"{self._file.path}: metadata {self._prefix}{name} {found}")
+        return value
+
+    def size(self, name: str, default: int | None = None) -> int:
+        return self._get(name, int, default)
+
+    def number(self, name: str, default: float | None = None) -> float:
+        # Stored as float32: its shortest decimal (1e-05, not 9.999999747e-06) is what the model's authors wrote.
+        value = float(str(np.float32(self._get(name, (int, float), default))))
+        if not math.isfinite(value) or value <= 0:
+            raise CheckpointError(
+                f"{self._file.path}: metadata {self._prefix}{name}={value} must be positive and finite"
+            )
+        return value
+
+    def text(self, name: str, default: str) -> str:
+        return self._get(name, str, default)
+
+
+def _rope(file: GGUFFile, entries: _Entries) -> RopeConfig:
+    theta = entries.number("rope.freq_base", 10_000.0)
+    kind = entries.text("rope.scaling.type", "linear" if "rope.scale_linear" in entries else "none")
+    factor = entries.number("rope.scaling.factor", entries.number("rope.scale_linear", 1.0))
+    divisors = _rope_divisors(file)
+    if kind == "none" or (kind == "linear" and factor == 1.0):
+        return RopeConfig(theta=theta, divisors=divisors)
+    if divisors is not None:
+        raise ValueError(f"{file.path}: rope scaling {kind!r} together with {_ROPE_DIVISORS} is not supported")
+    if kind == "linear":
+        return RopeConfig("linear", theta, factor)
+    if kind == "yarn":
+        # llama.cpp multiplies yarn's own factor on queries and keys by attn_factor.
+        attention_factor = None
+        if "rope.scaling.attn_factor" in entries:
+            attention_factor = entries.number("rope.scaling.attn_factor") * (0.1 * math.log(max(factor, 1.0)) + 1.0)
+        return RopeConfig(
+            "yarn",
+            theta,
+            factor,
+            entries.size("rope.scaling.original_context_length", entries.size("context_length")),
+            beta_fast=entries.number("rope.scaling.yarn_beta_fast", 32.0),
+            beta_slow=entries.number("rope.scaling.yarn_beta_slow", 1.0),
+            attention_factor=attention_factor,
+        )
+    raise ValueError(
+        f"{file.path}: rope scaling {kind!r} is not supported; supported: none, linear, yarn, {_ROPE_DIVISORS}"
+    )
+
+
+def _rope_divisors(file: GGUFFile) -> tuple[float, ...] | None:
+    if _ROPE_DIVISORS not in file.tensors:
+        return None
+    divisors = np.concatenate(list(_blocks(file, _ROPE_DIVISORS, 1))).reshape(-1)
+    if not (np.isfinite(divisors).all() and (divisors > 0).all()):
+        raise CheckpointError(f"{file.path}: tensor {_ROPE_DIVISORS} must hold positive, finite numbers")
+    return tuple(divisors.tolist())
+
+
+def _blocks(file: GGUFFile, name: str, row_multiple: int) -> Iterator[np.ndarray]:
+    """Yields a tensor in float32, in blocks of a multiple of `row_multiple` rows; a vector is one block."""
+    tensor = file.tensors[name]
+    num_rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
+    row_bytes = tensor.num_bytes // max(num_rows, 1)
+    step = max(BLOCK_BYTES // max(4 * math.prod(tensor.shape) // max(num_rows, 1), 1) // row_multiple, 1) * row_multiple
+    with open(file.path, "rb") as data:
+        for row in range(0, num_rows, step):
+            rows = min(step, num_rows - row)
+            data.seek(tensor.offset + row * row_bytes)
+            packed = np.frombuffer(data.read(rows * row_bytes), np.uint8).reshape(rows, row_bytes)
+            try:
+                block = dequantize(_typed(packed, tensor.kind), tensor.kind)
+            except NotImplementedError as error:
+                raise ValueError(
+                    f"{file.path}: tensor {name} is stored as {tensor.kind.name}, which cannot be read"
+                ) from error
+            yield block.reshape(rows, *tensor.shape[1:]) if len(tensor.shape) > 1 else block.reshape(tensor.shape)
+
+
+def _typed(packed: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
+    plain = {GGMLQuantizationType.F32: "<f4", GGMLQuantizationType.F16: "<f2"}
+    return packed.view(plain[kind]) if kind in plain else packed
+
+
+class GGUFTensors:
+    """A GGUF file's tensors under their Hugging Face names (a `TensorSource`)."""
+
+    def __init__(self, file: GGUFFile, config: ModelConfig) -> None:
+        self._file, self._head_dim = file, config.head_dim
+        # Converters permute the rows of q and k for the llama architecture, where llama.cpp rotates neighbouring
+        # channels.
+        self._is_permuted = config.architecture == "llama"
+        self._names = {_hf_name(name): name for name in file.tensors if name != _ROPE_DIVISORS}
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {name: self._file.tensors[stored].shape for name, stored in self._names.items()}
+
+    def file_of(self, name: str) -> str:
+        return self._file.path
+
+    def blocks(self, name: str) -> Iterator[np.ndarray]:
+        stored = self._names[name]
+        if not (self._is_permuted and _PERMUTED.match(stored)):
+            yield from _blocks(self._file, stored, 1)
+            return
+        half = self._head_dim // 2
+        for block in _blocks(self._file, stored, self._head_dim):  # whole heads
+            yield block.reshape(-1, half, 2, *block.shape[1:]).swapaxes(1, 2).reshape(block.shape)
+
+
+def _hf_name(name: str) -> str:
+    """Returns the Hugging Face name of a GGUF tensor; a name that no LLaMA decoder has stays as it is."""
+    stem, _, kind = name.rpartition(".")
+    if stem in _TOP_NAMES:
+        return f"{_TOP_NAMES[stem]}.{kind}"
+    match = re.match(r"blk\.(\d+)\.(\w+)$", stem)
+    if match and match[2] in _LAYER_NAMES:
+        return f"model.layers.{match[1]}.{_LAYER_NAMES[match[2]]}.{kind}"
+    return name

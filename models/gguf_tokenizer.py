@@ -1,0 +1,181 @@
+"""The tokeniser and chat template inside a GGUF file, rebuilt from its metadata.
+
+transformers can do this only beside torch, and splits text by GPT-2's rule where it does not know the file's own
+(SmolLM2's single digits, for one). Sources: llama.cpp's vocabulary code for the meaning of the keys, and the
+tokenizer.json files that the models' authors published for how `tokenizers` spells the same thing.
+"""
+
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
+
+from hshare_jax.models.gguf_file import GGUFFile
+from hshare_jax.models.weights import CheckpointError
+
+_CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
+_SPACE = "\u2581"  # how SentencePiece writes a space
+_GPT2 = ("gpt-2", "gpt2", "default")
+_SMOLLM = ("smollm",)
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SPLITS = {
+    "llama-bpe": _WORDS + r"\p{N}{1,3}" + _REST,
+    "qwen2": _WORDS + r"\p{N}" + _REST,
+}
+_SPLITS |= {"llama3": _SPLITS["llama-bpe"], "llama-v3": _SPLITS["llama-bpe"], "deepseek-r1-qwen": _SPLITS["qwen2"]}
+_LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
+_QWEN2 = ("qwen2", "deepseek-r1-qwen")
+_END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
+
+
+def tokenizer_from_gguf(file: GGUFFile) -> PreTrainedTokenizerFast | None:
+    """Returns the tokeniser of a GGUF file with its chat template; None where the file carries no tokeniser.
+
+    Raises:
+        ValueError: a kind of tokeniser or pre-tokeniser that is not known.
+        CheckpointError: entries that contradict each other.
+    """
+    kind = file.metadata.get("tokenizer.ggml.model")
+    if kind is None:
+        return None
+    if kind not in ("gpt2", "llama"):
+        raise ValueError(f"{file.path}: tokenizer.ggml.model={kind!r} is not supported; supported: gpt2, llama")
+    tokens = file.metadata.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+        raise CheckpointError(f"{file.path}: tokenizer.ggml.tokens must be a list of texts")
+    if len(set(tokens)) != len(tokens):
+        raise CheckpointError(f"{file.path}: tokenizer.ggml.tokens names a token twice")
+    backend = _byte_level(file, tokens) if kind == "gpt2" else _sentencepiece(file, tokens)
+    kinds = _list(file, "tokenizer.ggml.token_type", len(tokens)) or [1] * len(tokens)
+    added = [
+        (token, kind == _CONTROL)
+        for token, kind in zip(tokens, kinds, strict=True)
+        if kind in (_CONTROL, _USER_DEFINED)
+    ]
+    for is_special in (True, False):
+        chosen = [
+            AddedToken(token, normalized=False, special=is_special) for token, special in added if special == is_special
+        ]
+        (backend.add_special_tokens if is_special else backend.add_tokens)(chosen)
+    names = {
+        "bos_token": "bos_token_id",
+        "eos_token": "eos_token_id",
+        "unk_token": "unknown_token_id",
+        "pad_token": "padding_token_id",
+    }
+    special = {role: _token(file, tokens, key) for role, key in names.items()}
+    _add_ends(file, backend, tokens, kind)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template=file.metadata.get("tokenizer.chat_template"),
+        clean_up_tokenization_spaces=False,
+        **{role: token for role, token in special.items() if token is not None},
+    )
+
+
+def end_tokens_of_gguf(file: GGUFFile) -> tuple[int, ...]:
+    """Returns the ids that end a generation according to a GGUF file."""
+    ids = (file.metadata.get(f"tokenizer.ggml.{key}") for key in _END_KEYS)
+    return tuple(dict.fromkeys(token for token in ids if isinstance(token, int)))
+
+
+def _byte_level(file: GGUFFile, tokens: list[str]) -> Tokenizer:
+    """GPT-2's byte-level BPE; `tokenizer.ggml.pre` names how text is cut into words first."""
+    pre = file.metadata.get("tokenizer.ggml.pre", "default")
+    if pre not in (*_GPT2, *_SMOLLM, *_SPLITS):
+        known = ", ".join((*_GPT2, *_SMOLLM, *_SPLITS))
+        raise ValueError(f"{file.path}: tokenizer.ggml.pre={pre!r} is not known; known: {known}")
+    merges = file.metadata.get("tokenizer.ggml.merges")
+    if not isinstance(merges, list) or not all(isinstance(merge, str) and " " in merge[1:] for merge in merges):
+        raise CheckpointError(f"{file.path}: tokenizer.ggml.merges must be a list of pairs of tokens")
+    pairs = [(merge[: merge.index(" ", 1)], merge[merge.index(" ", 1) + 1 :]) for merge in merges]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    if broken := [
+        pair for pair in pairs if pair[0] not in vocab or pair[1] not in vocab or pair[0] + pair[1] not in vocab
+    ]:
+        raise CheckpointError(f"{file.path}: tokenizer.ggml.merges joins {broken[0]}, which are not tokens")
+    backend = Tokenizer(BPE(vocab, pairs, ignore_merges=pre in _LLAMA3))
+    if pre in _SPLITS:
+        split = pre_tokenizers.Split(Regex(_SPLITS[pre]), behavior="isolated")
+        words = [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    else:
+        digits = [pre_tokenizers.Digits(individual_digits=True)] if pre in _SMOLLM else []
+        words = [*digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    if pre in _QWEN2:
+        backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(words)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _sentencepiece(file: GGUFFile, tokens: list[str]) -> Tokenizer:
+    """SentencePiece BPE with byte fallback (LLaMA 1 and 2, Mistral).
+
+    SentencePiece joins the neighbours whose union scores best, so the merges are all ways to cut a token in two, best
+    token first.
+    """
+    scores = _list(file, "tokenizer.ggml.scores", len(tokens))
+    if scores is None:
+        raise CheckpointError(f"{file.path}: metadata tokenizer.ggml.scores is missing")
+    vocab = {token: index for index, token in enumerate(tokens)}
+    cuts = [
+        (-score, vocab[token[:cut]], vocab[token[cut:]], token[:cut], token[cut:])
+        for token, score in zip(tokens, scores, strict=True)
+        for cut in range(1, len(token))
+        if token[:cut] in vocab and token[cut:] in vocab
+    ]
+    unknown = _token(file, tokens, "unknown_token_id")
+    backend = Tokenizer(
+        BPE(vocab, [cut[3:] for cut in sorted(cuts)], unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    )
+    has_prefix = file.metadata.get("tokenizer.ggml.add_space_prefix", True)
+    spaces = normalizers.Replace(" ", _SPACE)
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), spaces]) if has_prefix else spaces
+    strip = [decoders.Strip(" ", 1, 0)] if has_prefix else []
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    return backend
+
+
+def _add_ends(file: GGUFFile, backend: Tokenizer, tokens: list[str], kind: str) -> None:
+    """Has encoding add the begin and end tokens that the file asks for, or that llama.cpp adds unasked."""
+    begins_unasked = kind == "llama" or file.metadata.get("tokenizer.ggml.pre") in _LLAMA3
+    ends = {
+        "bos": ("bos_token_id", file.metadata.get("tokenizer.ggml.add_bos_token", begins_unasked)),
+        "eos": ("eos_token_id", file.metadata.get("tokenizer.ggml.add_eos_token", False)),
+    }
+    chosen = {end: _token(file, tokens, key) for end, (key, is_wanted) in ends.items() if is_wanted}
+    chosen = {end: token for end, token in chosen.items() if token is not None}
+    if chosen:
+        before, after = ([chosen[end]] if end in chosen else [] for end in ("bos", "eos"))
+        backend.post_processor = processors.TemplateProcessing(
+            single=[*before, "$A", *after],
+            pair=[
+                *before,
+                "$A",
+                *after,
+                *(f"{token}:1" for token in before),
+                "$B:1",
+                *(f"{token}:1" for token in after),
+            ],
+            special_tokens=[(token, tokens.index(token)) for token in dict.fromkeys(chosen.values())],
+        )
+
+
+def _token(file: GGUFFile, tokens: list[str], key: str) -> str | None:
+    index = file.metadata.get(f"tokenizer.ggml.{key}")
+    if index is None:
+        return None
+    if not isinstance(index, int) or not 0 <= index < len(tokens):
+        raise CheckpointError(f"{file.path}: tokenizer.ggml.{key}={index!r} is not one of {len(tokens)} tokens")
+    return tokens[index]
+
+
+def _list(file: GGUFFile, key: str, length: int) -> list[Any] | None:
+    values = file.metadata.get(key)
+    if values is not None and (not isinstance(values, list) or len(values) != length):
+        raise CheckpointError(f"{file.path}: {key} must hold one entry for each of {length} tokens")
+    return values

@@ -1,0 +1,158 @@
+"""A Hugging Face directory as a model: config.json, safetensors (one file or shards), tokeniser, end tokens.
+
+What is promised about damage: a file cut short or grown, and any change to a safetensors header, is an error or leaves
+the model as it was. A flipped bit inside a tensor is another valid number and cannot be seen, unless SHA256SUMS lies
+beside the files (checksums.py): then it is an error too.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedTokenizerBase
+
+from hshare_jax.models.checksums import verify_checksums
+from hshare_jax.models.config import ARCHITECTURES, ModelConfig, config_from_hf
+from hshare_jax.models.weights import BLOCK_BYTES, CheckpointError
+
+_CONFIG, _WEIGHTS, _INDEX, _GENERATION = (
+    "config.json", "model.safetensors", "model.safetensors.index.json", "generation_config.json",
+)  # fmt: skip
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+_TOKENIZER_EXTRAS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+_FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+
+
+def read_hf_config(directory: Path) -> tuple[ModelConfig, tuple[int, ...]]:
+    """Returns the model's configuration and the ids that end a generation (generation_config.json before config.json).
+
+    Raises:
+        ValueError: an architecture, activation, rotary type or quantisation that is not supported.
+        CheckpointError: config.json is not JSON, or its sizes contradict each other.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # imports torch where it is installed: slow
+
+    verify_checksums(directory, [_CONFIG, _GENERATION])
+    path = directory / _CONFIG
+    found = _read_json(path)
+    if found.get("model_type") not in ARCHITECTURES:
+        raise ValueError(
+            f"{path}: model_type={found.get('model_type')!r} is not supported; supported: {', '.join(ARCHITECTURES)}"
+        )
+    if found.get("quantization_config"):
+        raise ValueError(f"{path}: quantised safetensors are not supported; use the original weights or a GGUF file")
+    try:
+        # transformers' own class supplies the defaults that config.json leaves out.
+        config = config_from_hf(CONFIG_MAPPING[found["model_type"]](**found).to_dict())
+    except (TypeError, ValueError, AttributeError, KeyError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    settings = _read_json(directory / _GENERATION) if (directory / _GENERATION).is_file() else {}
+    ends = settings.get("eos_token_id", found.get("eos_token_id"))
+    ends = ends if isinstance(ends, list) else [ends]
+    return config, tuple(end for end in ends if isinstance(end, int) and not isinstance(end, bool))
+
+
+def read_hf_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
+    """Returns the directory's tokeniser, or None where it has none."""
+    if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    from transformers import AutoTokenizer  # imports torch where it is installed: slow
+
+    verify_checksums(directory, [*_TOKENIZER_FILES, *_TOKENIZER_EXTRAS])
+    return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+
+
+class HFTensors:
+    """The tensors of a directory of safetensors files (a `TensorSource`)."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._files = self._read_index()  # tensor name -> file name
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        files = sorted(set(self._files.values()))
+        verify_checksums(directory, files)
+        for file in files:
+            self._read_header(file)
+        if lost := self._files.keys() - self._shapes.keys():
+            name = min(lost)
+            raise CheckpointError(
+                f"{directory / self._files[name]}: tensor {name} is missing, though {_INDEX} places it there"
+            )
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self._shapes
+
+    def file_of(self, name: str) -> str:
+        files = set(self._files.values())
+        return str(self._directory / (self._files.get(name) or (files.pop() if len(files) == 1 else _INDEX)))
+
+    def blocks(self, name: str) -> Iterator[np.ndarray]:
+        shape = self._shapes[name]
+        row_bytes = int(np.prod(shape[1:], dtype=np.int64)) * 4
+        step = max(BLOCK_BYTES // max(row_bytes, 1), 1)
+        for row in range(0, shape[0], step):
+            # Opened anew for each block: an open file is mapped, and what was read of it counts as memory until it is
+            # closed.
+            with self._open(self._files[name]) as file:
+                yield file.get_slice(name)[row : row + step]
+
+    def _open(self, file: str) -> Any:
+        path = self._directory / file
+        try:
+            return safe_open(path, framework="np")
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is damaged: {error}") from error
+
+    def _read_index(self) -> dict[str, str]:
+        if (self._directory / _WEIGHTS).is_file():
+            with self._open(_WEIGHTS) as file:
+                return dict.fromkeys(file.keys(), _WEIGHTS)
+        verify_checksums(self._directory, [_INDEX])
+        path = self._directory / _INDEX
+        index = _read_json(path).get("weight_map")
+        if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
+            raise CheckpointError(f"{path}: weight_map must give the file of each tensor")
+        for file in sorted(set(index.values())):
+            if Path(file).name != file or not (self._directory / file).is_file():
+                raise CheckpointError(f"{path} names the file {file!r}, which does not lie beside it")
+        return index
+
+    def _read_header(self, file: str) -> None:
+        path = self._directory / file
+        with self._open(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a mapping
+                if self._files.get(name) != file:
+                    raise CheckpointError(f"{path}: tensor {name} is not what {_INDEX} places in this file")
+                view = tensors.get_slice(name)
+                if view.get_dtype() not in _FLOATS:
+                    raise CheckpointError(
+                        f"{path}: tensor {name} is stored as {view.get_dtype()}; read are {', '.join(_FLOATS)}"
+                    )
+                self._shapes[name] = tuple(view.get_shape())
+
+
+def is_hf_directory(directory: Path) -> bool:
+    """Returns whether `directory` has a config.json."""
+    return (directory / _CONFIG).is_file()
+
+
+def check_hf_directory(directory: Path) -> None:
+    """Raises FileNotFoundError if the directory has no weights in safetensors."""
+    if not ((directory / _WEIGHTS).is_file() or (directory / _INDEX).is_file()):
+        raise FileNotFoundError(
+            f"{directory} has neither {_WEIGHTS} nor {_INDEX}; weights in other formats are not read"
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:  # not UTF-8, or not JSON
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} is damaged: it must hold a JSON object")
+    return found

@@ -1,0 +1,203 @@
+"""Our own checkpoint: a directory with the parameters (by Orbax), the configuration, the tokeniser and checksums.
+
+    model.json      configuration, dtype, ids that end a generation, name
+    params/         Orbax, uncompressed: random mantissas do not compress, and this loads faster
+    tokenizer/      as transformers saves it, chat template included; absent for a model without one
+    SHA256SUMS      of all the files above
+
+It is written beside its final name, flushed to the disk and renamed, so nothing half-written ever stands under that
+name. On loading, every file is compared with its checksum before Orbax sees any: Orbax casts a wrong dtype in silence
+and finds no flipped bits.
+"""
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax import tree
+from orbax.checkpoint import v1 as ocp
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from hshare_jax.models.checksums import verify_all, write_checksums
+from hshare_jax.models.config import ModelConfig, RopeConfig
+from hshare_jax.models.weights import CheckpointError, DType, aligned_empty, cast_into, dtype_of, tensor_layout
+
+_MODEL, _PARAMS, _TOKENIZER = "model.json", "params", "tokenizer"
+_FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointInfo:
+    """What model.json says: everything of a checkpoint but its arrays and its tokeniser."""
+
+    config: ModelConfig
+    dtype: DType
+    eos_token_ids: tuple[int, ...]
+    name: str
+
+
+def is_orbax_directory(directory: Path) -> bool:
+    """Returns whether `directory` looks like one of our checkpoints."""
+    return (directory / _MODEL).is_file()
+
+
+def save_checkpoint(
+    path: str | os.PathLike[str],
+    info: CheckpointInfo,
+    params: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Writes a checkpoint directory at `path`, all of it or none.
+
+    Raises:
+        FileExistsError: `path` exists and `overwrite` is False. Overwriting replaces only a directory that is one of
+        our checkpoints. ValueError: the parameters are not those of `info.config` in `info.dtype`.
+    """
+    path = Path(path).expanduser().absolute()  # Orbax asks for absolute paths
+    if path.exists() and not (overwrite and is_orbax_directory(path)):
+        way_out = (
+            "it is not a checkpoint of this library" if overwrite else "choose another path, or ask to overwrite it"
+        )
+        raise FileExistsError(f"{path} exists; {way_out}")
+    _check_arrays(info, params)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same directory, because only there is a rename one indivisible step.
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent, ignore_cleanup_errors=True) as scratch:
+        draft = Path(scratch) / "checkpoint"
+        draft.mkdir()
+        with _orbax():
+            ocp.save(str(draft / _PARAMS), tree.map(np.asarray, params))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(draft / _TOKENIZER)
+        (draft / _MODEL).write_text(json.dumps({"format": _FORMAT, **dataclasses.asdict(info)}, indent=1) + "\n")
+        write_checksums(draft)
+        _flush(draft)
+        if path.exists():
+            path.rename(Path(scratch) / "replaced")
+        draft.rename(path)
+        _flush_directory(path.parent)
+
+
+def read_checkpoint_info(directory: Path) -> CheckpointInfo:
+    """Returns the checkpoint's description; CheckpointError if any file differs from its checksum."""
+    verify_all(directory)
+    path = directory / _MODEL
+    try:
+        found = json.loads(path.read_bytes())
+        if found.pop("format") != _FORMAT:
+            raise CheckpointError(
+                f"{path} has another format than {_FORMAT}; write the checkpoint anew with this version"
+            )
+        rope = found["config"].pop("rope")
+        rope["divisors"] = rope["divisors"] and tuple(rope["divisors"])
+        windows = tuple(found["config"].pop("windows"))
+        config = ModelConfig(**found.pop("config"), windows=windows, rope=RopeConfig(**rope))
+        dtype_of(found["dtype"])
+        return CheckpointInfo(config=config, eos_token_ids=tuple(found.pop("eos_token_ids")), **found)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path} does not describe a model: {error}") from error
+
+
+def read_checkpoint_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
+    """Returns the checkpoint's tokeniser, or None where it has none."""
+    path = directory / _TOKENIZER
+    # Every tokeniser that is saved has a tokenizer.json; AutoTokenizer would import torch where that is installed.
+    return PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True) if path.is_dir() else None
+
+
+def stream_checkpoint(directory: Path, info: CheckpointInfo, dtype: DType) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields (parameter path, its array in `dtype` on the host), one layer in memory at a time.
+
+    Raises:
+        CheckpointError: a parameter is missing, or has another shape or dtype than the configuration and model.json
+        say.
+    """
+    shapes = _parameter_shapes(info.config)
+    stored, target = dtype_of(info.dtype), dtype_of(dtype)
+    where = (directory / _PARAMS).absolute()
+    for group in dict.fromkeys(path.split("/")[0] for path in shapes):
+        paths = [path for path in shapes if path.split("/")[0] == group]
+        wanted: dict[str, Any] = {}
+        for path in paths:
+            _put(wanted, path, np.empty(shapes[path], stored))  # only its shape and dtype are used
+        try:
+            with _orbax():
+                loaded = ocp.load(str(where), wanted)
+        except (KeyError, OSError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{directory}: the parameters of {group} cannot be read: {error}") from error
+        del wanted
+        for path in paths:
+            array = _get(loaded, path)
+            if array.shape != shapes[path] or array.dtype != stored:
+                raise CheckpointError(
+                    f"{directory}: parameter {path} is {array.dtype} {array.shape}; {stored} {shapes[path]} is expected"
+                )
+            result = aligned_empty(array.shape, target)
+            cast_into(result, array, path, str(directory))
+            yield path, result
+
+
+def _orbax() -> ocp.Context:
+    context = ocp.Context()
+    context.array.saving.use_compression = False
+    context.pytree.loading.partial_load = True
+    return context
+
+
+def _parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    return {
+        path: (sum(shape[0] for shape in parts.values()), *next(iter(parts.values()))[1:])
+        for path, parts in tensor_layout(config).items()
+    }
+
+
+def _check_arrays(info: CheckpointInfo, params: Mapping[str, Any]) -> None:
+    for path, shape in _parameter_shapes(info.config).items():
+        array = _get(params, path)
+        if tuple(array.shape) != shape or array.dtype != dtype_of(info.dtype):
+            raise ValueError(
+                f"parameter {path} is {array.dtype} {tuple(array.shape)}; the model says {info.dtype} {shape}"
+            )
+
+
+def _get(params: Mapping[str, Any], path: str) -> Any:
+    node: Any = params
+    for part in path.split("/"):
+        if part not in node:
+            raise CheckpointError(f"parameter {path} is missing")
+        node = node[part]
+    return node
+
+
+def _put(params: dict[str, Any], path: str, value: Any) -> None:
+    *branches, leaf = path.split("/")
+    for branch in branches:
+        params = params.setdefault(branch, {})
+    params[leaf] = value
+
+
+def _flush(directory: Path) -> None:
+    """Has the system write everything below `directory` to the disk."""
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            with open(Path(folder) / name, "rb+") as file:
+                os.fsync(file.fileno())
+        _flush_directory(Path(folder))
+
+
+def _flush_directory(directory: Path) -> None:
+    if hasattr(os, "O_DIRECTORY"):  # Windows cannot open directories
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

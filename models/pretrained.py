@@ -1,0 +1,226 @@
+"""`load_model`: a name or a path becomes a Model, be it built in, a GGUF file, a directory or on the hub."""
+
+import dataclasses
+import difflib
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from hshare_jax.models.builtin_model import BUILTIN_MODELS, builtin_checkpoint
+from hshare_jax.models.checksums import verify_checksums
+from hshare_jax.models.config import ModelConfig
+from hshare_jax.models.gguf_checkpoint import GGUFTensors, config_from_gguf
+from hshare_jax.models.gguf_file import read_gguf
+from hshare_jax.models.gguf_tokenizer import end_tokens_of_gguf, tokenizer_from_gguf
+from hshare_jax.models.hf_checkpoint import (
+    HFTensors,
+    check_hf_directory,
+    is_hf_directory,
+    read_hf_config,
+    read_hf_tokenizer,
+)
+from hshare_jax.models.orbax_checkpoint import (
+    CheckpointInfo,
+    is_orbax_directory,
+    read_checkpoint_info,
+    read_checkpoint_tokenizer,
+    save_checkpoint,
+    stream_checkpoint,
+)
+from hshare_jax.models.weights import DTYPES, DType, dtype_of, load_parameters, stream_parameters, tensor_layout
+
+ModelForm = Literal["built-in", "gguf", "checkpoint", "hf", "hub"]
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_FILES = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja", "SHA256SUMS")
+# Tokens that end a turn in a chat template; a file's single end token often ends only whole documents.
+_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "</s>")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A model in memory. `identity` is a short hash that tells one model's weights and configuration from another's."""
+
+    config: ModelConfig
+    params: dict[str, Any]
+    tokenizer: PreTrainedTokenizerBase | None
+    eos_token_ids: tuple[int, ...]
+    name: str
+    identity: str
+
+    @property
+    def dtype(self) -> DType:
+        """Returns the dtype of the parameters."""
+        return str(self.params["embedding"].dtype)  # pyright: ignore[reportReturnType]
+
+
+def load_model(
+    name_or_path: str | os.PathLike[str],
+    *,
+    dtype: DType = "float32",
+    cache_dir: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+) -> Model:
+    """Returns the model called or stored at `name_or_path`, its parameters in `dtype` on JAX's default device.
+
+    Args:
+        name_or_path: a built-in name (`smollm2-135m-instruct`), a .gguf file, a Hugging Face directory, a checkpoint
+        written by
+            `save_model`, or a Hugging Face hub id (`organisation/name`).
+        dtype: float32, bfloat16 or float16. Weights stored otherwise are cast. cache_dir: where downloads and
+        conversions are kept; default $HSHARE_JAX_CACHE, or hshare-jax in the user's cache directory
+            (for the hub: its own cache).
+        revision: a branch, tag or commit; only for a hub id.
+
+    Raises:
+        FileNotFoundError: a path that does not exist, or a directory without weights.
+        CheckpointError: damaged files, or files that contradict their configuration.
+        ConnectionError: a built-in or hub model that is not cached cannot be fetched.
+        ValueError: an unknown name, or a model that this decoder does not compute.
+    """
+    dtype_of(dtype)
+    form = check_model_name(name_or_path, revision=revision)
+    name = os.fspath(name_or_path)
+    if form == "built-in":
+        directory = builtin_checkpoint(
+            name, cache_dir, lambda gguf, target: save_model(_load_gguf(gguf, "float32", name), target)
+        )
+        return _load_checkpoint(directory, dtype)
+    if form == "hub":
+        return _load_hf(_snapshot(name, cache_dir, revision), dtype, name)
+    path = Path(name).expanduser()
+    if form == "gguf":
+        return _load_gguf(path, dtype, path.stem)
+    if form == "checkpoint":
+        return _load_checkpoint(path, dtype)
+    return _load_hf(path, dtype, path.resolve().name)
+
+
+def save_model(model: Model, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    """Writes `model` as a checkpoint directory that `load_model` reads: all of it or, on an error, nothing.
+
+    Raises:
+        FileExistsError: `path` exists and `overwrite` is False, or it is something other than such a checkpoint.
+    """
+    info = CheckpointInfo(model.config, model.dtype, model.eos_token_ids, model.name)
+    save_checkpoint(path, info, model.params, model.tokenizer, overwrite=overwrite)
+
+
+def check_model_name(name_or_path: str | os.PathLike[str], *, revision: str | None = None) -> ModelForm:
+    """Returns what form of model a name or path is, from its spelling and the files present; nothing heavy is read.
+
+    Raises:
+        FileNotFoundError: a path that does not exist, or a directory without a model.
+        ValueError: a name that is neither built in nor a path nor a hub id; a revision for anything but a hub id.
+    """
+    name = os.fspath(name_or_path)
+    form = _form(name)
+    if revision is not None and form != "hub":
+        raise ValueError(f"revision={revision!r} is for Hugging Face hub ids; {name!r} is a {form} model")
+    return form
+
+
+def _form(name: str) -> ModelForm:
+    if name in BUILTIN_MODELS:
+        return "built-in"
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if is_orbax_directory(path):
+            return "checkpoint"
+        if not is_hf_directory(path):
+            raise FileNotFoundError(
+                f"{name} has no config.json (a Hugging Face model) and no model.json (a converted one)"
+            )
+        check_hf_directory(path)
+        return "hf"
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ValueError(
+                f"{name} is a file, but not a .gguf file; for safetensors give the directory that holds config.json"
+            )
+        return "gguf"
+    if _HUB_ID.fullmatch(name) and path.suffix not in (".gguf", ".safetensors"):
+        return "hub"
+    if "/" in name or os.sep in name or name.startswith("~") or path.suffix in (".gguf", ".safetensors"):
+        raise FileNotFoundError(f"{name} does not exist")
+    close = difflib.get_close_matches(name, BUILTIN_MODELS, n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    raise ValueError(f"no model is called {name!r}{hint} {_known_forms()}")
+
+
+def _known_forms() -> str:
+    return (
+        f"(built in: {', '.join(BUILTIN_MODELS)}; otherwise a .gguf file, a Hugging Face directory, "
+        "a converted directory, or a hub id such as organisation/name)"
+    )
+
+
+def _snapshot(name: str, cache_dir: str | os.PathLike[str] | None, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        cache = None if cache_dir is None else Path(cache_dir)
+        return Path(snapshot_download(name, revision=revision, cache_dir=cache, allow_patterns=list(_HUB_FILES)))
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise ConnectionError(
+            f"the Hugging Face hub cannot be reached for {name!r}, and it is not cached {_known_forms()}"
+        ) from error
+    except HfHubHTTPError as error:
+        at = f" at revision {revision!r}" if revision else ""
+        raise ValueError(f"the Hugging Face hub does not give out {name!r}{at}: {error}") from error
+
+
+def _load_gguf(path: Path, dtype: DType, name: str) -> Model:
+    verify_checksums(path.parent, [path.name])
+    file = read_gguf(path)
+    config = config_from_gguf(file)
+    tokenizer = tokenizer_from_gguf(file)
+    arrays = stream_parameters(config, GGUFTensors(file, config), dtype)
+    return _model(config, arrays, tokenizer, end_tokens_of_gguf(file), name)
+
+
+def _load_hf(directory: Path, dtype: DType, name: str) -> Model:
+    config, ends = read_hf_config(directory)
+    source, tokenizer = HFTensors(directory), read_hf_tokenizer(directory)
+    return _model(config, stream_parameters(config, source, dtype), tokenizer, ends, name)
+
+
+def _load_checkpoint(directory: Path, dtype: DType) -> Model:
+    info = read_checkpoint_info(directory)
+    tokenizer = read_checkpoint_tokenizer(directory)
+    return _model(info.config, stream_checkpoint(directory, info, dtype), tokenizer, info.eos_token_ids, info.name)
+
+
+def _model(
+    config: ModelConfig,
+    arrays: Iterator[tuple[str, np.ndarray]],
+    tokenizer: PreTrainedTokenizerBase | None,
+    eos_token_ids: Iterable[int],
+    name: str,
+) -> Model:
+    # disable=None: a bar only where stderr is a terminal.
+    bar = tqdm(arrays, f"loading {name}", len(tensor_layout(config)), leave=False, file=sys.stderr, disable=None)
+    with bar:
+        params, identity = load_parameters(config, iter(bar))
+    ends = dict.fromkeys([*eos_token_ids, *_turn_ends(tokenizer)])
+    return Model(config, params, tokenizer, tuple(end for end in ends if 0 <= end < config.vocab_size), name, identity)
+
+
+def _turn_ends(tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+    if tokenizer is None:
+        return []
+    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
+    known: dict[str, int] = getattr(tokenizer, "get_added_vocab", dict)()
+    ends = [known[token] for token in _TURN_ENDS if token in template and token in known]
+    end = tokenizer.eos_token_id
+    return [end, *ends] if isinstance(end, int) else ends
+
+
+__all__ = ["DTYPES", "Model", "ModelForm", "check_model_name", "load_model", "save_model"]
