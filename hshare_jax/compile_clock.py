@@ -1,0 +1,37 @@
+"""How long JAX spent tracing and compiling, so that speeds can be given without it."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jax.monitoring
+
+
+class CompileClock:
+    """Adds up the time that JAX reports for tracing, lowering and compiling; nested reports count once."""
+
+    def __init__(self) -> None:
+        self._spans: list[tuple[float, float]] = []
+
+    def _record(self, event: str, duration: float, **_: str | int) -> None:
+        if event.startswith("/jax/core/compile"):
+            now = time.perf_counter()
+            # A function jitted inside another reports first: its span is swallowed by the outer one.
+            self._spans = [span for span in self._spans if span[0] < now - duration]
+            self._spans.append((now - duration, now))
+
+    @property
+    def seconds(self) -> float:
+        """Returns the time spent so far."""
+        return sum(end - start for start, end in self._spans)
+
+
+@contextmanager
+def compile_clock() -> Iterator[CompileClock]:
+    """Yields a clock that runs inside the with block."""
+    clock = CompileClock()
+    jax.monitoring.register_event_duration_secs_listener(clock._record)
+    try:
+        yield clock
+    finally:
+        jax.monitoring.unregister_event_duration_listener(clock._record)

@@ -1,0 +1,355 @@
+"""Generation: prompts in, text out, with the whole decode loop in one jitted program."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from hshare_jax.compile_clock import compile_clock
+from hshare_jax.config import HShareConfig
+from hshare_jax.decode import decode_step
+from hshare_jax.decode_state import DecodeState, init_state
+from hshare_jax.models.config import ModelConfig
+from hshare_jax.models.pretrained import Model
+from hshare_jax.prefill import prefill
+from hshare_jax.sampling import SamplingConfig, sample
+from hshare_jax.text_stream import TextStream
+
+Prompt = str | Sequence[int]
+STREAM_STEPS = 4  # decode steps between two looks at the tokens from the host
+NO_TOKEN = -1  # fills the output of a row beyond its last token
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Where the time of a generation went, in seconds; tracing and compiling stand apart."""
+
+    prompt_tokens: int
+    new_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+    compile_seconds: float
+
+    @property
+    def prefill_rate(self) -> float:
+        """Returns prompt tokens per second, over all rows."""
+        return self.prompt_tokens / max(self.prefill_seconds, 1e-9)
+
+    @property
+    def decode_rate(self) -> float:
+        """Returns new tokens per second, over all rows; the first token of each row falls to prefill."""
+        return self.new_tokens / max(self.decode_seconds, 1e-9)
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What came of each prompt. `tokens` holds an end token where one was met; `texts` is empty without a tokenizer."""
+
+    tokens: list[list[int]]
+    texts: list[str]
+    finish_reasons: list[Literal["stop", "length"]]
+    timing: Timing
+
+
+def generate(
+    model: Model,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int = 128,
+    hshare: HShareConfig | None = HShareConfig(),  # noqa: B008 (frozen)
+    sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 (frozen)
+    seeds: Sequence[int] | None = None,
+    stop: Sequence[str] = (),
+    capacity: int | None = None,
+) -> Generation:
+    """Returns the continuations of a batch of prompts.
+
+    Args:
+        model: from `load_model`.
+        prompts: texts, or token ids, of any lengths; they form one batch.
+        max_new_tokens: where a row ends at the latest.
+        hshare: how critical tokens are shared; None decodes dense.
+        sampling: greedy unless told otherwise.
+        seeds: one a row; a row's output does not depend on its batch. None: 0, 1, 2, ...
+        stop: a row ends before the first of these strings.
+        capacity: cache slots per row, to keep one compiled program over calls of different lengths. None: as needed, in coarse steps.
+
+    Raises:
+        ValueError: an empty batch or prompt, an id outside the vocabulary, or more tokens than the model has positions; before
+            anything is computed.
+    """
+    run = _Run(model, prompts, max_new_tokens, hshare, sampling, seeds, stop, capacity)
+    for _ in run.steps(STREAM_STEPS if stop else max_new_tokens):
+        pass
+    return run.result()
+
+
+def stream(
+    model: Model,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int = 128,
+    hshare: HShareConfig | None = HShareConfig(),  # noqa: B008 (frozen)
+    sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 (frozen)
+    seeds: Sequence[int] | None = None,
+    stop: Sequence[str] = (),
+    capacity: int | None = None,
+) -> Iterator[list[str]]:
+    """Yields the new text of every row each few tokens; the pieces of a row join to what `generate` returns.
+
+    The generator's return value (`result = yield from stream(...)`) is the Generation. Arguments and errors are those of `generate`,
+    and it needs a model with a tokenizer.
+    """
+    run = _Run(model, prompts, max_new_tokens, hshare, sampling, seeds, stop, capacity)
+    if not run.streams:
+        raise ValueError("stream needs a model with a tokenizer; this one has none, so use generate")
+    return run.pieces()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Progress:
+    """The decode loop's carry."""
+
+    state: DecodeState
+    token: Array  # [B] sampled, not yet in the cache
+    output: Array  # [B, M]
+    count: Array  # [B] tokens in output
+    is_active: Array  # [B]
+    seen: Array | None  # [B, V], for a repetition penalty
+    keys: Array  # [B]
+
+
+@functools.partial(jax.jit, static_argnames=("sampling",), donate_argnames=("progress",))
+def _take_token(
+    logits: Array, progress: _Progress, ends: Array, max_new_tokens: Array, *, sampling: SamplingConfig
+) -> _Progress:
+    """Samples each active row's next token and writes it to the output; a row ends with an end token or its last place."""
+    rows = jnp.arange(logits.shape[0])
+    keys = jax.vmap(jax.random.fold_in)(progress.keys, progress.count)
+    token = jnp.where(progress.is_active, sample(logits, keys, sampling, seen=progress.seen), progress.token)
+    place = jnp.where(progress.is_active, progress.count, progress.output.shape[1])
+    count = progress.count + progress.is_active
+    is_end = (token[:, None] == ends[None, :]).any(axis=1)
+    return dataclasses.replace(
+        progress,
+        token=token,
+        output=progress.output.at[rows, place].set(token, mode="drop"),
+        count=count,
+        is_active=progress.is_active & ~is_end & (count < max_new_tokens),
+        seen=None if progress.seen is None else progress.seen.at[rows, token].set(True),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "sampling"), donate_argnames=("progress",))
+def decode_tokens(
+    params: dict,
+    progress: _Progress,
+    num_blocks: Array,
+    ends: Array,
+    max_new_tokens: Array,
+    *,
+    config: ModelConfig,
+    sampling: SamplingConfig,
+) -> _Progress:
+    """Runs the decode loop for `num_blocks` blocks or until every row has ended.
+
+    A block is one step that chooses critical tokens and the steps that reuse them, so the schedule is static.
+    """
+    shared = progress.state.shared
+    interval = 1 if shared is None else shared.config.refresh_interval
+
+    def is_running(carry: tuple[Array, _Progress]) -> Array:
+        return (carry[0] < num_blocks) & carry[1].is_active.any()
+
+    def run_block(carry: tuple[Array, _Progress]) -> tuple[Array, _Progress]:
+        block, progress = carry
+        for step in range(interval):
+            logits, state = decode_step(
+                params, progress.token, progress.state,
+                config=config, refresh=step == 0, is_active=progress.is_active,
+            )  # fmt: skip
+            progress = dataclasses.replace(progress, state=state)
+            progress = _take_token(logits, progress, ends, max_new_tokens, sampling=sampling)
+        return block + 1, progress
+
+    return lax.while_loop(is_running, run_block, (jnp.int32(0), progress))[1]
+
+
+class _Run:
+    """One call of generate or stream: checks everything first, then computes and keeps the clock."""
+
+    def __init__(
+        self,
+        model: Model,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int,
+        hshare: HShareConfig | None,
+        sampling: SamplingConfig,
+        seeds: Sequence[int] | None,
+        stop: Sequence[str],
+        capacity: int | None,
+    ) -> None:
+        self._model, self._hshare, self._sampling = model, hshare, sampling
+        self._max_new_tokens = max_new_tokens
+        self._prompts = encode_prompts(model, prompts)
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+        self._capacity = _choose_capacity(model.config, self._prompts, max_new_tokens, capacity)
+        self._seeds = list(range(len(prompts))) if seeds is None else list(seeds)
+        if len(self._seeds) != len(prompts):
+            raise ValueError(f"seeds has {len(self._seeds)} entries; it needs one for each of the {len(prompts)} prompts")
+        if stop and model.tokenizer is None:
+            raise ValueError("stop strings need a model with a tokenizer; this one has none, so use its end tokens")
+        if not all(stop):
+            raise ValueError("stop holds an empty string, which would end every row at once; leave it out")
+        tokenizer = model.tokenizer
+        self.streams = [] if tokenizer is None else [TextStream(tokenizer, stop) for _ in prompts]
+        self._tokens: list[list[int]] = [[] for _ in prompts]
+        self._seconds = [0.0, 0.0, 0.0]
+
+    def steps(self, num_steps: int) -> Iterator[None]:
+        """Decodes, pausing every `num_steps` steps, with the tokens so far taken over and stopped rows ended."""
+        model, sampling = self._model, self._sampling
+        ends = jnp.asarray(model.eos_token_ids or (NO_TOKEN,), jnp.int32)
+        limit = jnp.int32(self._max_new_tokens)
+        interval = 1 if self._hshare is None else self._hshare.refresh_interval
+        num_blocks = jnp.int32(-(-num_steps // interval))
+        with compile_clock() as clock:
+            began = time.perf_counter()
+            progress = self._start(ends, limit)
+            self._take_over(progress)
+            self._seconds[0] = time.perf_counter() - began - clock.seconds
+            self._seconds[2] += clock.seconds
+        yield
+        while bool(progress.is_active.any()):
+            with compile_clock() as clock:
+                began = time.perf_counter()
+                progress = decode_tokens(
+                    model.params, progress, num_blocks, ends, limit, config=model.config, sampling=sampling
+                )
+                progress = self._take_over(progress)
+                self._seconds[1] += time.perf_counter() - began - clock.seconds
+                self._seconds[2] += clock.seconds
+            yield
+
+    def _start(self, ends: Array, limit: Array) -> _Progress:
+        model, B = self._model, len(self._prompts)
+        lengths = np.array([len(prompt) for prompt in self._prompts], np.int32)
+        tokens = np.zeros((B, lengths.max()), np.int32)
+        for row, prompt in enumerate(self._prompts):
+            tokens[row, : len(prompt)] = prompt
+        dtype = model.params["embedding"].dtype
+        state = init_state(model.config, B, self._capacity, hshare=self._hshare, dtype=dtype)
+        logits, state = prefill(model.params, jnp.asarray(tokens), jnp.asarray(lengths), state, config=model.config)
+        seen = None
+        if self._sampling.repetition_penalty != 1.0:
+            seen = np.zeros((B, model.config.vocab_size), bool)
+            for row, prompt in enumerate(self._prompts):
+                seen[row, prompt] = True
+            seen = jnp.asarray(seen)
+        progress = _Progress(
+            state=state,
+            token=jnp.zeros((B,), jnp.int32),
+            # Whole steps of 64, so that a slightly different limit does not compile anew.
+            output=jnp.full((B, -(-self._max_new_tokens // 64) * 64), NO_TOKEN, jnp.int32),
+            count=jnp.zeros((B,), jnp.int32),
+            is_active=jnp.ones((B,), bool),
+            seen=seen,
+            keys=jnp.stack([jax.random.key(seed) for seed in self._seeds]),
+        )
+        return _take_token(logits, progress, ends, limit, sampling=self._sampling)
+
+    def _take_over(self, progress: _Progress) -> _Progress:
+        """Copies new tokens to the host and ends the rows whose text met a stop string."""
+        output, count = np.asarray(progress.output), np.asarray(progress.count)
+        for row, tokens in enumerate(self._tokens):
+            if self.streams and self.streams[row].is_stopped:
+                continue
+            for token in output[row, len(tokens) : count[row]].tolist():
+                tokens.append(token)
+                if self.streams:
+                    self.streams[row].push(token)
+                    if self.streams[row].is_stopped:
+                        break
+        if not any(stream.is_stopped for stream in self.streams):
+            return progress
+        is_stopped = jnp.asarray([stream.is_stopped for stream in self.streams])
+        return dataclasses.replace(progress, is_active=progress.is_active & ~is_stopped)
+
+    def pieces(self) -> Iterator[list[str]]:
+        """Yields the new text of every row; returns the result."""
+        shown = [0] * len(self.streams)
+        for _ in self.steps(STREAM_STEPS):
+            texts = [stream.text for stream in self.streams]
+            if any(len(text) > size for text, size in zip(texts, shown, strict=True)):
+                yield [text[size:] for text, size in zip(texts, shown, strict=True)]
+                shown = [len(text) for text in texts]
+        result = self.result()
+        if any(len(text) > size for text, size in zip(result.texts, shown, strict=True)):
+            yield [text[size:] for text, size in zip(result.texts, shown, strict=True)]
+        return result
+
+    def result(self) -> Generation:
+        """Returns the generation, once `steps` has run out."""
+        ends = set(self._model.eos_token_ids)
+        is_stopped = [stream.is_stopped for stream in self.streams] or [False] * len(self._tokens)
+        return Generation(
+            tokens=self._tokens,
+            texts=[stream.finish() for stream in self.streams],
+            finish_reasons=[
+                "stop" if stopped or tokens[-1] in ends else "length"
+                for stopped, tokens in zip(is_stopped, self._tokens, strict=True)
+            ],
+            timing=Timing(
+                prompt_tokens=sum(len(prompt) for prompt in self._prompts),
+                new_tokens=sum(len(tokens) - 1 for tokens in self._tokens),
+                prefill_seconds=self._seconds[0],
+                decode_seconds=self._seconds[1],
+                compile_seconds=self._seconds[2],
+            ),
+        )
+
+
+def encode_prompts(model: Model, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Returns the token ids of prompts, checked. A text is encoded with the tokenizer's special tokens."""
+    if isinstance(prompts, str) or not prompts:
+        raise ValueError(f"prompts={prompts!r} must be a sequence of at least one prompt; put a single one in a list")
+    encoded = []
+    for row, prompt in enumerate(prompts):
+        if isinstance(prompt, str):
+            if model.tokenizer is None:
+                raise ValueError(f"prompts[{row}] is text, but the model has no tokenizer; give token ids")
+            prompt = model.tokenizer(prompt)["input_ids"]
+        ids = [int(token) for token in prompt]
+        if not ids:
+            raise ValueError(f"prompts[{row}] is empty; it must hold at least one token")
+        if not 0 <= min(ids) <= max(ids) < model.config.vocab_size:
+            outside = min(ids) if min(ids) < 0 else max(ids)
+            raise ValueError(
+                f"prompts[{row}] holds token id {outside}; ids must lie in [0, vocab_size={model.config.vocab_size})"
+            )
+        encoded.append(ids)
+    return encoded
+
+
+def _choose_capacity(config: ModelConfig, prompts: list[list[int]], max_new_tokens: int, capacity: int | None) -> int:
+    longest = max(range(len(prompts)), key=lambda row: len(prompts[row]))
+    needed = len(prompts[longest]) + max_new_tokens
+    if needed > config.max_positions:
+        raise ValueError(
+            f"prompts[{longest}] has {len(prompts[longest])} tokens; with max_new_tokens={max_new_tokens} that is beyond the "
+            f"model's {config.max_positions} positions; shorten either"
+        )
+    if capacity is None:
+        step = max(256, 1 << max(needed.bit_length() - 3, 0))  # at most a quarter too much, four sizes per doubling
+        return min(-(-needed // step) * step, config.max_positions)
+    if capacity < needed:
+        raise ValueError(f"capacity={capacity} must be at least {needed}: prompts[{longest}] and max_new_tokens together")
+    return capacity

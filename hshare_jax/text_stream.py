@@ -1,0 +1,48 @@
+"""From token ids to text, a few at a time: whole characters only, and nothing that may turn out to belong to a stop string."""
+
+from collections.abc import Sequence
+
+from tokenizers.decoders import DecodeStream
+from transformers import PreTrainedTokenizerBase
+
+
+class TextStream:
+    """The text of one row. `push` tokens as they come; `text` is what may be shown, `finish` releases what was held back."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
+        self._tokenizer = tokenizer.backend_tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._stop = tuple(stop)
+        self._pending = ""  # decoded, but perhaps the beginning of a stop string
+        self._tail: list[int] = []  # tokens whose bytes are not yet a whole character
+        self.text = ""
+        self.is_stopped = False
+
+    def push(self, token: int) -> None:
+        """Takes the next token; after a stop string everything is ignored."""
+        if self.is_stopped:
+            return
+        piece = self._stream.step(self._tokenizer, token)
+        self._tail = [*self._tail, token] if piece is None else []
+        self._pending += piece or ""
+        ends = [end for end in (self._pending.find(stop) for stop in self._stop) if end >= 0]
+        if ends:
+            self.text += self._pending[: min(ends)]
+            self._pending, self.is_stopped = "", True
+            return
+        held = max((_overlap(self._pending, stop) for stop in self._stop), default=0)
+        released = len(self._pending) - held
+        self.text += self._pending[:released]
+        self._pending = self._pending[released:]
+
+    def finish(self) -> str:
+        """Returns the whole text, once no more tokens come."""
+        if not self.is_stopped:
+            self.text += self._pending + self._tokenizer.decode(self._tail, skip_special_tokens=True)
+            self._pending, self._tail = "", []
+        return self.text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Returns the length of the longest end of `text` that begins `stop`."""
+    return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if stop.startswith(text[-size:])), 0)
