@@ -1,4 +1,4 @@
-"""What a model is given as its attention: prefill over the cache, or a decode step that is dense or goes through the plan."""
+"""The attention that a model is given: prefill over the cache, or a decode step, dense or through the plan."""
 
 import dataclasses
 

@@ -12,8 +12,8 @@ from hshare_jax.models.config import ModelConfig
 class HShareConfig:
     """What a decode step reads and how the choice is shared (HShare, ICLR 2025, section 4). Static and hashable.
 
-    A head attends to `num_sinks` first tokens, `num_critical` chosen ones and the `num_recent` last ones. Ratios are the fraction of
-    layers, and of lists within a layer, that still choose for themselves; the rest copy.
+    A head attends to `num_sinks` first tokens, `num_critical` chosen ones and the `num_recent` last ones. Ratios are
+    the fraction of layers, and of lists within a layer, that still choose for themselves; the rest copy.
     """
 
     num_sinks: int = 8
@@ -22,7 +22,9 @@ class HShareConfig:
     layer_ratio: Fraction = Fraction(7, 8)
     head_ratio: Fraction = Fraction(3, 4)
     refresh_interval: int = 2  # decode steps that one choice serves
-    lists_per: Literal["kv_head", "query_head"] = "kv_head"  # query_head as published; kv_head reads a group's keys once
+    lists_per: Literal["kv_head", "query_head"] = (
+        "kv_head"  # query_head as published; kv_head reads a group's keys once
+    )
     label_channels: int | None = None  # channels of a head that scores are taken on; None: a quarter of them
     num_probes: int = 32  # prompt queries that similarity is measured on
 

@@ -18,7 +18,7 @@ def find_critical_tokens(
     *,
     num_lists: int,
     config: HShareConfig,
-    window: int | None = None,
+    window: int | Int[Array, ""] | None = None,
 ) -> Int[Array, "B J C"]:
     """Returns the lists that these queries choose: the best label scores between the sinks and the recent tokens.
 
@@ -41,7 +41,7 @@ def find_critical_tokens(
 def pool_scores(
     scores: Float[Array, "B N S"], is_candidate: Bool[Array, "B S"], num_lists: int
 ) -> Float[Array, "B J S"]:
-    """Returns one score per list: a group's heads add up their softmaxed scores, so that none outvotes by its norm alone."""
+    """Returns one score per list: heads of a group add up softmaxed scores, so that none outvotes by its norm."""
     B, N, S = scores.shape
     if num_lists == N:
         return scores

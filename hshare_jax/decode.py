@@ -26,18 +26,19 @@ def decode_step(
 ) -> tuple[Logits, DecodeState]:
     """Returns (float32 logits for the next token [B, V], the next state).
 
-    Jitted; inside a user's own jit or scan it is traced in place. The state is donated: use the returned one. A row whose cache is
-    full yields NaN logits from then on, since its tokens can no longer be kept.
+    Jitted; inside a user's own jit or scan it is traced in place. The state is donated: use the returned one. A row
+    whose cache is full yields NaN logits from then on, since its tokens can no longer be kept.
 
     Args:
         params: the decoder's parameters.
         tokens: the last token of each row [B]; it is appended to the cache here.
         state: from `prefill` or a previous step.
         config: the model.
-        refresh: with shared lists, whether this step chooses critical tokens anew. True or False is a static schedule: True on the
-            first step after prefill and on every `refresh_interval`-th from there. None leaves it to each row's age, so that rows
-            that started at different times can share a batch. Ignored by dense decoding.
-        is_active: rows that take part [B]; the others append nothing and keep their length, and their logits mean nothing. None: all.
+        refresh: with shared lists, whether this step chooses critical tokens anew. True or False is a static schedule:
+            True on the first step after prefill and on every `refresh_interval`-th from there. None leaves it to each
+            row's age, so that rows that started at different times can share a batch. Ignored by dense decoding.
+        is_active: rows that take part [B]; the others append nothing and keep their length, and their logits mean
+            nothing. None: all.
     """
     cache, shared = state.cache, state.shared
     positions = cache.lengths

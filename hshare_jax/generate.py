@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from tqdm import tqdm
 
 from hshare_jax.compile_clock import compile_clock
 from hshare_jax.config import HShareConfig
@@ -78,11 +79,12 @@ def generate(
         sampling: greedy unless told otherwise.
         seeds: one a row; a row's output does not depend on its batch. None: 0, 1, 2, ...
         stop: a row ends before the first of these strings.
-        capacity: cache slots per row, to keep one compiled program over calls of different lengths. None: as needed, in coarse steps.
+        capacity: cache slots per row, to keep one compiled program over calls of different lengths. None: as needed, in
+            coarse steps.
 
     Raises:
-        ValueError: an empty batch or prompt, an id outside the vocabulary, or more tokens than the model has positions; before
-            anything is computed.
+        ValueError: an empty batch or prompt, an id outside the vocabulary, or more tokens than the model has positions;
+            before anything is computed.
     """
     run = _Run(model, prompts, max_new_tokens, hshare, sampling, seeds, stop, capacity)
     for _ in run.steps(STREAM_STEPS if stop else max_new_tokens):
@@ -103,8 +105,8 @@ def stream(
 ) -> Iterator[list[str]]:
     """Yields the new text of every row each few tokens; the pieces of a row join to what `generate` returns.
 
-    The generator's return value (`result = yield from stream(...)`) is the Generation. Arguments and errors are those of `generate`,
-    and it needs a model with a tokenizer.
+    The generator's return value (`result = yield from stream(...)`) is the Generation. Arguments and errors are those
+    of `generate`, and it needs a model with a tokenizer.
     """
     run = _Run(model, prompts, max_new_tokens, hshare, sampling, seeds, stop, capacity)
     if not run.streams:
@@ -130,7 +132,7 @@ class _Progress:
 def _take_token(
     logits: Array, progress: _Progress, ends: Array, max_new_tokens: Array, *, sampling: SamplingConfig
 ) -> _Progress:
-    """Samples each active row's next token and writes it to the output; a row ends with an end token or its last place."""
+    """Samples the next token of each active row into the output; a row ends with an end token or its last place."""
     rows = jnp.arange(logits.shape[0])
     keys = jax.vmap(jax.random.fold_in)(progress.keys, progress.count)
     token = jnp.where(progress.is_active, sample(logits, keys, sampling, seen=progress.seen), progress.token)
@@ -201,10 +203,12 @@ class _Run:
         self._prompts = encode_prompts(model, prompts)
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
-        self._capacity = _choose_capacity(model.config, self._prompts, max_new_tokens, capacity)
+        self._capacity = choose_capacity(model.config, self._prompts, max_new_tokens, capacity)
         self._seeds = list(range(len(prompts))) if seeds is None else list(seeds)
         if len(self._seeds) != len(prompts):
-            raise ValueError(f"seeds has {len(self._seeds)} entries; it needs one for each of the {len(prompts)} prompts")
+            raise ValueError(
+                f"seeds has {len(self._seeds)} entries; it needs one for each of the {len(prompts)} prompts"
+            )
         if stop and model.tokenizer is None:
             raise ValueError("stop strings need a model with a tokenizer; this one has none, so use its end tokens")
         if not all(stop):
@@ -241,13 +245,13 @@ class _Run:
 
     def _start(self, ends: Array, limit: Array) -> _Progress:
         model, B = self._model, len(self._prompts)
-        lengths = np.array([len(prompt) for prompt in self._prompts], np.int32)
-        tokens = np.zeros((B, lengths.max()), np.int32)
-        for row, prompt in enumerate(self._prompts):
-            tokens[row, : len(prompt)] = prompt
-        dtype = model.params["embedding"].dtype
+        tokens, lengths = pad_prompts(self._prompts)
+        dtype = jnp.dtype(model.dtype)
         state = init_state(model.config, B, self._capacity, hshare=self._hshare, dtype=dtype)
-        logits, state = prefill(model.params, jnp.asarray(tokens), jnp.asarray(lengths), state, config=model.config)
+        with tqdm(total=tokens.shape[1], desc="prefill", unit="token", leave=False, disable=None) as bar:
+            logits, state = prefill(
+                model.params, jnp.asarray(tokens), jnp.asarray(lengths), state, config=model.config, progress=bar.update
+            )
         seen = None
         if self._sampling.repetition_penalty != 1.0:
             seen = np.zeros((B, model.config.vocab_size), bool)
@@ -339,17 +343,29 @@ def encode_prompts(model: Model, prompts: Sequence[Prompt]) -> list[list[int]]:
     return encoded
 
 
-def _choose_capacity(config: ModelConfig, prompts: list[list[int]], max_new_tokens: int, capacity: int | None) -> int:
+def pad_prompts(prompts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (tokens [B, T], lengths [B]), int32, padded on the right with token 0."""
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    tokens = np.zeros((len(prompts), lengths.max()), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+    return tokens, lengths
+
+
+def choose_capacity(config: ModelConfig, prompts: list[list[int]], max_new_tokens: int, capacity: int | None) -> int:
+    """Returns the cache slots that a generation needs, in coarse steps unless told; ValueError where it cannot fit."""
     longest = max(range(len(prompts)), key=lambda row: len(prompts[row]))
     needed = len(prompts[longest]) + max_new_tokens
     if needed > config.max_positions:
         raise ValueError(
-            f"prompts[{longest}] has {len(prompts[longest])} tokens; with max_new_tokens={max_new_tokens} that is beyond the "
-            f"model's {config.max_positions} positions; shorten either"
+            f"prompts[{longest}] has {len(prompts[longest])} tokens; with max_new_tokens={max_new_tokens} that is "
+            f"beyond the model's {config.max_positions} positions; shorten either"
         )
     if capacity is None:
         step = max(256, 1 << max(needed.bit_length() - 3, 0))  # at most a quarter too much, four sizes per doubling
         return min(-(-needed // step) * step, config.max_positions)
     if capacity < needed:
-        raise ValueError(f"capacity={capacity} must be at least {needed}: prompts[{longest}] and max_new_tokens together")
+        raise ValueError(
+            f"capacity={capacity} must be at least {needed}: prompts[{longest}] and max_new_tokens together"
+        )
     return capacity

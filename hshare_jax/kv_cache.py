@@ -14,7 +14,7 @@ from hshare_jax.models.config import ModelConfig
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys (rotated) and values of every layer. Slot s of a row holds its token at position s; prompts are right-padded.
+    """Keys (rotated) and values of every layer; slot s of a row holds its token at position s.
 
     One array a layer, so that a donated step updates each in place: stacking the layers would copy them on every step.
     """
@@ -46,8 +46,8 @@ def append(
     """Returns the cache with token t of row b written at slots[b, t]; a slot at or beyond S drops the write."""
     rows = jnp.arange(cache.shape[0])[:, None]
     if slots.shape[1] == 1:
-        # XLA:CPU turns a scatter of one update into a slice update, and copies the cache for it; two updates, one of them
-        # dropped, stay a scatter in place.
+        # XLA:CPU turns a scatter of one update into a slice update, and copies the cache for it; two updates, one of
+        # them dropped, stay a scatter in place.
         slots = jnp.concatenate([slots, jnp.full_like(slots, cache.shape[2])], axis=1)
         new = jnp.concatenate([new, new], axis=1)
     return cache.at[rows, :, slots].set(new.astype(cache.dtype), mode="drop")

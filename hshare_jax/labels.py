@@ -1,4 +1,4 @@
-"""Labels: the few channels of each cached key that scores are taken on, so that choosing tokens reads a fraction of the keys.
+"""Labels: the few channels of each cached key that scores are taken on, a fraction of what attention reads.
 
 The trick is Double Sparsity's (arXiv 2408.07092, section 3), which HShare builds on.
 """
@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 def choose_channels(
     probes: Float[Array, "B P N H"], keys: Float[Array, "B K S H"], lengths: Int[Array, "B"], num_channels: int
 ) -> Int[Array, "B K R"]:
-    """Returns the channels, ascending, with the largest mean |q x k| over the probe queries of a group and the cached keys.
+    """Returns the channels, ascending, of the largest mean |q x k| over a group's probe queries and cached keys.
 
     The mean over all pairs of a probe and a key factors into the two means, so no pair is ever formed.
     """

@@ -1,7 +1,8 @@
-"""Prefill: prompts into the cache, exactly and in chunks; then, where tokens are shared, each row's channels, labels and plan."""
+"""Prefill: prompts into the cache, exactly and in chunks; then, for sharing, channels, labels and the plan."""
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +22,19 @@ CHUNKS = (64, 512)  # widths of a prefill program: two programs serve prompts of
 
 
 def prefill(
-    params: dict, tokens: Tokens, lengths: PerRow, state: DecodeState, *, config: ModelConfig
+    params: dict,
+    tokens: Tokens,
+    lengths: PerRow,
+    state: DecodeState,
+    *,
+    config: ModelConfig,
+    progress: Callable[[int], object] | None = None,
 ) -> tuple[Logits, DecodeState]:
     """Returns (float32 logits after each row's last token [B, V], the state with the prompts in it).
 
-    Runs onto an empty state or one that already holds tokens (the next turn of a chat). Attention is dense and exact. With shared
-    lists the plan is found anew from this prefill's tokens, and the next decode step refreshes. The state is donated: use the
-    returned one.
+    Runs onto an empty state or one that already holds tokens (the next turn of a chat). Attention is dense and exact.
+    With shared lists the plan is found anew from this prefill's tokens, and the next decode step refreshes. The state
+    is donated: use the returned one.
 
     Args:
         params: the decoder's parameters.
@@ -35,6 +42,8 @@ def prefill(
         lengths: how many of them are real, at least 1 [B].
         state: from `init_state`, or a previous call.
         config: the model.
+        progress: called with the tokens per row of each chunk, once it is computed; it makes the host wait. Not under
+            jit.
 
     Raises:
         ValueError: shapes that disagree, or rows that outgrow the capacity (checked where the lengths are not traced).
@@ -62,6 +71,9 @@ def prefill(
         valid = jnp.clip(lengths - offset, 0, width)
         hidden, cache, probes = _prefill_chunk(params, chunk, valid, hidden, cache, probes, positions, config=config)
         offset += width
+        if progress is not None:
+            hidden.block_until_ready()
+            progress(min(width, T - offset + width))
     if shared is not None:
         assert positions is not None
         shared = share_after_prefill(probes, positions, cache, shared, config=config)
@@ -90,7 +102,7 @@ def _prefill_chunk(
     *,
     config: ModelConfig,
 ) -> tuple[Array, KVCache, Probes]:
-    """Appends `valid` of these tokens to each row; hidden [B, D] becomes that of the row's last token, if it is among them."""
+    """Appends `valid` of these tokens to each row; hidden [B, D] becomes that of its last token, if among them."""
     index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
     starts = cache.lengths
     places = starts[:, None] + index
@@ -120,8 +132,9 @@ def share_after_prefill(
     stacked = jnp.stack(channels, axis=1)
     layers, lists = measure_similarity(probes, labels, stacked, positions, model=config, config=hshare)
     source = find_plan(
-        layers, lists, num_shared_layers=hshare.num_shared_layers(config), num_shared_lists=hshare.num_shared_lists(config)
+        layers,
+        lists,
+        num_shared_layers=hshare.num_shared_layers(config),
+        num_shared_lists=hshare.num_shared_lists(config),
     )
-    return dataclasses.replace(
-        shared, source=source, channels=stacked, labels=labels, age=jnp.zeros_like(shared.age)
-    )
+    return dataclasses.replace(shared, source=source, channels=stacked, labels=labels, age=jnp.zeros_like(shared.age))

@@ -18,7 +18,9 @@ class SamplingConfig:
     top_k: int = 0  # keep the k likeliest; 0: all
     top_p: float = 1.0  # then the fewest that hold this probability; 1: all
     min_p: float = 0.0  # then those at least this times as likely as the likeliest; 0: all
-    repetition_penalty: float = 1.0  # first of all, divide what was seen by this (arXiv 1909.05858, section 4.1); 1: none
+    repetition_penalty: float = (
+        1.0  # first of all, divide what was seen by this (arXiv 1909.05858, section 4.1); 1: none
+    )
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0:

@@ -1,7 +1,7 @@
-"""The share plan: one integer array that says which list every list reads, made from similarity by the paper's greedy rule.
+"""The share plan: one integer array that says which list every list reads, by the paper's greedy rule.
 
-`source[b, l, j]` is the flat id (layer * J + list) of the list that list j of layer l reads in row b. A list is computed exactly where
-it is its own source. Plans are data: one compiled step serves them all.
+`source[b, l, j]` is the flat id (layer * J + list) of the list that list j of layer l reads in row b. A list is
+computed exactly where it is its own source. Plans are data: one compiled step serves them all.
 """
 
 import jax
@@ -19,10 +19,11 @@ def identity_plan(batch_size: int, num_layers: int, num_lists: int) -> Int[Array
 def greedy_map(similarity: Float[Array, "n n"], num_shared: int) -> Int[Array, "n"]:
     """Returns which unit each unit copies, itself where it does not: `num_shared` units copy a lower one.
 
-    HShare's Algorithm 1: take the most similar pair (i, j), j < i, the first in row-major order on ties; let i, and whatever copied
-    i, copy j; take i out. It stops early when nothing is similar at all.
+    HShare's Algorithm 1: take the most similar pair (i, j), j < i, the first in row-major order on ties; let i, and
+    whatever copied i, copy j; take i out. It stops early when nothing is similar at all.
 
-        # R[1,0]=.9 R[2,1]=.8 R[3,2]=.7, others lower, 2 shared:  1 copies 0 and leaves, then 3 copies 2  -> [0, 0, 2, 2]
+        # R[1,0]=.9 R[2,1]=.8 R[3,2]=.7, others lower, 2 shared:  1 copies 0 and leaves, then 3 copies 2  -> [0, 0, 2,
+        # 2]
     """
     n = similarity.shape[0]
     unit = jnp.arange(n, dtype=jnp.int32)
@@ -43,7 +44,7 @@ def greedy_map(similarity: Float[Array, "n n"], num_shared: int) -> Int[Array, "
 
 
 def compose(layer_map: Int[Array, "L"], list_maps: Int[Array, "L J"]) -> Int[Array, "L J"]:
-    """Returns the plan of one row: a copying layer reads its source layer's lists as that layer reads them; its own map is unused."""
+    """Returns one row's plan: a copying layer reads the lists that its source layer reads; its own map is unused."""
     return layer_map[:, None] * list_maps.shape[1] + list_maps[layer_map]
 
 

@@ -1,4 +1,4 @@
-"""From token ids to text, a few at a time: whole characters only, and nothing that may turn out to belong to a stop string."""
+"""From token ids to text, a few at a time: whole characters only, and nothing that may begin a stop string."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 
 class TextStream:
-    """The text of one row. `push` tokens as they come; `text` is what may be shown, `finish` releases what was held back."""
+    """The text of one row: `push` tokens as they come, show `text`; `finish` releases what was held back."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer.backend_tokenizer

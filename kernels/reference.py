@@ -1,9 +1,9 @@
 """Attention over a cache in plain jnp: the definition that every kernel equals, and the path that runs on CPU.
 
-Keys and values are [B, K, S, H]: slot s of a row holds its token at position s. Softmax runs in float32 whatever the dtype.
+Keys and values are [B, K, S, H]: slot s of a row holds its token at position s. Softmax runs in float32 whatever the
+dtype.
 """
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
@@ -23,7 +23,8 @@ def dense_decode(
 ) -> Float[Array, "B N H"]:
     """Returns attention of one query per head over slots [0, length), or over the last `window` of them.
 
-    The query's own key is the last of the `lengths` slots. Slots at and beyond a row's length may hold anything but NaN.
+    The query's own key is the last of the `lengths` slots. Slots at and beyond a row's length may hold anything but
+    NaN.
     """
     B, K, S, H = keys.shape
     slots = jnp.arange(S, dtype=jnp.int32)[None, :]
@@ -48,8 +49,8 @@ def shared_decode(
 ) -> Float[Array, "B N H"]:
     """Returns attention of one query per head over its list and two ranges, each slot read once.
 
-    Head n reads list j = n * J // N, found through the plan: `lists[f // J, b, f % J]` with f = source[b, j]. It attends to
-    [0, num_sinks), the listed tokens and [recent_start, length).
+    Head n reads list j = n * J // N, found through the plan: `lists[f // J, b, f % J]` with f = source[b, j]. It
+    attends to [0, num_sinks), the listed tokens and [recent_start, length).
 
         # num_sinks 1, list [2, 5, EMPTY], recent_start 6, length 8:  slots 0 | 2 5 | 6 7
 
@@ -64,7 +65,7 @@ def shared_decode(
         window: the layer's sliding window; whatever lies outside is dropped.
     """
     B, K, S, H = keys.shape
-    N, J = q.shape[1], source.shape[1]
+    J = source.shape[1]
     row = jnp.arange(B)[:, None]
     listed = lists[source // J, row, source % J]  # [B, J, C]
     recent = recent_start[:, None] + jnp.arange(max_recent, dtype=jnp.int32)[None, :]
@@ -73,7 +74,9 @@ def shared_decode(
     # A row shorter than its sinks and recent tokens has them overlap; the recent range then owns the slot.
     sinks = jnp.where(sinks < recent_start[:, None], sinks, EMPTY)
     ranges = jnp.concatenate([sinks, recent], axis=1)
-    slots = jnp.concatenate([jnp.broadcast_to(ranges[:, None, :], (B, J, ranges.shape[1])), listed], axis=2)  # [B, J, W]
+    slots = jnp.concatenate(
+        [jnp.broadcast_to(ranges[:, None, :], (B, J, ranges.shape[1])), listed], axis=2
+    )  # [B, J, W]
     is_visible = slots != EMPTY
     if window is not None:
         is_visible &= slots >= (lengths - window)[:, None, None]
@@ -85,11 +88,12 @@ def shared_decode(
 
 
 def _attend_one_query(q: Array, keys: Array, values: Array, is_visible: Array) -> Array:
-    """Returns [B, N, H] for q [B, N, H] over keys, values [B, J, W, H], N // J query heads each, where is_visible [B, J, W]."""
+    """Returns attention [B, N, H] of q [B, N, H] over keys and values [B, J, W, H] where is_visible [B, J, W]."""
     B, N, H = q.shape
     J = keys.shape[1]
     grouped = q.reshape(B, J, N // J, H)
-    # Keys on the left, the few queries of a group on the right: so XLA:CPU streams the keys; the weights then lie along W.
+    # Keys on the left, the few queries of a group on the right: so XLA:CPU streams the keys; the weights then lie along
+    # W.
     scores = lax.dot_general(keys, grouped, (((3,), (3,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
     scores = jnp.where(is_visible[:, :, None, :], scores.swapaxes(2, 3) * H**-0.5, MASKED)  # [B, J, G, W]
     weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
@@ -107,9 +111,9 @@ def prefill_attention(
 ) -> Float[Array, "B T N H"]:
     """Returns causal attention of T new tokens per row over the cache that already holds their keys and values.
 
-    Token t of row b sits at position starts[b] + t and sees slots up to its own. Scores exist for one block of slots at a time
-    (online softmax, arXiv 1805.02867), and the blocks beyond the longest row are never visited, so the work follows the length and
-    not the capacity.
+    Token t of row b sits at position starts[b] + t and sees slots up to its own. Scores exist for one block of slots at
+    a time (online softmax, arXiv 1805.02867), and the blocks beyond the longest row are never visited, so the work
+    follows the length and not the capacity.
     """
     B, T, N, H = q.shape
     K, S = keys.shape[1:3]
@@ -118,7 +122,9 @@ def prefill_attention(
     if S % block:
         raise ValueError(f"the cache holds S={S} slots; it must be a multiple of {block} (init_state rounds up)")
     grouped = q.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H) * H**-0.5
-    positions = jnp.tile(starts[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :], (1, G))[:, None, :, None]  # [B, 1, GT, 1]
+    positions = jnp.tile(starts[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :], (1, G))[
+        :, None, :, None
+    ]  # [B, 1, GT, 1]
 
     def visit(index: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         out, peak, total = carry
@@ -134,7 +140,9 @@ def prefill_attention(
         # Under a window a query's first blocks may be all masked; its weights there are wiped when a real peak arrives.
         weights = jnp.exp(scores - new_peak[..., None])
         shrink = jnp.exp(peak - new_peak)
-        read = jnp.einsum("BKQS,BKSH->BKQH", weights.astype(values.dtype), block_values, preferred_element_type=jnp.float32)
+        read = jnp.einsum(
+            "BKQS,BKSH->BKQH", weights.astype(values.dtype), block_values, preferred_element_type=jnp.float32
+        )
         return out * shrink[..., None] + read, new_peak, total * shrink + weights.sum(axis=-1)
 
     first = 0 if window is None else jnp.maximum(starts.min() - window + 1, 0) // block

@@ -11,7 +11,7 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
-    """How rotary position embedding spaces its angles (transformers' `rope_parameters`; fields its type does not use are inert)."""
+    """How rotary position embedding spaces its angles; fields that its kind does not use are inert."""
 
     kind: str = "default"
     theta: float = 10_000.0
@@ -43,7 +43,7 @@ class RopeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A LLaMA-family decoder, static and hashable. `windows[l]` is layer l's sliding window, None where it sees everything."""
+    """A LLaMA-family decoder, static and hashable; windows[l] is layer l's sliding window, None where it has none."""
 
     vocab_size: int
     width: int
@@ -74,11 +74,15 @@ class ModelConfig:
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: rotary embedding turns pairs of channels")
         if len(self.windows) != self.num_layers:
-            raise ValueError(f"windows has {len(self.windows)} entries; it needs one for each of {self.num_layers} layers")
+            raise ValueError(
+                f"windows has {len(self.windows)} entries; it needs one for each of {self.num_layers} layers"
+            )
         if any(window is not None and window < 1 for window in self.windows):
             raise ValueError(f"windows={self.windows}: a sliding window must be at least 1, or None")
         if self.rope.divisors is not None and len(self.rope.divisors) != self.head_dim // 2:
-            raise ValueError(f"rope has {len(self.rope.divisors)} divisors; head_dim={self.head_dim} needs {self.head_dim // 2}")
+            raise ValueError(
+                f"rope has {len(self.rope.divisors)} divisors; head_dim={self.head_dim} needs {self.head_dim // 2}"
+            )
 
     @property
     def group_size(self) -> int:
@@ -105,12 +109,12 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     """Returns the ModelConfig of a Hugging Face configuration.
 
     Args:
-        hf: config.json as a mapping, or `LlamaConfig(...).to_dict()`. Both spellings of rotary scaling are read: transformers 5's
-            `rope_parameters` and the older `rope_theta` with `rope_scaling`.
+        hf: config.json as a mapping, or `LlamaConfig(...).to_dict()`. Both spellings of rotary scaling are read:
+            transformers 5's `rope_parameters` and the older `rope_theta` with `rope_scaling`.
 
     Raises:
-        ValueError: an architecture, activation or rotary type that this decoder does not compute, or a missing size. The message
-            names the field and what is known.
+        ValueError: an architecture, activation or rotary type that this decoder does not compute, or a missing size.
+            The message names the field and what is known.
     """
     architecture = hf.get("model_type")
     if architecture not in ARCHITECTURES:
@@ -125,7 +129,9 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     head_dim = hf.get("head_dim")
     if head_dim is None:
         if num_heads < 1 or hf["hidden_size"] % num_heads:
-            raise ValueError(f"hidden_size={hf['hidden_size']} is not a multiple of num_attention_heads={num_heads}; set head_dim")
+            raise ValueError(
+                f"hidden_size={hf['hidden_size']} is not a multiple of num_attention_heads={num_heads}; set head_dim"
+            )
         head_dim = hf["hidden_size"] // num_heads
     qwen2 = architecture == "qwen2"
     return ModelConfig(

@@ -17,10 +17,10 @@ State = TypeVar("State")
 
 
 class Attend(Protocol[State]):
-    """What a model is given as its attention: it stores the new keys and values, attends, and returns (output, new state).
+    """A model's attention: it stores the new keys and values, attends, and returns (output, new state).
 
-    Queries and keys arrive rotated. The model knows nothing of caches, masks or sharing; dense decoding, prefill, sparse decoding and
-    training are all functions of this type.
+    Queries and keys arrive rotated. The model knows nothing of caches, masks or sharing; dense decoding, prefill,
+    sparse decoding and training are all functions of this type.
     """
 
     def __call__(
@@ -36,7 +36,12 @@ class DecoderLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Hidden, cos: Float[Array, "B T 1 half"], sin: Float[Array, "B T 1 half"], attend: Attend[State], state: State
+        self,
+        x: Hidden,
+        cos: Float[Array, "B T 1 half"],
+        sin: Float[Array, "B T 1 half"],
+        attend: Attend[State],
+        state: State,
     ) -> tuple[Hidden, State]:
         c = self.config
         B, T, D = x.shape
@@ -49,7 +54,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The whole decoder, as pure functions of its parameters: `hidden, state = apply(...)`, then `unembed` where logits are wanted."""
+    """The whole decoder as pure functions: `hidden, state = apply(...)`, then `unembed` where logits are wanted."""
 
     config: ModelConfig
 
@@ -85,7 +90,7 @@ class Decoder(nn.Module):
 
 
 def parameter_shapes(config: ModelConfig) -> dict:
-    """Returns the parameter tree of `Decoder(config)` with a ShapeDtypeStruct at every leaf, without allocating anything."""
+    """Returns the parameter tree of `Decoder(config)`, a ShapeDtypeStruct at every leaf; nothing is allocated."""
 
     def attend(layer: int, q: Array, k: Array, v: Array, state: None) -> tuple[Array, None]:
         return q, None

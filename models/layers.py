@@ -23,8 +23,9 @@ class RMSNorm(nn.Module):
 def project(weight: Float[Array, "out D"], x: Float[Array, "*rows D"]) -> Float[Array, "*rows out"]:
     """Returns x @ weight.T, computed weight first.
 
-    With one or a few rows this is a matrix-vector product bound by reading the weight. XLA:CPU reads it at full bandwidth only
-    when the weight is the left operand, and einsum would reorder the operands, hence dot_general (docs/performance.md).
+    With one or a few rows this is a matrix-vector product bound by reading the weight. XLA:CPU reads it at full
+    bandwidth only when the weight is the left operand, and einsum would reorder the operands, hence dot_general
+    (docs/performance.md).
     """
     out = lax.dot_general(weight, x, (((1,), (x.ndim - 1,)), ((), ())))
     return jnp.moveaxis(out, 0, -1)
@@ -45,8 +46,8 @@ class Linear(nn.Module):
         return out
 
 
-def _fan_in_normal(key: Array, shape: tuple[int, int], dtype: jnp.dtype = jnp.dtype(jnp.float32)) -> Array:
-    return jax.random.normal(key, shape, dtype) * shape[1] ** -0.5
+def _fan_in_normal(key: Array, shape: tuple[int, int]) -> Array:
+    return jax.random.normal(key, shape) * shape[1] ** -0.5
 
 
 class GatedMLP(nn.Module):

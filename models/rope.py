@@ -13,8 +13,9 @@ from hshare_jax.models.config import RopeConfig
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
     """Returns (frequencies [H // 2] in radians per position, the factor on queries and keys).
 
-    Sources: RoFormer (arXiv 2104.09864, section 3.4.2); linear: position interpolation (arXiv 2306.15595); llama3: the LLaMA 3.1
-    model code; yarn: arXiv 2309.00071, section 3. The factor is 1 except for yarn, which sharpens attention on long contexts.
+    Sources: RoFormer (arXiv 2104.09864, section 3.4.2); linear: position interpolation (arXiv 2306.15595); llama3: the
+        LLaMA 3.1 model code; yarn: arXiv 2309.00071, section 3. The factor is 1 except for yarn, which sharpens
+        attention on long contexts.
     """
     frequencies = rope.theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if rope.divisors is not None:
@@ -29,7 +30,7 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, fl
 
 
 def _llama3(rope: RopeConfig, frequencies: np.ndarray) -> np.ndarray:
-    """Slow angles are divided by `factor`, fast ones kept, those between interpolated by how often they turn in training."""
+    """Divides slow angles by `factor`, keeps fast ones, and interpolates by how often they turn in training."""
     turns = rope.original_max_positions * frequencies / (2 * math.pi)
     is_kept = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     is_kept = np.clip(is_kept, 0.0, 1.0)
@@ -66,13 +67,15 @@ def rotation(rope: RopeConfig, head_dim: int, positions: Int[Array, "B T"]) -> t
     """Returns (cos, sin), each float32 [B, T, 1, H // 2], that `rotate` applies at `positions`."""
     frequencies, factor = inverse_frequencies(rope, head_dim)
     # Angles must stay float32: in bfloat16 neighbouring positions beyond 256 would share an angle.
-    angles = positions[:, :, None, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)[None, None, None, :]
+    angles = (
+        positions[:, :, None, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)[None, None, None, :]
+    )
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
 def rotate(
     x: Float[Array, "B T heads H"], cos: Float[Array, "B T 1 half"], sin: Float[Array, "B T 1 half"]
 ) -> Float[Array, "B T heads H"]:
-    """Returns x with channel i and channel i + H // 2 of every head turned together, the layout of Hugging Face weights."""
+    """Returns x with channels i and i + H // 2 of every head turned together, the layout of Hugging Face weights."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -1,0 +1,9 @@
+#!/usr/bin/env python3
+"""The same as `hshare-jax generate`, for a checkout."""
+
+import sys
+
+from hshare_jax.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["generate", *sys.argv[1:]]))
