@@ -1,0 +1,114 @@
+"""The package as users get it: built, installed, imported outside the repository; and beside PyPI's `kernels`."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def _run(*command: str | Path, cwd: Path, path: Path | None = None) -> str:
+    """Returns the command's output; fails with all of it where the command fails."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    if path is not None:
+        environment["PYTHONPATH"] = str(path)
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=cwd,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns a folder with the installed wheel, built from the source distribution, as PyPI would have both."""
+    work = tmp_path_factory.mktemp("packaging")
+    source, target = work / "source", work / "target"
+    source.mkdir()
+    # A copy, because setuptools builds inside the sources, and a stale build/ there would go into the wheel.
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("hshare_jax", "models", "kernels"):
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    _run("-m", "build", "--no-isolation", "--outdir", work / "dist", source, cwd=work)
+    (wheel,) = (work / "dist").glob("*.whl")
+    _run("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", target, wheel, cwd=work)
+    return target
+
+
+def test_wheel_holds_every_module_of_the_sources(installed: Path) -> None:
+    modules = []
+    for path in sorted((ROOT / "hshare_jax").rglob("*.py")):
+        if path.relative_to(ROOT / "hshare_jax").parts[0] not in ("models", "kernels"):
+            modules.append(path.relative_to(ROOT))
+    for folder in ("models", "kernels"):
+        modules += [
+            Path("hshare_jax", folder, path.relative_to(ROOT / folder))
+            for path in sorted((ROOT / folder).rglob("*.py"))
+        ]
+    names = [".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in modules]
+    assert {"hshare_jax.models.config", "hshare_jax.kernels.reference", "hshare_jax.shapes"} <= set(names)
+    code = """
+import importlib, sys
+from pathlib import Path
+target, *names = sys.argv[1:]
+for name in names:
+    if not name.endswith("__main__"):
+        origin = importlib.import_module(name).__file__
+        assert Path(origin).is_relative_to(target), f"{name} came from {origin}"
+"""
+    # -P keeps the current folder off the path, so that only the installed files can answer.
+    _run("-P", "-c", code, installed, *names, cwd=installed.parent, path=installed)
+    missing = [path for path in modules if not (installed / path).exists()]
+    assert not missing
+
+
+def test_wheel_carries_the_command_the_licence_and_the_type_marker(installed: Path) -> None:
+    (metadata,) = installed.glob("hshare_jax-*.dist-info")
+    assert "hshare-jax = hshare_jax.cli:main" in (metadata / "entry_points.txt").read_text()
+    assert (installed / "hshare_jax" / "py.typed").exists()
+    assert list(metadata.rglob("LICENSE"))
+
+
+def test_wheel_installs_nothing_beside_the_package(installed: Path) -> None:
+    found = {path.name for path in installed.iterdir() if path.suffix != ".dist-info"}
+    assert found <= {"hshare_jax", "bin", "Scripts"}
+
+
+def test_checkout_works_without_being_installed() -> None:
+    code = """
+import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in getattr(finder, "__module__", "").lower()]
+import hshare_jax.kernels.reference, hshare_jax.models.config
+print(hshare_jax.models.config.__file__)
+"""
+    assert _run("-c", code, cwd=ROOT) == str(ROOT / "hshare_jax" / "models" / "config.py")
+
+
+def test_transformers_imports_from_the_repository_root_without_pypi_kernels() -> None:
+    assert _run("-c", "from transformers import LlamaConfig; print(LlamaConfig().model_type)", cwd=ROOT) == "llama"
+
+
+def test_pypi_kernels_is_not_shadowed_from_the_repository_root(tmp_path: Path) -> None:
+    # A stand-in for PyPI's package: that it is a regular package, with metadata, decides who answers to the name.
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("origin = 'PyPI'\n")
+    (tmp_path / "kernels-0.0.1.dist-info").mkdir()
+    (tmp_path / "kernels-0.0.1.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: kernels\nVersion: 0.0.1\n"
+    )
+    code = """
+from transformers import LlamaConfig
+import kernels, hshare_jax.kernels.reference
+print(LlamaConfig().model_type, kernels.origin, hshare_jax.kernels.reference.__name__)
+"""
+    assert _run("-c", code, cwd=ROOT, path=tmp_path) == "llama PyPI hshare_jax.kernels.reference"
