@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerBase
 
@@ -47,7 +48,7 @@ def read_hf_config(directory: Path) -> tuple[ModelConfig, tuple[int, ...]]:
     try:
         # transformers' own class supplies the defaults that config.json leaves out.
         config = config_from_hf(CONFIG_MAPPING[found["model_type"]](**found).to_dict())
-    except (TypeError, ValueError, AttributeError, KeyError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, AttributeError, KeyError, StrictDataclassError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     settings = _read_json(directory / _GENERATION) if (directory / _GENERATION).is_file() else {}
     ends = settings.get("eos_token_id", found.get("eos_token_id"))
@@ -98,7 +99,7 @@ class HFTensors:
             # Opened anew for each block: an open file is mapped, and what was read of it counts as memory until it is
             # closed.
             with self._open(self._files[name]) as file:
-                yield file.get_slice(name)[row : row + step]
+                yield file.get_slice(name)[row : min(row + step, shape[0])]
 
     def _open(self, file: str) -> Any:
         path = self._directory / file

@@ -12,6 +12,7 @@ and finds no flipped bits.
 
 import dataclasses
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -29,6 +30,8 @@ from hshare_jax.models.weights import CheckpointError, DType, aligned_empty, cas
 
 _MODEL, _PARAMS, _TOKENIZER = "model.json", "params", "tokenizer"
 _FORMAT = 1
+# A call of Orbax takes some 20 ms; what fewer and larger ones free is slow to return to the system.
+_GROUPS = 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,35 +118,44 @@ def read_checkpoint_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None
 
 
 def stream_checkpoint(directory: Path, info: CheckpointInfo, dtype: DType) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields (parameter path, its array in `dtype` on the host), one layer in memory at a time.
+    """Yields (parameter path, its array in `dtype` on the host), reading it in about `_GROUPS` parts.
 
     Raises:
-        CheckpointError: a parameter is missing, or has another shape or dtype than the configuration and model.json
-        say.
+        CheckpointError: a parameter is missing, or has another shape or dtype than model.json says.
     """
     shapes = _parameter_shapes(info.config)
     stored, target = dtype_of(info.dtype), dtype_of(dtype)
-    where = (directory / _PARAMS).absolute()
-    for group in dict.fromkeys(path.split("/")[0] for path in shapes):
-        paths = [path for path in shapes if path.split("/")[0] == group]
+    for paths in _groups(shapes):
         wanted: dict[str, Any] = {}
         for path in paths:
             _put(wanted, path, np.empty(shapes[path], stored))  # only its shape and dtype are used
         try:
             with _orbax():
-                loaded = ocp.load(str(where), wanted)
+                loaded = ocp.load(str((directory / _PARAMS).absolute()), wanted)
         except (KeyError, OSError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{directory}: the parameters of {group} cannot be read: {error}") from error
-        del wanted
+            raise CheckpointError(f"{directory}: parameters cannot be read: {error}") from error
         for path in paths:
             array = _get(loaded, path)
             if array.shape != shapes[path] or array.dtype != stored:
                 raise CheckpointError(
-                    f"{directory}: parameter {path} is {array.dtype} {array.shape}; {stored} {shapes[path]} is expected"
+                    f"{directory}: parameter {path} is {array.dtype} {array.shape}, not {stored} {shapes[path]}"
                 )
             result = aligned_empty(array.shape, target)
             cast_into(result, array, path, str(directory))
             yield path, result
+
+
+def _groups(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[list[str]]:
+    """Yields the parameters, the largest first, in lists of one or of at most 1 / `_GROUPS` of the model."""
+    sizes = {path: math.prod(shape) for path, shape in shapes.items()}
+    limit = sum(sizes.values()) / _GROUPS
+    group: list[str] = []
+    for path in sorted(shapes, key=lambda path: -sizes[path]):
+        if group and sum(sizes[member] for member in group) + sizes[path] > limit:
+            yield group
+            group = []
+        group.append(path)
+    yield group
 
 
 def _orbax() -> ocp.Context:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from hashlib import sha256
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ class CheckpointError(ValueError):
     """A checkpoint whose files are damaged or do not hold the model that their configuration describes."""
 
 
+@runtime_checkable
 class TensorSource(Protocol):
     """The tensors of one checkpoint, named as Hugging Face names them (`model.layers.0.self_attn.q_proj.weight`)."""
 

@@ -1,0 +1,178 @@
+"""Tiny random models of transformers, written as the checkpoints that the tests read back."""
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+import transformers
+
+CLASSES = {
+    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+    "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
+    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+}
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GGUF_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def tiny_model(architecture: str = "llama", **changes) -> transformers.PreTrainedModel:
+    """Returns a model with every parameter random: norms and biases too, so that none can be forgotten unseen."""
+    torch.manual_seed(7)
+    make_config, make_model = CLASSES[architecture]
+    model = make_model(make_config(**{**SIZES, **changes}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    return model.eval()
+
+
+def state_of(model: transformers.PreTrainedModel) -> dict[str, np.ndarray]:
+    """Returns the model's tensors as a checkpoint names them; a tied output layer is left out."""
+    tied = model.config.tie_word_embeddings
+    return {
+        name: tensor.to(torch.float32).numpy()
+        for name, tensor in model.state_dict().items()
+        if not (tied and name == "lm_head.weight")
+    }
+
+
+def fused(state: dict[str, np.ndarray], num_layers: int = 2) -> dict:
+    """Returns the parameter tree that the decoder expects of a state, written out from its definition."""
+
+    def pick(*names: str) -> dict[str, np.ndarray]:
+        kinds = [kind for kind in ("weight", "bias") if f"{names[0]}.{kind}" in state]
+        return {kind: np.concatenate([state[f"{name}.{kind}"] for name in names]) for kind in kinds}
+
+    tree: dict = {
+        "embedding": state["model.embed_tokens.weight"],
+        "final_norm": {"scale": state["model.norm.weight"]},
+    }
+    if "lm_head.weight" in state:
+        tree["unembedding"] = state["lm_head.weight"]
+    for layer in range(num_layers):
+        at = f"model.layers.{layer}"
+        tree[f"layers_{layer}"] = {
+            "attention_norm": {"scale": state[f"{at}.input_layernorm.weight"]},
+            "mlp_norm": {"scale": state[f"{at}.post_attention_layernorm.weight"]},
+            "qkv": pick(f"{at}.self_attn.q_proj", f"{at}.self_attn.k_proj", f"{at}.self_attn.v_proj"),
+            "out": pick(f"{at}.self_attn.o_proj"),
+            "mlp": {
+                "gate_up": pick(f"{at}.mlp.gate_proj", f"{at}.mlp.up_proj"),
+                "down": pick(f"{at}.mlp.down_proj"),
+            },
+        }
+    return tree
+
+
+def write_gguf(
+    path: Path,
+    model: transformers.PreTrainedModel,
+    kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+    *,
+    tokenizer: dict | None = None,
+    metadata: dict | None = None,
+    rope_divisors: list[float] | None = None,
+) -> Path:
+    """Writes a model as llama.cpp's converter does: Mistral as llama, q and k permuted for llama, vectors float32."""
+    config = model.config
+    architecture = "qwen2" if config.model_type == "qwen2" else "llama"
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_name("tiny")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    for key, value in (metadata or {}).items():
+        key = f"{architecture}.{key}"
+        if isinstance(value, str):
+            writer.add_string(key, value)
+        else:
+            (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(key, value)
+    for key, value in (tokenizer or {}).items():
+        key = f"tokenizer.{key}"
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        elif isinstance(value, bool):
+            writer.add_bool(key, value)
+        else:
+            (writer.add_uint32 if isinstance(value, int) else writer.add_string)(key, value)
+    if rope_divisors is not None:
+        writer.add_tensor("rope_freqs.weight", np.asarray(rope_divisors, np.float32))
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    for name, tensor in state_of(model).items():
+        stem, _, suffix = name.rpartition(".")
+        prefix = ""
+        if stem.startswith("model.layers."):
+            _, _, layer, stem = stem.split(".", 3)
+            prefix = f"blk.{layer}."
+        stem = GGUF_NAMES[stem]
+        if architecture == "llama" and stem in heads:
+            tensor = permuted(tensor, heads[stem])
+        stored = gguf.GGMLQuantizationType.F32 if tensor.ndim == 1 else kind
+        packed = gguf.quants.quantize(tensor, stored)
+        writer.add_tensor(f"{prefix}{stem}.{suffix}", packed, raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def permuted(tensor: np.ndarray, num_heads: int) -> np.ndarray:
+    """Returns rows in llama.cpp's order: channel i and channel i + H / 2 of a head become neighbours."""
+    head_dim = tensor.shape[0] // num_heads
+    order = [
+        head * head_dim + half * head_dim // 2 + channel
+        for head in range(num_heads)
+        for channel in range(head_dim // 2)
+        for half in range(2)
+    ]
+    return tensor[order]
+
+
+def flipped(data: bytes, position: int, bit: int) -> bytes:
+    """Returns `data` with one bit turned over; the position wraps around."""
+    position %= len(data)
+    return data[:position] + bytes([data[position] ^ (1 << bit)]) + data[position + 1 :]
+
+
+def assert_equal_trees(found, expected, **tolerance: float) -> None:
+    """Fails unless two parameter trees have the same keys and values (bit for bit, when no tolerance is given)."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for key in expected:
+            assert_equal_trees(found[key], expected[key], **tolerance)
+    elif tolerance:
+        np.testing.assert_allclose(np.asarray(found, np.float32), np.asarray(expected, np.float32), **tolerance)
+    else:
+        np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
