@@ -223,12 +223,10 @@ def _apply_chat_template(model: "Model", prompts: list[str], options: argparse.N
             raise UsageError("--system needs a chat template; this model or --no-chat-template gives none")
         return [model.tokenizer(prompt)["input_ids"] for prompt in prompts]
     system = [{"role": "system", "content": options.system}] if options.system else []
-    return [
-        model.tokenizer.apply_chat_template(
-            [*system, {"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True
-        )["input_ids"]
-        for prompt in prompts
-    ]
+    conversations = [[*system, {"role": "user", "content": prompt}] for prompt in prompts]
+    texts = model.tokenizer.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
+    # The template writes the special tokens itself.
+    return [model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
 
 
 def _decode(

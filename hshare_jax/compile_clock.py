@@ -13,17 +13,17 @@ class CompileClock:
     def __init__(self) -> None:
         self._spans: list[tuple[float, float]] = []
 
-    def _record(self, event: str, duration: float, **_: str | int) -> None:
+    def _record(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event.startswith("/jax/core/compile"):
             now = time.perf_counter()
             # A function jitted inside another reports first: its span is swallowed by the outer one.
-            self._spans = [span for span in self._spans if span[0] < now - duration]
-            self._spans.append((now - duration, now))
+            self._spans = [span for span in self._spans if span[0] < now - duration_secs]
+            self._spans.append((now - duration_secs, now))
 
     @property
     def seconds(self) -> float:
         """Returns the time spent so far."""
-        return sum(end - start for start, end in self._spans)
+        return sum((end - start for start, end in self._spans), 0.0)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from fractions import Fraction
-from typing import Literal, Self
+from typing import Literal
 
 from hshare_jax.models.config import ModelConfig
 
@@ -57,7 +57,7 @@ class HShareConfig:
         """Returns the ratios as the paper writes them: layer-head-query."""
         return f"{self.layer_ratio}-{self.head_ratio}-{Fraction(1, self.refresh_interval)}"
 
-    def with_sharing_ratio(self, ratio: str) -> Self:
+    def with_sharing_ratio(self, ratio: str) -> "HShareConfig":
         """Returns these settings at a ratio written as in the paper, layer-head-query: `7/8-3/4-1/2`.
 
         Raises:

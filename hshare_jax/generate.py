@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
 
 from hshare_jax.compile_clock import compile_clock
 from hshare_jax.config import HShareConfig
@@ -214,6 +215,10 @@ class _Run:
         if not all(stop):
             raise ValueError("stop holds an empty string, which would end every row at once; leave it out")
         tokenizer = model.tokenizer
+        if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerFast):
+            raise ValueError(
+                f"{model.name} has a {type(tokenizer).__name__}; only tokenisers of the tokenizers library stream"
+            )
         self.streams = [] if tokenizer is None else [TextStream(tokenizer, stop) for _ in prompts]
         self._tokens: list[list[int]] = [[] for _ in prompts]
         self._seconds = [0.0, 0.0, 0.0]

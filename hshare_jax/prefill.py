@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.core import Tracer
 
 from hshare_jax.attend import Probes, prefill_attend
 from hshare_jax.decode_state import DecodeState, SharedLists
@@ -54,7 +55,7 @@ def prefill(
         raise ValueError(
             f"tokens has {B} rows, lengths {lengths.shape[0]} and the state {cache.lengths.shape[0]}; they must agree"
         )
-    if not isinstance(cache.lengths, jax.core.Tracer) and not isinstance(lengths, jax.core.Tracer):
+    if not any(isinstance(array, Tracer) for array in (cache.lengths, lengths)):
         _check_lengths(lengths, cache.lengths, T, cache.capacity)
     starts, shared = cache.lengths, state.shared
     probes: Probes = ()

@@ -29,7 +29,7 @@ def greedy_map(similarity: Float[Array, "n n"], num_shared: int) -> Int[Array, "
     unit = jnp.arange(n, dtype=jnp.int32)
     is_lower = unit[:, None] > unit[None, :]
 
-    def share(_: int, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+    def share(_: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         left, copies = carry
         best = jnp.argmax(left).astype(jnp.int32)
         i, j = best // n, best % n

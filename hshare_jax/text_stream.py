@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 
 from tokenizers.decoders import DecodeStream
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 
 class TextStream:
     """The text of one row: `push` tokens as they come, show `text`; `finish` releases what was held back."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, stop: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer.backend_tokenizer
         self._stream = DecodeStream(skip_special_tokens=True)
         self._stop = tuple(stop)

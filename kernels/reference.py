@@ -92,9 +92,10 @@ def _attend_one_query(q: Array, keys: Array, values: Array, is_visible: Array) -
     B, N, H = q.shape
     J = keys.shape[1]
     grouped = q.reshape(B, J, N // J, H)
-    # Keys on the left, the few queries of a group on the right: so XLA:CPU streams the keys; the weights then lie along
-    # W.
+    # Keys on the left, the few queries of a group on the right: so XLA:CPU streams the keys. The barrier keeps it from
+    # swapping the two to save the transposition, after which the weights lie along W for the second product.
     scores = lax.dot_general(keys, grouped, (((3,), (3,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
+    scores = lax.optimization_barrier(scores)
     scores = jnp.where(is_visible[:, :, None, :], scores.swapaxes(2, 3) * H**-0.5, MASKED)  # [B, J, G, W]
     weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
     read = jnp.einsum("BJGW,BJWH->BJGH", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)

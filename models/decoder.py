@@ -1,6 +1,6 @@
 """The decoder: LLaMA, Mistral and Qwen2 are this one module with different configurations; attention is passed in."""
 
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -16,6 +16,7 @@ from hshare_jax.shapes import Hidden, NewKeysValues, Queries, Tokens
 State = TypeVar("State")
 
 
+@runtime_checkable
 class Attend(Protocol[State]):
     """A model's attention: it stores the new keys and values, attends, and returns (output, new state).
 

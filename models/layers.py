@@ -23,12 +23,10 @@ class RMSNorm(nn.Module):
 def project(weight: Float[Array, "out D"], x: Float[Array, "*rows D"]) -> Float[Array, "*rows out"]:
     """Returns x @ weight.T, computed weight first.
 
-    With one or a few rows this is a matrix-vector product bound by reading the weight. XLA:CPU reads it at full
-    bandwidth only when the weight is the left operand, and einsum would reorder the operands, hence dot_general
-    (docs/performance.md).
+    With one or a few rows this is bound by reading the weight, and XLA:CPU reads it fastest when it is the left operand;
+    einsum would reorder the operands, hence dot_general.
     """
-    out = lax.dot_general(weight, x, (((1,), (x.ndim - 1,)), ((), ())))
-    return jnp.moveaxis(out, 0, -1)
+    return jnp.moveaxis(lax.dot_general(weight, x, (((1,), (x.ndim - 1,)), ((), ()))), 0, -1)
 
 
 class Linear(nn.Module):

@@ -1,0 +1,159 @@
+#!/usr/bin/env python3
+"""Times prefill and decode steps on this machine: ours dense, ours through HShare, and transformers with torch.
+
+Prints one table: milliseconds, the bytes that a dense step must read (weights and cache) and the share of the measured read
+bandwidth that this makes. Weights are random, of SmolLM2-135M's shape; speed does not depend on their values.
+
+    python scripts/bench_decode.py --batch 1 8 --context 512 4096
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+
+import jax
+import jax.numpy as jnp
+
+from hshare_jax.config import HShareConfig
+from hshare_jax.decode import decode_step
+from hshare_jax.decode_state import init_state
+from hshare_jax.models.config import ModelConfig, RopeConfig
+from hshare_jax.models.decoder import parameter_shapes
+from hshare_jax.prefill import prefill
+
+SMOLLM2 = ModelConfig(
+    vocab_size=49_152, width=576, mlp_width=1536, num_layers=30, num_heads=9, num_kv_heads=3, head_dim=64,
+    max_positions=8192, windows=(None,) * 30, rope=RopeConfig(theta=100_000.0), tie_embeddings=True,
+)  # fmt: skip
+BLOCK_STEPS = 8
+
+
+def read_bandwidth() -> float:
+    """Returns bytes per second of summing an array far larger than the caches, best of ten."""
+    array = jnp.ones((128 * 2**20,), jnp.float32)
+    total = jax.jit(jnp.sum)
+    return array.nbytes / min(_timed(lambda: total(array).block_until_ready()) for _ in range(10))
+
+
+def _timed(run: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+def bench_ours(
+    params: dict, batch: int, context: int, hshare: HShareConfig | None, steps: int
+) -> tuple[float, float]:
+    """Returns (seconds of a prefill, seconds of a decode step), compiled before: the best prefill of two, the median step."""
+    tokens = jax.random.randint(jax.random.key(1), (batch, context), 0, SMOLLM2.vocab_size)
+    lengths = jnp.full((batch,), context, jnp.int32)
+
+    def fill() -> tuple[jax.Array, object]:
+        state = init_state(SMOLLM2, batch, context + steps + BLOCK_STEPS, hshare=hshare)
+        return jax.block_until_ready(prefill(params, tokens, lengths, state, config=SMOLLM2))
+
+    fill()
+    prefill_seconds = min(_timed(fill) for _ in range(2))
+    logits, state = fill()
+    interval = 1 if hshare is None else hshare.refresh_interval
+    times = []
+    token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    for block in range(0, steps + BLOCK_STEPS, interval):
+        began = time.perf_counter()
+        for step in range(interval):
+            logits, state = decode_step(params, token, state, config=SMOLLM2, refresh=step == 0)  # pyright: ignore[reportArgumentType]
+        logits.block_until_ready()
+        if block >= BLOCK_STEPS:
+            times.append((time.perf_counter() - began) / interval)
+    return prefill_seconds, statistics.median(times)
+
+
+def bench_transformers(batch: int, context: int, steps: int) -> tuple[float, float]:
+    """Returns the same two for transformers' LlamaForCausalLM, its default attention and cache."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    c = SMOLLM2
+    config = LlamaConfig(
+        vocab_size=c.vocab_size, hidden_size=c.width, intermediate_size=c.mlp_width, num_hidden_layers=c.num_layers,
+        num_attention_heads=c.num_heads, num_key_value_heads=c.num_kv_heads, max_position_embeddings=c.max_positions,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    tokens = torch.randint(0, c.vocab_size, (batch, context))
+    with torch.no_grad():
+        times = []
+        for _ in range(2):
+            began = time.perf_counter()
+            out = model(tokens, use_cache=True, logits_to_keep=1)
+            times.append(time.perf_counter() - began)
+        token, step_times = tokens[:, :1], []
+        for _ in range(steps + 2):
+            began = time.perf_counter()
+            out = model(token, past_key_values=out.past_key_values, use_cache=True)
+            step_times.append(time.perf_counter() - began)
+    return min(times), statistics.median(step_times[2:])
+
+
+def main() -> None:
+    """Measures every cell, all sides in one run, and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--context", type=int, nargs="+", default=[512, 4096])
+    parser.add_argument("--steps", type=int, default=16, help="decode steps timed a cell")
+    parser.add_argument("--json", action="store_true", help="one JSON line a cell instead of the table")
+    parser.add_argument("--no-transformers", action="store_true", help="leave out the side that needs torch")
+    options = parser.parse_args()
+    versions = f"jax {jax.__version__}, Python {platform.python_version()}"
+    if not options.no_transformers:
+        import torch
+        import transformers
+
+        versions += f", torch {torch.__version__}, transformers {transformers.__version__}"
+    device = jax.devices()[0].device_kind
+    print(f"{date.today()}  {device}  float32  {versions}\n$ {' '.join(sys.argv)}", file=sys.stderr)
+    bandwidth = read_bandwidth()
+    print(f"measured read bandwidth {bandwidth / 1e9:.1f} GB/s", file=sys.stderr)
+    keys = jax.random.split(jax.random.key(0), len(jax.tree.leaves(parameter_shapes(SMOLLM2))))
+    leaves, tree = jax.tree.flatten(parameter_shapes(SMOLLM2))
+    params = tree.unflatten([jax.random.normal(k, s.shape) * 0.02 for k, s in zip(keys, leaves, strict=True)])
+    weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    hshare = HShareConfig(num_sinks=16, num_critical=432, num_recent=64)
+    if not options.json:
+        print("| batch | context | side | prefill s | decode ms | bytes a dense step must read | share of bandwidth |")
+        print("|---|---|---|---|---|---|---|")
+    for batch in options.batch:
+        for context in options.context:
+            floor = weight_bytes + batch * context * SMOLLM2.cache_bytes_per_token(4)
+            sides = {
+                "ours, dense": lambda b=batch, c=context: bench_ours(params, b, c, None, options.steps),
+                "ours, hshare 512": lambda b=batch, c=context: bench_ours(params, b, c, hshare, options.steps),
+                "transformers": lambda b=batch, c=context: bench_transformers(b, c, options.steps),
+            }
+            if options.no_transformers:
+                del sides["transformers"]
+            for side, run in sides.items():
+                prefill_seconds, step_seconds = run()
+                cell = {
+                    "batch": batch, "context": context, "side": side, "prefill_seconds": round(prefill_seconds, 3),
+                    "decode_ms": round(step_seconds * 1e3, 2), "dense_bytes": floor,
+                    "share_of_bandwidth": round(floor / step_seconds / bandwidth, 3),
+                }  # fmt: skip
+                if options.json:
+                    print(json.dumps(cell), flush=True)
+                else:
+                    share = f"{cell['share_of_bandwidth']:.0%}" if side != "ours, hshare 512" else "-"
+                    print(
+                        f"| {batch} | {context} | {side} | {prefill_seconds:.2f} | {step_seconds * 1e3:.1f} "
+                        f"| {floor / 1e6:.0f} MB | {share} |",
+                        flush=True,
+                    )
+
+
+if __name__ == "__main__":
+    main()
