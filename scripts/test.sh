@@ -37,4 +37,5 @@ section "ruff check"
 section "pyright"
 "$python" -m pyright --pythonpath "$python"
 section "pytest"
-exec "$python" -m pytest "$@"
+# A file of tests stays on one worker, so that its compiled functions and fixtures are made once. Pass -n 0 to debug.
+exec "$python" -m pytest -n 2 --dist loadfile "$@"
