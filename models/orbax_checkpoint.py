@@ -82,7 +82,7 @@ def save_checkpoint(
         (draft / _MODEL).write_text(json.dumps({"format": _FORMAT, **dataclasses.asdict(info)}, indent=1) + "\n")
         write_checksums(draft)
         _flush(draft)
-        if path.exists():
+        if overwrite and path.exists():
             path.rename(Path(scratch) / "replaced")
         draft.rename(path)
         _flush_directory(path.parent)
@@ -125,24 +125,29 @@ def stream_checkpoint(directory: Path, info: CheckpointInfo, dtype: DType) -> It
     """
     shapes = _parameter_shapes(info.config)
     stored, target = dtype_of(info.dtype), dtype_of(dtype)
+    where = str((directory / _PARAMS).absolute())
+    _check_stored(directory, ocp.metadata(where).metadata, shapes, stored)
     for paths in _groups(shapes):
         wanted: dict[str, Any] = {}
         for path in paths:
             _put(wanted, path, np.empty(shapes[path], stored))  # only its shape and dtype are used
-        try:
-            with _orbax():
-                loaded = ocp.load(str((directory / _PARAMS).absolute()), wanted)
-        except (KeyError, OSError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{directory}: parameters cannot be read: {error}") from error
+        with _orbax():
+            loaded = ocp.load(where, wanted)
         for path in paths:
-            array = _get(loaded, path)
-            if array.shape != shapes[path] or array.dtype != stored:
-                raise CheckpointError(
-                    f"{directory}: parameter {path} is {array.dtype} {array.shape}, not {stored} {shapes[path]}"
-                )
-            result = aligned_empty(array.shape, target)
-            cast_into(result, array, path, str(directory))
+            result = aligned_empty(shapes[path], target)
+            cast_into(result, _get(loaded, path), path, str(directory))
             yield path, result
+
+
+def _check_stored(directory: Path, found: Any, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype) -> None:
+    for path, shape in shapes.items():
+        array = _get(found, path)
+        if array is None:
+            raise CheckpointError(f"{directory}: parameter {path} of shape {shape} is missing")
+        if tuple(array.shape) != shape or array.dtype != dtype:  # Orbax would cast without a word
+            raise CheckpointError(
+                f"{directory}: parameter {path} is {array.dtype} {tuple(array.shape)}; model.json says {dtype} {shape}"
+            )
 
 
 def _groups(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[list[str]]:
@@ -175,6 +180,8 @@ def _parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def _check_arrays(info: CheckpointInfo, params: Mapping[str, Any]) -> None:
     for path, shape in _parameter_shapes(info.config).items():
         array = _get(params, path)
+        if array is None:
+            raise ValueError(f"parameter {path} of shape {shape} is missing")
         if tuple(array.shape) != shape or array.dtype != dtype_of(info.dtype):
             raise ValueError(
                 f"parameter {path} is {array.dtype} {tuple(array.shape)}; the model says {info.dtype} {shape}"
@@ -184,9 +191,7 @@ def _check_arrays(info: CheckpointInfo, params: Mapping[str, Any]) -> None:
 def _get(params: Mapping[str, Any], path: str) -> Any:
     node: Any = params
     for part in path.split("/"):
-        if part not in node:
-            raise CheckpointError(f"parameter {path} is missing")
-        node = node[part]
+        node = node.get(part) if isinstance(node, Mapping) else None
     return node
 
 

@@ -34,7 +34,15 @@ from hshare_jax.models.orbax_checkpoint import (
     save_checkpoint,
     stream_checkpoint,
 )
-from hshare_jax.models.weights import DTYPES, DType, dtype_of, load_parameters, stream_parameters, tensor_layout
+from hshare_jax.models.weights import (
+    DTYPES,
+    CheckpointError,
+    DType,
+    dtype_of,
+    load_parameters,
+    stream_parameters,
+    tensor_layout,
+)
 
 ModelForm = Literal["built-in", "gguf", "checkpoint", "hf", "hub"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -88,10 +96,7 @@ def load_model(
     form = check_model_name(name_or_path, revision=revision)
     name = os.fspath(name_or_path)
     if form == "built-in":
-        directory = builtin_checkpoint(
-            name, cache_dir, lambda gguf, target: save_model(_load_gguf(gguf, "float32", name), target)
-        )
-        return _load_checkpoint(directory, dtype)
+        return _load_builtin(name, dtype, cache_dir)
     if form == "hub":
         return _load_hf(_snapshot(name, cache_dir, revision), dtype, name)
     path = Path(name).expanduser()
@@ -130,7 +135,7 @@ def _form(name: str) -> ModelForm:
     if name in BUILTIN_MODELS:
         return "built-in"
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         if is_orbax_directory(path):
             return "checkpoint"
         if not is_hf_directory(path):
@@ -175,6 +180,17 @@ def _snapshot(name: str, cache_dir: str | os.PathLike[str] | None, revision: str
     except HfHubHTTPError as error:
         at = f" at revision {revision!r}" if revision else ""
         raise ValueError(f"the Hugging Face hub does not give out {name!r}{at}: {error}") from error
+
+
+def _load_builtin(name: str, dtype: DType, cache_dir: str | os.PathLike[str] | None) -> Model:
+    def convert(gguf: Path, target: Path) -> None:
+        save_model(_load_gguf(gguf, "float32", name), target)
+
+    directory = builtin_checkpoint(name, cache_dir, convert)
+    try:
+        return _load_checkpoint(directory, dtype)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; delete {directory} to have it fetched again") from error
 
 
 def _load_gguf(path: Path, dtype: DType, name: str) -> Model:

@@ -116,16 +116,20 @@ def write_gguf(
         key = f"{architecture}.{key}"
         if isinstance(value, str):
             writer.add_string(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
         else:
-            (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(key, value)
+            writer.add_float32(key, value)
     for key, value in (tokenizer or {}).items():
         key = f"tokenizer.{key}"
         if isinstance(value, list):
             writer.add_array(key, value)
         elif isinstance(value, bool):
             writer.add_bool(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
         else:
-            (writer.add_uint32 if isinstance(value, int) else writer.add_string)(key, value)
+            writer.add_string(key, value)
     if rope_divisors is not None:
         writer.add_tensor("rope_freqs.weight", np.asarray(rope_divisors, np.float32))
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
@@ -166,13 +170,13 @@ def flipped(data: bytes, position: int, bit: int) -> bytes:
     return data[:position] + bytes([data[position] ^ (1 << bit)]) + data[position + 1 :]
 
 
-def assert_equal_trees(found, expected, **tolerance: float) -> None:
-    """Fails unless two parameter trees have the same keys and values (bit for bit, when no tolerance is given)."""
+def assert_equal_trees(found, expected, atol: float = 0.0) -> None:
+    """Fails unless two parameter trees have the same keys and values (bit for bit, or within `atol`)."""
     if isinstance(expected, dict):
         assert found.keys() == expected.keys()
         for key in expected:
-            assert_equal_trees(found[key], expected[key], **tolerance)
-    elif tolerance:
-        np.testing.assert_allclose(np.asarray(found, np.float32), np.asarray(expected, np.float32), **tolerance)
+            assert_equal_trees(found[key], expected[key], atol)
+    elif atol:
+        np.testing.assert_allclose(np.asarray(found, np.float32), np.asarray(expected, np.float32), atol=atol, rtol=0)
     else:
         np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))

@@ -13,7 +13,14 @@ import pytest
 
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.decoder import parameter_shapes
-from hshare_jax.models.weights import CheckpointError, dtype_of, load_parameters, stream_parameters, tensor_layout
+from hshare_jax.models.weights import (
+    CheckpointError,
+    DType,
+    dtype_of,
+    load_parameters,
+    stream_parameters,
+    tensor_layout,
+)
 
 CONFIG = ModelConfig(
     vocab_size=32, width=16, mlp_width=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, max_positions=64,
@@ -44,7 +51,7 @@ class ArraySource:
             yield array[row : row + 3]
 
 
-def load(config, source, dtype="float32"):
+def load(config, source, dtype: DType = "float32"):
     return load_parameters(config, stream_parameters(config, source, dtype))
 
 

