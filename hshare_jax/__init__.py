@@ -1,4 +1,4 @@
-"""Training-free sparse decoding for LLaMA-family models in JAX: HShare's shared critical tokens, and what it stands on."""
+"""Sparse decoding for LLaMA-family models in JAX, without training: HShare's shared critical tokens."""
 
 from hshare_jax.agreement import token_agreement
 from hshare_jax.config import HShareConfig

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 if TYPE_CHECKING:
     from hshare_jax.config import HShareConfig
     from hshare_jax.generate import Generation
-    from hshare_jax.models.pretrained import Model
+    from hshare_jax.models.pretrained import Model, ModelFiles
     from hshare_jax.sampling import SamplingConfig
 
 # JAX and transformers are imported by the commands, after the arguments have been checked: a mistake is told at once.
@@ -56,8 +56,8 @@ class _Parser(argparse.ArgumentParser):
         self.exit(USAGE, f"hshare-jax: error: {message} (see {self.prog} --help)\n")
 
 
-def _number(kind: type, name: str) -> Callable[[str], float]:
-    def parse(text: str) -> float:
+def _number(kind: type, name: str) -> Callable[[str], int | float]:
+    def parse(text: str) -> int | float:
         try:
             return kind(text)
         except ValueError:
@@ -145,8 +145,10 @@ def _generate(options: argparse.Namespace) -> int:
     if options.compare_dense and options.method == "dense":
         raise UsageError("--compare-dense compares with dense decoding; it needs --method hshare")
     hshare, sampling = _settings(options)
-    model = _load(options)
-    texts = _apply_chat_template(model, prompts, options)
+    files = _open(options)
+    texts = _apply_chat_template(files, prompts, options)
+    _check_fit(files, texts, options.max_new_tokens)
+    model = files.load(options.dtype)
     seeds = [options.seed + row for row in range(len(texts))]
     is_streamed = len(texts) == 1 and not options.json and not options.no_stream
     result = _decode(model, texts, hshare, sampling, seeds, options, is_streamed)
@@ -199,23 +201,36 @@ def _settings(options: argparse.Namespace) -> "tuple[HShareConfig | None, Sampli
     return (hshare if options.method == "hshare" else None), sampling
 
 
-def _load(options: argparse.Namespace) -> "Model":
-    import jax
-
+def _open(options: argparse.Namespace) -> "ModelFiles":
     from hshare_jax.models.builtin_model import cache_directory
-    from hshare_jax.models.pretrained import check_model_name, load_model
+    from hshare_jax.models.pretrained import check_model_name, open_model
 
     try:
         check_model_name(options.model, revision=options.revision)
     except (ValueError, FileNotFoundError) as error:
         raise UsageError(str(error)) from error
-    # A second start finds its programs compiled.
-    jax.config.update("jax_compilation_cache_dir", str(cache_directory(options.cache_dir) / "compiled"))
+    _keep_compiled_programs(cache_directory(options.cache_dir) / "compiled")
+    return open_model(options.model, cache_dir=options.cache_dir, revision=options.revision)
+
+
+def _check_fit(files: "ModelFiles", prompts: list[list[int]], max_new_tokens: int) -> None:
+    from hshare_jax.generate import choose_capacity
+
+    try:
+        choose_capacity(files.config, prompts, max_new_tokens, None)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _keep_compiled_programs(directory: Path) -> None:
+    """Lets a second start find its programs compiled."""
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-    return load_model(options.model, dtype=options.dtype, cache_dir=options.cache_dir, revision=options.revision)
 
 
-def _apply_chat_template(model: "Model", prompts: list[str], options: argparse.Namespace) -> list[list[int]]:
+def _apply_chat_template(model: "ModelFiles", prompts: list[str], options: argparse.Namespace) -> list[list[int]]:
     if model.tokenizer is None:
         raise ValueError(f"{model.name} has no tokeniser, so text cannot be given to it")
     if options.no_chat_template or not model.tokenizer.chat_template:
@@ -226,7 +241,7 @@ def _apply_chat_template(model: "Model", prompts: list[str], options: argparse.N
     conversations = [[*system, {"role": "user", "content": prompt}] for prompt in prompts]
     texts = model.tokenizer.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
     # The template writes the special tokens itself.
-    return [model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    return [model.tokenizer(str(text), add_special_tokens=False)["input_ids"] for text in texts]
 
 
 def _decode(
@@ -330,14 +345,14 @@ def _convert(options: argparse.Namespace) -> int:
         raise UsageError(f"{options.output} exists; give --overwrite to replace it")
     from hshare_jax.models.pretrained import save_model
 
-    model = _load(options)
+    model = _open(options).load(options.dtype)
     save_model(model, options.output, overwrite=options.overwrite)
     print(f"wrote {model.name} ({model.dtype}) to {options.output}", file=sys.stderr)
     return 0
 
 
 def _info(options: argparse.Namespace) -> int:
-    model = _load(options)
+    model = _open(options).load(options.dtype)
     config = model.config
     size = {"float32": 4, "bfloat16": 2, "float16": 2}[options.dtype]
     facts = {

@@ -23,8 +23,8 @@ class RMSNorm(nn.Module):
 def project(weight: Float[Array, "out D"], x: Float[Array, "*rows D"]) -> Float[Array, "*rows out"]:
     """Returns x @ weight.T, computed weight first.
 
-    With one or a few rows this is bound by reading the weight, and XLA:CPU reads it fastest when it is the left operand;
-    einsum would reorder the operands, hence dot_general.
+    With one or a few rows this is bound by reading the weight, and XLA:CPU reads it fastest when it is the left
+    operand; einsum would reorder the operands, hence dot_general.
     """
     return jnp.moveaxis(lax.dot_general(weight, x, (((1,), (x.ndim - 1,)), ((), ()))), 0, -1)
 

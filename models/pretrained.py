@@ -5,7 +5,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -68,6 +68,25 @@ class Model:
         return str(self.params["embedding"].dtype)  # pyright: ignore[reportReturnType]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class ModelFiles:
+    """A model whose configuration and tokeniser have been read, and its weights not yet."""
+
+    config: ModelConfig
+    tokenizer: PreTrainedTokenizerBase | None
+    eos_token_ids: tuple[int, ...]
+    name: str
+    stream: Callable[[DType], Iterator[tuple[str, np.ndarray]]]  # the parameters one by one, in a dtype
+
+    def load(self, dtype: DType = "float32") -> Model:
+        """Returns the model, its parameters in `dtype` on JAX's default device; errors are those of `load_model`."""
+        # disable=None: a bar only where stderr is a terminal.
+        arrays, total = self.stream(dtype), len(tensor_layout(self.config))
+        with tqdm(arrays, f"loading {self.name}", total, leave=False, file=sys.stderr, disable=None) as bar:
+            params, identity = load_parameters(self.config, iter(bar))
+        return Model(self.config, params, self.tokenizer, self.eos_token_ids, self.name, identity)
+
+
 def load_model(
     name_or_path: str | os.PathLike[str],
     *,
@@ -79,11 +98,10 @@ def load_model(
 
     Args:
         name_or_path: a built-in name (`smollm2-135m-instruct`), a .gguf file, a Hugging Face directory, a checkpoint
-        written by
-            `save_model`, or a Hugging Face hub id (`organisation/name`).
-        dtype: float32, bfloat16 or float16. Weights stored otherwise are cast. cache_dir: where downloads and
-        conversions are kept; default $HSHARE_JAX_CACHE, or hshare-jax in the user's cache directory
-            (for the hub: its own cache).
+            written by `save_model`, or a Hugging Face hub id (`organisation/name`).
+        dtype: float32, bfloat16 or float16. Weights stored otherwise are cast.
+        cache_dir: where downloads and conversions are kept; default $HSHARE_JAX_CACHE, or hshare-jax in the user's
+            cache directory (for the hub: its own cache).
         revision: a branch, tag or commit; only for a hub id.
 
     Raises:
@@ -93,18 +111,31 @@ def load_model(
         ValueError: an unknown name, or a model that this decoder does not compute.
     """
     dtype_of(dtype)
+    return open_model(name_or_path, cache_dir=cache_dir, revision=revision).load(dtype)
+
+
+def open_model(
+    name_or_path: str | os.PathLike[str],
+    *,
+    cache_dir: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+) -> ModelFiles:
+    """Returns the model's configuration and tokeniser, for checks before its weights are loaded.
+
+    Arguments and errors are those of `load_model`. What is not on this machine yet is fetched.
+    """
     form = check_model_name(name_or_path, revision=revision)
     name = os.fspath(name_or_path)
     if form == "built-in":
-        return _load_builtin(name, dtype, cache_dir)
+        return _open_builtin(name, cache_dir)
     if form == "hub":
-        return _load_hf(_snapshot(name, cache_dir, revision), dtype, name)
+        return _open_hf(_snapshot(name, cache_dir, revision), name)
     path = Path(name).expanduser()
     if form == "gguf":
-        return _load_gguf(path, dtype, path.stem)
+        return _open_gguf(path, path.stem)
     if form == "checkpoint":
-        return _load_checkpoint(path, dtype)
-    return _load_hf(path, dtype, path.resolve().name)
+        return _open_checkpoint(path)
+    return _open_hf(path, path.resolve().name)
 
 
 def save_model(model: Model, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -182,51 +213,54 @@ def _snapshot(name: str, cache_dir: str | os.PathLike[str] | None, revision: str
         raise ValueError(f"the Hugging Face hub does not give out {name!r}{at}: {error}") from error
 
 
-def _load_builtin(name: str, dtype: DType, cache_dir: str | os.PathLike[str] | None) -> Model:
+def _open_builtin(name: str, cache_dir: str | os.PathLike[str] | None) -> ModelFiles:
     def convert(gguf: Path, target: Path) -> None:
-        save_model(_load_gguf(gguf, "float32", name), target)
+        save_model(_open_gguf(gguf, name).load(), target)
 
     directory = builtin_checkpoint(name, cache_dir, convert)
     try:
-        return _load_checkpoint(directory, dtype)
+        return _open_checkpoint(directory)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; delete {directory} to have it fetched again") from error
 
 
-def _load_gguf(path: Path, dtype: DType, name: str) -> Model:
+def _open_gguf(path: Path, name: str) -> ModelFiles:
     verify_checksums(path.parent, [path.name])
     file = read_gguf(path)
-    config = config_from_gguf(file)
-    tokenizer = tokenizer_from_gguf(file)
-    arrays = stream_parameters(config, GGUFTensors(file, config), dtype)
-    return _model(config, arrays, tokenizer, end_tokens_of_gguf(file), name)
+    config, tokenizer = config_from_gguf(file), tokenizer_from_gguf(file)
+
+    def stream(dtype: DType) -> Iterator[tuple[str, np.ndarray]]:
+        return stream_parameters(config, GGUFTensors(file, config), dtype)
+
+    return ModelFiles(config, tokenizer, _end_tokens(config, tokenizer, end_tokens_of_gguf(file)), name, stream)
 
 
-def _load_hf(directory: Path, dtype: DType, name: str) -> Model:
+def _open_hf(directory: Path, name: str) -> ModelFiles:
     config, ends = read_hf_config(directory)
-    source, tokenizer = HFTensors(directory), read_hf_tokenizer(directory)
-    return _model(config, stream_parameters(config, source, dtype), tokenizer, ends, name)
+    tokenizer = read_hf_tokenizer(directory)
+
+    def stream(dtype: DType) -> Iterator[tuple[str, np.ndarray]]:
+        return stream_parameters(config, HFTensors(directory), dtype)
+
+    return ModelFiles(config, tokenizer, _end_tokens(config, tokenizer, ends), name, stream)
 
 
-def _load_checkpoint(directory: Path, dtype: DType) -> Model:
+def _open_checkpoint(directory: Path) -> ModelFiles:
     info = read_checkpoint_info(directory)
     tokenizer = read_checkpoint_tokenizer(directory)
-    return _model(info.config, stream_checkpoint(directory, info, dtype), tokenizer, info.eos_token_ids, info.name)
+
+    def stream(dtype: DType) -> Iterator[tuple[str, np.ndarray]]:
+        return stream_checkpoint(directory, info, dtype)
+
+    return ModelFiles(
+        info.config, tokenizer, _end_tokens(info.config, tokenizer, info.eos_token_ids), info.name, stream
+    )
 
 
-def _model(
-    config: ModelConfig,
-    arrays: Iterator[tuple[str, np.ndarray]],
-    tokenizer: PreTrainedTokenizerBase | None,
-    eos_token_ids: Iterable[int],
-    name: str,
-) -> Model:
-    # disable=None: a bar only where stderr is a terminal.
-    bar = tqdm(arrays, f"loading {name}", len(tensor_layout(config)), leave=False, file=sys.stderr, disable=None)
-    with bar:
-        params, identity = load_parameters(config, iter(bar))
-    ends = dict.fromkeys([*eos_token_ids, *_turn_ends(tokenizer)])
-    return Model(config, params, tokenizer, tuple(end for end in ends if 0 <= end < config.vocab_size), name, identity)
+def _end_tokens(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None, ends: Iterable[int]) -> tuple[int, ...]:
+    """Returns what ends an answer: the end tokens that the files name, and those that end a turn of the template."""
+    distinct = dict.fromkeys([*ends, *_turn_ends(tokenizer)])
+    return tuple(end for end in distinct if 0 <= end < config.vocab_size)
 
 
 def _turn_ends(tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
@@ -239,4 +273,4 @@ def _turn_ends(tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
     return [end, *ends] if isinstance(end, int) else ends
 
 
-__all__ = ["DTYPES", "Model", "ModelForm", "check_model_name", "load_model", "save_model"]
+__all__ = ["DTYPES", "Model", "ModelFiles", "ModelForm", "check_model_name", "load_model", "open_model", "save_model"]
