@@ -7,8 +7,8 @@
 # Uses the active virtual environment, or makes .venv-test with $PYTHON (default python3, 3.11 or newer). Installs only
 # when pyproject.toml or the checkout's place has changed since the last time.
 #
-# On Linux, PyPI's torch draws several gigabytes of CUDA packages that no test uses. Where pip is told of a CPU build of the
-# same version (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL or pip's configuration), it prefers that one: 2.13.0+cpu sorts higher.
+# On Linux, PyPI's torch draws several gigabytes of CUDA packages that no test uses. Where pip is told of a CPU build of
+# the same version (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL or pip's configuration), it takes that: 2.13.0+cpu sorts higher.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
