@@ -1,0 +1,141 @@
+"""Configurations: what is read of a Hugging Face config.json, and what is refused with a way out."""
+
+import numpy as np
+import pytest
+
+from hshare_jax.models.config import ModelConfig, RopeConfig, config_from_hf
+from hshare_jax.models.rope import inverse_frequencies
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 32,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+}
+SIZES = {
+    "vocab_size": 32,
+    "width": 32,
+    "mlp_width": 48,
+    "num_layers": 3,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 8,
+    "max_positions": 64,
+    "windows": (None,) * 3,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gpt2"}, r"model_type='gpt2' is not supported; supported: llama, mistral, qwen2"),
+        ({"model_type": None}, r"model_type=None is not supported"),
+        ({"hidden_act": "gelu"}, r"hidden_act='gelu' is not supported; this decoder computes silu"),
+        ({"vocab_size": None}, r"lacks the whole number\(s\) vocab_size$"),
+        ({"hidden_size": "32", "intermediate_size": None}, r"number\(s\) hidden_size, intermediate_size$"),
+        ({"hidden_size": 30}, r"hidden_size=30 is not a multiple of num_attention_heads=4; set head_dim"),
+        ({"num_attention_heads": 0}, r"num_attention_heads=0"),
+        ({"num_key_value_heads": 3}, r"num_heads=4 must be a multiple of num_kv_heads=3"),
+        ({"head_dim": 7}, r"head_dim=7 must be even"),
+        ({"rope_theta": "big"}, r"rope_theta='big' must be a finite number"),
+        ({"rope_theta": -1.0}, r"rope theta=-1.0 must be positive"),
+        (
+            {"rope_scaling": {"rope_type": "longrope"}},
+            r"rope type 'longrope' is not known; known types: default, linear, llama3, yarn$",
+        ),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 0.0}}, r"rope factor=0.0 must be positive"),
+    ],
+)
+def test_what_the_decoder_does_not_compute_is_refused_by_name(change, message):
+    with pytest.raises(ValueError, match=message):
+        config_from_hf({**LLAMA, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_layers": 0, "windows": ()}, "num_layers=0 must be at least 1"),
+        ({"windows": (None,)}, "windows has 1 entries; it needs one for each of 3 layers"),
+        ({"windows": (0, None, None)}, "a sliding window must be at least 1, or None"),
+        ({"rope": RopeConfig(divisors=(1.0,))}, "rope has 1 divisors; head_dim=8 needs 4"),
+    ],
+)
+def test_sizes_that_contradict_each_other_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(**{**SIZES, **change})
+
+
+def test_scaled_rope_types_need_the_original_length():
+    with pytest.raises(ValueError, match="rope type 'yarn' needs original_max_position_embeddings of at least 1"):
+        RopeConfig(kind="yarn", factor=2.0)
+
+
+def test_absent_fields_mean_what_llama_defaults_to():
+    config = config_from_hf(LLAMA)
+    assert (config.num_kv_heads, config.head_dim, config.group_size, config.max_positions) == (4, 8, 1, 2048)
+    assert config.windows == (None, None, None)
+    assert config.rope == RopeConfig(theta=10_000.0, original_max_positions=2048)
+    assert not any([config.qkv_bias, config.out_bias, config.mlp_bias, config.tie_embeddings])
+
+
+def test_both_spellings_of_rotary_scaling_mean_the_same():
+    fields = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    new = config_from_hf({**LLAMA, "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **fields}})
+    old = config_from_hf({**LLAMA, "rope_theta": 5e5, "rope_scaling": {"type": "llama3", **fields}})
+    assert new == old
+    assert new.rope == RopeConfig("llama3", 5e5, 8.0, 64, low_freq_factor=1.0, high_freq_factor=4.0)
+
+
+def test_yarn_without_a_factor_scales_to_the_models_positions():
+    scaling = {"rope_type": "yarn", "original_max_position_embeddings": 512}
+    assert config_from_hf({**LLAMA, "max_position_embeddings": 2048, "rope_scaling": scaling}).rope.factor == 4.0
+
+
+@pytest.mark.parametrize(
+    ("fields", "windows"),
+    [
+        ({"model_type": "llama", "sliding_window": 5}, (None, None, None)),
+        ({"model_type": "mistral", "sliding_window": 5}, (5, 5, 5)),
+        ({"model_type": "mistral", "sliding_window": None}, (None, None, None)),
+        ({"model_type": "qwen2", "sliding_window": 5, "use_sliding_window": False}, (None, None, None)),
+        (
+            {"model_type": "qwen2", "sliding_window": 5, "use_sliding_window": True, "max_window_layers": 2},
+            (None, None, 5),
+        ),
+        (
+            {
+                "model_type": "qwen2",
+                "sliding_window": 5,
+                "use_sliding_window": True,
+                "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+            },
+            (5, None, None),
+        ),
+    ],
+)
+def test_sliding_windows_belong_to_the_layers_that_have_them(fields, windows):
+    assert config_from_hf({**LLAMA, **fields}).windows == windows
+
+
+def test_qwen2_has_biases_on_queries_keys_and_values_only():
+    config = config_from_hf({**LLAMA, "model_type": "qwen2"})
+    assert (config.qkv_bias, config.out_bias, config.mlp_bias) == (True, False, False)
+
+
+def test_parameters_and_cache_bytes_are_counted():
+    config = ModelConfig(**SIZES)
+    layer = 32 * (4 + 2 + 2) * 8 + 4 * 8 * 32 + 3 * 32 * 48 + 2 * 32
+    assert config.num_parameters == 2 * 32 * 32 + 3 * layer + 32
+    assert ModelConfig(**SIZES, tie_embeddings=True).num_parameters == 32 * 32 + 3 * layer + 32
+    assert config.cache_bytes_per_token(2) == 3 * 2 * 2 * 8 * 2
+
+
+def test_divisors_of_a_gguf_file_equal_the_llama3_parameters():
+    rope = RopeConfig("llama3", 500.0, 4.0, 64, low_freq_factor=1.0, high_freq_factor=4.0)
+    plain, scaled = inverse_frequencies(RopeConfig(theta=500.0), 16)[0], inverse_frequencies(rope, 16)[0]
+    assert len(set(np.round(plain / scaled, 6))) > 2  # kept, interpolated and divided ones
+    divided, factor = inverse_frequencies(RopeConfig(theta=500.0, divisors=tuple(plain / scaled)), 16)
+    np.testing.assert_allclose(divided, scaled, rtol=1e-15)
+    assert factor == 1.0

@@ -1,0 +1,33 @@
+"""Random weights that depend on a tensor's name and shape alone, so that torch and JAX can hold the same model."""
+
+import zlib
+
+import jax.numpy as jnp
+import numpy as np
+
+from hshare_jax.models.config import ModelConfig
+from hshare_jax.models.weights import tensor_layout
+
+
+def random_tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Returns the float32 values of the tensor that Hugging Face calls `name`; none is zero or one throughout."""
+    values = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
+    if name.endswith("norm.weight"):
+        values = 1 + 0.2 * values
+    elif name.endswith(".bias"):
+        values = 0.2 * values
+    elif name != "model.embed_tokens.weight":
+        values = values * 1.5 * shape[1] ** -0.5
+    return values.astype(np.float32)
+
+
+def random_params(config: ModelConfig, dtype: jnp.dtype | type = jnp.float32) -> dict:
+    """Returns the decoder's parameter tree."""
+    params: dict = {}
+    for path, parts in tensor_layout(config).items():
+        *branches, leaf = path.split("/")
+        node = params
+        for branch in branches:
+            node = node.setdefault(branch, {})
+        node[leaf] = jnp.asarray(np.concatenate([random_tensor(*part) for part in parts.items()]), dtype)
+    return params
