@@ -13,12 +13,14 @@ def choose_channels(
 ) -> Int[Array, "B K R"]:
     """Returns the channels, ascending, of the largest mean |q x k| over a group's probe queries and cached keys.
 
-    The mean over all pairs of a probe and a key factors into the two means, so no pair is ever formed.
+    The mean over all pairs of a probe and a key factors into the two means, so no pair is ever formed. Probes that a
+    row lacks are zero; a row that lacks all of them, its prompt being shorter than the budget, goes by its keys alone.
     """
     B, K, S, H = keys.shape
     is_filled = jnp.arange(S)[None, None, :, None] < lengths[:, None, None, None]
     key_size = jnp.where(is_filled, jnp.abs(keys.astype(jnp.float32)), 0).sum(axis=2)
     query_size = jnp.abs(probes.astype(jnp.float32)).sum(axis=1).reshape(B, K, -1, H).sum(axis=2)
+    query_size = jnp.where(query_size.max(axis=-1, keepdims=True) > 0, query_size, 1)
     return jnp.sort(lax.top_k(key_size * query_size, num_channels)[1], axis=-1)
 
 

@@ -64,8 +64,7 @@ def measure_similarity(
             return jnp.zeros((B, J, S + 1), jnp.float32).at[rows, lists, tokens].set(1.0)[..., :S]
 
         marked = lax.map(mark, (queries, *layers))
-        of_layers = jnp.einsum("LBJS,MBJS->BLM", marked, marked) / J
-        return of_layers, jnp.einsum("LBJS,LBIS->BLJI", marked, marked)
+        return jnp.einsum("LBJS,MBJS->BLM", marked, marked), jnp.einsum("LBJS,LBIS->BLJI", marked, marked)
 
     def add(total: tuple[Array, Array], probe: tuple[Array, Array]) -> tuple[tuple[Array, Array], None]:
         queries, position = probe
@@ -76,5 +75,6 @@ def measure_similarity(
 
     zeros = (jnp.zeros((B, L, L), jnp.float32), jnp.zeros((B, L, J, J), jnp.float32))
     (of_layers, of_lists), _ = lax.scan(add, zeros, (jnp.stack(probes, axis=1).swapaxes(0, 2), positions.T))
-    scale = 1.0 / (config.num_critical * jnp.maximum((positions >= 0).sum(axis=1), 1))
-    return of_layers * scale[:, None, None], of_lists * scale[:, None, None, None]
+    # Divided only now: sums of whole numbers are exact, so equal overlaps are equal numbers and ties break by order.
+    most = config.num_critical * jnp.maximum((positions >= 0).sum(axis=1), 1)
+    return of_layers / (most * J)[:, None, None], of_lists / most[:, None, None, None]

@@ -38,7 +38,7 @@ def choose_channels(probes, keys, num_channels):
     """Returns [K, R] ascending: of every kv head, the channels of the largest mean |q x k| over all pairs.
 
     Args:
-        probes: [P, N, H]; those of a kv head's group count together.
+        probes: [P, N, H]; those of a kv head's group count together. Without any the keys alone count.
         keys: [K, T, H].
         num_channels: R.
     """
@@ -46,7 +46,7 @@ def choose_channels(probes, keys, num_channels):
     group = probes.shape[1] // K
     chosen = []
     for k in range(K):
-        queries = probes[:, k * group : (k + 1) * group].reshape(-1, H)
+        queries = probes[:, k * group : (k + 1) * group].reshape(-1, H) if len(probes) else np.ones((1, H))
         mean = np.abs(queries[:, None, :] * keys[k][None, :, :]).mean(axis=(0, 1))
         chosen.append(sorted(np.argsort(-mean, kind="stable")[:num_channels]))
     return np.array(chosen)
@@ -232,14 +232,12 @@ class SharedRow:
         logits = [row.dense_step(token) for token in tokens][-1]
         L, J = len(row.windows), budget.num_lists
         self.source = [[(layer, j) for j in range(J)] for layer in range(L)]
-        self.channels = np.tile(np.arange(budget.num_channels), (L, row.num_kv_heads, 1))
         self.age = 0
-        if probes := probe_positions(start, row.length, budget):
-            keys = [row.cached_keys(layer) for layer in range(L)]
-            queries = [np.stack([row.queries[layer][p] for p in probes]) for layer in range(L)]
-            self.channels = np.stack(
-                [choose_channels(queries[layer], keys[layer], budget.num_channels) for layer in range(L)]
-            )
+        probes = probe_positions(start, row.length, budget)
+        keys = [row.cached_keys(layer) for layer in range(L)]
+        queries = [np.stack(row.queries[layer])[probes] for layer in range(L)]
+        self.channels = [choose_channels(queries[layer], keys[layer], budget.num_channels) for layer in range(L)]
+        if probes:
             chosen = [
                 [
                     critical_tokens(

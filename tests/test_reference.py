@@ -145,20 +145,21 @@ def test_prefill_attention_refuses_a_cache_of_broken_blocks():
 def test_bfloat16_is_at_most_twice_as_wrong_as_the_plainest_bfloat16_code():
     rng = np.random.default_rng(7)
     q, keys, values, lists, source = shared_case(rng, 4, 2, 2, LENGTHS, STARTS, num_sinks=3, C=10)
-    low = [jnp.asarray(array, jnp.bfloat16) for array in (q, keys, values)]
-    exact = [np.asarray(array, np.float64) for array in low]
-    plan = [jnp.asarray(array) for array in (lists, source, LENGTHS, STARTS)]
-    expected, reads = expected_shared(*exact, lists, source, LENGTHS, STARTS, 3, None)
+    low_q, low_k, low_v = (jnp.asarray(array, jnp.bfloat16) for array in (q, keys, values))
+    q, keys, values = (np.asarray(array, np.float64) for array in (low_q, low_k, low_v))
+    plan = [jnp.asarray(array) for array in (lists, source)]
+    lengths, starts = jnp.asarray(LENGTHS), jnp.asarray(STARTS)
+    shared = shared_decode(low_q, low_k, low_v, plan[0], plan[1], lengths, starts, num_sinks=3, max_recent=7)
+    expected, reads = expected_shared(q, keys, values, lists, source, LENGTHS, STARTS, 3, None)
     rows = range(len(LENGTHS))
     all_reads = [[oracle.dense_reads(length)] * 4 for length in LENGTHS]
-    all_expected = np.stack([oracle.attention(exact[0][b], exact[1][b], exact[2][b], all_reads[b]) for b in rows])
-    prefilled = prefill_attention(low[0][:, None], low[1], low[2], jnp.asarray(LENGTHS - 1))[:, 0]
+    all_expected = np.stack([oracle.attention(q[b], keys[b], values[b], all_reads[b]) for b in rows])
     for out, right, slots in (
-        (shared_decode(*low, *plan, num_sinks=3, max_recent=7), expected, reads),
-        (dense_decode(*low, jnp.asarray(LENGTHS)), all_expected, all_reads),
-        (prefilled, all_expected, all_reads),
+        (shared, expected, reads),
+        (dense_decode(low_q, low_k, low_v, lengths), all_expected, all_reads),
+        (prefill_attention(low_q[:, None], low_k, low_v, lengths - 1)[:, 0], all_expected, all_reads),
     ):
         assert out.dtype == jnp.bfloat16
-        naive = np.stack([naive_low_precision(low[0][b], low[1][b], low[2][b], slots[b]) for b in rows])
+        naive = np.stack([naive_low_precision(low_q[b], low_k[b], low_v[b], slots[b]) for b in rows])
         error = np.abs(np.asarray(out, np.float64) - right).max()
         assert error <= 2 * np.abs(naive - right).max() + 1e-5
