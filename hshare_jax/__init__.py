@@ -1,5 +1,10 @@
 """Sparse decoding for LLaMA-family models in JAX, without training: HShare's shared critical tokens."""
 
+import os
+
+# Of transformers only configurations and tokenisers are used; its advice to install torch would mislead.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
 from hshare_jax.agreement import token_agreement
 from hshare_jax.config import HShareConfig
 from hshare_jax.decode import decode_step

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Compiles the decode step for an H200 on a machine without a GPU, and fails where a cache, label or list buffer is copied.
+#
+#   bash scripts/check_h200_compile.sh [PYTHON]     PYTHON has hshare-jax installed; default .venv-test/bin/python
+#
+# XLA's CUDA compiler comes in two wheels of jax's own version. They go into an environment of their own, .venv-h200, that
+# sees PYTHON's packages: beside them jax would look for a GPU on every start.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+base=${1:-.venv-test/bin/python}
+version=$("$base" -c 'from importlib.metadata import version; print(version("jax"))')
+packages=$("$base" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
+stamp=.venv-h200/ready
+if [[ $(cat "$stamp" 2>/dev/null) != "$version $packages" ]]; then
+  rm -rf .venv-h200
+  "$base" -m venv .venv-h200
+  site=$(.venv-h200/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
+  echo "import site; site.addsitedir('$packages')" > "$site/base.pth"
+  .venv-h200/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+    "jax-cuda13-pjrt==$version" "jax-cuda13-plugin==$version"
+  echo "$version $packages" > "$stamp"
+fi
+JAX_PLATFORMS=cpu .venv-h200/bin/python scripts/check_h200_compile.py
