@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from hshare_jax.config import HShareConfig
 from hshare_jax.decode import decode_step
-from hshare_jax.decode_state import init_state
+from hshare_jax.decode_state import DecodeState, init_state
 from hshare_jax.models.config import ModelConfig, RopeConfig
 from hshare_jax.models.decoder import parameter_shapes
 from hshare_jax.prefill import prefill
@@ -30,7 +30,7 @@ SMOLLM2 = ModelConfig(
     vocab_size=49_152, width=576, mlp_width=1536, num_layers=30, num_heads=9, num_kv_heads=3, head_dim=64,
     max_positions=8192, windows=(None,) * 30, rope=RopeConfig(theta=100_000.0), tie_embeddings=True,
 )  # fmt: skip
-BLOCK_STEPS = 8
+WARM_STEPS = 8
 
 
 def read_bandwidth() -> float:
@@ -47,26 +47,26 @@ def _timed(run: Callable[[], object]) -> float:
 
 
 def bench_ours(params: dict, batch: int, context: int, hshare: HShareConfig | None, steps: int) -> tuple[float, float]:
-    """Returns seconds of a prefill (best of two) and of a decode step (median), all compiled before."""
+    """Returns seconds of a prefill of `context` tokens (best of two) and of a decode step that ends there (median)."""
     tokens = jax.random.randint(jax.random.key(1), (batch, context), 0, SMOLLM2.vocab_size)
-    lengths = jnp.full((batch,), context, jnp.int32)
 
-    def fill() -> tuple[jax.Array, object]:
-        state = init_state(SMOLLM2, batch, context + steps + BLOCK_STEPS, hshare=hshare)
-        return jax.block_until_ready(prefill(params, tokens, lengths, state, config=SMOLLM2))
+    def fill(length: int) -> tuple[jax.Array, DecodeState]:
+        lengths = jnp.full((batch,), length, jnp.int32)
+        state = init_state(SMOLLM2, batch, context, hshare=hshare)
+        return jax.block_until_ready(prefill(params, tokens[:, :length], lengths, state, config=SMOLLM2))
 
-    fill()
-    prefill_seconds = min(_timed(fill) for _ in range(2))
-    logits, state = fill()
+    fill(context)
+    prefill_seconds = min(_timed(lambda: fill(context)) for _ in range(2))
+    logits, state = fill(context - steps - WARM_STEPS)
     interval = 1 if hshare is None else hshare.refresh_interval
     times = []
     token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    for block in range(0, steps + BLOCK_STEPS, interval):
+    for first in range(0, steps + WARM_STEPS, interval):
         began = time.perf_counter()
         for step in range(interval):
-            logits, state = decode_step(params, token, state, config=SMOLLM2, refresh=step == 0)  # pyright: ignore[reportArgumentType]
+            logits, state = decode_step(params, token, state, config=SMOLLM2, refresh=step == 0)
         logits.block_until_ready()
-        if block >= BLOCK_STEPS:
+        if first >= WARM_STEPS:
             times.append((time.perf_counter() - began) / interval)
     return prefill_seconds, statistics.median(times)
 

@@ -71,7 +71,7 @@ def compile_step(config: ModelConfig, hshare: HShareConfig | None, refresh: bool
     state = jax.eval_shape(lambda: init_state(config, BATCH, CAPACITY, hshare=hshare, dtype=jnp.bfloat16))
     state = jax.tree.map(place, state)
     tokens = place(jax.ShapeDtypeStruct((BATCH,), jnp.int32))
-    step = functools.partial(decode_step.__wrapped__, config=config, refresh=refresh)
+    step = functools.partial(decode_step, config=config, refresh=refresh)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         compiled = jax.jit(step, donate_argnums=(2,)).lower(params, tokens, state).compile()
     shapes = {
