@@ -9,8 +9,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 
+from hshare_jax.shapes import Source
 
-def identity_plan(batch_size: int, num_layers: int, num_lists: int) -> Int[Array, "B L J"]:
+
+def identity_plan(batch_size: int, num_layers: int, num_lists: int) -> Source:
     """Returns the plan in which nothing is shared."""
     flat = jnp.arange(num_layers * num_lists, dtype=jnp.int32).reshape(1, num_layers, num_lists)
     return jnp.tile(flat, (batch_size, 1, 1))
@@ -54,7 +56,7 @@ def find_plan(
     *,
     num_shared_layers: int,
     num_shared_lists: int,
-) -> Int[Array, "B L J"]:
+) -> Source:
     """Returns each row's plan. A row without probes, all of whose similarities are 0, gets the identity."""
 
     def plan_row(layers: Array, lists: Array) -> Array:

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 
+from hshare_jax.shapes import Lists
+
 MASKED = -1e30  # finite, so that a row with nothing to attend to yields numbers, not NaN
 EMPTY = -1  # a list slot that holds no token
 PREFILL_BLOCK = 256  # key slots per step of prefill attention; cache capacities are multiples of it
@@ -38,7 +40,7 @@ def shared_decode(
     q: Float[Array, "B N H"],
     keys: Float[Array, "B K S H"],
     values: Float[Array, "B K S H"],
-    lists: Int[Array, "L B J C"],
+    lists: Lists,
     source: Int[Array, "B J"],
     lengths: Int[Array, "B"],
     recent_start: Int[Array, "B"],

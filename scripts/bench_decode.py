@@ -46,33 +46,46 @@ def _timed(run: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def bench_ours(params: dict, batch: int, context: int, hshare: HShareConfig | None, steps: int) -> tuple[float, float]:
-    """Returns seconds of a prefill of `context` tokens (best of two) and of a decode step that ends there (median)."""
-    tokens = jax.random.randint(jax.random.key(1), (batch, context), 0, SMOLLM2.vocab_size)
+def bench_ours(
+    params: dict, context: int, batches: list[int], hshare: HShareConfig | None, steps: int
+) -> tuple[float, list[float]]:
+    """Returns seconds of a one-row prefill (best of two), and of a decode step of each batch (median).
 
-    def fill(length: int) -> tuple[jax.Array, DecodeState]:
-        lengths = jnp.full((batch,), length, jnp.int32)
-        state = init_state(SMOLLM2, batch, context, hshare=hshare)
-        return jax.block_until_ready(prefill(params, tokens[:, :length], lengths, state, config=SMOLLM2))
+    The timed steps end with `context` tokens in every row. Rows of a batch are copies of one; speed does not mind.
+    """
+    tokens = jax.random.randint(jax.random.key(1), (1, context), 0, SMOLLM2.vocab_size)
+
+    def fill(length: int) -> DecodeState:
+        state = init_state(SMOLLM2, 1, context, hshare=hshare)
+        filled = prefill(params, tokens[:, :length], jnp.array([length]), state, config=SMOLLM2)[1]
+        return jax.block_until_ready(filled)
 
     fill(context)
     prefill_seconds = min(_timed(lambda: fill(context)) for _ in range(2))
-    logits, state = fill(context - steps - WARM_STEPS)
-    interval = 1 if hshare is None else hshare.refresh_interval
+    row = fill(context - steps - WARM_STEPS)
+    return prefill_seconds, [_time_steps(params, row, batch, steps) for batch in batches]
+
+
+def _time_steps(params: dict, row: DecodeState, batch: int, steps: int) -> float:
+    def repeat(leaf: jax.Array) -> jax.Array:
+        axis = 0 if leaf.shape[0] == 1 else 1  # lists are [L, B, J, C]
+        return jnp.array(jnp.concatenate([leaf] * batch, axis=axis), copy=True)  # the steps donate it
+
+    state, token = jax.tree.map(repeat, row), jnp.zeros((batch,), jnp.int32)
+    interval = 1 if row.shared is None else row.shared.config.refresh_interval
     times = []
-    token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     for first in range(0, steps + WARM_STEPS, interval):
         began = time.perf_counter()
         for step in range(interval):
             logits, state = decode_step(params, token, state, config=SMOLLM2, refresh=step == 0)
-        logits.block_until_ready()
+            logits.block_until_ready()
         if first >= WARM_STEPS:
             times.append((time.perf_counter() - began) / interval)
-    return prefill_seconds, statistics.median(times)
+    return statistics.median(times)
 
 
-def bench_transformers(batch: int, context: int, steps: int) -> tuple[float, float]:
-    """Returns the same two for transformers' LlamaForCausalLM, its default attention and cache."""
+def bench_transformers(context: int, batches: list[int], steps: int) -> tuple[float, list[float]]:
+    """Returns the same for transformers' LlamaForCausalLM, its default attention and cache."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -83,20 +96,23 @@ def bench_transformers(batch: int, context: int, steps: int) -> tuple[float, flo
         tie_word_embeddings=True,
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
-    tokens = torch.randint(0, c.vocab_size, (batch, context))
+    tokens = torch.randint(0, c.vocab_size, (1, context))
+
+    def fill(length: int):
+        return model(tokens[:, :length], use_cache=True, logits_to_keep=1).past_key_values
+
+    medians = []
     with torch.no_grad():
-        began = time.perf_counter()
-        out = model(tokens, use_cache=True, logits_to_keep=1)
-        times = [time.perf_counter() - began]
-        began = time.perf_counter()
-        out = model(tokens, use_cache=True, logits_to_keep=1)
-        times.append(time.perf_counter() - began)
-        token, step_times = tokens[:, :1], []
-        for _ in range(steps + 2):
-            began = time.perf_counter()
-            out = model(token, past_key_values=out.past_key_values, use_cache=True)
-            step_times.append(time.perf_counter() - began)
-    return min(times), statistics.median(step_times[2:])
+        fill(context)
+        prefill_seconds = min(_timed(lambda: fill(context)) for _ in range(2))
+        for batch in batches:
+            cache, times = fill(context - steps - WARM_STEPS), []
+            cache.batch_repeat_interleave(batch)
+            token = torch.zeros((batch, 1), dtype=torch.long)
+            for _ in range(steps + WARM_STEPS):
+                times.append(_timed(lambda cache=cache, token=token: model(token, past_key_values=cache)))
+            medians.append(statistics.median(times[WARM_STEPS:]))
+    return prefill_seconds, medians
 
 
 def main() -> None:
@@ -124,34 +140,33 @@ def main() -> None:
     weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     hshare = HShareConfig(num_sinks=16, num_critical=432, num_recent=64)
     if not options.json:
-        print("| batch | context | side | prefill s | decode ms | bytes a dense step must read | share of bandwidth |")
+        print(
+            "| context | side | prefill, batch 1 | batch | decode step | a dense step must read | share of bandwidth |"
+        )
         print("|---|---|---|---|---|---|---|")
-    for batch in options.batch:
-        for context in options.context:
-            floor = weight_bytes + batch * context * SMOLLM2.cache_bytes_per_token(4)
-            sides = {
-                "ours, dense": lambda b=batch, c=context: bench_ours(params, b, c, None, options.steps),
-                "ours, hshare 512": lambda b=batch, c=context: bench_ours(params, b, c, hshare, options.steps),
-                "transformers": lambda b=batch, c=context: bench_transformers(b, c, options.steps),
-            }
-            if options.no_transformers:
-                del sides["transformers"]
-            for side, run in sides.items():
-                prefill_seconds, step_seconds = run()
+    for context in options.context:
+        sides = {
+            "ours, dense": lambda: bench_ours(params, context, options.batch, None, options.steps),  # noqa: B023
+            "ours, hshare 512": lambda: bench_ours(params, context, options.batch, hshare, options.steps),  # noqa: B023
+            "transformers": lambda: bench_transformers(context, options.batch, options.steps),  # noqa: B023
+        }
+        if options.no_transformers:
+            del sides["transformers"]
+        for side, run in sides.items():
+            prefill_seconds, step_seconds = run()
+            for batch, seconds in zip(options.batch, step_seconds, strict=True):
+                dense_bytes = weight_bytes + batch * context * SMOLLM2.cache_bytes_per_token(4)
                 cell = {
-                    "batch": batch, "context": context, "side": side, "prefill_seconds": round(prefill_seconds, 3),
-                    "decode_ms": round(step_seconds * 1e3, 2), "dense_bytes": floor,
-                    "share_of_bandwidth": round(floor / step_seconds / bandwidth, 3),
+                    "context": context, "side": side, "prefill_seconds": round(prefill_seconds, 3), "batch": batch,
+                    "decode_ms": round(seconds * 1e3, 2), "dense_bytes": dense_bytes,
+                    "share_of_bandwidth": round(dense_bytes / seconds / bandwidth, 3),
                 }  # fmt: skip
-                if options.json:
-                    print(json.dumps(cell), flush=True)
-                else:
-                    share = f"{cell['share_of_bandwidth']:.0%}" if side != "ours, hshare 512" else "-"
-                    print(
-                        f"| {batch} | {context} | {side} | {prefill_seconds:.2f} | {step_seconds * 1e3:.1f} "
-                        f"| {floor / 1e6:.0f} MB | {share} |",
-                        flush=True,
-                    )
+                share = "-" if side == "ours, hshare 512" else f"{cell['share_of_bandwidth']:.0%}"
+                row = (
+                    f"| {context} | {side} | {prefill_seconds:.2f} s | {batch} | {seconds * 1e3:.1f} ms "
+                    f"| {dense_bytes / 1e6:.0f} MB | {share} |"
+                )
+                print(json.dumps(cell) if options.json else row, flush=True)
 
 
 if __name__ == "__main__":
