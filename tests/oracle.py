@@ -250,11 +250,13 @@ class SharedRow:
             self.source = plan(*similarity(chosen), budget.num_shared_layers, budget.num_shared_lists)
         return logits
 
-    def decode(self, token):
-        """Returns logits [V] after `token`."""
+    def decode(self, token, is_refresh=None):
+        """Returns logits [V] after `token`; None refreshes every `interval` steps, from the first on."""
         row, budget = self.row, self.budget
-        is_refresh = self.age % budget.interval == 0
+        is_refresh = self.age % budget.interval == 0 if is_refresh is None else is_refresh
         length = row.length + 1
+        # The recent range starts where it did at the refresh and grows; one that is overdue slides.
+        self.recent_start = max(self.recent_start, length - (budget.num_recent + budget.interval - 1), 0)
         if is_refresh:
             self.recent_start = max(0, length - budget.num_recent)
         group = row.num_heads // budget.num_lists

@@ -6,11 +6,15 @@ import numpy as np
 import oracle
 import pytest
 
-from hshare_jax.kernels.reference import EMPTY, dense_decode, prefill_attention, shared_decode
+from hshare_jax.kernels import reference
+from hshare_jax.kernels.reference import EMPTY
 
 F32 = 1e-5  # absolute, on outputs of about 1: float32 sums over a few hundred terms
 JUNK = 1e30  # what no slot that is read holds; finite, and its products stay so
 B, S, H = 6, 512, 8
+dense_decode = jax.jit(reference.dense_decode, static_argnames="window")
+shared_decode = jax.jit(reference.shared_decode, static_argnames=("num_sinks", "max_recent", "window"))
+prefill_attention = jax.jit(reference.prefill_attention, static_argnames="window")
 HEADS = [(4, 4), (4, 2), (4, 1), (6, 3)]  # (N, K): multi-head, grouped, multi-query, and a group count that is odd
 
 
@@ -118,6 +122,32 @@ def test_shared_decode_without_sinks_reads_list_and_recent_tokens_only():
     out = shared_decode(*inputs, num_sinks=0, max_recent=7)
     expected, _ = expected_shared(q, keys, values, lists, source, LENGTHS, STARTS, 0, None)
     np.testing.assert_allclose(out, expected, atol=F32, rtol=0)
+
+
+@pytest.mark.parametrize("window", [None, 1])
+def test_the_current_token_is_always_read_and_no_later_one(window):
+    rng = np.random.default_rng(8)
+    q, keys, values, lists, source = shared_case(rng, 4, 2, 2, LENGTHS, STARTS, num_sinks=3, C=10)
+    plan = [jnp.asarray(array) for array in (lists, source, LENGTHS, STARTS)]
+
+    def read(keys, values):
+        shared = shared_decode(
+            jnp.asarray(q), jnp.asarray(keys), jnp.asarray(values), plan[0], plan[1], plan[2], plan[3],
+            num_sinks=3, max_recent=7, window=window,
+        )  # fmt: skip
+        dense = dense_decode(jnp.asarray(q), jnp.asarray(keys), jnp.asarray(values), plan[2], window=window)
+        return np.stack([shared, dense])
+
+    before, rows = read(keys, values), np.arange(B)
+    now_key, now_value = keys.copy(), values.copy()
+    now_key[rows, :, LENGTHS - 1] += 1
+    now_value[rows, :, LENGTHS - 1] += 1
+    assert (np.abs(read(keys, now_value) - before).max(axis=-1) > 0).all()  # in every row and head
+    is_only = (LENGTHS == 1) if window is None else np.ones(B, bool)  # with nothing beside it a key has no say
+    assert (np.abs(read(now_key, values) - before).max(axis=-1) > 0)[:, ~is_only].all()
+    later = values.copy()
+    later[rows[:-1], :, LENGTHS[:-1]] += 1
+    np.testing.assert_array_equal(read(keys, later), before)
 
 
 @pytest.mark.parametrize("window", [None, 1, 40, 300])

@@ -1,0 +1,395 @@
+"""The decode step: equal to the full forward and to the float64 oracle, each row for itself, traced once, in place."""
+
+import dataclasses
+import re
+from fractions import Fraction
+
+import jax
+import jax.monitoring
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import oracle
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+from tiny_decoder import (
+    CAPACITY,
+    HSHARE,
+    LENGTHS,
+    MODEL,
+    oracle_budget,
+    oracle_row,
+    params,
+    prefill_rows,
+    random_rows,
+)
+
+import hshare_jax.decode
+from hshare_jax.config import HShareConfig
+from hshare_jax.decode import decode_step
+from hshare_jax.decode_state import DecodeState, SharedLists, init_state
+from hshare_jax.kernels.reference import EMPTY
+
+F32 = 1e-4  # absolute, on float32 logits of about 5 after three layers, against float64
+SAME = 1e-5  # between two float32 programs of the same model
+PER_HEAD = dataclasses.replace(HSHARE, lists_per="query_head")
+WINDOWED = dataclasses.replace(MODEL, windows=(None, 20, 9))
+SHALLOW = dataclasses.replace(MODEL, num_layers=2, windows=(None,) * 2)  # where only the program is looked at
+WIDE = dataclasses.replace(HSHARE, num_critical=120)  # more than any row here holds
+INTERVAL = HSHARE.refresh_interval
+VARIANTS = [(None, False), (HSHARE, True), (HSHARE, False), (HSHARE, None)]
+
+
+def shared_of(state: DecodeState) -> SharedLists:
+    assert state.shared is not None
+    return state.shared
+
+
+def tokens_at(rows, lengths, step):
+    return jnp.asarray([row[length + step] for row, length in zip(rows, lengths, strict=True)], jnp.int32)
+
+
+def start(rows, lengths=LENGTHS, **settings):
+    """Returns the state after the first `lengths` tokens of the rows."""
+    return prefill_rows([row[:length] for row, length in zip(rows, lengths, strict=True)], **settings)[1]
+
+
+def decode(rows, state, steps, *, lengths=LENGTHS, config=MODEL, dtype="float32", refresh=lambda step: None):
+    """Returns (logits [steps, B, V], state) after the rows' next tokens."""
+    found = []
+    for step in range(steps):
+        logits, state = decode_step(
+            params(config, dtype), tokens_at(rows, lengths, step), state, config=config, refresh=refresh(step)
+        )
+        found.append(np.asarray(logits))
+    return np.stack(found), state
+
+
+def on_schedule(step):
+    return step % INTERVAL == 0
+
+
+def lists_of(state):
+    """Returns the padded lists [L][B][J] as Python lists."""
+    return [
+        [[[t for t in tokens if t != EMPTY] for tokens in of_row] for of_row in of_layer]
+        for of_layer in shared_of(state).token_indices.tolist()
+    ]
+
+
+def prefilled_logits(rows, steps, lengths=LENGTHS, **settings):
+    """Returns [steps, B, V], each step's logits by a prefill of all tokens up to it."""
+    ends = [[length + step + 1 for length in lengths] for step in range(steps)]
+    return np.stack(
+        [
+            np.asarray(prefill_rows([row[:n] for row, n in zip(rows, end, strict=True)], hshare=None, **settings)[0])
+            for end in ends
+        ]
+    )
+
+
+def test_cached_decode_equals_full_forward():
+    rows = random_rows(1, more=4)
+    logits, state = decode(rows, start(rows, hshare=None), 4)
+    np.testing.assert_allclose(logits, prefilled_logits(rows, 4), atol=SAME, rtol=0)
+    assert state.cache.lengths.tolist() == [length + 4 for length in LENGTHS]
+
+
+@pytest.mark.parametrize(("config", "hshare"), [(MODEL, HSHARE), (WINDOWED, PER_HEAD)], ids=["J=K", "J=N, windows"])
+def test_a_whole_shared_decode_equals_the_oracle(config, hshare):
+    # The row of 1 grows past the budget of 12, that of 5 past sinks and recent tokens.
+    steps, rows = 14, random_rows(2, more=14)
+    state = start(rows, hshare=hshare, config=config)
+    J = hshare.num_lists(config)
+    shared_rows = [oracle.SharedRow(oracle_row(config), oracle_budget(hshare, config)) for _ in rows]
+    for b, shared_row in enumerate(shared_rows):
+        shared_row.prefill(rows[b][: LENGTHS[b]])
+    assert len({str(row.source) for row in shared_rows}) == 2  # rows without probes have the identity
+    for step in range(steps):
+        refresh = on_schedule(step) if hshare is HSHARE else None
+        logits, state = decode_step(
+            params(config), tokens_at(rows, LENGTHS, step), state, config=config, refresh=refresh
+        )
+        expected = np.stack([row.decode(rows[b][LENGTHS[b] + step]) for b, row in enumerate(shared_rows)])
+        np.testing.assert_allclose(logits, expected, atol=F32, rtol=0)
+        lists = lists_of(state)
+        for b, shared_row in enumerate(shared_rows):
+            assert shared_of(state).recent_start[b] == shared_row.recent_start
+            assert [[lists[layer][b][j] for j in range(J)] for layer in range(MODEL.num_layers)] == shared_row.lists
+
+
+def test_without_refreshes_the_recent_range_slides_and_holds_the_current_token():
+    rows, steps = random_rows(3, more=30), 30
+    state = start(rows, hshare=HSHARE)
+    shared_rows = [oracle.SharedRow(oracle_row(), oracle_budget(HSHARE)) for _ in rows]
+    for b, shared_row in enumerate(shared_rows):
+        shared_row.prefill(rows[b][: LENGTHS[b]])
+    for step in range(steps):
+        logits, state = decode_step(params(), tokens_at(rows, LENGTHS, step), state, config=MODEL, refresh=step == 0)
+        expected = [row.decode(rows[b][LENGTHS[b] + step], is_refresh=step == 0) for b, row in enumerate(shared_rows)]
+        np.testing.assert_allclose(logits, np.stack(expected), atol=F32, rtol=0)
+        length, first = np.asarray(state.cache.lengths), np.asarray(shared_of(state).recent_start)
+        assert (first < length).all()
+        assert (length - first <= HSHARE.max_recent).all()
+
+
+@pytest.mark.parametrize("hshare", [None, HSHARE, PER_HEAD], ids=["dense", "J=K", "J=N"])
+def test_a_row_in_a_ragged_batch_equals_the_row_alone(hshare):
+    rows = random_rows(4, more=7)
+    started = start(rows, hshare=hshare)
+    source = None if hshare is None else np.asarray(shared_of(started).source)
+    logits, state = decode(rows, started, 7)
+    for b, length in enumerate(LENGTHS):
+        alone = start([rows[b]], [length], hshare=hshare)
+        if source is not None:
+            np.testing.assert_array_equal(shared_of(alone).source[0], source[b])
+        own, alone = decode([rows[b]], alone, 7, lengths=[length])
+        np.testing.assert_allclose(logits[:, b], own[:, 0], atol=SAME, rtol=0)
+        if hshare is not None:
+            np.testing.assert_array_equal(shared_of(alone).token_indices[:, 0], shared_of(state).token_indices[:, b])
+
+
+@pytest.mark.parametrize("hshare", [WIDE, dataclasses.replace(WIDE, lists_per="query_head")], ids=["J=K", "J=N"])
+def test_a_budget_that_covers_the_row_equals_dense(hshare):
+    # As long as the lists are fresh: between refreshes they grow by the new tokens, which the recent range holds.
+    rows = random_rows(5, more=8)
+    dense, _ = decode(rows, start(rows, hshare=None), 8)
+    shared, _ = decode(rows, start(rows, hshare=hshare), 8)
+    np.testing.assert_allclose(shared, dense, atol=SAME, rtol=0)
+
+
+def test_rows_on_their_own_schedule_equal_the_static_schedule():
+    rows = random_rows(6, more=7)
+    by_age, of_ages = decode(rows, start(rows, hshare=HSHARE), 7)
+    static, of_static = decode(rows, start(rows, hshare=HSHARE), 7, refresh=on_schedule)
+    np.testing.assert_array_equal(by_age, static)
+    for one, other in zip(jax.tree.leaves(of_ages), jax.tree.leaves(of_static), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_rows_of_different_age_refresh_each_in_its_turn():
+    rows = random_rows(7, more=8)
+    state = start(rows, hshare=HSHARE)
+    ages = jnp.asarray([0, 1, 2, 3], jnp.int32)
+    state = dataclasses.replace(state, shared=dataclasses.replace(shared_of(state), age=ages))
+    starts = []
+    for step in range(6):
+        _, state = decode_step(params(), tokens_at(rows, LENGTHS, step), state, config=MODEL)
+        starts.append(np.asarray(state.cache.lengths) - np.asarray(shared_of(state).recent_start))
+    # The recent range of the long row is 4, 5, 6 tokens long and starts again, from its age 3 on.
+    assert [of_step[3] for of_step in starts] == [4, 5, 6, 4, 5, 6]
+    # Age 2 of 3: it refreshes on the second step; until then the range is as long as it may be.
+    assert [of_step[2] for of_step in starts] == [6, 4, 5, 6, 4, 5]
+
+
+def test_rows_that_have_ended_append_nothing_and_keep_their_state():
+    rows = random_rows(8, more=5)
+    is_active = jnp.asarray([True, False, True, False])
+    _, state = decode(rows, start(rows, hshare=HSHARE), 1)
+    kept = [np.asarray(leaf).copy() for leaf in jax.tree.leaves(state)]
+    found = []
+    for step in range(1, 4):
+        tokens = tokens_at(rows, LENGTHS, step)
+        logits, state = decode_step(params(), tokens, state, config=MODEL, is_active=is_active)
+        found.append(np.asarray(logits))
+    expected, everyone = decode(rows, start(rows, hshare=HSHARE), 4)
+    np.testing.assert_allclose(np.stack(found)[:, ::2], expected[1:, ::2], atol=SAME, rtol=0)
+    for leaf, was, other in zip(jax.tree.leaves(state), kept, jax.tree.leaves(everyone), strict=True):
+        axis = 1 if leaf.shape[:2] == (MODEL.num_layers, len(rows)) and leaf.ndim == 4 else 0
+        now, was, other = (np.moveaxis(np.asarray(array), axis, 0) for array in (leaf, was, other))
+        np.testing.assert_array_equal(now[1::2], was[1::2])
+        np.testing.assert_allclose(now[::2], other[::2], atol=SAME, rtol=0)
+    assert state.cache.lengths.tolist() == [5, 6, 15, 61]
+
+
+@pytest.mark.parametrize("hshare", [None, HSHARE], ids=["dense", "shared"])
+def test_a_full_row_yields_nan_and_leaves_the_others_alone(hshare):
+    lengths = (CAPACITY, *LENGTHS[1:])
+    rows = random_rows(9, lengths, more=5)
+    short = [rows[0][:1], *rows[1:]]
+    logits, state = decode(rows, start(rows, lengths, hshare=hshare), 5, lengths=lengths)
+    assert np.isnan(logits[:, 0]).all()
+    expected, _ = decode([np.zeros(6, np.int32), *short[1:]], start(short, (1, *LENGTHS[1:]), hshare=hshare), 5)
+    np.testing.assert_allclose(logits[:, 1:], expected[:, 1:], atol=SAME, rtol=0)
+    assert np.isfinite(np.asarray(state.cache.keys[0])).all()
+
+
+@pytest.mark.parametrize("hshare", [None, HSHARE], ids=["dense", "shared"])
+def test_bfloat16_decode_errs_no_more_than_twice_the_bfloat16_forward(hshare):
+    rows = random_rows(10, more=6)
+    exact = prefilled_logits(rows, 6)
+    low = prefilled_logits(rows, 6, dtype="bfloat16")
+    hshare = None if hshare is None else WIDE  # that reads every token, so that one truth serves both
+    state = start(rows, hshare=hshare, dtype="bfloat16")
+    logits, state = decode(rows, state, 6, dtype="bfloat16")
+    assert logits.dtype == np.float32
+    assert {array.dtype for array in state.cache.keys} == {jnp.dtype(jnp.bfloat16)}
+    assert np.abs(logits - exact).max() <= 2 * np.abs(low - exact).max() + 1e-5
+
+
+def test_a_scan_in_a_users_own_jit_equals_the_loop():
+    rows = random_rows(11, more=7)
+    tokens = jnp.stack([tokens_at(rows, LENGTHS, step) for step in range(7)])
+
+    @jax.jit
+    def run(params, state, tokens):
+        def step(state, token):
+            logits, state = decode_step(params, token, state, config=MODEL)
+            return state, logits
+
+        return jax.lax.scan(step, state, tokens)
+
+    state, logits = run(params(), start(rows, hshare=HSHARE), tokens)
+    expected, looped = decode(rows, start(rows, hshare=HSHARE), 7)
+    np.testing.assert_allclose(logits, expected, atol=SAME, rtol=0)
+    np.testing.assert_array_equal(shared_of(state).token_indices, shared_of(looped).token_indices)
+
+
+def test_lists_that_copy_stay_empty_and_read_their_source():
+    rows = random_rows(12, more=2)
+    state = start(rows, hshare=HSHARE)
+    # By hand: the upper layers read layer 0's lists, whose third copies the first.
+    source = jnp.tile(jnp.asarray([0, 1, 0], jnp.int32), (4, MODEL.num_layers, 1))
+    state = dataclasses.replace(state, shared=dataclasses.replace(shared_of(state), source=source))
+    _, state = decode(rows, state, 2)
+    lists = np.asarray(shared_of(state).token_indices)
+    assert (lists[1:] == EMPTY).all()
+    assert (lists[0, :, 2] == EMPTY).all()
+    assert (lists[0, 3, :2] != EMPTY).all()  # the long row's
+
+
+class Compilations:
+    """Counts what XLA compiled while it was listening."""
+
+    def __init__(self):
+        self.count = 0
+
+    def __call__(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
+        self.count += event == "/jax/core/compile/backend_compile_duration"
+
+    def __enter__(self):
+        jax.monitoring.register_event_duration_secs_listener(self)
+        return self
+
+    def __exit__(self, *_):
+        jax.monitoring.unregister_event_duration_listener(self)
+
+
+def random_state(rng, lengths, hshare):
+    """Returns a state of the shallow model as after some prompts: other keys, lengths, lists and plans each time."""
+    state = init_state(SHALLOW, len(lengths), CAPACITY, hshare=hshare)
+
+    def fill(arrays):
+        return tuple(jnp.asarray(rng.standard_normal(array.shape), array.dtype) for array in arrays)
+
+    cache, shared = state.cache, state.shared
+    cache = dataclasses.replace(
+        cache, keys=fill(cache.keys), values=fill(cache.values), lengths=jnp.asarray(lengths, jnp.int32)
+    )
+    if shared is not None:
+        plan = np.asarray(shared.source).copy()
+        plan[rng.integers(len(lengths)), 1] = plan[0, 0, rng.integers(3)]
+        lists = np.sort(rng.integers(2, min(lengths), shared.token_indices.shape), axis=-1)
+        shared = dataclasses.replace(
+            shared, labels=fill(shared.labels), source=jnp.asarray(plan), token_indices=jnp.asarray(lists, jnp.int32)
+        )
+    return DecodeState(cache, shared)
+
+
+@pytest.mark.parametrize(("hshare", "refresh"), VARIANTS, ids=["dense", "refresh", "reuse", "by age"])
+def test_one_trace_serves_every_prompt_plan_and_length(monkeypatch, hshare, refresh):
+    traces, compiled = [], []
+    make = hshare_jax.decode.decode_attend
+    monkeypatch.setattr(hshare_jax.decode, "decode_attend", lambda *args: traces.append(args) or make(*args))
+    rng = np.random.default_rng(13)
+    for lengths in ([3, 60], [20, 20], [41, 9]):
+        state = random_state(rng, lengths, hshare)
+        tokens = jnp.asarray(rng.integers(0, MODEL.vocab_size, (17, 2)), jnp.int32)
+        with Compilations() as compilations:
+            for token in list(tokens):
+                logits, state = decode_step(params(SHALLOW), token, state, config=SHALLOW, refresh=refresh)
+                assert np.isfinite(logits).all()
+        compiled.append(compilations.count)
+    assert len(traces) == 1
+    assert compiled[1:] == [0, 0]
+
+
+@pytest.fixture
+def unchecked():
+    """Lets states hold what is no array, as jax makes them to describe the arguments of a lowered function."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def count_copies(text: str, buffers: list[jax.Array]) -> int:
+    """Returns the copy instructions in a compiled program whose result has the shape of one of the buffers."""
+    names = {"float32": "f32", "bfloat16": "bf16", "int32": "s32"}
+    shapes = {f"{names[str(array.dtype)]}[{','.join(map(str, array.shape))}]" for array in buffers}
+    copied = re.findall(r"= \(?(\w+\[[\d,]*\])\S* copy(?:-start)?\(", text)
+    return sum(shape in shapes for shape in copied)
+
+
+def large_buffers(state: DecodeState) -> list[jax.Array]:
+    shared = [] if state.shared is None else [*state.shared.labels, state.shared.token_indices]
+    return [*state.cache.keys, *state.cache.values, *shared]
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("hshare", "refresh"), VARIANTS, ids=["dense", "refresh", "reuse", "by age"])
+def test_a_compiled_step_updates_its_buffers_in_place(hshare, refresh, batch):
+    state, tokens = init_state(SHALLOW, batch, CAPACITY, hshare=hshare), jnp.zeros((batch,), jnp.int32)
+    compiled = decode_step.lower(params(SHALLOW), tokens, state, config=SHALLOW, refresh=refresh).compile()
+    text = compiled.as_text()
+    assert text is not None
+    assert count_copies(text, large_buffers(state)) == 0
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    assert memory.alias_size_in_bytes >= sum(array.nbytes for array in large_buffers(state))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_copies_are_seen_where_nothing_is_donated():
+    state, tokens = init_state(SHALLOW, 1, CAPACITY, hshare=HSHARE), jnp.zeros((1,), jnp.int32)
+    step = jax.jit(lambda params, tokens, state: decode_step(params, tokens, state, config=SHALLOW, refresh=True))
+    text = step.lower(params(SHALLOW), tokens, state).compile().as_text()
+    assert text is not None
+    assert count_copies(text, large_buffers(state)) == len(large_buffers(state))
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(("hshare", "refresh"), VARIANTS, ids=["dense", "refresh", "reuse", "by age"])
+def test_a_step_lowers_for_cuda_with_its_state_donated(hshare, refresh):
+    state, tokens = init_state(SHALLOW, 2, CAPACITY, hshare=hshare), jnp.zeros((2,), jnp.int32)
+    mesh = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H200", 1, "cuda"))
+    with use_abstract_mesh(mesh):
+        traced = decode_step.trace(params(SHALLOW), tokens, state, config=SHALLOW, refresh=refresh)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    donated = len(re.findall(r"tf\.aliasing_output|jax\.buffer_donor", text))
+    assert donated >= len(large_buffers(state))
+
+
+def test_the_donated_state_is_gone():
+    rows = random_rows(17, more=1)
+    state = start(rows, hshare=HSHARE)
+    decode_step(params(), tokens_at(rows, LENGTHS, 0), state, config=MODEL)
+    assert all(array.is_deleted() for array in large_buffers(state))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_sinks": -1}, "num_sinks=-1 must be at least 0"),
+        ({"num_critical": 0}, "num_critical=0 must be at least 1"),
+        ({"num_recent": 0}, "num_recent=0 must be at least 1"),
+        ({"refresh_interval": 0}, "refresh_interval=0 must be at least 1"),
+        ({"num_probes": 0}, "num_probes=0 must be at least 1"),
+        ({"layer_ratio": Fraction(0)}, r"layer_ratio=0 must lie in \(0, 1\]"),
+        ({"head_ratio": Fraction(3, 2)}, r"head_ratio=3/2 must lie in \(0, 1\]"),
+        ({"label_channels": 0}, "label_channels=0 must be at least 1"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        HShareConfig(**changes)

@@ -1,0 +1,185 @@
+"""Prefill: exact whatever the chunks, the padding and the number of calls; then the plan that the definition finds."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from tiny_decoder import (
+    CAPACITY,
+    HSHARE,
+    LENGTHS,
+    MODEL,
+    oracle_budget,
+    oracle_row,
+    params,
+    prefill_rows,
+    random_rows,
+)
+
+from hshare_jax.attend import prefill_attend
+from hshare_jax.decode_state import init_state
+from hshare_jax.kv_cache import init_cache
+from hshare_jax.labels import take_channels
+from hshare_jax.models.decoder import Decoder
+from hshare_jax.prefill import CHUNKS, prefill
+
+F32 = 1e-4  # absolute, on float32 logits of about 5 after three layers
+SAME = 1e-5  # between two float32 programs of the same model
+LONGEST = 577
+
+
+@functools.cache
+def long_row() -> np.ndarray:
+    return random_rows(1, [LONGEST])[0]
+
+
+@functools.cache
+def full_forward() -> np.ndarray:
+    """Returns the logits [T, V] of the long row, computed in one piece."""
+    positions = jnp.arange(LONGEST, dtype=jnp.int32)[None, :]
+    attend = prefill_attend(MODEL, positions, jnp.zeros((1,), jnp.int32), None)
+
+    @jax.jit
+    def forward(params: dict, tokens: jax.Array) -> jax.Array:
+        decoder, variables = Decoder(MODEL), {"params": params}
+        empty = (init_cache(MODEL, 1, LONGEST, jnp.dtype(jnp.float32)), ())
+        hidden, _ = decoder.apply(variables, tokens, positions, attend, empty)  # pyright: ignore[reportAssignmentType]
+        return decoder.apply(variables, hidden[0], method="unembed")  # pyright: ignore[reportReturnType]
+
+    return np.asarray(forward(params(), jnp.asarray(long_row()[None])))
+
+
+def test_the_full_forward_equals_the_oracle():
+    row = oracle_row()
+    expected = np.stack([row.dense_step(token) for token in long_row()[:70]])
+    np.testing.assert_allclose(full_forward()[:70], expected, atol=F32, rtol=0)
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 511, 512, 513, 577])
+def test_prefill_equals_the_full_forward_around_every_chunk_boundary(length):
+    assert CHUNKS == (64, 512)
+    logits, state = prefill_rows([long_row()[:length]], hshare=None, capacity=640)
+    np.testing.assert_allclose(logits[0], full_forward()[length - 1], atol=SAME, rtol=0)
+    assert state.cache.lengths.tolist() == [length]
+    for array in (*state.cache.keys, *state.cache.values):
+        assert (np.asarray(array)[:, :, length:] == 0).all()  # padding is not written
+        assert (np.abs(np.asarray(array)[:, :, :length]).max(axis=-1) > 0).all()
+
+
+def test_a_padded_row_equals_the_row_alone():
+    rows = [long_row()[:length] for length in (1, 64, 65, 130, 577)]
+    logits, _ = prefill_rows(rows, hshare=None, capacity=640)
+    for b, row in enumerate(rows):
+        np.testing.assert_allclose(logits[b], full_forward()[len(row) - 1], atol=SAME, rtol=0)
+
+
+def test_ids_in_the_padding_change_nothing():
+    rows, lengths = random_rows(2), jnp.asarray(LENGTHS, jnp.int32)
+    found = []
+    for pad in (0, 17):
+        tokens = np.full((4, 60), pad, np.int32)
+        for b, row in enumerate(rows):
+            tokens[b, : len(row)] = row
+        found.append(prefill(params(), jnp.asarray(tokens), lengths, init_state(MODEL, 4, CAPACITY, hshare=HSHARE),
+                             config=MODEL))  # fmt: skip
+    for one, other in zip(jax.tree.leaves(found[0]), jax.tree.leaves(found[1]), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("first", [1, 40, 64, 99])
+def test_two_calls_equal_one(first):
+    row = long_row()[:100]
+    _, state = prefill_rows([row[:first]], hshare=None, capacity=640)
+    logits, state = prefill_rows([row[first:]], hshare=None, state=state)
+    once, expected = prefill_rows([row], hshare=None, capacity=640)
+    np.testing.assert_allclose(logits, once, atol=SAME, rtol=0)
+    for one, other in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, atol=SAME, rtol=0)
+
+
+@pytest.mark.parametrize("lists_per", ["kv_head", "query_head"])
+def test_channels_and_plan_are_those_of_the_definition_on_both_turns(lists_per):
+    hshare = dataclasses.replace(HSHARE, lists_per=lists_per)
+    rows, more = random_rows(3), random_rows(4, (20, 1, 40, 3))
+    shared_rows = [oracle.SharedRow(oracle_row(), oracle_budget(hshare)) for _ in rows]
+    state, J = None, hshare.num_lists(MODEL)
+    identity = np.arange(MODEL.num_layers * J).reshape(MODEL.num_layers, J)
+    for turn in (rows, more):
+        logits, state = prefill_rows(turn, hshare=hshare, state=state)
+        assert state.shared is not None
+        for b, shared_row in enumerate(shared_rows):
+            expected = shared_row.prefill(turn[b])
+            np.testing.assert_allclose(logits[b], expected, atol=F32, rtol=0)
+            np.testing.assert_array_equal(state.shared.channels[b], shared_row.channels)
+            source = [[divmod(flat, J) for flat in layer] for layer in state.shared.source[b].tolist()]
+            assert source == shared_row.source
+        is_identity = (np.asarray(state.shared.source) == identity).all(axis=(1, 2))
+        assert is_identity.tolist() == ([True, True, True, False] if turn is rows else [False, True, False, False])
+        assert state.shared.age.tolist() == [0] * 4
+
+
+def test_labels_are_the_cached_keys_on_the_channels():
+    _, state = prefill_rows(random_rows(3), hshare=HSHARE)
+    assert state.shared is not None
+    for layer, keys in enumerate(state.cache.keys):
+        np.testing.assert_array_equal(state.shared.labels[layer], take_channels(keys, state.shared.channels[:, layer]))
+
+
+def test_progress_counts_every_token_once():
+    seen = []
+    tokens, lengths = jnp.zeros((1, 577), jnp.int32), jnp.asarray([577])
+    prefill(params(), tokens, lengths, init_state(MODEL, 1, 640), config=MODEL, progress=seen.append)
+    assert seen == [512, 65]
+
+
+def test_prefill_inside_a_jit_equals_prefill():
+    rows = random_rows(2)
+    tokens = np.zeros((4, 60), np.int32)
+    for b, row in enumerate(rows):
+        tokens[b, : len(row)] = row
+
+    @jax.jit
+    def start(params, tokens, lengths):
+        return prefill(params, tokens, lengths, init_state(MODEL, 4, CAPACITY, hshare=HSHARE), config=MODEL)
+
+    logits, state = start(params(), jnp.asarray(tokens), jnp.asarray(LENGTHS, jnp.int32))
+    expected, expected_state = prefill_rows(rows, hshare=HSHARE)
+    np.testing.assert_allclose(logits, expected, atol=SAME, rtol=0)
+    assert state.shared is not None
+    assert expected_state.shared is not None
+    np.testing.assert_array_equal(state.shared.source, expected_state.shared.source)
+
+
+@pytest.mark.parametrize(
+    ("shape", "lengths", "message"),
+    [
+        ((2, 4), (1, 1), "tokens has 2 rows, lengths 2 and the state 1; they must agree"),
+        ((1, 4), (0,), r"lengths\[0\]=0 must lie between 1 and the 4 tokens given"),
+        ((1, 4), (5,), r"lengths\[0\]=5 must lie between 1 and the 4 tokens given"),
+        ((1, 300), (257,), "row 0 would hold 257 tokens, but capacity=256; make the state larger"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_computing(shape, lengths, message):
+    with pytest.raises(ValueError, match=message):
+        prefill(
+            params(), jnp.zeros(shape, jnp.int32), jnp.asarray(lengths, jnp.int32), init_state(MODEL, 1, 200),
+            config=MODEL,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 0, "capacity": 8}, "batch_size=0 must be at least 1"),
+        ({"batch_size": 1, "capacity": 0}, "capacity=0 must lie between 1 and the model's max_positions=1024"),
+        ({"batch_size": 1, "capacity": 1025}, "capacity=1025 must lie between 1 and the model's max_positions=1024"),
+        ({"batch_size": 1, "capacity": 8, "dtype": jnp.int32}, "dtype=int32 must be a float type"),
+    ],
+)
+def test_a_state_that_cannot_be_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        init_state(MODEL, **arguments)
