@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-from fractions import Fraction
 
 import jax
 import jax.monitoring
@@ -12,6 +11,7 @@ import numpy as np
 import oracle
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+from program_text import count_copies
 from tiny_decoder import (
     CAPACITY,
     HSHARE,
@@ -25,7 +25,6 @@ from tiny_decoder import (
 )
 
 import hshare_jax.decode
-from hshare_jax.config import HShareConfig
 from hshare_jax.decode import decode_step
 from hshare_jax.decode_state import DecodeState, SharedLists, init_state
 from hshare_jax.kernels.reference import EMPTY
@@ -322,14 +321,6 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
-def count_copies(text: str, buffers: list[jax.Array]) -> int:
-    """Returns the copy instructions in a compiled program whose result has the shape of one of the buffers."""
-    names = {"float32": "f32", "bfloat16": "bf16", "int32": "s32"}
-    shapes = {f"{names[str(array.dtype)]}[{','.join(map(str, array.shape))}]" for array in buffers}
-    copied = re.findall(r"= \(?(\w+\[[\d,]*\])\S* copy(?:-start)?\(", text)
-    return sum(shape in shapes for shape in copied)
-
-
 def large_buffers(state: DecodeState) -> list[jax.Array]:
     shared = [] if state.shared is None else [*state.shared.labels, state.shared.token_indices]
     return [*state.cache.keys, *state.cache.values, *shared]
@@ -375,21 +366,3 @@ def test_the_donated_state_is_gone():
     state = start(rows, hshare=HSHARE)
     decode_step(params(), tokens_at(rows, LENGTHS, 0), state, config=MODEL)
     assert all(array.is_deleted() for array in large_buffers(state))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"num_sinks": -1}, "num_sinks=-1 must be at least 0"),
-        ({"num_critical": 0}, "num_critical=0 must be at least 1"),
-        ({"num_recent": 0}, "num_recent=0 must be at least 1"),
-        ({"refresh_interval": 0}, "refresh_interval=0 must be at least 1"),
-        ({"num_probes": 0}, "num_probes=0 must be at least 1"),
-        ({"layer_ratio": Fraction(0)}, r"layer_ratio=0 must lie in \(0, 1\]"),
-        ({"head_ratio": Fraction(3, 2)}, r"head_ratio=3/2 must lie in \(0, 1\]"),
-        ({"label_channels": 0}, "label_channels=0 must be at least 1"),
-    ],
-)
-def test_settings_that_cannot_be_are_refused(changes, message):
-    with pytest.raises(ValueError, match=message):
-        HShareConfig(**changes)

@@ -1,0 +1,14 @@
+"""What the tests read off compiled programs."""
+
+import re
+from collections.abc import Sequence
+
+import jax
+
+
+def count_copies(text: str, buffers: Sequence[jax.Array]) -> int:
+    """Returns the copy instructions in a compiled program whose result has the shape of one of the buffers."""
+    names = {"float32": "f32", "bfloat16": "bf16", "int32": "s32"}
+    shapes = {f"{names[str(array.dtype)]}[{','.join(map(str, array.shape))}]" for array in buffers}
+    copied = re.findall(r"= \(?(\w+\[[\d,]*\])\S* copy(?:-start)?\(", text)
+    return sum(shape in shapes for shape in copied)

@@ -1,0 +1,250 @@
+"""Generation: the same tokens however they are asked for, ended where they should be, and refused before computing."""
+
+import dataclasses
+import importlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import pytest
+from program_text import count_copies
+from tiny_decoder import HSHARE, MODEL, params
+from tiny_tokenizer import LETTERS, byte_tokenizer
+
+from hshare_jax.agreement import token_agreement
+from hshare_jax.decode import decode_step
+from hshare_jax.decode_state import init_state
+from hshare_jax.generate import NO_TOKEN, _Progress, choose_capacity, decode_tokens, generate, stream
+from hshare_jax.models.pretrained import Model
+from hshare_jax.prefill import prefill
+from hshare_jax.sampling import SamplingConfig
+
+SHALLOW = dataclasses.replace(MODEL, num_layers=2, windows=(None,) * 2)
+TOKENIZER = byte_tokenizer(LETTERS)
+MODEL_OF_TEXT = Model(SHALLOW, params(SHALLOW), TOKENIZER, (), "tiny", "0" * 16)
+MODEL_OF_IDS = dataclasses.replace(MODEL_OF_TEXT, tokenizer=None)
+# Texts of about 5, 20 and 60 tokens: shorter than sinks and recent tokens, and longer than the budget of 12.
+PROMPTS = ["there", "in the end, an inn.", "the rain in spain stays mainly in the plain, or so it is said."]
+SAMPLED = SamplingConfig(temperature=1.0, top_p=0.95)
+NEW = 20
+
+
+@pytest.fixture(scope="module")
+def greedy():
+    return generate(MODEL_OF_TEXT, PROMPTS, hshare=HSHARE, max_new_tokens=NEW)
+
+
+def test_the_tokenizer_fits_the_model():
+    assert len(TOKENIZER) <= SHALLOW.vocab_size
+
+
+def test_generated_tokens_are_those_of_a_loop_of_steps(greedy):
+    for prompt, found in zip(PROMPTS, greedy.tokens, strict=True):
+        ids = jnp.asarray([TOKENIZER(prompt)["input_ids"]], jnp.int32)
+        state = init_state(SHALLOW, 1, 256, hshare=HSHARE)
+        logits, state = prefill(params(SHALLOW), ids, jnp.asarray([ids.size]), state, config=SHALLOW)
+        tokens = [int(logits[0].argmax())]
+        while len(tokens) < NEW:
+            logits, state = decode_step(params(SHALLOW), jnp.asarray(tokens[-1:]), state, config=SHALLOW)
+            tokens.append(int(logits[0].argmax()))
+        assert found == tokens
+
+
+def test_texts_are_the_tokens_decoded(greedy):
+    assert greedy.texts == [TOKENIZER.decode(tokens, skip_special_tokens=True) for tokens in greedy.tokens]
+    assert greedy.finish_reasons == ["length"] * 3
+
+
+@pytest.mark.parametrize("sampling", [SamplingConfig(), SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("hshare", [None, HSHARE], ids=["dense", "shared"])
+def test_a_batch_of_different_lengths_equals_each_prompt_alone(hshare, sampling):
+    settings: dict[str, Any] = {"hshare": hshare, "sampling": sampling, "max_new_tokens": NEW}
+    together = generate(MODEL_OF_TEXT, PROMPTS, seeds=[3, 1, 4], **settings)
+    for b, seed in enumerate([3, 1, 4]):
+        alone = generate(MODEL_OF_TEXT, PROMPTS[b : b + 1], seeds=[seed], **settings)
+        assert alone.tokens == together.tokens[b : b + 1]
+
+
+def test_pieces_of_a_stream_join_to_the_generation(greedy):
+    cases: list[dict[str, Any]] = [
+        {},
+        {"stop": [greedy.texts[2][1:3]]},
+        {"sampling": SAMPLED, "seeds": [5, 5, 5]},
+    ]
+    for settings in cases:
+        running = stream(MODEL_OF_TEXT, PROMPTS, hshare=HSHARE, max_new_tokens=NEW, **settings)
+        pieces, result = [], None
+        while result is None:
+            try:
+                pieces.append(next(running))
+            except StopIteration as end:
+                result = end.value
+        expected = generate(MODEL_OF_TEXT, PROMPTS, hshare=HSHARE, max_new_tokens=NEW, **settings)
+        assert len(pieces) > 1
+        assert all(any(texts) for texts in pieces)
+        assert ["".join(texts) for texts in zip(*pieces, strict=True)] == result.texts == expected.texts
+        assert result.tokens == expected.tokens
+        assert result.finish_reasons == expected.finish_reasons
+
+
+def test_seeds_tell_rows_apart_and_make_them_repeat():
+    settings: dict[str, Any] = {"hshare": None, "sampling": SAMPLED, "max_new_tokens": NEW}
+    one = generate(MODEL_OF_TEXT, [PROMPTS[0]] * 3, seeds=[1, 2, 1], **settings).tokens
+    assert one[0] == one[2] != one[1]
+    assert generate(MODEL_OF_TEXT, [PROMPTS[0]] * 3, **settings).tokens[1:] == [
+        *generate(MODEL_OF_TEXT, [PROMPTS[0]] * 3, seeds=[9, 1, 2], **settings).tokens[1:]
+    ]
+
+
+def test_a_stop_string_ends_its_row_and_is_left_out(greedy):
+    stop = greedy.texts[1][4:7]  # three characters: across tokens
+    found = generate(MODEL_OF_TEXT, PROMPTS, hshare=HSHARE, max_new_tokens=NEW, stop=[stop, "never there"])
+    for text, whole, reason in zip(found.texts, greedy.texts, found.finish_reasons, strict=True):
+        assert text == (whole[: whole.find(stop)] if stop in whole else whole)
+        assert reason == ("stop" if stop in whole else "length")
+    assert found.finish_reasons[1] == "stop"
+    assert "length" in found.finish_reasons
+    for tokens, whole in zip(found.tokens, greedy.tokens, strict=True):
+        assert tokens == whole[: len(tokens)]
+
+
+def test_an_end_token_ends_its_row(greedy):
+    # The first id of the second row that is new there at step 3 or later, so that some steps go before it.
+    tokens = greedy.tokens[1]
+    place = next(i for i in range(3, NEW) if tokens[i] not in tokens[:i])
+    model = dataclasses.replace(MODEL_OF_TEXT, eos_token_ids=(tokens[place], 47))
+    found = generate(model, PROMPTS, hshare=HSHARE, max_new_tokens=NEW)
+    assert found.tokens[1] == tokens[: place + 1]
+    assert found.finish_reasons[1] == "stop"
+    for row, whole, reason in zip(found.tokens, greedy.tokens, found.finish_reasons, strict=True):
+        ends = [i for i, token in enumerate(whole) if token in model.eos_token_ids]
+        assert row == whole[: ends[0] + 1 if ends else NEW]
+        assert reason == ("stop" if ends else "length")
+
+
+@pytest.mark.parametrize("max_new_tokens", [1, 2, 3, 4, 5])
+def test_the_number_of_new_tokens_is_exact(greedy, max_new_tokens):
+    # Blocks are three steps: the surplus of the last one is dropped.
+    found = generate(MODEL_OF_TEXT, PROMPTS, hshare=HSHARE, max_new_tokens=max_new_tokens)
+    assert found.tokens == [tokens[:max_new_tokens] for tokens in greedy.tokens]
+    assert found.timing.new_tokens == 3 * (max_new_tokens - 1)
+    assert found.timing.prompt_tokens == sum(len(TOKENIZER(prompt)["input_ids"]) for prompt in PROMPTS)
+
+
+def test_a_large_repetition_penalty_repeats_nothing():
+    sampling = SamplingConfig(repetition_penalty=1e6)
+    prompt = [5, 6, 7, 8]
+    found = generate(MODEL_OF_IDS, [prompt, prompt[:2]], hshare=None, sampling=sampling, max_new_tokens=NEW)
+    for given, tokens in zip([prompt, prompt[:2]], found.tokens, strict=True):
+        assert len({*given, *tokens}) == len(given) + NEW
+    assert found.texts == []
+
+
+def test_a_larger_cache_changes_no_token(greedy):
+    found = generate(MODEL_OF_TEXT, PROMPTS, hshare=HSHARE, max_new_tokens=NEW, capacity=600)
+    assert found.tokens == greedy.tokens
+
+
+def test_the_second_call_compiles_nothing(greedy):
+    timing = generate(MODEL_OF_TEXT, PROMPTS, hshare=HSHARE, max_new_tokens=NEW).timing
+    assert timing.compile_seconds == 0
+    assert timing.prefill_seconds > 0
+    assert timing.decode_seconds > 0
+    assert timing.decode_rate == 3 * (NEW - 1) / timing.decode_seconds
+    assert timing.prefill_rate == timing.prompt_tokens / timing.prefill_seconds
+
+
+@pytest.mark.parametrize(
+    ("prompts", "settings", "message"),
+    [
+        ([], {}, r"prompts=\[\] must be a sequence of at least one prompt; put a single one in a list"),
+        ("there", {}, "prompts='there' must be a sequence of at least one prompt"),
+        ([[1], []], {}, r"prompts\[1\] is empty; it must hold at least one token"),
+        ([[1, 48]], {}, r"prompts\[0\] holds token id 48; ids must lie in \[0, vocab_size=48\)"),
+        ([[1, -2]], {}, r"prompts\[0\] holds token id -2"),
+        (["there"], {}, r"prompts\[0\] is text, but the model has no tokenizer; give token ids"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+        (
+            [[1], [1] * 1000],
+            {"max_new_tokens": 25},
+            r"prompts\[1\] has 1000 tokens; with max_new_tokens=25 that is beyond the model's 1024 positions; shorten",
+        ),
+        ([[1] * 30], {"capacity": 40, "max_new_tokens": 11}, r"capacity=40 must be at least 41: prompts\[0\] and max"),
+        ([[1], [2]], {"seeds": [1]}, "seeds has 1 entries; it needs one for each of the 2 prompts"),
+        ([[1]], {"stop": ["a"]}, "stop strings need a model with a tokenizer; this one has none, so use its end tok"),
+    ],
+)
+def test_mistakes_are_refused_before_anything_is_computed(monkeypatch, prompts, settings, message):
+    module = importlib.import_module("hshare_jax.generate")  # the package's attribute of this name is the function
+    monkeypatch.setattr(module, "prefill", None)
+    monkeypatch.setattr(module, "init_state", None)
+    with pytest.raises(ValueError, match=message):
+        generate(MODEL_OF_IDS, prompts, **settings)
+
+
+def test_an_empty_stop_string_is_refused():
+    with pytest.raises(ValueError, match="stop holds an empty string, which would end every row at once; leave it out"):
+        generate(MODEL_OF_TEXT, PROMPTS, stop=["a", ""])
+
+
+def test_streaming_needs_a_tokenizer_and_says_so_at_once():
+    with pytest.raises(ValueError, match="stream needs a model with a tokenizer; this one has none, so use generate"):
+        stream(MODEL_OF_IDS, [[1]])
+
+
+@pytest.mark.parametrize("size", [1, 255, 256, 257, 500, 1000, 1023, 1024])
+def test_a_chosen_capacity_holds_the_row_and_is_a_coarse_step(size):
+    capacity = choose_capacity(SHALLOW, [[0], [0] * (size - 1)] if size > 1 else [[]], 1, None)
+    assert size <= capacity <= min(max(size + 255, size * 5 // 4), SHALLOW.max_positions)
+    assert capacity % 256 == 0
+
+
+@pytest.mark.parametrize("hshare", [None, dataclasses.replace(HSHARE, num_critical=120)], ids=["dense", "covering"])
+def test_what_reads_all_tokens_agrees_with_dense_in_full(hshare):
+    dense = generate(MODEL_OF_TEXT, PROMPTS, hshare=None, max_new_tokens=NEW)
+    ragged = [dense.tokens[0], dense.tokens[1][:2], dense.tokens[2][:7]]
+    assert token_agreement(MODEL_OF_TEXT, PROMPTS, ragged, hshare=hshare) == [1.0] * 3
+
+
+def test_agreement_is_the_fraction_of_steps_that_choose_the_continuations_token():
+    dense = generate(MODEL_OF_TEXT, PROMPTS[:1], hshare=None, max_new_tokens=NEW).tokens[0]
+    # The last token is only compared, never read: changing it costs one of 19 steps.
+    changed = [*dense[:-1], (dense[-1] + 1) % SHALLOW.vocab_size]
+    assert token_agreement(MODEL_OF_TEXT, PROMPTS[:1], [changed], hshare=None) == [pytest.approx(18 / 19)]
+
+
+@pytest.mark.parametrize("continuations", [[[1, 2]], [[1, 2], [3]], [[1, 2], [3, 4], [5, 6]]])
+def test_agreement_needs_two_tokens_for_each_prompt(continuations):
+    with pytest.raises(ValueError, match="continuations must hold at least 2 tokens for each of the 2 prompts"):
+        token_agreement(MODEL_OF_IDS, [[1], [2]], continuations, hshare=None)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("hshare", [None, HSHARE], ids=["dense", "shared"])
+def test_the_compiled_loop_updates_its_buffers_in_place(hshare, batch):
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        state = init_state(SHALLOW, batch, 256, hshare=hshare)
+        progress = _Progress(
+            state=state,
+            token=jnp.zeros((batch,), jnp.int32),
+            output=jnp.full((batch, 64), NO_TOKEN, jnp.int32),
+            count=jnp.zeros((batch,), jnp.int32),
+            is_active=jnp.ones((batch,), bool),
+            seen=None,
+            keys=jax.random.split(jax.random.key(0), batch),
+        )
+        one = jnp.int32(1)
+        compiled = decode_tokens.lower(
+            params(SHALLOW), progress, one, one[None], one, config=SHALLOW, sampling=SamplingConfig()
+        ).compile()
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+    buffers = [array for array in jax.tree.leaves(state) if array.ndim == 4]
+    text = compiled.as_text()
+    assert text is not None
+    assert count_copies(text, buffers) == 0
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    assert memory.alias_size_in_bytes >= sum(array.nbytes for array in buffers)

@@ -1,0 +1,35 @@
+"""The KV cache: rows append each at its own slots, and what is beyond the capacity is dropped."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_decoder import MODEL
+
+from hshare_jax.kv_cache import append, init_cache
+
+
+@pytest.mark.parametrize("T", [1, 3])
+def test_each_row_appends_at_its_own_slots_and_drops_what_is_beyond(T):
+    rng = np.random.default_rng(T)
+    cache, new = (rng.standard_normal(shape).astype(np.float32) for shape in ((3, 2, 8, 4), (3, T, 2, 4)))
+    slots = np.array([[0, 1, 2], [5, 6, 7], [7, 8, 9]])[:, :T]
+    if T == 1:
+        slots[1] = 8  # the capacity: a row that has ended
+    expected = cache.copy()
+    for b, t in np.ndindex(3, T):
+        if slots[b, t] < 8:
+            expected[b, :, slots[b, t]] = new[b, t]
+    np.testing.assert_array_equal(append(jnp.asarray(cache), jnp.asarray(new), jnp.asarray(slots)), expected)
+
+
+def test_what_is_appended_takes_the_caches_dtype():
+    cache = append(jnp.zeros((1, 2, 8, 4), jnp.bfloat16), jnp.ones((1, 1, 2, 4)), jnp.asarray([[3]]))
+    assert cache.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(("capacity", "slots"), [(1, 256), (256, 256), (257, 512)])
+def test_capacity_rounds_up_to_whole_blocks(capacity, slots):
+    cache = init_cache(MODEL, 2, capacity, jnp.dtype(jnp.float32))
+    assert cache.capacity == slots
+    assert cache.lengths.tolist() == [0, 0]
+    assert {array.shape for array in (*cache.keys, *cache.values)} == {(2, 3, slots, 8)}
