@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs every check of this repository: format, lint, types, tests. Extra arguments go to pytest:
+# Runs every check of this repository: format, lint, types, compilation for a GPU, tests. Extra arguments go to pytest:
 #
 #   bash scripts/test.sh                       everything
 #   bash scripts/test.sh tests/test_labels.py  the static checks, then one file of tests
@@ -39,6 +39,10 @@ section "ruff check"
 "$python" -m ruff check .
 section "pyright"
 "$python" -m pyright --pythonpath "$python"
+if [[ $(uname -s) == Linux ]]; then  # the CUDA compiler's wheels are for Linux alone; no GPU is needed
+  section "compile for an H200"
+  bash scripts/check_h200_compile.sh "$python"
+fi
 section "pytest"
 # A file of tests stays on one worker, so that its compiled functions and fixtures are made once. Pass -n 0 to debug.
 exec "$python" -m pytest -n 2 --dist loadfile "$@"
