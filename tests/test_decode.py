@@ -117,6 +117,23 @@ def test_a_whole_shared_decode_equals_the_oracle(config, hshare):
             assert [[lists[layer][b][j] for j in range(J)] for layer in range(MODEL.num_layers)] == shared_row.lists
 
 
+def test_a_second_turn_finds_its_plan_anew_and_refreshes_first():
+    rows, turn = random_rows(18, more=2), random_rows(19, (20, 1, 40, 3))
+    shared_rows = [oracle.SharedRow(oracle_row(), oracle_budget(HSHARE)) for _ in rows]
+    for b, shared_row in enumerate(shared_rows):
+        shared_row.prefill(rows[b][: LENGTHS[b]])
+        for token in rows[b][LENGTHS[b] :]:  # two steps of a block of three: the next one would reuse the lists
+            shared_row.decode(token)
+        shared_row.prefill(turn[b])
+    _, state = decode(rows, start(rows, hshare=HSHARE), 2)
+    _, state = prefill_rows(turn, hshare=HSHARE, state=state)
+    for token in (7, 11, 13, 17):
+        logits, state = decode_step(params(), jnp.full((4,), token, jnp.int32), state, config=MODEL)
+        expected = np.stack([shared_row.decode(token) for shared_row in shared_rows])
+        np.testing.assert_allclose(logits, expected, atol=F32, rtol=0)
+        assert shared_of(state).recent_start.tolist() == [shared_row.recent_start for shared_row in shared_rows]
+
+
 def test_without_refreshes_the_recent_range_slides_and_holds_the_current_token():
     rows, steps = random_rows(3, more=30), 30
     state = start(rows, hshare=HSHARE)
