@@ -17,6 +17,12 @@ def no_compile_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "_keep_compiled_programs", lambda directory: None)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def cached_model() -> None:
+    """Fetches and converts the built-in model, so that no test sees that first start."""
+    pretrained.open_model("smollm2-135m-instruct")
+
+
 def call(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
     try:
         status = cli.main(arguments)
