@@ -24,7 +24,8 @@ from hshare_jax.sampling import SamplingConfig, sample
 from hshare_jax.text_stream import TextStream
 
 Prompt = str | Sequence[int]
-STREAM_STEPS = 4  # decode steps between two looks at the tokens from the host
+STREAM_STEPS = 4  # decode steps between two looks at the tokens from the host, to show them or to find stop strings
+REPORT_STEPS = 64  # the same where it is only to tell how far it is
 NO_TOKEN = -1  # fills the output of a row beyond its last token
 
 
@@ -88,8 +89,9 @@ def generate(
             before anything is computed.
     """
     run = _Run(model, prompts, max_new_tokens, hshare, sampling, seeds, stop, capacity)
-    for _ in run.steps(STREAM_STEPS if stop else max_new_tokens):
-        pass
+    with tqdm(total=max_new_tokens, desc="decode", unit="token", leave=False, disable=None) as bar:
+        for num_tokens in run.steps(STREAM_STEPS if stop else REPORT_STEPS):
+            bar.update(num_tokens - bar.n)
     return run.result()
 
 
@@ -223,8 +225,8 @@ class _Run:
         self._tokens: list[list[int]] = [[] for _ in prompts]
         self._seconds = [0.0, 0.0, 0.0]
 
-    def steps(self, num_steps: int) -> Iterator[None]:
-        """Decodes, pausing every `num_steps` steps, with the tokens so far taken over and stopped rows ended."""
+    def steps(self, num_steps: int) -> Iterator[int]:
+        """Decodes, and every `num_steps` steps yields the tokens of the longest row, with stopped rows ended."""
         model, sampling = self._model, self._sampling
         ends = jnp.asarray(model.eos_token_ids or (NO_TOKEN,), jnp.int32)
         limit = jnp.int32(self._max_new_tokens)
@@ -236,7 +238,7 @@ class _Run:
             self._take_over(progress)
             self._seconds[0] = time.perf_counter() - began - clock.seconds
             self._seconds[2] += clock.seconds
-        yield
+        yield max(map(len, self._tokens))
         while bool(progress.is_active.any()):
             with compile_clock() as clock:
                 began = time.perf_counter()
@@ -246,7 +248,7 @@ class _Run:
                 progress = self._take_over(progress)
                 self._seconds[1] += time.perf_counter() - began - clock.seconds
                 self._seconds[2] += clock.seconds
-            yield
+            yield max(map(len, self._tokens))
 
     def _start(self, ends: Array, limit: Array) -> _Progress:
         model, B = self._model, len(self._prompts)
