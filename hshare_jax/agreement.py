@@ -32,11 +32,11 @@ def token_agreement(
         hshare: the settings to measure; None measures dense decoding.
     """
     encoded = encode_prompts(model, prompts)
-    longest = max(len(tokens) for tokens in continuations)
-    tokens, lengths = pad_prompts(encoded)
-    forced, sizes = pad_prompts([list(tokens) for tokens in continuations])
-    if len(continuations) != len(encoded) or sizes.min() < 2:
+    if len(continuations) != len(encoded) or min(map(len, continuations)) < 2:
         raise ValueError(f"continuations must hold at least 2 tokens for each of the {len(encoded)} prompts")
+    tokens, lengths = pad_prompts(encoded)
+    forced, sizes = pad_prompts(encode_prompts(model, continuations))
+    longest = int(sizes.max())
     capacity = choose_capacity(model.config, encoded, longest, None)
     state = init_state(model.config, len(encoded), capacity, hshare=hshare, dtype=jnp.dtype(model.dtype))
     _, state = prefill(model.params, jnp.asarray(tokens), jnp.asarray(lengths), state, config=model.config)

@@ -39,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return FAILURE
+        if isinstance(error, OSError) and error.filename is not None:
+            return _complain(f"{error.filename}: {error.strerror}", FAILURE)
         return _complain(str(error) or type(error).__name__, FAILURE)
     except KeyboardInterrupt:
         return 130
@@ -80,7 +82,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: a converted model's, else float32"
+    )
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     parser.add_argument("--cache-dir", type=Path, help="where models are kept (default: $HSHARE_JAX_CACHE)")
 
@@ -91,20 +95,22 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-file", "-f", action="append", default=[], metavar="FILE", help="a prompt; - is stdin")
     parser.add_argument("--model", "-m", default=DEFAULT_MODEL, help="built-in name, GGUF file, directory or hub id")
     _add_model(parser)
-    parser.add_argument("--max-new-tokens", "-n", type=_whole, default=128, metavar="N")
+    parser.add_argument("--max-new-tokens", "-n", type=_whole, default=128, metavar="N", help="end at the latest here")
     parser.add_argument("--system", help="system message of the chat template")
     parser.add_argument("--no-chat-template", action="store_true", help="give the prompt to the model as it is")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text")
     parser.add_argument("--no-stream", action="store_true", help="print when all is done")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    parser.add_argument("--compare-dense", action="store_true", help="also decode dense, and tell how far they agree")
+    parser.add_argument(
+        "--compare-dense", action="store_true", help="also decode dense and greedily, and tell how far they agree"
+    )
     drawing = parser.add_argument_group("sampling")
     drawing.add_argument("--temperature", type=_real, default=0.0, help="0 is greedy (default)")
-    drawing.add_argument("--top-k", type=_whole, default=0)
-    drawing.add_argument("--top-p", type=_real, default=1.0)
-    drawing.add_argument("--min-p", type=_real, default=0.0)
-    drawing.add_argument("--repetition-penalty", type=_real, default=1.0)
-    drawing.add_argument("--seed", type=_whole, default=0)
+    drawing.add_argument("--top-k", type=_whole, default=0, help="keep the k likeliest")
+    drawing.add_argument("--top-p", type=_real, default=1.0, help="keep the fewest that hold this probability")
+    drawing.add_argument("--min-p", type=_real, default=0.0, help="keep those this times as likely as the likeliest")
+    drawing.add_argument("--repetition-penalty", type=_real, default=1.0, help="make what was seen less likely")
+    drawing.add_argument("--seed", type=_whole, default=0, help="of the first prompt; the next ones count up")
     sharing = parser.add_argument_group("sparse decoding")
     sharing.add_argument("--method", choices=("hshare", "dense"), default="hshare")
     sharing.add_argument("--num-sinks", type=_whole, default=8, metavar="N", help="first tokens always read")
@@ -147,7 +153,7 @@ def _generate(options: argparse.Namespace) -> int:
     hshare, sampling = _settings(options)
     files = _open(options)
     texts = _apply_chat_template(files, prompts, options)
-    _check_fit(files, texts, options.max_new_tokens)
+    _check_fit(files, texts, options.max_new_tokens, hshare)
     model = files.load(options.dtype)
     seeds = [options.seed + row for row in range(len(texts))]
     is_streamed = len(texts) == 1 and not options.json and not options.no_stream
@@ -213,11 +219,15 @@ def _open(options: argparse.Namespace) -> "ModelFiles":
     return open_model(options.model, cache_dir=options.cache_dir, revision=options.revision)
 
 
-def _check_fit(files: "ModelFiles", prompts: list[list[int]], max_new_tokens: int) -> None:
+def _check_fit(
+    files: "ModelFiles", prompts: list[list[int]], max_new_tokens: int, hshare: "HShareConfig | None"
+) -> None:
     from hshare_jax.generate import choose_capacity
 
     try:
         choose_capacity(files.config, prompts, max_new_tokens, None)
+        if hshare is not None:
+            hshare.num_label_channels(files.config)
     except ValueError as error:
         raise UsageError(str(error)) from error
 
@@ -354,7 +364,7 @@ def _convert(options: argparse.Namespace) -> int:
 def _info(options: argparse.Namespace) -> int:
     model = _open(options).load(options.dtype)
     config = model.config
-    size = {"float32": 4, "bfloat16": 2, "float16": 2}[options.dtype]
+    size = {"float32": 4, "bfloat16": 2, "float16": 2}[model.dtype]
     facts = {
         "model": model.name,
         "identity": model.identity,
@@ -363,7 +373,7 @@ def _info(options: argparse.Namespace) -> int:
         "rope": config.rope.kind,
         "rope_theta": config.rope.theta,
         "parameters": config.num_parameters,
-        "dtype": options.dtype,
+        "dtype": model.dtype,
         "parameter_bytes": config.num_parameters * size,
         "cache_bytes_per_token": config.cache_bytes_per_token(size),
         "eos_token_ids": list(model.eos_token_ids),

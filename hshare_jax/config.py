@@ -32,8 +32,9 @@ class HShareConfig:
         for name, least in (
             ("num_sinks", 0), ("num_critical", 1), ("num_recent", 1), ("refresh_interval", 1), ("num_probes", 1),
         ):  # fmt: skip
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}={value!r} must be at least {least}, a whole number")
         for name in ("layer_ratio", "head_ratio"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must lie in (0, 1]: it is the fraction still computed")

@@ -11,7 +11,7 @@ from hshare_jax.attend import decode_attend
 from hshare_jax.decode_state import DecodeState
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.decoder import Decoder
-from hshare_jax.shapes import Logits, PerRow, RowMask
+from hshare_jax.shapes import Logits, PerRow, RowMask, check_rows
 
 
 @functools.partial(jax.jit, static_argnames=("config", "refresh"), donate_argnames=("state",))
@@ -37,11 +37,14 @@ def decode_step(
         refresh: with shared lists, whether this step chooses critical tokens anew. True or False is a static schedule:
             True on the first step after prefill and on every `refresh_interval`-th from there. None leaves it to each
             row's age, so that rows that started at different times can share a batch. Ignored by dense decoding.
-        is_active: rows that take part [B]; the others append nothing and keep their length, and their logits mean
+        is_active: bool, rows that take part [B]; the others append nothing and keep their length, and their logits mean
             nothing. None: all.
     """
     cache, shared = state.cache, state.shared
     positions = cache.lengths
+    check_rows("tokens", tokens, positions.shape, jnp.integer)
+    if is_active is not None:
+        check_rows("is_active", is_active, positions.shape, jnp.bool_)
     active = jnp.ones_like(positions, dtype=bool) if is_active is None else is_active
     lengths = positions + active
     is_due: Array | bool = False
@@ -57,7 +60,7 @@ def decode_step(
     decoder, variables = Decoder(config), {"params": params}
     hidden, state = decoder.apply(variables, tokens[:, None], positions[:, None], attend, DecodeState(cache, shared))  # pyright: ignore[reportAssignmentType]
     logits = decoder.apply(variables, hidden[:, 0], method="unembed")
-    logits = jnp.where((active & (positions >= cache.capacity))[:, None], jnp.nan, logits)  # pyright: ignore[reportArgumentType]
+    logits = jnp.where((active & (positions >= min(cache.capacity, config.max_positions)))[:, None], jnp.nan, logits)  # pyright: ignore[reportArgumentType]
     cache, shared = dataclasses.replace(state.cache, lengths=lengths), state.shared
     if shared is not None:
         shared = dataclasses.replace(shared, age=shared.age + active)

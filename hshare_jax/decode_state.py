@@ -60,8 +60,9 @@ def init_state(
         raise ValueError(f"batch_size={batch_size} must be at least 1")
     if not 1 <= capacity <= config.max_positions:
         raise ValueError(f"capacity={capacity} must lie between 1 and the model's max_positions={config.max_positions}")
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"dtype={jnp.dtype(dtype).name} must be a float type: float32, bfloat16 or float16")
+    name = str(getattr(dtype, "__name__", dtype))
+    if name not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype={name} must be float32, bfloat16 or float16")
     cache = init_cache(config, batch_size, capacity, jnp.dtype(dtype))
     return DecodeState(cache, None if hshare is None else _init_lists(config, hshare, cache))
 

@@ -34,7 +34,7 @@ class Timing:
     """Where the time of a generation went, in seconds; tracing and compiling stand apart."""
 
     prompt_tokens: int
-    new_tokens: int
+    decoded_tokens: int  # all but the first of each row, which falls to prefill
     prefill_seconds: float
     decode_seconds: float
     compile_seconds: float
@@ -46,8 +46,8 @@ class Timing:
 
     @property
     def decode_rate(self) -> float:
-        """Returns new tokens per second, over all rows; the first token of each row falls to prefill."""
-        return self.new_tokens / max(self.decode_seconds, 1e-9)
+        """Returns decoded tokens per second, over all rows."""
+        return self.decoded_tokens / max(self.decode_seconds, 1e-9)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,16 +204,20 @@ class _Run:
         self._model, self._hshare, self._sampling = model, hshare, sampling
         self._max_new_tokens = max_new_tokens
         self._prompts = encode_prompts(model, prompts)
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens!r} must be at least 1, a whole number")
         self._capacity = choose_capacity(model.config, self._prompts, max_new_tokens, capacity)
         self._seeds = list(range(len(prompts))) if seeds is None else list(seeds)
         if len(self._seeds) != len(prompts):
             raise ValueError(
                 f"seeds has {len(self._seeds)} entries; it needs one for each of the {len(prompts)} prompts"
             )
+        if not all(0 <= seed < 2**31 for seed in self._seeds):
+            raise ValueError(f"seeds={self._seeds} must lie in [0, 2**31)")
         if stop and model.tokenizer is None:
             raise ValueError("stop strings need a model with a tokenizer; this one has none, so use its end tokens")
+        if isinstance(stop, str):
+            raise ValueError(f"stop={stop!r} must be a sequence of strings; put a single one in a list")
         if not all(stop):
             raise ValueError("stop holds an empty string, which would end every row at once; leave it out")
         tokenizer = model.tokenizer
@@ -320,7 +324,7 @@ class _Run:
             ],
             timing=Timing(
                 prompt_tokens=sum(len(prompt) for prompt in self._prompts),
-                new_tokens=sum(len(tokens) - 1 for tokens in self._tokens),
+                decoded_tokens=sum(len(tokens) - 1 for tokens in self._tokens),
                 prefill_seconds=self._seconds[0],
                 decode_seconds=self._seconds[1],
                 compile_seconds=self._seconds[2],
@@ -330,7 +334,7 @@ class _Run:
 
 def encode_prompts(model: Model, prompts: Sequence[Prompt]) -> list[list[int]]:
     """Returns the token ids of prompts, checked. A text is encoded with the tokenizer's special tokens."""
-    if isinstance(prompts, str) or not prompts:
+    if isinstance(prompts, str) or len(prompts) == 0 or isinstance(prompts[0], int):
         raise ValueError(f"prompts={prompts!r} must be a sequence of at least one prompt; put a single one in a list")
     encoded = []
     for row, prompt in enumerate(prompts):
@@ -371,6 +375,8 @@ def choose_capacity(config: ModelConfig, prompts: list[list[int]], max_new_token
     if capacity is None:
         step = max(256, 1 << max(needed.bit_length() - 3, 0))  # at most a quarter too much, four sizes per doubling
         return min(-(-needed // step) * step, config.max_positions)
+    if capacity > config.max_positions:
+        raise ValueError(f"capacity={capacity} must be at most the model's max_positions={config.max_positions}")
     if capacity < needed:
         raise ValueError(
             f"capacity={capacity} must be at least {needed}: prompts[{longest}] and max_new_tokens together"

@@ -15,7 +15,7 @@ from hshare_jax.kv_cache import KVCache
 from hshare_jax.labels import choose_channels, take_channels
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.decoder import Decoder
-from hshare_jax.shapes import Logits, PerRow, Tokens
+from hshare_jax.shapes import Logits, PerRow, Tokens, check_rows
 from hshare_jax.share_plan import find_plan
 from hshare_jax.similarity import measure_similarity, probe_positions
 
@@ -47,17 +47,17 @@ def prefill(
             jit.
 
     Raises:
-        ValueError: shapes that disagree, or rows that outgrow the capacity (checked where the lengths are not traced).
+        ValueError: shapes that disagree, or rows that outgrow the capacity. Where lengths are traced, such a row's
+            logits are NaN instead.
     """
-    B, T = tokens.shape
-    cache = state.cache
-    if cache.lengths.shape[0] != B or lengths.shape[0] != B:
-        raise ValueError(
-            f"tokens has {B} rows, lengths {lengths.shape[0]} and the state {cache.lengths.shape[0]}; they must agree"
-        )
+    cache, T = state.cache, tokens.shape[-1]
+    B = cache.lengths.shape[0]
+    check_rows("tokens", tokens, (B, T), jnp.integer)
+    check_rows("lengths", lengths, (B,), jnp.integer)
     if not any(isinstance(array, Tracer) for array in (cache.lengths, lengths)):
         _check_lengths(lengths, cache.lengths, T, cache.capacity)
     starts, shared = cache.lengths, state.shared
+    fits = (lengths >= 1) & (starts + lengths <= min(cache.capacity, config.max_positions))
     probes: Probes = ()
     positions = None
     if shared is not None:
@@ -78,7 +78,8 @@ def prefill(
     if shared is not None:
         assert positions is not None
         shared = share_after_prefill(probes, positions, cache, shared, config=config)
-    return _unembed(params, hidden, config=config), DecodeState(cache, shared)
+    logits = _unembed(params, hidden, config=config)
+    return jnp.where(fits[:, None], logits, jnp.nan), DecodeState(cache, shared)
 
 
 def _check_lengths(lengths: Array, starts: Array, num_tokens: int, capacity: int) -> None:

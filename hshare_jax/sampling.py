@@ -1,6 +1,7 @@
 """Sampling: from logits to the next token, the same for a row whatever batch it is in."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,8 @@ from jax import Array, lax
 from jaxtyping import Bool
 
 from hshare_jax.shapes import Logits, PerRow
+
+COLDEST = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,16 +26,18 @@ class SamplingConfig:
     )
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature={self.temperature} must be at least 0 (0 is greedy)")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature={self.temperature} must be at least 0 (0 is greedy), and finite")
+        if not isinstance(self.top_k, int):
+            raise ValueError(f"top_k={self.top_k!r} must be a whole number")
         if self.top_k < 0:
             raise ValueError(f"top_k={self.top_k} must be at least 0 (0 keeps all)")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must lie in (0, 1] (1 keeps all)")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p={self.min_p} must lie in [0, 1] (0 keeps all)")
-        if not self.repetition_penalty > 0:
-            raise ValueError(f"repetition_penalty={self.repetition_penalty} must be above 0 (1 is none)")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(f"repetition_penalty={self.repetition_penalty} must be above 0 (1 is none), and finite")
 
 
 def sample(logits: Logits, keys: Array, config: SamplingConfig, *, seen: Bool[Array, "B V"] | None = None) -> PerRow:
@@ -44,12 +49,16 @@ def sample(logits: Logits, keys: Array, config: SamplingConfig, *, seen: Bool[Ar
         config: the method.
         seen: tokens of the prompt and the output so far; needed for a repetition penalty.
     """
-    if config.repetition_penalty != 1.0 and seen is not None:
+    if config.repetition_penalty != 1.0:
+        if seen is None:
+            raise ValueError(f"repetition_penalty={config.repetition_penalty} needs `seen`, the tokens so far")
         penalised = jnp.where(logits > 0, logits / config.repetition_penalty, logits * config.repetition_penalty)
         logits = jnp.where(seen, penalised, logits)
     if config.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = keep_likely(logits / config.temperature, config)
+    # From the peak down, and not below what float32 can divide by: the coldest draws are the greedy ones.
+    logits = (logits - logits.max(axis=-1, keepdims=True)) / max(config.temperature, COLDEST)
+    logits = keep_likely(logits, config)
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 

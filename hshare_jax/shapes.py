@@ -9,6 +9,7 @@
 J is K where a list serves a key/value head and N where it serves a query head.
 """
 
+import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
@@ -22,4 +23,9 @@ RowMask = Bool[Array, "B"]
 Source = Int[Array, "B L J"]
 Lists = Int[Array, "L B J C"]
 
-__all__ = ["Hidden", "Lists", "Logits", "NewKeysValues", "PerRow", "Queries", "RowMask", "Source", "Tokens"]
+
+def check_rows(name: str, array: Array, shape: tuple[int, ...], kind: type) -> None:
+    """Raises ValueError unless `array` has this shape and a dtype of this kind, such as jnp.integer."""
+    if getattr(array, "shape", None) != shape or not jnp.issubdtype(array.dtype, kind):
+        given = f"{array.dtype}{list(array.shape)}" if hasattr(array, "dtype") else type(array).__name__
+        raise ValueError(f"{name} is {given}; for this state it must be {list(shape)} of dtype {kind.__name__}")

@@ -76,10 +76,12 @@ class ModelFiles:
     tokenizer: PreTrainedTokenizerBase | None
     eos_token_ids: tuple[int, ...]
     name: str
+    dtype: DType  # what `load` takes unless told: a converted checkpoint's own, else float32
     stream: Callable[[DType], Iterator[tuple[str, np.ndarray]]]  # the parameters one by one, in a dtype
 
-    def load(self, dtype: DType = "float32") -> Model:
+    def load(self, dtype: DType | None = None) -> Model:
         """Returns the model, its parameters in `dtype` on JAX's default device; errors are those of `load_model`."""
+        dtype = dtype or self.dtype
         # disable=None: a bar only where stderr is a terminal.
         arrays, total = self.stream(dtype), len(tensor_layout(self.config))
         with tqdm(arrays, f"loading {self.name}", total, leave=False, file=sys.stderr, disable=None) as bar:
@@ -90,7 +92,7 @@ class ModelFiles:
 def load_model(
     name_or_path: str | os.PathLike[str],
     *,
-    dtype: DType = "float32",
+    dtype: DType | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     revision: str | None = None,
 ) -> Model:
@@ -99,7 +101,8 @@ def load_model(
     Args:
         name_or_path: a built-in name (`smollm2-135m-instruct`), a .gguf file, a Hugging Face directory, a checkpoint
             written by `save_model`, or a Hugging Face hub id (`organisation/name`).
-        dtype: float32, bfloat16 or float16. Weights stored otherwise are cast.
+        dtype: float32, bfloat16 or float16; weights stored otherwise are cast. None: that of a converted checkpoint,
+            and float32 for all other forms.
         cache_dir: where downloads and conversions are kept; default $HSHARE_JAX_CACHE, or hshare-jax in the user's
             cache directory (for the hub: its own cache).
         revision: a branch, tag or commit; only for a hub id.
@@ -110,7 +113,8 @@ def load_model(
         ConnectionError: a built-in or hub model that is not cached cannot be fetched.
         ValueError: an unknown name, or a model that this decoder does not compute.
     """
-    dtype_of(dtype)
+    if dtype is not None:
+        dtype_of(dtype)
     return open_model(name_or_path, cache_dir=cache_dir, revision=revision).load(dtype)
 
 
@@ -232,7 +236,9 @@ def _open_gguf(path: Path, name: str) -> ModelFiles:
     def stream(dtype: DType) -> Iterator[tuple[str, np.ndarray]]:
         return stream_parameters(config, GGUFTensors(file, config), dtype)
 
-    return ModelFiles(config, tokenizer, _end_tokens(config, tokenizer, end_tokens_of_gguf(file)), name, stream)
+    return ModelFiles(
+        config, tokenizer, _end_tokens(config, tokenizer, end_tokens_of_gguf(file)), name, "float32", stream
+    )
 
 
 def _open_hf(directory: Path, name: str) -> ModelFiles:
@@ -242,7 +248,7 @@ def _open_hf(directory: Path, name: str) -> ModelFiles:
     def stream(dtype: DType) -> Iterator[tuple[str, np.ndarray]]:
         return stream_parameters(config, HFTensors(directory), dtype)
 
-    return ModelFiles(config, tokenizer, _end_tokens(config, tokenizer, ends), name, stream)
+    return ModelFiles(config, tokenizer, _end_tokens(config, tokenizer, ends), name, "float32", stream)
 
 
 def _open_checkpoint(directory: Path) -> ModelFiles:
@@ -253,7 +259,7 @@ def _open_checkpoint(directory: Path) -> ModelFiles:
         return stream_checkpoint(directory, info, dtype)
 
     return ModelFiles(
-        info.config, tokenizer, _end_tokens(info.config, tokenizer, info.eos_token_ids), info.name, stream
+        info.config, tokenizer, _end_tokens(info.config, tokenizer, info.eos_token_ids), info.name, info.dtype, stream
     )
 
 

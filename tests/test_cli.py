@@ -60,6 +60,8 @@ USAGE_MISTAKES = {
     "negative sinks": (["a", "--num-sinks", "-1"], "num_sinks=-1 must be at least 0"),
     "no probes": (["a", "--num-probes", "0"], "num_probes=0 must be at least 1"),
     "no label channels": (["a", "--label-channels", "0"], "label_channels=0 must be at least 1"),
+    "more label channels than a head has": (["a", "--label-channels", "65"], "at most the model's head_dim=64"),
+    "infinite temperature": (["a", "--temperature", "inf"], "and finite"),
     "two ratios": (["a", "--sharing-ratio", "1/2-1/2"], "must be three fractions layer-head-query"),
     "ratio of words": (["a", "--sharing-ratio", "a-b-c"], "must be three fractions layer-head-query"),
     "ratio above 1": (["a", "--sharing-ratio", "3/2-1-1"], "layer_ratio=3/2 must lie in (0, 1]"),

@@ -383,3 +383,18 @@ def test_the_donated_state_is_gone():
     state = start(rows, hshare=HSHARE)
     decode_step(params(), tokens_at(rows, LENGTHS, 0), state, config=MODEL)
     assert all(array.is_deleted() for array in large_buffers(state))
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("tokens", "is_active", "message"),
+    [
+        (np.zeros(1, np.int32), None, r"tokens is int32\[1\]; for this state it must be \[2\] of dtype integer"),
+        (np.zeros((2, 1), np.int32), None, r"tokens is int32\[2, 1\]; for this state it must be \[2\]"),
+        (np.zeros(2, np.float32), None, r"tokens is float32\[2\]; for this state it must be \[2\] of dtype integer"),
+        (np.zeros(2, np.int32), np.array([2, 0], np.int32), r"is_active is int32\[2\]; .* of dtype bool"),
+    ],
+)
+def test_an_argument_of_the_wrong_shape_or_dtype_is_named(tokens, is_active, message):
+    with pytest.raises(ValueError, match=message):
+        decode_step(params(), tokens, init_state(MODEL, 2, 8), config=MODEL, is_active=is_active)

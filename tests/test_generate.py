@@ -128,7 +128,7 @@ def test_the_number_of_new_tokens_is_exact(greedy, max_new_tokens):
     # Blocks are three steps: the surplus of the last one is dropped.
     found = generate(MODEL_OF_TEXT, PROMPTS, hshare=HSHARE, max_new_tokens=max_new_tokens)
     assert found.tokens == [tokens[:max_new_tokens] for tokens in greedy.tokens]
-    assert found.timing.new_tokens == 3 * (max_new_tokens - 1)
+    assert found.timing.decoded_tokens == 3 * (max_new_tokens - 1)
     assert found.timing.prompt_tokens == sum(len(TOKENIZER(prompt)["input_ids"]) for prompt in PROMPTS)
 
 

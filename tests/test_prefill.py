@@ -157,7 +157,7 @@ def test_prefill_inside_a_jit_equals_prefill():
 @pytest.mark.parametrize(
     ("shape", "lengths", "message"),
     [
-        ((2, 4), (1, 1), "tokens has 2 rows, lengths 2 and the state 1; they must agree"),
+        ((2, 4), (1, 1), r"tokens is int32\[2, 4\]; for this state it must be \[1, 4\] of dtype integer"),
         ((1, 4), (0,), r"lengths\[0\]=0 must lie between 1 and the 4 tokens given"),
         ((1, 4), (5,), r"lengths\[0\]=5 must lie between 1 and the 4 tokens given"),
         ((1, 300), (257,), "row 0 would hold 257 tokens, but capacity=256; make the state larger"),
@@ -177,9 +177,18 @@ def test_what_does_not_fit_is_refused_before_computing(shape, lengths, message):
         ({"batch_size": 0, "capacity": 8}, "batch_size=0 must be at least 1"),
         ({"batch_size": 1, "capacity": 0}, "capacity=0 must lie between 1 and the model's max_positions=1024"),
         ({"batch_size": 1, "capacity": 1025}, "capacity=1025 must lie between 1 and the model's max_positions=1024"),
-        ({"batch_size": 1, "capacity": 8, "dtype": jnp.int32}, "dtype=int32 must be a float type"),
+        ({"batch_size": 1, "capacity": 8, "dtype": jnp.int32}, "dtype=int32 must be float32, bfloat16 or float16"),
     ],
 )
 def test_a_state_that_cannot_be_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         init_state(MODEL, **arguments)
+
+
+def test_a_row_that_outgrows_its_capacity_under_jit_yields_nan():
+    state = init_state(MODEL, 2, 256)
+    tokens = jnp.ones((2, 300), jnp.int32)
+    run = jax.jit(lambda lengths, state: prefill(params(), tokens, lengths, state, config=MODEL)[0])
+    logits = np.asarray(run(jnp.array([300, 20]), state))
+    assert np.isnan(logits[0]).all()
+    assert np.isfinite(logits[1]).all()

@@ -154,3 +154,14 @@ def test_a_rows_draw_depends_on_its_own_seed_and_logits_only():
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         SamplingConfig(**settings)
+
+
+def test_the_coldest_temperature_is_greedy():
+    logits = jnp.asarray([[1.0, 3.0, 2.0], [0.5, -1.0, 0.4]])
+    found = sample(logits, keys(0, 1), SamplingConfig(temperature=1e-40))
+    assert found.tolist() == [1, 0]
+
+
+def test_a_penalty_without_the_tokens_so_far_is_refused():
+    with pytest.raises(ValueError, match=r"repetition_penalty=1\.5 needs `seen`"):
+        sample(jnp.zeros((1, 3)), keys(0), SamplingConfig(repetition_penalty=1.5))
