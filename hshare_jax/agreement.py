@@ -1,5 +1,6 @@
-"""Agreement: how often a way of decoding picks the token that another one picked, step by step on that one's text."""
+"""Agreement: how close a way of decoding stays to another one, step by step on the same text."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -7,14 +8,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jaxtyping import Bool, Float, Int
 
 from hshare_jax.config import HShareConfig
 from hshare_jax.decode import decode_step
-from hshare_jax.decode_state import DecodeState, init_state
+from hshare_jax.decode_state import DecodeState, count_reads, init_state
 from hshare_jax.generate import Prompt, choose_capacity, encode_prompts, pad_prompts
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.pretrained import Model
 from hshare_jax.prefill import prefill
+from hshare_jax.shapes import Tokens
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepScores:
+    """What each decode step of a given text is worth."""
+
+    chosen: Int[Array, "T B"]  # the likeliest next token
+    loss: Float[Array, "T B"]  # negative log-likelihood of the text's own next token, in nats
+    reads: Float[Array, "T B"]  # tokens read, mean over layers and heads
+    divergence: Float[Array, "T B"] | None  # KL(reference || this), in nats
+    agrees: Bool[Array, "T B"] | None  # whether the reference chose the same token
 
 
 def token_agreement(
@@ -40,17 +55,57 @@ def token_agreement(
     capacity = choose_capacity(model.config, encoded, longest, None)
     state = init_state(model.config, len(encoded), capacity, hshare=hshare, dtype=jnp.dtype(model.dtype))
     _, state = prefill(model.params, jnp.asarray(tokens), jnp.asarray(lengths), state, config=model.config)
-    chosen = np.asarray(_choose_forced(model.params, jnp.asarray(forced), state, config=model.config)[0])
+    chosen = np.asarray(score_steps(model.params, jnp.asarray(forced), state, config=model.config).chosen).T
     return [float((chosen[row, : size - 1] == forced[row, 1:size]).mean()) for row, size in enumerate(sizes.tolist())]
 
 
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
-def _choose_forced(
-    params: dict, tokens: Array, state: DecodeState, *, config: ModelConfig
-) -> tuple[Array, DecodeState]:
+def _score_steps(
+    params: dict, tokens: Array, state: DecodeState, reference: Array | None, *, config: ModelConfig
+) -> tuple[StepScores, DecodeState]:
+    def step(state: DecodeState, given: tuple[Array, Array, Array | None]) -> tuple[DecodeState, StepScores]:
+        token, following, expected = given
+        logits, state = decode_step(params, token, state, config=config)
+        log_p = jax.nn.log_softmax(logits, axis=-1)
+        loss = -jnp.take_along_axis(log_p, following[:, None], axis=1)[:, 0]
+        chosen = jnp.argmax(logits, axis=-1)
+        divergence = agrees = None
+        if expected is not None:
+            log_r = jax.nn.log_softmax(expected, axis=-1)
+            divergence = (jnp.exp(log_r) * (log_r - log_p)).sum(axis=-1)
+            agrees = jnp.argmax(expected, axis=-1) == chosen
+        return state, StepScores(chosen, loss, count_reads(state, config), divergence, agrees)
+
+    following = tokens[:, 1:].T
+    state, scores = lax.scan(step, state, (tokens[:, :-1].T, following, reference))
+    return scores, state  # the state too, so that its buffers are used again
+
+
+def score_steps(
+    params: dict, tokens: Tokens, state: DecodeState, *, config: ModelConfig, reference: Array | None = None
+) -> StepScores:
+    """Returns the scores of decode steps that read a given text (teacher forcing), as one jitted scan.
+
+    Args:
+        params: the decoder's parameters.
+        tokens: the text that follows what the state holds [B, T + 1]; the last token is only predicted.
+        state: from `prefill`; it is donated.
+        config: the model.
+        reference: logits to compare with, of the same steps [T, B, V]; see `forced_logits`.
+    """
+    return _score_steps(params, tokens, state, reference, config=config)[0]
+
+
+@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
+def _force(params: dict, tokens: Array, state: DecodeState, *, config: ModelConfig) -> tuple[Array, DecodeState]:
     def step(state: DecodeState, token: Array) -> tuple[DecodeState, Array]:
         logits, state = decode_step(params, token, state, config=config)
-        return state, jnp.argmax(logits, axis=-1)
+        return state, logits
 
-    state, chosen = lax.scan(step, state, tokens[:, :-1].T)
-    return chosen.T, state  # the state too, so that its buffers are used again
+    state, logits = lax.scan(step, state, tokens.T)
+    return logits, state
+
+
+def forced_logits(params: dict, tokens: Tokens, state: DecodeState, *, config: ModelConfig) -> Float[Array, "T B V"]:
+    """Returns the logits of decode steps that read a given text [B, T]; the state is donated."""
+    return _force(params, tokens, state, config=config)[0]

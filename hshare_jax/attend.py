@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
@@ -10,40 +11,59 @@ from hshare_jax.critical_tokens import find_critical_tokens
 from hshare_jax.decode_state import DecodeState, SharedLists
 from hshare_jax.kernels.reference import dense_decode, prefill_attention, shared_decode
 from hshare_jax.kv_cache import KVCache, append
-from hshare_jax.labels import take_channels
+from hshare_jax.labels import make_labels, score_keys, score_labels
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.decoder import Attend
 
-Probes = tuple[Array, ...]  # L x [B, P, N, H]; empty where none are kept
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PromptQueries:
+    """What is kept of a prompt's rotated queries until channels and plan are found from them."""
+
+    probes: tuple[Array, ...]  # L x [B, P, N, H], zero where a row lacks a probe
+    sizes: tuple[Array, ...]  # L x [B, N, H] float32, the sum of |q| over the prompt
 
 
 def prefill_attend(
     config: ModelConfig, slots: Int[Array, "B T"], starts: Int[Array, "B"], probe_positions: Int[Array, "B P"] | None
-) -> Attend[tuple[KVCache, Probes]]:
-    """Returns exact causal attention over the cache; it also keeps the queries at `probe_positions`.
+) -> Attend[tuple[KVCache, PromptQueries | None]]:
+    """Returns exact causal attention over the cache; it also keeps what is asked of the queries.
 
     Args:
         config: the model.
         slots: where each new token is written; at or beyond the capacity for padding.
         starts: the position of each row's first new token.
-        probe_positions: queries to keep; None keeps none.
+        probe_positions: queries to keep; None keeps nothing.
     """
 
     def attend(
-        layer: int, q: Array, k: Array, v: Array, state: tuple[KVCache, Probes]
-    ) -> tuple[Array, tuple[KVCache, Probes]]:
-        cache, probes = state
+        layer: int, q: Array, k: Array, v: Array, state: tuple[KVCache, PromptQueries | None]
+    ) -> tuple[Array, tuple[KVCache, PromptQueries | None]]:
+        cache, kept = state
         cache = _append_layer(cache, layer, k, v, slots)
-        if probe_positions is not None:
-            offsets = probe_positions - starts[:, None]
-            is_here = (offsets >= 0) & (offsets < q.shape[1])
-            picked = jnp.take_along_axis(q, jnp.maximum(offsets, 0)[:, :, None, None], axis=1, mode="clip")
-            kept = jnp.where(is_here[:, :, None, None], picked, probes[layer])
-            probes = _replace_layer(probes, layer, kept)
+        if kept is not None and probe_positions is not None:
+            kept = _keep_queries(kept, layer, q, slots < cache.capacity, probe_positions - starts[:, None])
         out = prefill_attention(q, cache.keys[layer], cache.values[layer], starts, window=config.windows[layer])
-        return out, (cache, probes)
+        return out, (cache, kept)
 
     return attend
+
+
+def _keep_queries(
+    kept: PromptQueries,
+    layer: int,
+    q: Float[Array, "B T N H"],
+    is_token: Bool[Array, "B T"],
+    offsets: Int[Array, "B P"],
+) -> PromptQueries:
+    is_here = (offsets >= 0) & (offsets < q.shape[1])
+    picked = jnp.take_along_axis(q, jnp.maximum(offsets, 0)[:, :, None, None], axis=1, mode="clip")
+    probes = jnp.where(is_here[:, :, None, None], picked, kept.probes[layer])
+    size = jnp.where(is_token[:, :, None, None], jnp.abs(q.astype(jnp.float32)), 0).sum(axis=1)
+    return PromptQueries(
+        _replace_layer(kept.probes, layer, probes), _replace_layer(kept.sizes, layer, kept.sizes[layer] + size)
+    )
 
 
 def decode_attend(
@@ -61,37 +81,53 @@ def decode_attend(
     def attend(layer: int, q: Array, k: Array, v: Array, state: DecodeState) -> tuple[Array, DecodeState]:
         window = config.windows[layer]
         cache = _append_layer(state.cache, layer, k, v, slots)
-        query, shared = q[:, 0], state.shared
-        if shared is None:
-            out = dense_decode(query, cache.keys[layer], cache.values[layer], lengths, window=window)
-        else:
-            shared = _append_labels(shared, layer, k, slots)
-            if is_due is not False:
-                shared = _refresh(shared, layer, query, lengths, jnp.asarray(is_due), window)
-            out = shared_decode(
-                query, cache.keys[layer], cache.values[layer], shared.token_indices, shared.source[:, layer],
-                lengths, shared.recent_start,
+        query, keys, values, shared = q[:, 0], cache.keys[layer], cache.values[layer], state.shared
+
+        def dense() -> Array:
+            return dense_decode(query, keys, values, lengths, window=window)
+
+        if shared is None or layer < shared.config.dense_layers:
+            return dense()[:, None], DecodeState(cache, shared)
+        shared = _append_labels(shared, layer, k, slots)
+        if is_due is not False:
+            shared = _refresh(shared, layer, query, keys, lengths, jnp.asarray(is_due), window)
+
+        def sparse() -> Array:
+            return shared_decode(
+                query, keys, values, shared.token_indices, shared.source[:, layer], lengths, shared.recent_start,
                 num_sinks=shared.config.num_sinks, max_recent=shared.config.max_recent, window=window,
             )  # fmt: skip
+
+        if shared.config.min_length == 0:
+            out = sparse()
+        else:
+            is_dense = lengths < shared.config.min_length
+            dense_out = lax.cond(is_dense.any(), dense, lambda: jnp.zeros_like(query))
+            sparse_out = lax.cond(is_dense.all(), lambda: jnp.zeros_like(query), sparse)
+            out = jnp.where(is_dense[:, None, None], dense_out, sparse_out)
         return out[:, None], DecodeState(cache, shared)
 
     return attend
 
 
 def _refresh(
-    shared: SharedLists, layer: int, query: Float[Array, "B N H"], lengths: Array, is_due: Array, window: int | None
-) -> SharedLists:
+    shared: SharedLists, layer: int, query: Float[Array, "B N H"], keys: Array, lengths: Array, is_due: Array,
+    window: int | None,
+) -> SharedLists:  # fmt: skip
     """Chooses the lists of this layer that are their own source, in rows that are due; the others stay as they are."""
-    J = shared.source.shape[2]
+    if shared.plan is not None and not shared.plan.owns(layer):
+        return shared
+    J, labels = shared.source.shape[2], shared.labels[layer]
     old = shared.token_indices[layer]
     is_own = shared.source[:, layer] == layer * J + jnp.arange(J, dtype=jnp.int32)[None, :]
     is_chosen = is_own & is_due[:, None]
 
     def choose() -> Array:
-        new = find_critical_tokens(
-            query, shared.labels[layer], shared.channels[:, layer], lengths,
-            num_lists=J, config=shared.config, window=window,
-        )  # fmt: skip
+        if labels is None:
+            scores = score_keys(query, keys)
+        else:
+            scores = score_labels(query, labels, shared.channels[:, layer], shared.config.label_bits)
+        new = find_critical_tokens(scores, lengths, num_lists=J, config=shared.config, window=window)
         return jnp.where(is_chosen[:, :, None], new, old)
 
     lists = lax.cond(is_chosen.any(), choose, lambda: old)
@@ -105,11 +141,14 @@ def _append_layer(cache: KVCache, layer: int, k: Array, v: Array, slots: Array) 
     )
 
 
-def _append_labels(shared: SharedLists, layer: int, k: Float[Array, "B T K H"], slots: Array) -> SharedLists:
-    new = take_channels(k.swapaxes(1, 2), shared.channels[:, layer]).swapaxes(1, 2)
-    labels = append(shared.labels[layer], new, slots)
+def _append_labels(shared: SharedLists, layer: int, k: Float[Array, "B 1 K H"], slots: Array) -> SharedLists:
+    labels = shared.labels[layer]
+    if labels is None:
+        return shared
+    new = make_labels(k.swapaxes(1, 2), shared.channels[:, layer], shared.config.label_bits)
+    labels = jax.tree.map(lambda old, one: append(old, jnp.moveaxis(one, 3, 1), slots, axis=3), labels, new)
     return dataclasses.replace(shared, labels=_replace_layer(shared.labels, layer, labels))
 
 
-def _replace_layer(arrays: tuple[Array, ...], layer: int, new: Array) -> tuple[Array, ...]:
+def _replace_layer(arrays: tuple, layer: int, new: object) -> tuple:
     return (*arrays[:layer], new, *arrays[layer + 1 :])

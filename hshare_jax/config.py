@@ -14,38 +14,63 @@ class HShareConfig:
 
     A head attends to `num_sinks` first tokens, `num_critical` chosen ones and the `num_recent` last ones. Ratios are
     the fraction of layers, and of lists within a layer, that still choose for themselves; the rest copy.
+
+    The defaults are what docs/quality.md found best at equal work; `published` is the paper's method.
     """
 
     num_sinks: int = 8
     num_critical: int = 88
     num_recent: int = 32
+    budget_ratio: Fraction | None = None  # read at most this share of a row; the three sizes are then its maximum
     layer_ratio: Fraction = Fraction(7, 8)
     head_ratio: Fraction = Fraction(3, 4)
     refresh_interval: int = 2  # decode steps that one choice serves
-    lists_per: Literal["kv_head", "query_head"] = (
-        "kv_head"  # query_head as published; kv_head reads a group's keys once
-    )
-    label_channels: int | None = None  # channels of a head that scores are taken on; None: a quarter of them
-    num_probes: int = 32  # prompt queries that similarity is measured on
+    lists_per: Literal["kv_head", "query_head"] = "kv_head"  # one list a group, whose keys are then read once
+    plan: Literal["units", "published"] = "units"  # any list may copy any lower one; or layers, then heads
+    plan_scope: Literal["sequence", "batch"] = "sequence"  # a plan of its own for each row, or one for all
+    unshared_layers: int = 2  # under `units`, the first layers, whose lists neither copy nor are copied
+    dilate: bool = True  # lists that later steps reuse also want the token after a good one
+    dense_layers: int = 1  # the first layers read everything
+    min_length: int = 0  # rows shorter than this read everything
+    scoring: Literal["labels", "exact"] = "labels"  # exact: on all channels of the keys themselves, the yardstick
+    label_channels: int | None = None  # channels of a head that labels keep; None: a quarter of them
+    label_bits: Literal[4, 8] | None = 4  # None: labels are not quantised
+    num_probes: int | Literal["all"] = 32  # prompt queries that similarity is measured on; all: the paper's definition
 
     def __post_init__(self) -> None:
         for name, least in (
-            ("num_sinks", 0), ("num_critical", 1), ("num_recent", 1), ("refresh_interval", 1), ("num_probes", 1),
+            ("num_sinks", 0), ("num_critical", 1), ("num_recent", 1), ("refresh_interval", 1), ("unshared_layers", 0),
+            ("dense_layers", 0), ("min_length", 0),
         ):  # fmt: skip
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}={value!r} must be at least {least}, a whole number")
-        for name in ("layer_ratio", "head_ratio"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} must lie in (0, 1]: it is the fraction still computed")
-        if self.lists_per not in ("kv_head", "query_head"):
-            raise ValueError(f"lists_per={self.lists_per!r} must be 'kv_head' or 'query_head'")
-        if self.label_channels is not None and self.label_channels < 1:
-            raise ValueError(f"label_channels={self.label_channels} must be at least 1")
+            _check_whole(name, getattr(self, name), least)
+        if self.num_probes != "all":
+            _check_whole("num_probes", self.num_probes, 1)
+        if self.label_channels is not None:
+            _check_whole("label_channels", self.label_channels, 1)
+        for name in ("layer_ratio", "head_ratio", "budget_ratio"):
+            ratio = getattr(self, name)
+            if ratio is None:
+                continue
+            if not 0 < ratio <= 1:
+                meaning = "of its tokens that a row reads" if name == "budget_ratio" else "still computed"
+                raise ValueError(f"{name}={ratio} must lie in (0, 1]: it is the fraction {meaning}")
+        for name, allowed in (
+            ("lists_per", ("kv_head", "query_head")), ("plan", ("units", "published")),
+            ("plan_scope", ("sequence", "batch")), ("scoring", ("labels", "exact")), ("label_bits", (4, 8, None)),
+        ):  # fmt: skip
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(map(repr, allowed))}")
+
+    @classmethod
+    def published(cls) -> "HShareConfig":
+        """Returns the method as the paper and its code have it, at the paper's 128 tokens and 7/8-3/4-1/2."""
+        return cls(
+            lists_per="query_head", plan="published", unshared_layers=0, dilate=False, dense_layers=0, num_probes="all"
+        )
 
     @property
     def budget(self) -> int:
-        """Returns how many tokens a head reads right after a refresh."""
+        """Returns how many tokens a head reads right after a refresh, at most."""
         return self.num_sinks + self.num_critical + self.num_recent
 
     @property
@@ -85,14 +110,37 @@ class HShareConfig:
             raise ValueError(f"label_channels={channels} must be at most the model's head_dim={model.head_dim}")
         return channels
 
+    def num_sparse_layers(self, model: ModelConfig) -> int:
+        """Returns how many layers read through lists: those after the dense first ones."""
+        return max(model.num_layers - self.dense_layers, 0)
+
     def num_shared_layers(self, model: ModelConfig) -> int:
-        """Returns how many layers copy all their lists from a lower layer."""
-        return _num_shared(self.layer_ratio, model.num_layers)
+        """Returns how many layers copy all their lists from a lower layer, under the published plan."""
+        return _num_shared(self.layer_ratio, self.num_sparse_layers(model))
 
     def num_shared_lists(self, model: ModelConfig) -> int:
-        """Returns how many lists of a layer copy a lower list of that layer."""
+        """Returns how many lists of a layer copy a lower list of that layer, under the published plan."""
         return _num_shared(self.head_ratio, self.num_lists(model))
+
+    def num_computed_lists(self, model: ModelConfig) -> int:
+        """Returns how many lists are computed at a refresh: under either plan as many as the published one computes."""
+        layers = self.num_sparse_layers(model) - self.num_shared_layers(model)
+        return layers * (self.num_lists(model) - self.num_shared_lists(model))
+
+    def effective_ratios(self, model: ModelConfig) -> tuple[Fraction, Fraction, Fraction]:
+        """Returns the fractions of layers, lists of a layer, and steps computed, once rounded to whole units."""
+        layers, lists = max(self.num_sparse_layers(model), 1), self.num_lists(model)
+        return (
+            1 - Fraction(self.num_shared_layers(model), layers),
+            1 - Fraction(self.num_shared_lists(model), lists),
+            Fraction(1, self.refresh_interval),
+        )
+
+
+def _check_whole(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r} must be at least {least}, a whole number")
 
 
 def _num_shared(ratio: Fraction, units: int) -> int:
-    return min(math.floor((1 - ratio) * units + Fraction(1, 2)), units - 1)
+    return max(min(math.floor((1 - ratio) * units + Fraction(1, 2)), units - 1), 0)

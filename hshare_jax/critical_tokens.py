@@ -1,41 +1,59 @@
-"""Critical tokens: from label scores to the list of cached tokens that a head reads."""
+"""Critical tokens: from scores to the list of cached tokens that a head reads."""
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt
 
 from hshare_jax.config import HShareConfig
 from hshare_jax.kernels.reference import EMPTY
-from hshare_jax.labels import score_labels
+
+WORD = 32  # slots whose choice is packed into one word
+LANES = 128  # slots whose counts are kept apart, so that counting needs no sum across a vector
 
 
 def find_critical_tokens(
-    q: Float[Array, "B N H"],
-    labels: Float[Array, "B K S R"],
-    channels: Int[Array, "B K R"],
+    scores: Float[Array, "B N S"],
     lengths: Int[Array, "B"],
     *,
     num_lists: int,
     config: HShareConfig,
     window: int | Int[Array, ""] | None = None,
 ) -> Int[Array, "B J C"]:
-    """Returns the lists that these queries choose: the best label scores between the sinks and the recent tokens.
+    """Returns the lists that these scores choose: the best between the sinks and the recent tokens, ascending.
 
         # length 8, 1 sink, 2 recent:  slots 0 | 1 2 3 4 5 | 6 7  -> only 1 to 5 compete
 
     Args:
-        q: one query per head, at position length - 1 of its row.
+        scores: of one query per head, at position length - 1 of its row, with every slot.
         lengths: tokens of each row up to and including the query's own.
         num_lists: J, either K (a list serves a group) or N.
         window: the layer's sliding window; tokens before it do not compete.
     """
-    slots = jnp.arange(labels.shape[2])[None, :]
+    is_candidate = find_candidates(lengths, scores.shape[-1], config, window)
+    pooled = pool_scores(scores, is_candidate, num_lists)
+    if config.dilate and config.refresh_interval > 1:
+        pooled = dilate(jnp.where(is_candidate[:, None, :], pooled, -jnp.inf))
+    return select_tokens(pooled, is_candidate, config.num_critical, num_critical_in_budget(lengths, config))
+
+
+def find_candidates(
+    lengths: Int[Array, "B"], num_slots: int, config: HShareConfig, window: int | Int[Array, ""] | None
+) -> Bool[Array, "B S"]:
+    """Returns which slots compete for a list: those between the sinks and the recent tokens, within the window."""
+    slots = jnp.arange(num_slots)[None, :]
     is_candidate = (slots >= config.num_sinks) & (slots < lengths[:, None] - config.num_recent)
     if window is not None:
         is_candidate &= slots >= lengths[:, None] - window
-    scores = pool_scores(score_labels(q, labels, channels), is_candidate, num_lists)
-    return select_tokens(scores, is_candidate, config.num_critical)
+    return is_candidate
+
+
+def num_critical_in_budget(lengths: Int[Array, "B"], config: HShareConfig) -> Int[Array, "B"] | None:
+    """Returns how many critical tokens each row may list under `budget_ratio`; None where there is no such bound."""
+    if config.budget_ratio is None:
+        return None
+    allowed = lengths * config.budget_ratio.numerator // config.budget_ratio.denominator
+    return jnp.clip(allowed - config.num_sinks - config.num_recent, 0, config.num_critical)
 
 
 def pool_scores(
@@ -45,19 +63,124 @@ def pool_scores(
     B, N, S = scores.shape
     if num_lists == N:
         return scores
-    weights = jax.nn.softmax(jnp.where(is_candidate[:, None, :], scores, jnp.finfo(scores.dtype).min), axis=-1)
+    weights = softmax_candidates(scores, is_candidate)
     return weights.reshape(B, num_lists, N // num_lists, S).sum(axis=2)
 
 
+def softmax_candidates(scores: Float[Array, "B N S"], is_candidate: Bool[Array, "B S"]) -> Float[Array, "B N S"]:
+    """Returns the softmax over each row's candidates; what the other slots hold means nothing."""
+    masked = jnp.where(is_candidate[:, None, :], scores, jnp.finfo(scores.dtype).min)
+    return jax.nn.softmax(masked, axis=-1)
+
+
+def dilate(scores: Float[Array, "B J S"]) -> Float[Array, "B J S"]:
+    """Returns scores in which each token is worth at least what the one before it is.
+
+    A later step of the block that goes on copying a passage wants the token after the one that this step wants.
+    """
+    before = jnp.pad(scores[..., :-1], ((0, 0), (0, 0), (1, 0)), constant_values=-jnp.inf)
+    return jnp.maximum(scores, before)
+
+
 def select_tokens(
-    scores: Float[Array, "B J S"], is_candidate: Bool[Array, "B S"], num_critical: int
+    scores: Float[Array, "B J S"],
+    is_candidate: Bool[Array, "B S"],
+    num_critical: int,
+    num_allowed: Int[Array, "B"] | None = None,
 ) -> Int[Array, "B J C"]:
     """Returns the slots of the `num_critical` highest scores, ascending; ties go to the lower slot.
 
     With fewer candidates all of them are listed and the rest is EMPTY.
+
+    Args:
+        scores: anything but NaN where is_candidate.
+        is_candidate: the slots that may be listed.
+        num_critical: C.
+        num_allowed: at most so many in each row, of the C places; None allows all.
     """
     B, J, S = scores.shape
-    best, slots = lax.top_k(jnp.where(is_candidate[:, None, :], scores, -jnp.inf), min(num_critical, S))
-    slots = jnp.sort(jnp.where(best > -jnp.inf, slots, S), axis=-1)
-    slots = jnp.pad(slots, ((0, 0), (0, 0), (0, num_critical - slots.shape[-1])), constant_values=S)
-    return jnp.where(slots < S, slots, EMPTY).astype(jnp.int32)
+    scores, is_candidate = (_pad_to_lanes(x, fill) for x, fill in ((scores, 0), (is_candidate, False)))
+    order = jnp.where(is_candidate[:, None, :], _sortable(scores), jnp.iinfo(jnp.int32).min)
+    count = jnp.full((B,), num_critical) if num_allowed is None else num_allowed
+    count = jnp.minimum(count, is_candidate.sum(axis=-1))[:, None]
+    threshold = _kth_largest(order, count)[..., None]
+    is_above, is_tied = _pack(order > threshold), _pack((order == threshold) & is_candidate[:, None, :])
+    # Of the tied ones as many as are missing, the lowest first.
+    missing = count - lax.population_count(is_above).sum(axis=-1, dtype=jnp.int32)
+    num_tied = lax.population_count(is_tied).astype(jnp.int32)
+    room = jnp.clip(missing[..., None] - (jnp.cumsum(num_tied, axis=-1) - num_tied), 0, WORD)
+    is_chosen = is_above | _lowest_bits(is_tied, room)
+    return _list_bits(is_chosen, num_critical)
+
+
+# A sort of all scores would take most of a refresh. Instead: the k-th largest by bisection, the choice as one bit per
+# slot, and the list from counts of bits (on CPU a fifth of lax.top_k's time: docs/performance.md).
+
+
+def _pad_to_lanes(x: Array, fill: float | bool) -> Array:
+    rest = -x.shape[-1] % LANES
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, rest)], constant_values=fill) if rest else x
+
+
+def _sortable(scores: Float[Array, "B J S"]) -> Int[Array, "B J S"]:
+    """Returns int32 in the order of the float32 scores; the zeros are one value. int32's least stays free."""
+    bits = lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.int32)
+    return jnp.where(bits < 0, jnp.iinfo(jnp.int32).min - bits, bits)  # sign and magnitude to two's complement
+
+
+def _kth_largest(order: Int[Array, "B J S"], k: Int[Array, "B 1"]) -> Int[Array, "B J"]:
+    """Returns the k-th largest; for k = 0 a value above all. Found by bits: first the high 16, then the low 16."""
+    low = jnp.iinfo(jnp.int16).min
+
+    def bisect(values: Array, k: Array) -> Array:
+        def raise_bit(index: Array, least: Array) -> Array:
+            higher = least + (1 << (15 - index))
+            # Counts in 16 bits as well, in parts too short to overflow.
+            is_reached = (values >= higher[..., None].astype(jnp.int16)).astype(jnp.int16)
+            parts = is_reached.reshape(*is_reached.shape[:-1], -1, LANES).sum(axis=-2, dtype=jnp.int16)
+            return jnp.where(parts.astype(jnp.int32).sum(axis=-1) >= k, higher, least)
+
+        return lax.fori_loop(0, 16, raise_bit, jnp.full(values.shape[:-1], low, jnp.int32))
+
+    high = (order >> 16).astype(jnp.int16)
+    best = bisect(high, k)
+    is_best = high == best[..., None].astype(jnp.int16)
+    num_above = (high > best[..., None].astype(jnp.int16)).sum(axis=-1, dtype=jnp.int32)
+    rest = jnp.where(is_best, ((order & 0xFFFF) + low).astype(jnp.int16), jnp.int16(low))
+    return best << 16 | (bisect(rest, k - num_above) - low)
+
+
+def _pack(mask: Bool[Array, "B J S"]) -> UInt[Array, "B J words"]:
+    bits = jnp.left_shift(jnp.uint32(1), jnp.arange(WORD, dtype=jnp.uint32))
+    grouped = mask.reshape(*mask.shape[:-1], -1, WORD)
+    return jnp.where(grouped, bits, jnp.uint32(0)).sum(axis=-1, dtype=jnp.uint32)
+
+
+def _nth_bit(word: UInt[Array, "..."], n: Int[Array, "..."]) -> UInt[Array, "..."]:
+    """Returns the place of the n-th set bit, counted from 0; 31 where there are fewer."""
+    place = jnp.zeros_like(word)
+    for step in (16, 8, 4, 2, 1):
+        below = lax.population_count(word >> place & jnp.uint32((1 << step) - 1)).astype(jnp.int32)
+        is_beyond = n >= below
+        n = jnp.where(is_beyond, n - below, n)
+        place = jnp.where(is_beyond, place + step, place)
+    return place
+
+
+def _lowest_bits(word: UInt[Array, "B J words"], count: Int[Array, "B J words"]) -> UInt[Array, "B J words"]:
+    """Returns each word with its `count` lowest set bits left."""
+    cut = jnp.left_shift(jnp.uint32(1), _nth_bit(word, count)) - 1
+    return jnp.where(lax.population_count(word).astype(jnp.int32) <= count, word, word & cut)
+
+
+def _list_bits(words: UInt[Array, "B J words"], num_places: int) -> Int[Array, "B J C"]:
+    """Returns the places of the set bits, ascending, padded with EMPTY."""
+    count = lax.population_count(words).astype(jnp.int32)
+    ends = jnp.cumsum(count, axis=-1)
+    place = jnp.arange(num_places, dtype=jnp.int32)
+    at = (ends[:, :, None, :] <= place[:, None]).sum(axis=-1, dtype=jnp.int32)
+    is_listed = at < words.shape[-1]
+    at = jnp.minimum(at, words.shape[-1] - 1)
+    n = place - jnp.take_along_axis(ends - count, at, axis=-1)
+    slots = at * WORD + _nth_bit(jnp.take_along_axis(words, at, axis=-1), n).astype(jnp.int32)
+    return jnp.where(is_listed, slots, EMPTY)

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Int, Shaped
 
 from hshare_jax.kernels.reference import PREFILL_BLOCK
 from hshare_jax.models.config import ModelConfig
@@ -41,13 +41,21 @@ def init_cache(config: ModelConfig, batch_size: int, capacity: int, dtype: jnp.d
 
 
 def append(
-    cache: Float[Array, "B K S width"], new: Float[Array, "B T K width"], slots: Int[Array, "B T"]
-) -> Float[Array, "B K S width"]:
-    """Returns the cache with token t of row b written at slots[b, t]; a slot at or beyond S drops the write."""
+    cache: Shaped[Array, "B *dims"], new: Shaped[Array, "B T *rest"], slots: Int[Array, "B T"], *, axis: int = 2
+) -> Shaped[Array, "B *dims"]:
+    """Returns the cache with token t of row b written at slots[b, t]; a slot at or beyond its end drops the write.
+
+    Args:
+        cache: B rows, with the slots along `axis`: 2 for [B, K, S, H], 3 for labels.
+        new: the remaining axes in their order [B, T, K, H].
+        slots: where each token goes [B, T].
+        axis: 2 or 3.
+    """
     rows = jnp.arange(cache.shape[0])[:, None]
     if slots.shape[1] == 1:
         # XLA:CPU turns a scatter of one update into a slice update, and copies the cache for it; two updates, one of
         # them dropped, stay a scatter in place.
-        slots = jnp.concatenate([slots, jnp.full_like(slots, cache.shape[2])], axis=1)
+        slots = jnp.concatenate([slots, jnp.full_like(slots, cache.shape[axis])], axis=1)
         new = jnp.concatenate([new, new], axis=1)
-    return cache.at[rows, :, slots].set(new.astype(cache.dtype), mode="drop")
+    index = (rows, *[slice(None)] * (axis - 1), slots)
+    return cache.at[index].set(new.astype(cache.dtype), mode="drop")

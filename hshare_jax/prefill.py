@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.core import Tracer
 
-from hshare_jax.attend import Probes, prefill_attend
+from hshare_jax.attend import PromptQueries, prefill_attend
 from hshare_jax.decode_state import DecodeState, SharedLists
 from hshare_jax.kv_cache import KVCache
-from hshare_jax.labels import choose_channels, take_channels
+from hshare_jax.labels import choose_channels, make_labels
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.decoder import Decoder
 from hshare_jax.shapes import Logits, PerRow, Tokens, check_rows
@@ -58,28 +58,40 @@ def prefill(
         _check_lengths(lengths, cache.lengths, T, cache.capacity)
     starts, shared = cache.lengths, state.shared
     fits = (lengths >= 1) & (starts + lengths <= min(cache.capacity, config.max_positions))
-    probes: Probes = ()
-    positions = None
+    kept = positions = None
     if shared is not None:
-        positions, _ = probe_positions(starts, starts + lengths, shared.config)
-        shape = (B, shared.config.num_probes, config.num_heads, config.head_dim)
-        probes = tuple(jnp.zeros(shape, cache.keys[0].dtype) for _ in range(config.num_layers))
+        positions, kept = _prepare_queries(shared, starts, lengths, T, config, cache.keys[0].dtype)
     hidden = jnp.zeros((B, config.width), params["embedding"].dtype)
     offset = 0
     while offset < T:
         width = next((width for width in CHUNKS if width >= T - offset), CHUNKS[-1])
         chunk = jnp.pad(tokens[:, offset : offset + width], ((0, 0), (0, max(0, offset + width - T))))
         valid = jnp.clip(lengths - offset, 0, width)
-        hidden, cache, probes = _prefill_chunk(params, chunk, valid, hidden, cache, probes, positions, config=config)
+        hidden, cache, kept = _prefill_chunk(params, chunk, valid, hidden, cache, kept, positions, config=config)
         offset += width
         if progress is not None:
             hidden.block_until_ready()
             progress(min(width, T - offset + width))
     if shared is not None:
+        assert kept is not None
         assert positions is not None
-        shared = share_after_prefill(probes, positions, cache, shared, config=config)
+        shared = share_after_prefill(kept, positions, cache, shared, config=config)
     logits = _unembed(params, hidden, config=config)
     return jnp.where(fits[:, None], logits, jnp.nan), DecodeState(cache, shared)
+
+
+def _prepare_queries(
+    shared: SharedLists, starts: Array, lengths: Array, num_tokens: int, config: ModelConfig, dtype: jnp.dtype
+) -> tuple[Array, PromptQueries]:
+    """Returns where the probes stand (nowhere if the plan is known), and room for the queries that are kept."""
+    P = num_tokens if shared.config.num_probes == "all" else shared.config.num_probes
+    P = P if shared.plan is None else 0
+    positions, _ = probe_positions(starts, starts + lengths, shared.config, P)
+    B, L, N, H = lengths.shape[0], config.num_layers, config.num_heads, config.head_dim
+    return positions, PromptQueries(
+        probes=tuple(jnp.zeros((B, P, N, H), dtype) for _ in range(L)),
+        sizes=tuple(jnp.zeros((B, N, H), jnp.float32) for _ in range(L)),
+    )
 
 
 def _check_lengths(lengths: Array, starts: Array, num_tokens: int, capacity: int) -> None:
@@ -92,18 +104,18 @@ def _check_lengths(lengths: Array, starts: Array, num_tokens: int, capacity: int
             )
 
 
-@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("hidden", "cache", "probes"))
+@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("hidden", "cache", "kept"))
 def _prefill_chunk(
     params: dict,
     tokens: Array,
     valid: Array,
     hidden: Array,
     cache: KVCache,
-    probes: Probes,
+    kept: PromptQueries | None,
     positions: Array | None,
     *,
     config: ModelConfig,
-) -> tuple[Array, KVCache, Probes]:
+) -> tuple[Array, KVCache, PromptQueries | None]:
     """Appends `valid` of these tokens to each row; hidden [B, D] becomes that of its last token, if among them."""
     index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
     starts = cache.lengths
@@ -111,10 +123,10 @@ def _prefill_chunk(
     slots = jnp.where(index < valid[:, None], places, cache.capacity)
     attend = prefill_attend(config, slots, starts, positions)
     decoder = Decoder(config)
-    out, (cache, probes) = decoder.apply({"params": params}, tokens, places, attend, (cache, probes))  # pyright: ignore[reportAssignmentType]
+    out, (cache, kept) = decoder.apply({"params": params}, tokens, places, attend, (cache, kept))  # pyright: ignore[reportAssignmentType]
     last = jnp.take_along_axis(out, jnp.maximum(valid - 1, 0)[:, None, None], axis=1)[:, 0]
     hidden = jnp.where((valid > 0)[:, None], last, hidden)
-    return hidden, dataclasses.replace(cache, lengths=starts + valid), probes
+    return hidden, dataclasses.replace(cache, lengths=starts + valid), kept
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
@@ -124,19 +136,23 @@ def _unembed(params: dict, hidden: Array, *, config: ModelConfig) -> Array:
 
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("shared",))
 def share_after_prefill(
-    probes: Probes, positions: Array, cache: KVCache, shared: SharedLists, *, config: ModelConfig
+    kept: PromptQueries, positions: Array, cache: KVCache, shared: SharedLists, *, config: ModelConfig
 ) -> SharedLists:
-    """Returns the lists' state with channels, labels and plan found from the cache and the probe queries."""
+    """Returns the lists' state with channels, labels and plan, those that are not given, found from the prompt."""
     hshare = shared.config
-    R = hshare.num_label_channels(config)
-    channels = tuple(choose_channels(q, k, cache.lengths, R) for q, k in zip(probes, cache.keys, strict=True))
-    labels = tuple(take_channels(k, c) for k, c in zip(cache.keys, channels, strict=True))
-    stacked = jnp.stack(channels, axis=1)
-    layers, lists = measure_similarity(probes, labels, stacked, positions, model=config, config=hshare)
-    source = find_plan(
-        layers,
-        lists,
-        num_shared_layers=hshare.num_shared_layers(config),
-        num_shared_lists=hshare.num_shared_lists(config),
+    channels = shared.channels
+    if not shared.has_fixed_channels:
+        R = hshare.num_label_channels(config)
+        found = (choose_channels(q, k, cache.lengths, R) for q, k in zip(kept.sizes, cache.keys, strict=True))
+        channels = jnp.stack(tuple(found), axis=1)
+    labels = tuple(
+        None if old is None else make_labels(keys, channels[:, layer], hshare.label_bits)
+        for layer, (keys, old) in enumerate(zip(cache.keys, shared.labels, strict=True))
     )
-    return dataclasses.replace(shared, source=source, channels=stacked, labels=labels, age=jnp.zeros_like(shared.age))
+    source = shared.source
+    if shared.plan is None:
+        similarity = measure_similarity(
+            kept.probes, cache.keys, labels, channels, positions, model=config, config=hshare
+        )
+        source = find_plan(similarity, model=config, config=hshare)
+    return dataclasses.replace(shared, source=source, channels=channels, labels=labels, age=jnp.zeros_like(shared.age))

@@ -4,6 +4,7 @@
     T  new tokens             D  model width                F  mlp width
     S  cache slots            N  query heads                H  head size
     P  probe queries          K  key/value heads            G  query heads per key/value head, N // K
+    U  lists of all layers, L * J
     J  lists per layer        C  critical tokens per list   R  label channels of a head
 
 J is K where a list serves a key/value head and N where it serves a query head.
@@ -22,6 +23,7 @@ PerRow = Int[Array, "B"]
 RowMask = Bool[Array, "B"]
 Source = Int[Array, "B L J"]
 Lists = Int[Array, "L B J C"]
+Similarity = Float[Array, "B U U"] | tuple[Float[Array, "B L L"], Float[Array, "B L J J"]]  # units; or layers, lists
 
 
 def check_rows(name: str, array: Array, shape: tuple[int, ...], kind: type) -> None:

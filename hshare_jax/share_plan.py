@@ -1,15 +1,62 @@
-"""The share plan: one integer array that says which list every list reads, by the paper's greedy rule.
+"""The share plan: one integer array that says which list every list reads.
 
 `source[b, l, j]` is the flat id (layer * J + list) of the list that list j of layer l reads in row b. A list is
-computed exactly where it is its own source. Plans are data: one compiled step serves them all.
+computed exactly where it is its own source. Plans are data: one compiled step serves them all. A plan known before
+compilation can be a constant instead: a SharePlan.
 """
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
-from hshare_jax.shapes import Source
+from hshare_jax.config import HShareConfig
+from hshare_jax.models.config import ModelConfig
+from hshare_jax.shapes import Similarity, Source
+
+
+@dataclasses.dataclass(frozen=True)
+class SharePlan:
+    """A plan as a constant: hashable, part of the compiled program, so that lists which copy trace to no selection.
+
+    Raises ValueError where a list reads one that is above it, does not exist, or copies itself.
+    """
+
+    source: tuple[tuple[int, ...], ...]  # [L][J] flat ids
+
+    def __post_init__(self) -> None:
+        J = len(self.source[0]) if self.source else 0
+        flat = [target for layer in self.source for target in layer]
+        if J == 0 or len(flat) != len(self.source) * J:
+            raise ValueError("source must hold the same number of lists, at least one, for every layer")
+        for unit, target in enumerate(flat):
+            where = f"source[{unit // J}][{unit % J}]={target!r}"
+            if not isinstance(target, int) or not 0 <= target <= unit:
+                raise ValueError(f"{where} must be a flat id from 0 to its own, {unit}: a list copies a lower one")
+            if flat[target] != target:
+                raise ValueError(f"{where} must be a list that is computed, but that one copies {flat[target]}")
+
+    def owns(self, layer: int) -> bool:
+        """Returns whether any list of this layer is computed there."""
+        J = len(self.source[layer])
+        return any(target == layer * J + j for j, target in enumerate(self.source[layer]))
+
+    def check(self, model: ModelConfig, config: HShareConfig) -> None:
+        """Raises ValueError unless the plan has this model's layers and, with these settings, lists."""
+        L, J = len(self.source), len(self.source[0])
+        if (model.num_layers, config.num_lists(model)) != (L, J):
+            raise ValueError(
+                f"the plan is for {L} layers of {J} lists; this model with lists_per={config.lists_per!r} has "
+                f"{model.num_layers} layers of {config.num_lists(model)}"
+            )
+        dense = [target for layer in self.source[config.dense_layers :] for target in layer]
+        if dense and min(dense) < config.dense_layers * J:
+            raise ValueError(
+                f"the plan copies from the first {config.dense_layers} layers, which are dense and have no lists; "
+                f"calibrate with dense_layers={config.dense_layers}"
+            )
 
 
 def identity_plan(batch_size: int, num_layers: int, num_lists: int) -> Source:
@@ -50,17 +97,91 @@ def compose(layer_map: Int[Array, "L"], list_maps: Int[Array, "L J"]) -> Int[Arr
     return layer_map[:, None] * list_maps.shape[1] + list_maps[layer_map]
 
 
-def find_plan(
+def find_plan(similarity: Similarity, *, model: ModelConfig, config: HShareConfig) -> Source:
+    """Returns each row's plan from what `measure_similarity` found, or the same one for all under `plan_scope="batch"`.
+
+    The similarity of a batch is the mean over its rows that have probes.
+    """
+    if config.plan_scope == "batch":
+        similarity = jax.tree.map(_mean_over_rows, similarity)
+    if isinstance(similarity, tuple):
+        return find_published_plan(*similarity, model=model, config=config)
+    return find_units_plan(similarity, model=model, config=config)
+
+
+def _mean_over_rows(similarity: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
+    count = (similarity != 0).any(axis=range(1, similarity.ndim)).sum()
+    mean = similarity.sum(axis=0, keepdims=True) / jnp.maximum(count, 1)
+    return jnp.broadcast_to(mean, similarity.shape)
+
+
+def find_published_plan(
     layer_similarity: Float[Array, "B L L"],
     list_similarity: Float[Array, "B L J J"],
     *,
-    num_shared_layers: int,
-    num_shared_lists: int,
+    model: ModelConfig,
+    config: HShareConfig,
 ) -> Source:
-    """Returns each row's plan. A row without probes, all of whose similarities are 0, gets the identity."""
+    """Returns each row's plan by the paper's greedy maps: of the layers that are not dense, then of a layer's lists.
+
+    A row without probes, all of whose similarities are 0, gets the identity.
+    """
+    dense, num_layers = config.dense_layers, config.num_shared_layers(model)
+    num_lists = config.num_shared_lists(model)
 
     def plan_row(layers: Array, lists: Array) -> Array:
-        list_maps = jax.vmap(lambda similarity: greedy_map(similarity, num_shared_lists))(lists)
-        return compose(greedy_map(layers, num_shared_layers), list_maps)
+        list_maps = jax.vmap(lambda similarity: greedy_map(similarity, num_lists))(lists)
+        layer_map = dense + greedy_map(layers[dense:, dense:], num_layers)
+        return compose(jnp.concatenate([jnp.arange(dense, dtype=jnp.int32), layer_map]), list_maps)
 
+    if dense >= model.num_layers:
+        return identity_plan(layer_similarity.shape[0], *list_similarity.shape[1:3])
     return jax.vmap(plan_row)(layer_similarity, list_similarity)
+
+
+def choose_sources(similarity: Float[Array, "n n"], num_sources: int) -> Int[Array, "n"]:
+    """Returns which unit each unit copies, itself for the `num_sources` that are computed: greedy facility location.
+
+    The first unit is a source. Then, again and again, that unit becomes one which most raises the sum over all units of
+    their best similarity to a source at or below them; the lower unit on ties. Each copies its best source.
+
+        # s[1,0]=.9 s[2,0]=.2 s[2,1]=.3 s[3,2]=.8, others 0, 2 sources:  0, then 2 (gains .8 for itself and .8 for 3)
+        # -> [0, 0, 2, 2]
+
+    Args:
+        similarity: how well unit j would serve unit i, at most 1; only j < i counts, and each serves itself at 1.
+    """
+    n = similarity.shape[0]
+    unit = jnp.arange(n, dtype=jnp.int32)
+    serves = jnp.where(unit[:, None] > unit[None, :], similarity, jnp.eye(n, dtype=similarity.dtype))
+
+    def add_source(_: Array, is_source: Bool[Array, "n"]) -> Bool[Array, "n"]:
+        best = jnp.where(is_source[None, :], serves, 0).max(axis=1)
+        gain = jnp.maximum(serves - best[:, None], 0).sum(axis=0)
+        return is_source.at[jnp.argmax(jnp.where(is_source, -1.0, gain))].set(True)
+
+    is_source = lax.fori_loop(0, num_sources - 1, add_source, unit == 0)
+    copied = jnp.argmax(jnp.where(is_source[None, :] & (unit[None, :] <= unit[:, None]), serves, -1.0), axis=1)
+    return jnp.where(is_source, unit, copied.astype(jnp.int32))
+
+
+def find_units_plan(similarity: Float[Array, "B U U"], *, model: ModelConfig, config: HShareConfig) -> Source:
+    """Returns each row's plan in which any list may copy any lower list of the layers that share.
+
+    It computes as many lists as the published plan of the same ratios does, those of the first, unshared layers
+    included. A row without probes, all of whose similarities are 0, gets the identity.
+    """
+    L, J = model.num_layers, config.num_lists(model)
+    identity = identity_plan(1, L, J)[0]
+    first = max(config.dense_layers, config.unshared_layers) * J
+    own = max(config.unshared_layers - config.dense_layers, 0) * J
+    num_sources = max(config.num_computed_lists(model) - own, 1)
+    if first >= L * J or num_sources >= L * J - first:
+        return jnp.tile(identity, (similarity.shape[0], 1, 1))
+
+    def plan_row(row: Array) -> Array:
+        units = first + choose_sources(row[first:, first:], num_sources)
+        plan = jnp.concatenate([identity.reshape(-1)[:first], units]).reshape(L, J)
+        return jnp.where(row.max() > 0, plan, identity)
+
+    return jax.vmap(plan_row)(similarity)

@@ -1,16 +1,21 @@
-"""Similarity: how far the critical tokens of two layers, or of two lists of a layer, overlap on the prompt."""
+"""Similarity: how well the critical tokens of one layer or list would serve another, measured on the prompt."""
 
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from hshare_jax.config import HShareConfig
-from hshare_jax.critical_tokens import find_critical_tokens
+from hshare_jax.critical_tokens import find_candidates, find_critical_tokens, softmax_candidates
+from hshare_jax.labels import Labels, score_keys, score_labels
 from hshare_jax.models.config import ModelConfig
+from hshare_jax.shapes import Similarity
 
 
 def probe_positions(
-    starts: Int[Array, "B"], lengths: Int[Array, "B"], config: HShareConfig
+    starts: Int[Array, "B"], lengths: Int[Array, "B"], config: HShareConfig, num_probes: int
 ) -> tuple[Int[Array, "B P"], Bool[Array, "B P"]]:
     """Returns (positions, is_probe): the prompt queries that similarity is measured on, spread evenly over each row.
 
@@ -20,8 +25,8 @@ def probe_positions(
     """
     first = jnp.maximum(starts, config.budget - 1)
     count = jnp.maximum(lengths - first, 0)
-    used = jnp.minimum(count, config.num_probes)[:, None]
-    index = jnp.arange(config.num_probes, dtype=jnp.int32)[None, :]
+    used = jnp.minimum(count, num_probes)[:, None]
+    index = jnp.arange(num_probes, dtype=jnp.int32)[None, :]
     positions = first[:, None] + index * (count[:, None] - 1) // jnp.maximum(used - 1, 1)
     is_probe = index < used
     return jnp.where(is_probe, positions, -1), is_probe
@@ -29,7 +34,32 @@ def probe_positions(
 
 def measure_similarity(
     probes: tuple[Array, ...],
-    labels: tuple[Array, ...],
+    keys: tuple[Array, ...],
+    labels: tuple[Labels | None, ...],
+    channels: Int[Array, "B L K R"],
+    positions: Int[Array, "B P"],
+    *,
+    model: ModelConfig,
+    config: HShareConfig,
+) -> Similarity:
+    """Returns what the plan is found from: `measure_mass` for units, `measure_overlap` for the published plan.
+
+    Args:
+        probes: L x [B, P, N, H], rotated queries.
+        keys: L x [B, K, S, H], the cache.
+        labels: of every sparse layer; None elsewhere, and everywhere with exact scoring.
+        channels: the label channels of every layer.
+        positions: where the probes stand; negative where there is none.
+        model, config: what is measured.
+    """
+    measure = measure_mass if config.plan == "units" else measure_overlap
+    return measure(probes, keys, labels, channels, positions, model=model, config=config)
+
+
+def measure_overlap(
+    probes: tuple[Array, ...],
+    keys: tuple[Array, ...],
+    labels: tuple[Labels | None, ...],
     channels: Int[Array, "B L K R"],
     positions: Int[Array, "B P"],
     *,
@@ -39,42 +69,98 @@ def measure_similarity(
     """Returns (similarity of layers, of the lists within each layer): mean over probes of |A and B| / num_critical.
 
     Only the chosen tokens count, not sinks and recent ones; that of layers is pooled over their lists (HShare, ICLR
-    2025, section 4.2). Probes are taken one after the other, so memory holds one mark per list and slot and never one
-    per pair of tokens.
-
-    Args:
-        probes: L x [B, P, N, H], rotated queries.
-        labels: L x [B, K, S, R].
-        channels: the label channels of every layer.
-        positions: where the probes stand; negative where there is none.
+    2025, section 4.2). Dense layers, which have no lists, are similar to none. Arguments are those of
+    `measure_similarity`.
     """
-    B = positions.shape[0]
-    S, J, L = labels[0].shape[2], config.num_lists(model), model.num_layers
-    windows = jnp.asarray([S if window is None else window for window in model.windows], jnp.int32)
-    # Stacked, so that one layer is compiled and not L.
-    layers = (jnp.stack(labels), jnp.moveaxis(channels, 1, 0), windows)
-    rows, lists = jnp.arange(B)[:, None, None], jnp.arange(J)[None, :, None]
 
-    def overlap(queries: Array, position: Array) -> tuple[Array, Array]:
-        def mark(layer: tuple[Array, Array, Array, Array]) -> Array:
-            q, label, channel, window = layer
-            tokens = find_critical_tokens(q, label, channel, position + 1, num_lists=J, config=config, window=window)
-            # EMPTY is written to a slot of its own, past the end.
-            tokens = jnp.where(tokens < 0, S, tokens)
-            return jnp.zeros((B, J, S + 1), jnp.float32).at[rows, lists, tokens].set(1.0)[..., :S]
+    def overlap(lists: Array, queries: tuple[Array, ...], lengths: Array) -> tuple[Array, Array]:
+        return jnp.einsum("LBJS,MBJS->BLM", lists, lists), jnp.einsum("LBJS,LBIS->BLJI", lists, lists)
 
-        marked = lax.map(mark, (queries, *layers))
-        return jnp.einsum("LBJS,MBJS->BLM", marked, marked), jnp.einsum("LBJS,LBIS->BLJI", marked, marked)
-
-    def add(total: tuple[Array, Array], probe: tuple[Array, Array]) -> tuple[tuple[Array, Array], None]:
-        queries, position = probe
-        is_probe = position >= 0
-        layers, heads = overlap(queries, position)
-        layers = total[0] + jnp.where(is_probe[:, None, None], layers, 0)
-        return (layers, total[1] + jnp.where(is_probe[:, None, None, None], heads, 0)), None
-
-    zeros = (jnp.zeros((B, L, L), jnp.float32), jnp.zeros((B, L, J, J), jnp.float32))
-    (of_layers, of_lists), _ = lax.scan(add, zeros, (jnp.stack(probes, axis=1).swapaxes(0, 2), positions.T))
+    of_layers, of_lists = _sum_over_probes(overlap, probes, keys, labels, channels, positions, model, config)
     # Divided only now: sums of whole numbers are exact, so equal overlaps are equal numbers and ties break by order.
     most = config.num_critical * jnp.maximum((positions >= 0).sum(axis=1), 1)
+    J = config.num_lists(model)
     return of_layers / (most * J)[:, None, None], of_lists / most[:, None, None, None]
+
+
+def measure_mass(
+    probes: tuple[Array, ...],
+    keys: tuple[Array, ...],
+    labels: tuple[Labels | None, ...],
+    channels: Int[Array, "B L K R"],
+    positions: Int[Array, "B P"],
+    *,
+    model: ModelConfig,
+    config: HShareConfig,
+) -> Float[Array, "B U U"]:
+    """Returns how much of the attention that list i would catch list j catches: 1 is all, mean over probes.
+
+    Entry [i, j] is the share of i's true attention mass between sinks and recent tokens that lies on j's tokens, over
+    the share on i's own, at most 1; that of a list which serves a group is summed over its heads. U = L * J lists, by
+    flat id (layer * J + list). Dense layers, which have no lists, are similar to none. Arguments are those of
+    `measure_similarity`.
+    """
+    J, S = config.num_lists(model), keys[0].shape[2]
+    L, B, N = model.num_layers, positions.shape[0], model.num_heads
+
+    def caught(lists: Array, queries: tuple[Array, ...], lengths: Array) -> Array:
+        weights = []
+        for q, k, window in zip(queries, keys, model.windows, strict=True):
+            is_candidate = find_candidates(lengths, S, config, window)
+            mass = softmax_candidates(score_keys(q, k), is_candidate) * is_candidate[:, None, :]
+            weights.append(mass.reshape(B, J, N // J, S).sum(axis=2))
+        by_row = (jnp.moveaxis(array, 0, 1).reshape(B, L * J, S) for array in (jnp.stack(weights), lists))
+        mass = jnp.einsum("BIS,BJS->BIJ", *by_row)
+        own = jnp.diagonal(mass, axis1=1, axis2=2)[:, :, None]
+        return jnp.where(own > 0, jnp.minimum(mass / jnp.where(own > 0, own, 1), 1), 0)
+
+    total = _sum_over_probes(caught, probes, keys, labels, channels, positions, model, config)
+    return total / jnp.maximum((positions >= 0).sum(axis=1), 1)[:, None, None]
+
+
+def _sum_over_probes(
+    measure: Callable[[Array, tuple[Array, ...], Array], Array | tuple[Array, ...]],
+    probes: tuple[Array, ...],
+    keys: tuple[Array, ...],
+    labels: tuple[Labels | None, ...],
+    channels: Array,
+    positions: Array,
+    model: ModelConfig,
+    config: HShareConfig,
+):
+    """Returns the sum over each row's probes of measure(lists as 0/1 marks [L, B, J, S], queries, lengths).
+
+    Probes are taken one after the other: memory holds a mark for each list and slot, never for each pair of tokens.
+    """
+    B, S, J = positions.shape[0], keys[0].shape[2], config.num_lists(model)
+    rows, lists = jnp.arange(B)[:, None, None], jnp.arange(J)[None, :, None]
+    windows = jnp.asarray([S if window is None else window for window in model.windows], jnp.int32)
+    is_sparse = jnp.arange(model.num_layers) >= config.dense_layers
+
+    def mark(scores: Array, window: Array, is_sparse: Array, lengths: Array) -> Array:
+        tokens = find_critical_tokens(scores, lengths, num_lists=J, config=config, window=window)
+        # EMPTY is written to a slot of its own, past the end.
+        tokens = jnp.where((tokens >= 0) & is_sparse, tokens, S)
+        return jnp.zeros((B, J, S + 1), jnp.float32).at[rows, lists, tokens].set(1.0)[..., :S]
+
+    def measure_probe(probe: tuple[tuple[Array, ...], Array]) -> Array | tuple[Array, ...]:
+        queries, position = probe
+        scores = [
+            score_keys(q, k) if label is None else score_labels(q, label, channels[:, layer], config.label_bits)
+            for layer, (q, k, label) in enumerate(zip(queries, keys, labels, strict=True))
+        ]
+        marks = jax.vmap(mark, in_axes=(0, 0, 0, None))(jnp.stack(scores), windows, is_sparse, position + 1)
+        return measure(marks, queries, position + 1)
+
+    def add(total, probe: tuple[tuple[Array, ...], Array]):
+        is_probe = probe[1] >= 0
+
+        def add_one(old: Array, new: Array) -> Array:
+            return old + jnp.where(is_probe.reshape(-1, *[1] * (new.ndim - 1)), new, 0)
+
+        return jax.tree.map(add_one, total, measure_probe(probe)), None
+
+    by_probe = (tuple(q.swapaxes(0, 1) for q in probes), positions.T)
+    shapes = jax.eval_shape(measure_probe, jax.tree.map(lambda array: array[0], by_probe))
+    zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+    return lax.scan(add, zeros, by_probe)[0]
