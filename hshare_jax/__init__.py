@@ -5,19 +5,22 @@ import os
 # Of transformers only configurations and tokenisers are used; its advice to install torch would mislead.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
-from hshare_jax.agreement import token_agreement
+from hshare_jax.agreement import StepScores, forced_logits, score_steps, token_agreement
+from hshare_jax.calibration import Calibration, calibrate, load_channels, load_plan, save_channels, save_plan
 from hshare_jax.config import HShareConfig
 from hshare_jax.decode import decode_step
 from hshare_jax.decode_state import DecodeState, SharedLists, init_state
-from hshare_jax.generate import Generation, Timing, generate, stream
+from hshare_jax.generate import Generation, ReadStatistics, Timing, generate, stream
 from hshare_jax.kv_cache import KVCache
 from hshare_jax.models.config import ModelConfig, RopeConfig
 from hshare_jax.models.pretrained import Model, load_model, save_model
 from hshare_jax.models.weights import CheckpointError
 from hshare_jax.prefill import prefill
 from hshare_jax.sampling import SamplingConfig
+from hshare_jax.share_plan import SharePlan
 
 __all__ = [
+    "Calibration",
     "CheckpointError",
     "DecodeState",
     "Generation",
@@ -25,16 +28,26 @@ __all__ = [
     "KVCache",
     "Model",
     "ModelConfig",
+    "ReadStatistics",
     "RopeConfig",
     "SamplingConfig",
+    "SharePlan",
     "SharedLists",
+    "StepScores",
     "Timing",
+    "calibrate",
     "decode_step",
+    "forced_logits",
     "generate",
     "init_state",
+    "load_channels",
     "load_model",
+    "load_plan",
     "prefill",
+    "save_channels",
     "save_model",
+    "save_plan",
+    "score_steps",
     "stream",
     "token_agreement",
 ]

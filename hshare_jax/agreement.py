@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from hshare_jax.config import HShareConfig
 from hshare_jax.decode import decode_step
@@ -18,6 +18,7 @@ from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.pretrained import Model
 from hshare_jax.prefill import prefill
 from hshare_jax.shapes import Tokens
+from hshare_jax.share_plan import SharePlan
 
 
 @jax.tree_util.register_dataclass
@@ -25,15 +26,21 @@ from hshare_jax.shapes import Tokens
 class StepScores:
     """What each decode step of a given text is worth."""
 
-    chosen: Int[Array, "T B"]  # the likeliest next token
-    loss: Float[Array, "T B"]  # negative log-likelihood of the text's own next token, in nats
-    reads: Float[Array, "T B"]  # tokens read, mean over layers and heads
-    divergence: Float[Array, "T B"] | None  # KL(reference || this), in nats
-    agrees: Bool[Array, "T B"] | None  # whether the reference chose the same token
+    chosen: Array  # [T, B], the likeliest next token
+    loss: Array  # [T, B], negative log-likelihood of the text's own next token, in nats
+    reads: Array  # [T, B], tokens read, mean over layers and heads
+    divergence: Array | None  # [T, B], KL(reference || this), in nats
+    agrees: Array | None  # [T, B], whether the reference chose the same token
 
 
 def token_agreement(
-    model: Model, prompts: Sequence[Prompt], continuations: Sequence[Sequence[int]], *, hshare: HShareConfig | None
+    model: Model,
+    prompts: Sequence[Prompt],
+    continuations: Sequence[Sequence[int]],
+    *,
+    hshare: HShareConfig | None,
+    plan: SharePlan | None = None,
+    channels: Int[Array | np.ndarray, "L K ranks"] | None = None,
 ) -> list[float]:
     """Returns, for each row, the fraction of its continuation that greedy decoding would have chosen too.
 
@@ -45,6 +52,7 @@ def token_agreement(
         prompts: as for `generate`.
         continuations: token ids, for instance `generate(..., hshare=None).tokens`, at least two a row.
         hshare: the settings to measure; None measures dense decoding.
+        plan, channels: as for `generate`.
     """
     encoded = encode_prompts(model, prompts)
     if len(continuations) != len(encoded) or min(map(len, continuations)) < 2:
@@ -53,7 +61,8 @@ def token_agreement(
     forced, sizes = pad_prompts(encode_prompts(model, continuations))
     longest = int(sizes.max())
     capacity = choose_capacity(model.config, encoded, longest, None)
-    state = init_state(model.config, len(encoded), capacity, hshare=hshare, dtype=jnp.dtype(model.dtype))
+    dtype = jnp.dtype(model.dtype)
+    state = init_state(model.config, len(encoded), capacity, hshare=hshare, plan=plan, channels=channels, dtype=dtype)
     _, state = prefill(model.params, jnp.asarray(tokens), jnp.asarray(lengths), state, config=model.config)
     chosen = np.asarray(score_steps(model.params, jnp.asarray(forced), state, config=model.config).chosen).T
     return [float((chosen[row, : size - 1] == forced[row, 1:size]).mean()) for row, size in enumerate(sizes.tolist())]

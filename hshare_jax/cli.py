@@ -1,22 +1,27 @@
-"""The command line: `hshare-jax generate`, `convert` and `info`."""
+"""The command line: `hshare-jax generate`, `calibrate`, `plan`, `convert` and `info`."""
 
 import argparse
 import dataclasses
 import functools
 import json
 import os
+import re
 import resource
 import sys
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from hshare_jax.config import HShareConfig
     from hshare_jax.generate import Generation
     from hshare_jax.models.pretrained import Model, ModelFiles
     from hshare_jax.sampling import SamplingConfig
+    from hshare_jax.share_plan import SharePlan
 
 # JAX and transformers are imported by the commands, after the arguments have been checked: a mistake is told at once.
 
@@ -58,17 +63,20 @@ class _Parser(argparse.ArgumentParser):
         self.exit(USAGE, f"hshare-jax: error: {message} (see {self.prog} --help)\n")
 
 
-def _number(kind: type, name: str) -> Callable[[str], int | float]:
-    def parse(text: str) -> int | float:
+def _number(kind: Callable[[str], object], name: str) -> Callable[[str], object]:
+    def parse(text: str) -> object:
         try:
             return kind(text)
-        except ValueError:
+        except (ValueError, KeyError, ZeroDivisionError):
             raise argparse.ArgumentTypeError(f"{text!r} is not {name}") from None
 
     return parse
 
 
 _whole, _real = _number(int, "a whole number"), _number(float, "a number")
+_fraction = _number(Fraction, "a fraction such as 1/8")
+_bits = _number({"4": 4, "8": 8, "none": None}.__getitem__, "4, 8 or none")
+_probes = _number(lambda text: text if text == "all" else int(text), "a whole number or all")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -76,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"hshare-jax {version('hshare-jax')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
     _add_generate(commands.add_parser("generate", help="continue or answer prompts"))
+    _add_calibrate(commands.add_parser("calibrate", help="make label channels and a plan for all prompts from texts"))
     _add_convert(commands.add_parser("convert", help="write a model as an Orbax checkpoint that loads fast"))
     _add_info(commands.add_parser("info", help="show a model's shape and what its cache takes"))
     return parser
@@ -89,15 +98,54 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache-dir", type=Path, help="where models are kept (default: $HSHARE_JAX_CACHE)")
 
 
-def _add_generate(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(run=_generate)
-    parser.add_argument("prompt", nargs="*", help="one or more prompts; none reads standard input")
-    parser.add_argument("--prompt-file", "-f", action="append", default=[], metavar="FILE", help="a prompt; - is stdin")
+def _add_named_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", "-m", default=DEFAULT_MODEL, help="built-in name, GGUF file, directory or hub id")
     _add_model(parser)
-    parser.add_argument("--max-new-tokens", "-n", type=_whole, default=128, metavar="N", help="end at the latest here")
+
+
+def _add_prompts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", nargs="*", help="one or more prompts; none reads standard input")
+    _add_prompt_files(parser)
+    _add_named_model(parser)
+
+
+def _add_prompt_files(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--prompt-file", "-f", action="append", default=[], metavar="FILE", help="a prompt; - is stdin")
     parser.add_argument("--system", help="system message of the chat template")
     parser.add_argument("--no-chat-template", action="store_true", help="give the prompt to the model as it is")
+
+
+def _add_settings(parser: argparse.ArgumentParser, plan_nargs: str | None = None) -> argparse._ArgumentGroup:
+    """Adds the options of HShareConfig; those that are not given leave no trace, so that a preset keeps its own."""
+    group = parser.add_argument_group("sparse decoding", argument_default=argparse.SUPPRESS)
+    group.add_argument("--preset", choices=("hshare-paper",), help="the paper's method; other options change it")
+    group.add_argument("--num-sinks", type=_whole, metavar="N", help="first tokens always read (8)")
+    group.add_argument("--num-critical", type=_whole, metavar="N", help="tokens chosen by score (88)")
+    group.add_argument("--num-recent", type=_whole, metavar="N", help="last tokens always read (32)")
+    group.add_argument("--budget-ratio", type=_fraction, metavar="A/B", help="read at most this share of a prompt")
+    group.add_argument(
+        "--sharing-ratio", metavar="L-H-Q",
+        help="fractions of layers, heads and steps that choose for themselves (1/3-1-1)",
+    )  # fmt: skip
+    group.add_argument("--refresh-interval", type=_whole, metavar="N", help="steps that a choice serves (1)")
+    group.add_argument("--lists-per", choices=("kv_head", "query_head"), help="who chooses (kv_head)")
+    plans = ("units", "published")
+    group.add_argument("--plan", nargs=plan_nargs, choices=plans, help="any list copies any, or layers, then heads")
+    group.add_argument("--plan-scope", choices=("sequence", "batch"), help="a plan for each prompt, or one for all")
+    group.add_argument("--dense-layers", type=_whole, metavar="N", help="first layers that read everything (1)")
+    group.add_argument("--min-length", type=_whole, metavar="N", help="shorter texts read everything (0)")
+    group.add_argument("--dilate", action=argparse.BooleanOptionalAction, help="also want the token after a good one")
+    group.add_argument("--scoring", choices=("labels", "exact"), help="score label channels, or whole keys")
+    group.add_argument("--label-channels", type=_whole, metavar="R", help="channels of a head in its labels")
+    group.add_argument("--label-bits", type=_bits, metavar="4|8|none", help="of a label channel (4)")
+    group.add_argument("--num-probes", type=_probes, metavar="N|all", help="queries the plan is found from (32)")
+    return group
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_generate)
+    _add_prompts(parser)
+    parser.add_argument("--max-new-tokens", "-n", type=_whole, default=128, metavar="N", help="end at the latest here")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text")
     parser.add_argument("--no-stream", action="store_true", help="print when all is done")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
@@ -111,18 +159,22 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     drawing.add_argument("--min-p", type=_real, default=0.0, help="keep those this times as likely as the likeliest")
     drawing.add_argument("--repetition-penalty", type=_real, default=1.0, help="make what was seen less likely")
     drawing.add_argument("--seed", type=_whole, default=0, help="of the first prompt; the next ones count up")
-    sharing = parser.add_argument_group("sparse decoding")
+    sharing = _add_settings(parser)
     sharing.add_argument("--method", choices=("hshare", "dense"), default="hshare")
-    sharing.add_argument("--num-sinks", type=_whole, default=8, metavar="N", help="first tokens always read")
-    sharing.add_argument("--num-critical", type=_whole, default=88, metavar="N", help="tokens chosen by score")
-    sharing.add_argument("--num-recent", type=_whole, default=32, metavar="N", help="last tokens always read")
-    sharing.add_argument(
-        "--sharing-ratio", default="7/8-3/4-1/2", metavar="L-H-Q",
-        help="fractions of layers, heads and steps that choose for themselves (default 7/8-3/4-1/2)",
-    )  # fmt: skip
-    sharing.add_argument("--lists-per", choices=("kv_head", "query_head"), default="kv_head")
-    sharing.add_argument("--label-channels", type=_whole, metavar="R", help="channels scored (default: a quarter)")
-    sharing.add_argument("--num-probes", type=_whole, default=32, metavar="N", help="queries the plan is found from")
+    sharing.add_argument("--channels-file", metavar="FILE", help="label channels, from calibrate or as published")
+    sharing.add_argument("--plan-file", metavar="FILE", help="a plan, from calibrate or as published")
+
+
+def _add_calibrate(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_calibrate)
+    parser.add_argument("text", nargs="+", metavar="TEXTFILE", help="what to calibrate on; - is standard input")
+    _add_named_model(parser)
+    parser.add_argument("--channels-file", type=Path, metavar="OUT", help="where label channels are written")
+    parser.add_argument("--plan-file", type=Path, metavar="OUT", help="where the plan is written")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
+    parser.add_argument("--block-length", type=_whole, metavar="N", help="tokens prefilled together (default 2048)")
+    parser.add_argument("--max-blocks", type=_whole, metavar="N", help="read no more than these first blocks")
+    _add_settings(parser)
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
@@ -138,6 +190,10 @@ def _add_info(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", default=DEFAULT_MODEL)
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     _add_model(parser)
+    group = _add_settings(parser, plan_nargs="?")
+    group.title = "with --plan, which list copies which, as decoding a prompt would"
+    parser.set_defaults(prompt=[])
+    _add_prompt_files(parser)
 
 
 def _generate(options: argparse.Namespace) -> int:
@@ -150,17 +206,22 @@ def _generate(options: argparse.Namespace) -> int:
         raise UsageError(f"--seed {options.seed} must lie between 0 and {2**31 - 1}")
     if options.compare_dense and options.method == "dense":
         raise UsageError("--compare-dense compares with dense decoding; it needs --method hshare")
-    hshare, sampling = _settings(options)
+    hshare, sampling = _settings(options), _sampling(options)
+    if options.method == "dense":
+        if given := [name for name in _setting_names() if hasattr(options, name)]:
+            raise UsageError(f"{_option(given[0])} is for sparse decoding; leave it or --method dense out")
+        hshare = None
     files = _open(options)
     texts = _apply_chat_template(files, prompts, options)
-    _check_fit(files, texts, options.max_new_tokens, hshare)
+    _check_fit(files, texts, options, hshare)
     model = files.load(options.dtype)
+    constants = _read_constants(options, model, hshare)
     seeds = [options.seed + row for row in range(len(texts))]
     is_streamed = len(texts) == 1 and not options.json and not options.no_stream
-    result = _decode(model, texts, hshare, sampling, seeds, options, is_streamed)
-    statistics = _statistics(result, model, hshare)
+    result = _decode(model, texts, hshare, constants, sampling, seeds, options, is_streamed)
+    statistics = _statistics(result, model, hshare, constants[0])
     if options.compare_dense:
-        statistics |= _compare(model, texts, hshare, options)
+        statistics |= _compare(model, texts, hshare, constants, statistics, options)
     if options.json:
         _print_json(model, result, statistics)
     elif not is_streamed:
@@ -179,32 +240,97 @@ def _read_prompts(options: argparse.Namespace) -> list[str]:
         if sys.stdin is None or sys.stdin.isatty():
             raise UsageError("no prompt: give one as an argument, with --prompt-file, or on standard input")
         files = ["-"]
-    for name in files:
-        try:
-            prompts.append(sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UsageError(f"--prompt-file {name}: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise UsageError(f"--prompt-file {name} is not UTF-8 text (byte {error.start})") from error
-        names.append("standard input" if name == "-" else name)
-    for name, prompt in zip(names, prompts, strict=True):
-        if not prompt.strip():
-            raise UsageError(f"{name} is empty")
+    prompts += [_read_text(name, "--prompt-file ") for name in files]
+    _check_not_empty([*names, *files], prompts)
     return prompts
 
 
-def _settings(options: argparse.Namespace) -> "tuple[HShareConfig | None, SamplingConfig]":
+def _read_text(name: str, option: str = "") -> str:
+    try:
+        return sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{option}{name}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{option}{name} is not UTF-8 text (byte {error.start})") from error
+
+
+def _check_not_empty(names: Sequence[str], texts: Sequence[str]) -> None:
+    for name, text in zip(names, texts, strict=True):
+        if not text.strip():
+            raise UsageError(f"{'standard input' if name == '-' else name} is empty")
+
+
+def _setting_names() -> list[str]:
     from hshare_jax.config import HShareConfig
+
+    return [
+        "preset",
+        "sharing_ratio",
+        "channels_file",
+        "plan_file",
+        *(f.name for f in dataclasses.fields(HShareConfig)),
+    ]
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _as_usage_error(error: ValueError) -> UsageError:
+    """Returns a library's complaint in the user's words: `num_critical=0` is `--num-critical 0`."""
+    from hshare_jax.sampling import SamplingConfig
+
+    names = {*_setting_names(), *(f.name for f in dataclasses.fields(SamplingConfig))} - {"layer_ratio", "head_ratio"}
+    names |= {"max_new_tokens", "block_length", "max_blocks", "revision"}
+    return UsageError(re.sub(rf"\b({'|'.join(names)})=", lambda match: f"{_option(match[1])} ", str(error)))
+
+
+def _sampling(options: argparse.Namespace) -> "SamplingConfig":
     from hshare_jax.sampling import SamplingConfig
 
     try:
-        sampling = SamplingConfig(**{f.name: getattr(options, f.name) for f in dataclasses.fields(SamplingConfig)})
-        names = ("num_sinks", "num_critical", "num_recent", "lists_per", "label_channels", "num_probes")
-        hshare = HShareConfig(**{name: getattr(options, name) for name in names})
-        hshare = hshare.with_sharing_ratio(options.sharing_ratio)
+        return SamplingConfig(**{f.name: getattr(options, f.name) for f in dataclasses.fields(SamplingConfig)})
     except ValueError as error:
-        raise UsageError(str(error)) from error
-    return (hshare if options.method == "hshare" else None), sampling
+        raise _as_usage_error(error) from error
+
+
+def _settings(options: argparse.Namespace) -> "HShareConfig":
+    """Returns the preset's settings, or the default ones, changed by the options that were given."""
+    from hshare_jax.config import HShareConfig
+
+    settings = HShareConfig.published() if hasattr(options, "preset") else HShareConfig()
+    fields = {field.name for field in dataclasses.fields(settings)}
+    given = {name: value for name, value in vars(options).items() if name in fields}
+    if hasattr(options, "sharing_ratio"):
+        try:
+            settings = settings.with_sharing_ratio(options.sharing_ratio)
+        except ValueError as error:
+            raise UsageError(f"--sharing-ratio {options.sharing_ratio}: {error}") from error
+        if given.get("refresh_interval", settings.refresh_interval) != settings.refresh_interval:
+            raise UsageError(
+                f"--refresh-interval {given['refresh_interval']} contradicts --sharing-ratio {options.sharing_ratio}, "
+                f"whose last part means {settings.refresh_interval}; leave either out"
+            )
+    try:
+        return dataclasses.replace(settings, **given)
+    except ValueError as error:
+        raise _as_usage_error(error) from error
+
+
+def _read_constants(
+    options: argparse.Namespace, model: "Model | ModelFiles", hshare: "HShareConfig | None"
+) -> "tuple[SharePlan | None, np.ndarray | None]":
+    """Returns the plan and the channels that files give; of ModelFiles, a file's model is not compared."""
+    from hshare_jax.calibration import load_channels, load_plan
+    from hshare_jax.decode_state import check_channels
+
+    plan = channels = None
+    if hshare is not None and hasattr(options, "plan_file"):
+        plan = load_plan(options.plan_file, model, hshare)
+    if hshare is not None and hasattr(options, "channels_file"):
+        channels = load_channels(options.channels_file, model)
+        check_channels(channels, model.config, hshare.num_label_channels(model.config))
+    return plan, channels
 
 
 def _open(options: argparse.Namespace) -> "ModelFiles":
@@ -213,23 +339,28 @@ def _open(options: argparse.Namespace) -> "ModelFiles":
 
     try:
         check_model_name(options.model, revision=options.revision)
-    except (ValueError, FileNotFoundError) as error:
+    except FileNotFoundError as error:
         raise UsageError(str(error)) from error
+    except ValueError as error:
+        raise _as_usage_error(error) from error
     _keep_compiled_programs(cache_directory(options.cache_dir) / "compiled")
     return open_model(options.model, cache_dir=options.cache_dir, revision=options.revision)
 
 
 def _check_fit(
-    files: "ModelFiles", prompts: list[list[int]], max_new_tokens: int, hshare: "HShareConfig | None"
+    files: "ModelFiles", prompts: list[list[int]], options: argparse.Namespace, hshare: "HShareConfig | None"
 ) -> None:
     from hshare_jax.generate import choose_capacity
 
     try:
-        choose_capacity(files.config, prompts, max_new_tokens, None)
+        choose_capacity(files.config, prompts, getattr(options, "max_new_tokens", 1), None)
         if hshare is not None:
             hshare.num_label_channels(files.config)
+        _read_constants(options, files, hshare)
     except ValueError as error:
-        raise UsageError(str(error)) from error
+        raise _as_usage_error(error) from error
+    except OSError as error:
+        raise UsageError(f"{error.filename}: {error.strerror}") from error
 
 
 def _keep_compiled_programs(directory: Path) -> None:
@@ -258,6 +389,7 @@ def _decode(
     model: "Model",
     prompts: list[list[int]],
     hshare: "HShareConfig | None",
+    constants: "tuple[SharePlan | None, np.ndarray | None]",
     sampling: "SamplingConfig",
     seeds: list[int],
     options: argparse.Namespace,
@@ -267,7 +399,8 @@ def _decode(
 
     decode = functools.partial(
         stream if is_streamed else generate,
-        max_new_tokens=options.max_new_tokens, hshare=hshare, sampling=sampling, seeds=seeds, stop=options.stop,
+        max_new_tokens=options.max_new_tokens, hshare=hshare, plan=constants[0], channels=constants[1],
+        sampling=sampling, seeds=seeds, stop=options.stop,
     )  # fmt: skip
     pieces = decode(model, prompts)
     if isinstance(pieces, Generation):
@@ -280,25 +413,44 @@ def _decode(
             return end.value
 
 
-def _statistics(result: "Generation", model: "Model", hshare: "HShareConfig | None") -> dict[str, object]:
-    timing = result.timing
-    return {
-        "method": "dense" if hshare is None else "hshare",
-        "sharing_ratio": None if hshare is None else hshare.sharing_ratio,
-        "budget": None if hshare is None else hshare.budget,
+def _statistics(
+    result: "Generation", model: "Model", hshare: "HShareConfig | None", plan: "SharePlan | None"
+) -> dict[str, Any]:
+    timing, usage = result.timing, result.usage
+    statistics: dict[str, Any] = {"method": "dense" if hshare is None else "hshare"}
+    if hshare is not None:
+        computed = hshare.num_computed_lists(model.config) if plan is None else sum(_own_lists(plan, hshare))
+        statistics |= {
+            "sharing_ratio": hshare.sharing_ratio if plan is None else None,
+            "budget": hshare.budget,
+            "computed_lists": computed,
+            "lists": hshare.num_sparse_layers(model.config) * hshare.num_lists(model.config),
+            "refresh_interval": hshare.refresh_interval,
+            "refreshes": usage.refreshes,
+            "selections": usage.selections,
+            "possible_selections": usage.possible_selections,
+        }
+    return statistics | {
         "dtype": model.dtype,
         "prompt_tokens": timing.prompt_tokens,
         "prompt_tokens_per_second": round(timing.prefill_rate, 1),
         "new_tokens": sum(len(tokens) for tokens in result.tokens),
         "decode_tokens_per_second": round(timing.decode_rate, 1),
+        "mean_tokens_read": round(usage.mean_reads, 1),
+        "mean_length": round(usage.mean_length, 1),
         "compile_seconds": round(timing.compile_seconds, 2),
         "peak_memory_bytes": _peak_memory(),
     }
 
 
 def _compare(
-    model: "Model", prompts: list[list[int]], hshare: "HShareConfig | None", options: argparse.Namespace
-) -> dict[str, object]:
+    model: "Model",
+    prompts: list[list[int]],
+    hshare: "HShareConfig | None",
+    constants: "tuple[SharePlan | None, np.ndarray | None]",
+    statistics: dict[str, Any],
+    options: argparse.Namespace,
+) -> dict[str, Any]:
     from hshare_jax.agreement import token_agreement
     from hshare_jax.generate import generate
 
@@ -307,12 +459,16 @@ def _compare(
     if not rows:
         return {"agreement_with_dense": None}
     continuations = [dense.tokens[row] for row in rows]
-    agreements = token_agreement(model, [prompts[row] for row in rows], continuations, hshare=hshare)
+    agreements = token_agreement(
+        model, [prompts[row] for row in rows], continuations, hshare=hshare, plan=constants[0], channels=constants[1]
+    )
     sizes = [len(tokens) - 1 for tokens in continuations]
     agreement = sum(a * size for a, size in zip(agreements, sizes, strict=True)) / sum(sizes)
+    rate = round(dense.timing.decode_rate, 1)
     return {
         "agreement_with_dense": round(agreement, 4),
-        "dense_decode_tokens_per_second": round(dense.timing.decode_rate, 1),
+        "dense_decode_tokens_per_second": rate,
+        "times_dense": round(statistics["decode_tokens_per_second"] / rate, 2) if rate else None,
     }
 
 
@@ -334,20 +490,118 @@ def _print_json(model: "Model", result: "Generation", statistics: dict[str, obje
     print(json.dumps({"model": model.name, "outputs": outputs, "statistics": statistics}, ensure_ascii=False))
 
 
-def _statistics_line(statistics: dict[str, object]) -> str:
-    s = statistics
-    sharing = f" {s['sharing_ratio']} budget {s['budget']}" if s["method"] == "hshare" else ""
-    line = (
-        f"{s['method']}{sharing} | prompt {s['prompt_tokens']} tokens, {s['prompt_tokens_per_second']} tokens/s | "
-        f"new {s['new_tokens']} tokens, {s['decode_tokens_per_second']} tokens/s | compile {s['compile_seconds']} s | "
-        f"peak memory {s['peak_memory_bytes'] / 2**30:.2f} GiB"  # pyright: ignore[reportOperatorIssue]
-    )
+def _statistics_line(s: dict[str, Any]) -> str:
+    parts = [s["method"]]
+    if s["method"] == "hshare":
+        every = "every step" if s["refresh_interval"] == 1 else f"every {s['refresh_interval']} steps"
+        parts = [
+            f"hshare {s['sharing_ratio'] or 'plan from a file'} budget {s['budget']}",
+            f"computes {s['computed_lists']} of {s['lists']} lists {every}",
+            f"reads {s['mean_tokens_read']} of {s['mean_length']} tokens",
+            f"{s['refreshes']} refreshes, {s['selections']} of {s['possible_selections']} selections",
+        ]
+    parts += [
+        f"prompt {s['prompt_tokens']} tokens, {s['prompt_tokens_per_second']} tokens/s",
+        f"new {s['new_tokens']} tokens, {s['decode_tokens_per_second']} tokens/s",
+        f"compile {s['compile_seconds']} s",
+        f"peak memory {s['peak_memory_bytes'] / 2**30:.2f} GiB",
+    ]
     if s.get("agreement_with_dense") is not None:
-        agreement: float = s["agreement_with_dense"]  # pyright: ignore[reportAssignmentType]
-        line += (
-            f" | agrees with dense on {agreement:.1%} of tokens (dense {s['dense_decode_tokens_per_second']} tokens/s)"
+        parts.append(
+            f"agrees with dense on {s['agreement_with_dense']:.1%} of tokens, {s['times_dense']} times dense "
+            f"({s['dense_decode_tokens_per_second']} tokens/s)"
         )
-    return line
+    return " | ".join(parts)
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    outputs = [path for path in (options.channels_file, options.plan_file) if path is not None]
+    if not outputs:
+        raise UsageError("nothing to write: give --channels-file, --plan-file or both")
+    if len(outputs) == 2 and outputs[0] == outputs[1]:
+        raise UsageError(f"--channels-file and --plan-file are both {outputs[0]}; they need a file each")
+    if there := [path for path in outputs if path.exists() and not options.overwrite]:
+        raise UsageError(f"{there[0]} exists; give --overwrite to replace it")
+    texts = [_read_text(name) for name in options.text]
+    _check_not_empty(options.text, texts)
+    hshare = _settings(options)
+    files = _open(options)
+    from hshare_jax.calibration import calibrate, cut_blocks, save_channels, save_plan
+
+    limits = {"block_length": options.block_length, "max_blocks": options.max_blocks}
+    try:
+        hshare.num_label_channels(files.config)
+        cut_blocks(files, texts, hshare=hshare, **limits)
+    except ValueError as error:
+        raise _as_usage_error(error) from error
+    model = files.load(options.dtype)
+    found = calibrate(model, texts, hshare=hshare, **limits)
+    if options.channels_file is not None:
+        save_channels(options.channels_file, found.channels, model, overwrite=options.overwrite)
+    if options.plan_file is not None:
+        save_plan(options.plan_file, found.plan, model, hshare, overwrite=options.overwrite)
+    print(
+        f"calibrated {model.name} on {found.num_tokens} tokens: {_count_lists(found.plan, hshare)} | "
+        f"wrote {' and '.join(map(str, outputs))}",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def _show_plan(options: argparse.Namespace) -> int:
+    if options.plan is None:  # a bare --plan keeps the preset's kind
+        delattr(options, "plan")
+    prompts, hshare = _read_prompts(options), _settings(options)
+    files = _open(options)
+    texts = _apply_chat_template(files, prompts, options)
+    _check_fit(files, texts, options, hshare)
+    from hshare_jax.calibration import find_plans
+
+    model = files.load(options.dtype)
+    plans = find_plans(model, texts, hshare=hshare)
+    has_probes = [len(text) >= hshare.budget for text in texts]
+    if options.json:
+        found = [
+            {"prompt_tokens": len(text), "has_probes": probed, "source": plan.source}
+            for text, probed, plan in zip(texts, has_probes, plans, strict=True)
+        ]
+        print(json.dumps({"model": model.name, "dense_layers": hshare.dense_layers, "plans": found}))
+        return 0
+    print("own: computed there; 4.1: copied from layer 4, list 1; dense: reads everything")
+    for row, (text, probed, plan) in enumerate(zip(texts, has_probes, plans, strict=True), start=1):
+        if len(texts) > 1:
+            print(f"==> {row} <==")
+        print("\n".join(_draw_plan(plan, hshare)))
+        print(_count_lists(plan, hshare))
+        if not probed:
+            print(f"the prompt has {len(text)} tokens, fewer than the budget of {hshare.budget}: nothing is shared")
+    return 0
+
+
+def _draw_plan(plan: "SharePlan", hshare: "HShareConfig") -> list[str]:
+    lines = []
+    for layer, lists in enumerate(plan.source):
+        J = len(lists)
+        cells = ["own" if unit == layer * J + j else f"{unit // J}.{unit % J}" for j, unit in enumerate(lists)]
+        cells = cells if layer >= hshare.dense_layers else ["dense"]
+        lines.append(f"layer {layer:3}" + "".join(f"{cell:>7}" for cell in cells))
+    return lines
+
+
+def _own_lists(plan: "SharePlan", hshare: "HShareConfig") -> list[int]:
+    """Returns how many lists of each sparse layer are computed there."""
+    J = len(plan.source[0])
+    return [
+        sum(unit == layer * J + j for j, unit in enumerate(lists))
+        for layer, lists in enumerate(plan.source)
+        if layer >= hshare.dense_layers
+    ]
+
+
+def _count_lists(plan: "SharePlan", hshare: "HShareConfig") -> str:
+    own = _own_lists(plan, hshare)
+    num_lists = len(own) * len(plan.source[0])
+    return f"computes {sum(own)} of {num_lists} lists; {own.count(0)} of {len(own)} layers compute none"
 
 
 def _convert(options: argparse.Namespace) -> int:
@@ -362,6 +616,12 @@ def _convert(options: argparse.Namespace) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
+    if hasattr(options, "plan"):
+        return _show_plan(options)
+    given = [name for name in _setting_names() if hasattr(options, name)]
+    given += [name for name in ("prompt_file", "system", "no_chat_template") if getattr(options, name)]
+    if given:
+        raise UsageError(f"{_option(given[0])} is for showing a plan; add --plan")
     model = _open(options).load(options.dtype)
     config = model.config
     size = {"float32": 4, "bfloat16": 2, "float16": 2}[model.dtype]

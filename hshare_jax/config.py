@@ -22,24 +22,23 @@ class HShareConfig:
     num_critical: int = 88
     num_recent: int = 32
     budget_ratio: Fraction | None = None  # read at most this share of a row; the three sizes are then its maximum
-    layer_ratio: Fraction = Fraction(7, 8)
-    head_ratio: Fraction = Fraction(3, 4)
-    refresh_interval: int = 2  # decode steps that one choice serves
+    layer_ratio: Fraction = Fraction(1, 3)
+    head_ratio: Fraction = Fraction(1)
+    refresh_interval: int = 1  # decode steps that one choice serves
     lists_per: Literal["kv_head", "query_head"] = "kv_head"  # one list a group, whose keys are then read once
     plan: Literal["units", "published"] = "units"  # any list may copy any lower one; or layers, then heads
     plan_scope: Literal["sequence", "batch"] = "sequence"  # a plan of its own for each row, or one for all
-    unshared_layers: int = 2  # under `units`, the first layers, whose lists neither copy nor are copied
     dilate: bool = True  # lists that later steps reuse also want the token after a good one
     dense_layers: int = 1  # the first layers read everything
     min_length: int = 0  # rows shorter than this read everything
     scoring: Literal["labels", "exact"] = "labels"  # exact: on all channels of the keys themselves, the yardstick
-    label_channels: int | None = None  # channels of a head that labels keep; None: a quarter of them
+    label_channels: int | None = None  # channels of a head that labels keep; None: 32, or all of a smaller head
     label_bits: Literal[4, 8] | None = 4  # None: labels are not quantised
     num_probes: int | Literal["all"] = 32  # prompt queries that similarity is measured on; all: the paper's definition
 
     def __post_init__(self) -> None:
         for name, least in (
-            ("num_sinks", 0), ("num_critical", 1), ("num_recent", 1), ("refresh_interval", 1), ("unshared_layers", 0),
+            ("num_sinks", 0), ("num_critical", 1), ("num_recent", 1), ("refresh_interval", 1),
             ("dense_layers", 0), ("min_length", 0),
         ):  # fmt: skip
             _check_whole(name, getattr(self, name), least)
@@ -49,8 +48,10 @@ class HShareConfig:
             _check_whole("label_channels", self.label_channels, 1)
         for name in ("layer_ratio", "head_ratio", "budget_ratio"):
             ratio = getattr(self, name)
-            if ratio is None:
+            if ratio is None and name == "budget_ratio":
                 continue
+            if not isinstance(ratio, (int, Fraction)):
+                raise ValueError(f"{name}={ratio!r} must be a Fraction, such as Fraction(1, 8)")
             if not 0 < ratio <= 1:
                 meaning = "of its tokens that a row reads" if name == "budget_ratio" else "still computed"
                 raise ValueError(f"{name}={ratio} must lie in (0, 1]: it is the fraction {meaning}")
@@ -64,9 +65,8 @@ class HShareConfig:
     @classmethod
     def published(cls) -> "HShareConfig":
         """Returns the method as the paper and its code have it, at the paper's 128 tokens and 7/8-3/4-1/2."""
-        return cls(
-            lists_per="query_head", plan="published", unshared_layers=0, dilate=False, dense_layers=0, num_probes="all"
-        )
+        published = cls(lists_per="query_head", plan="published", dilate=False, dense_layers=0, num_probes="all")
+        return published.with_sharing_ratio("7/8-3/4-1/2")
 
     @property
     def budget(self) -> int:
@@ -105,7 +105,7 @@ class HShareConfig:
 
     def num_label_channels(self, model: ModelConfig) -> int:
         """Returns R. Raises ValueError when more channels are asked for than a head has."""
-        channels = self.label_channels or math.ceil(model.head_dim / 4)
+        channels = self.label_channels or min(32, model.head_dim)
         if channels > model.head_dim:
             raise ValueError(f"label_channels={channels} must be at most the model's head_dim={model.head_dim}")
         return channels
@@ -123,18 +123,20 @@ class HShareConfig:
         return _num_shared(self.head_ratio, self.num_lists(model))
 
     def num_computed_lists(self, model: ModelConfig) -> int:
-        """Returns how many lists are computed at a refresh: under either plan as many as the published one computes."""
-        layers = self.num_sparse_layers(model) - self.num_shared_layers(model)
-        return layers * (self.num_lists(model) - self.num_shared_lists(model))
+        """Returns how many lists of all sparse layers are computed at a refresh.
 
-    def effective_ratios(self, model: ModelConfig) -> tuple[Fraction, Fraction, Fraction]:
-        """Returns the fractions of layers, lists of a layer, and steps computed, once rounded to whole units."""
-        layers, lists = max(self.num_sparse_layers(model), 1), self.num_lists(model)
-        return (
-            1 - Fraction(self.num_shared_layers(model), layers),
-            1 - Fraction(self.num_shared_lists(model), lists),
-            Fraction(1, self.refresh_interval),
-        )
+        The published plan computes whole layers less whole lists. Under `units` it is the product of the two ratios.
+        """
+        layers, J = self.num_sparse_layers(model), self.num_lists(model)
+        if self.plan == "units":
+            shared = _num_shared(self.layer_ratio * self.head_ratio, layers * J)
+            return layers * J - shared
+        return (layers - self.num_shared_layers(model)) * (J - self.num_shared_lists(model))
+
+    def effective_ratio(self, model: ModelConfig) -> Fraction:
+        """Returns the fraction of selections that are computed, of those that every list on every step would be."""
+        lists = self.num_sparse_layers(model) * self.num_lists(model)
+        return Fraction(self.num_computed_lists(model), max(lists, 1)) / self.refresh_interval
 
 
 def _check_whole(name: str, value: object, least: int) -> None:

@@ -6,7 +6,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int, UInt
 
 from hshare_jax.config import HShareConfig
-from hshare_jax.kernels.reference import EMPTY
+from hshare_jax.kernels.reference import EMPTY, MASKED
 
 WORD = 32  # slots whose choice is packed into one word
 LANES = 128  # slots whose counts are kept apart, so that counting needs no sum across a vector
@@ -63,14 +63,13 @@ def pool_scores(
     B, N, S = scores.shape
     if num_lists == N:
         return scores
-    weights = softmax_candidates(scores, is_candidate)
+    weights = softmax_over(is_candidate, scores)
     return weights.reshape(B, num_lists, N // num_lists, S).sum(axis=2)
 
 
-def softmax_candidates(scores: Float[Array, "B N S"], is_candidate: Bool[Array, "B S"]) -> Float[Array, "B N S"]:
-    """Returns the softmax over each row's candidates; what the other slots hold means nothing."""
-    masked = jnp.where(is_candidate[:, None, :], scores, jnp.finfo(scores.dtype).min)
-    return jax.nn.softmax(masked, axis=-1)
+def softmax_over(mask: Bool[Array, "B S"], scores: Float[Array, "B N S"]) -> Float[Array, "B N S"]:
+    """Returns the softmax over the slots of the mask; the others hold zero where the mask holds any."""
+    return jax.nn.softmax(jnp.where(mask[:, None, :], scores, MASKED), axis=-1)
 
 
 def dilate(scores: Float[Array, "B J S"]) -> Float[Array, "B J S"]:
@@ -99,7 +98,7 @@ def select_tokens(
         num_allowed: at most so many in each row, of the C places; None allows all.
     """
     B, J, S = scores.shape
-    scores, is_candidate = (_pad_to_lanes(x, fill) for x, fill in ((scores, 0), (is_candidate, False)))
+    scores, is_candidate = (_pad_to_lanes(x, fill) for x, fill in ((scores, 0.0), (is_candidate, False)))
     order = jnp.where(is_candidate[:, None, :], _sortable(scores), jnp.iinfo(jnp.int32).min)
     count = jnp.full((B,), num_critical) if num_allowed is None else num_allowed
     count = jnp.minimum(count, is_candidate.sum(axis=-1))[:, None]
@@ -178,9 +177,9 @@ def _list_bits(words: UInt[Array, "B J words"], num_places: int) -> Int[Array, "
     count = lax.population_count(words).astype(jnp.int32)
     ends = jnp.cumsum(count, axis=-1)
     place = jnp.arange(num_places, dtype=jnp.int32)
-    at = (ends[:, :, None, :] <= place[:, None]).sum(axis=-1, dtype=jnp.int32)
+    at = (ends[:, :, None, :] <= place[None, None, :, None]).sum(axis=-1, dtype=jnp.int32)
     is_listed = at < words.shape[-1]
     at = jnp.minimum(at, words.shape[-1] - 1)
-    n = place - jnp.take_along_axis(ends - count, at, axis=-1)
+    n = place[None, None, :] - jnp.take_along_axis(ends - count, at, axis=-1)
     slots = at * WORD + _nth_bit(jnp.take_along_axis(words, at, axis=-1), n).astype(jnp.int32)
     return jnp.where(is_listed, slots, EMPTY)

@@ -115,9 +115,22 @@ def _init_lists(
 
 
 def _empty_labels(keys: Array, num_channels: int, config: HShareConfig) -> Labels:
-    channels = jax.ShapeDtypeStruct((*keys.shape[:2], num_channels), jnp.int32)
-    shapes = jax.eval_shape(functools.partial(make_labels, bits=config.label_bits), keys, channels)
-    return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+    codes, scales = _label_shapes(keys.shape, keys.dtype, num_channels, config.label_bits)
+    return Labels(
+        jnp.zeros(codes.shape, codes.dtype), None if scales is None else jnp.zeros(scales.shape, scales.dtype)
+    )
+
+
+@functools.cache  # eval_shape traces anew on every call
+def _label_shapes(
+    keys_shape: tuple[int, ...], dtype: jnp.dtype, num_channels: int, bits: int | None
+) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct | None]:
+    def make(keys: Array, channels: Array) -> tuple[Array, Array | None]:
+        labels = make_labels(keys, channels, bits)
+        return labels.codes, labels.scales
+
+    channels = jax.ShapeDtypeStruct((*keys_shape[:2], num_channels), jnp.int32)
+    return jax.eval_shape(make, jax.ShapeDtypeStruct(keys_shape, dtype), channels)
 
 
 def check_channels(channels: Array | np.ndarray, model: ModelConfig, num_channels: int) -> Int[Array, "L K R"]:

@@ -10,17 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jaxtyping import Int
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from hshare_jax.compile_clock import compile_clock
 from hshare_jax.config import HShareConfig
 from hshare_jax.decode import decode_step
-from hshare_jax.decode_state import DecodeState, init_state
+from hshare_jax.decode_state import DecodeState, count_reads, init_state
 from hshare_jax.models.config import ModelConfig
-from hshare_jax.models.pretrained import Model
+from hshare_jax.models.pretrained import Model, ModelFiles
 from hshare_jax.prefill import prefill
 from hshare_jax.sampling import SamplingConfig, sample
+from hshare_jax.share_plan import SharePlan
 from hshare_jax.text_stream import TextStream
 
 Prompt = str | Sequence[int]
@@ -51,6 +53,17 @@ class Timing:
 
 
 @dataclasses.dataclass(frozen=True)
+class ReadStatistics:
+    """What decode steps read and chose, over all rows; a step that followed a stop string unseen counts too."""
+
+    mean_reads: float  # tokens, over layers, heads and steps; all numbers are 0 where prefill gave the only token
+    mean_length: float  # tokens that dense decoding without a window would have read
+    refreshes: int  # steps of a row that chose lists anew
+    selections: int  # lists that were chosen
+    possible_selections: int  # lists that would be, were each of every layer chosen on each step
+
+
+@dataclasses.dataclass(frozen=True)
 class Generation:
     """What came of each prompt. `tokens` holds an end token where one was met; `texts` is empty without a tokenizer."""
 
@@ -58,6 +71,7 @@ class Generation:
     texts: list[str]
     finish_reasons: list[Literal["stop", "length"]]
     timing: Timing
+    usage: ReadStatistics
 
 
 def generate(
@@ -66,6 +80,8 @@ def generate(
     *,
     max_new_tokens: int = 128,
     hshare: HShareConfig | None = HShareConfig(),  # noqa: B008 (frozen)
+    plan: SharePlan | None = None,
+    channels: Int[Array | np.ndarray, "L K ranks"] | None = None,
     sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 (frozen)
     seeds: Sequence[int] | None = None,
     stop: Sequence[str] = (),
@@ -78,6 +94,8 @@ def generate(
         prompts: texts, or token ids, of any lengths; they form one batch.
         max_new_tokens: where a row ends at the latest.
         hshare: how critical tokens are shared; None decodes dense.
+        plan: which lists copy which, from `calibrate` or `load_plan`. None: found for each prompt.
+        channels: label channels, from `calibrate` or `load_channels`. None: those of each prompt.
         sampling: greedy unless told otherwise.
         seeds: one a row; a row's output does not depend on its batch. None: 0, 1, 2, ...
         stop: a row ends before the first of these strings.
@@ -85,10 +103,10 @@ def generate(
             coarse steps.
 
     Raises:
-        ValueError: an empty batch or prompt, an id outside the vocabulary, or more tokens than the model has positions;
-            before anything is computed.
+        ValueError: an empty batch or prompt, an id outside the vocabulary, more tokens than the model has positions, or
+            a plan or channels that do not fit; before anything is computed.
     """
-    run = _Run(model, prompts, max_new_tokens, hshare, sampling, seeds, stop, capacity)
+    run = _Run(model, prompts, max_new_tokens, hshare, plan, channels, sampling, seeds, stop, capacity)
     with tqdm(total=max_new_tokens, desc="decode", unit="token", leave=False, disable=None) as bar:
         for num_tokens in run.steps(STREAM_STEPS if stop else REPORT_STEPS):
             bar.update(num_tokens - bar.n)
@@ -101,6 +119,8 @@ def stream(
     *,
     max_new_tokens: int = 128,
     hshare: HShareConfig | None = HShareConfig(),  # noqa: B008 (frozen)
+    plan: SharePlan | None = None,
+    channels: Int[Array | np.ndarray, "L K ranks"] | None = None,
     sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 (frozen)
     seeds: Sequence[int] | None = None,
     stop: Sequence[str] = (),
@@ -111,7 +131,7 @@ def stream(
     The generator's return value (`result = yield from stream(...)`) is the Generation. Arguments and errors are those
     of `generate`, and it needs a model with a tokenizer.
     """
-    run = _Run(model, prompts, max_new_tokens, hshare, sampling, seeds, stop, capacity)
+    run = _Run(model, prompts, max_new_tokens, hshare, plan, channels, sampling, seeds, stop, capacity)
     if not run.streams:
         raise ValueError("stream needs a model with a tokenizer; this one has none, so use generate")
     return run.pieces()
@@ -129,6 +149,7 @@ class _Progress:
     is_active: Array  # [B]
     seen: Array | None  # [B, V], for a repetition penalty
     keys: Array  # [B]
+    reads: Array  # [B] float32, tokens read in all steps so far, each step's the mean over layers and heads
 
 
 @functools.partial(jax.jit, static_argnames=("sampling",), donate_argnames=("progress",))
@@ -180,7 +201,8 @@ def decode_tokens(
                 params, progress.token, progress.state,
                 config=config, refresh=step == 0, is_active=progress.is_active,
             )  # fmt: skip
-            progress = dataclasses.replace(progress, state=state)
+            reads = jnp.where(progress.is_active, count_reads(state, config), 0)
+            progress = dataclasses.replace(progress, state=state, reads=progress.reads + reads)
             progress = _take_token(logits, progress, ends, max_new_tokens, sampling=sampling)
         return block + 1, progress
 
@@ -196,12 +218,15 @@ class _Run:
         prompts: Sequence[Prompt],
         max_new_tokens: int,
         hshare: HShareConfig | None,
+        plan: SharePlan | None,
+        channels: Array | np.ndarray | None,
         sampling: SamplingConfig,
         seeds: Sequence[int] | None,
         stop: Sequence[str],
         capacity: int | None,
     ) -> None:
         self._model, self._hshare, self._sampling = model, hshare, sampling
+        self._plan, self._channels = plan, channels
         self._max_new_tokens = max_new_tokens
         self._prompts = encode_prompts(model, prompts)
         if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
@@ -253,12 +278,16 @@ class _Run:
                 self._seconds[1] += time.perf_counter() - began - clock.seconds
                 self._seconds[2] += clock.seconds
             yield max(map(len, self._tokens))
+        self._usage = self._count_usage(progress)
 
     def _start(self, ends: Array, limit: Array) -> _Progress:
         model, B = self._model, len(self._prompts)
         tokens, lengths = pad_prompts(self._prompts)
         dtype = jnp.dtype(model.dtype)
-        state = init_state(model.config, B, self._capacity, hshare=self._hshare, dtype=dtype)
+        state = init_state(
+            model.config, B, self._capacity,
+            hshare=self._hshare, plan=self._plan, channels=self._channels, dtype=dtype,
+        )  # fmt: skip
         with tqdm(total=tokens.shape[1], desc="prefill", unit="token", leave=False, disable=None) as bar:
             logits, state = prefill(
                 model.params, jnp.asarray(tokens), jnp.asarray(lengths), state, config=model.config, progress=bar.update
@@ -278,6 +307,7 @@ class _Run:
             is_active=jnp.ones((B,), bool),
             seen=seen,
             keys=jnp.stack([jax.random.key(seed) for seed in self._seeds]),
+            reads=jnp.zeros((B,), jnp.float32),
         )
         return _take_token(logits, progress, ends, limit, sampling=self._sampling)
 
@@ -297,6 +327,26 @@ class _Run:
             return progress
         is_stopped = jnp.asarray([stream.is_stopped for stream in self.streams])
         return dataclasses.replace(progress, is_active=progress.is_active & ~is_stopped)
+
+    def _count_usage(self, progress: _Progress) -> ReadStatistics:
+        config, hshare, shared = self._model.config, self._hshare, progress.state.shared
+        steps = np.asarray(progress.count, np.int64) - 1
+        prompts = np.array([len(prompt) for prompt in self._prompts])
+        num_steps = max(int(steps.sum()), 1)
+        refreshes = chosen = np.zeros_like(steps)
+        num_lists = config.num_heads
+        if hshare is not None and shared is not None:
+            source, num_lists = np.asarray(shared.source), hshare.num_lists(config)
+            is_own = source == np.arange(config.num_layers * num_lists).reshape(1, -1, num_lists)
+            refreshes = -(-steps // hshare.refresh_interval)
+            chosen = refreshes * is_own[:, hshare.dense_layers :].sum(axis=(1, 2))
+        return ReadStatistics(
+            mean_reads=float(np.asarray(progress.reads, np.float64).sum()) / num_steps,
+            mean_length=float((steps * prompts + steps * (steps + 1) / 2).sum()) / num_steps,
+            refreshes=int(refreshes.sum()),
+            selections=int(chosen.sum()),
+            possible_selections=config.num_layers * num_lists * int(steps.sum()),
+        )
 
     def pieces(self) -> Iterator[list[str]]:
         """Yields the new text of every row; returns the result."""
@@ -329,10 +379,11 @@ class _Run:
                 decode_seconds=self._seconds[1],
                 compile_seconds=self._seconds[2],
             ),
+            usage=self._usage,
         )
 
 
-def encode_prompts(model: Model, prompts: Sequence[Prompt]) -> list[list[int]]:
+def encode_prompts(model: Model | ModelFiles, prompts: Sequence[Prompt]) -> list[list[int]]:
     """Returns the token ids of prompts, checked. A text is encoded with the tokenizer's special tokens."""
     if isinstance(prompts, str) or len(prompts) == 0 or isinstance(prompts[0], int):
         raise ValueError(f"prompts={prompts!r} must be a sequence of at least one prompt; put a single one in a list")

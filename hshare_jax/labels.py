@@ -8,7 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt
 
 
 @jax.tree_util.register_dataclass
@@ -72,7 +72,7 @@ def make_labels(keys: Float[Array, "B K S H"], channels: Int[Array, "B K R"], bi
 
 def quantise(
     x: Float[Array, "*rows R"], bits: int, dtype: jnp.dtype
-) -> tuple[Int[Array, "*rows R"], Float[Array, "*rows"], Float[Array, "*rows"]]:
+) -> tuple[UInt[Array, "*rows R"], Float[Array, "*rows"], Float[Array, "*rows"]]:
     """Returns (codes uint8, offset, step) with x close to offset + step * code; offset and step are kept in `dtype`."""
     x = x.astype(jnp.float32)
     offset = x.min(axis=-1).astype(dtype)
@@ -85,9 +85,10 @@ def quantise(
 def score_labels(
     q: Float[Array, "B N H"], labels: Labels, channels: Int[Array, "B K R"], bits: int | None
 ) -> Float[Array, "B N S"]:
-    """Returns q . k / sqrt(R) on the label channels, float32, for every slot of the cache, filled or not.
+    """Returns q . k / sqrt(H) on the label channels, float32, for every slot of the cache, filled or not.
 
-    Where labels are quantised the query is as well.
+    That is attention's own scale, so that softmaxed scores estimate its weights. (The published code divides by
+    sqrt(R); it makes no difference to the order within one head.) Where labels are quantised the query is as well.
     """
     B, K, R = channels.shape
     N, H = q.shape[1:]
@@ -104,7 +105,7 @@ def score_labels(
         # q . (offset + step * code) = offset * sum(q) + step * (q . code)
         scores = _score_channels(query, unpacked.astype(jnp.float32)) * key_step
         scores = scores + key_offset * query.sum(axis=-1)[..., None]
-    return scores.reshape(B, N, -1) * R**-0.5
+    return scores.reshape(B, N, -1) * H**-0.5
 
 
 def _score_channels(query: Float[Array, "B K G R"], labels: Float[Array, "B K R S"]) -> Float[Array, "B K G S"]:

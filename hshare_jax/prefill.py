@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.core import Tracer
+from jaxtyping import Int
 
 from hshare_jax.attend import PromptQueries, prefill_attend
 from hshare_jax.decode_state import DecodeState, SharedLists
 from hshare_jax.kv_cache import KVCache
-from hshare_jax.labels import choose_channels, make_labels
+from hshare_jax.labels import Labels, choose_channels, make_labels
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.decoder import Decoder
 from hshare_jax.shapes import Logits, PerRow, Tokens, check_rows
@@ -58,10 +59,34 @@ def prefill(
         _check_lengths(lengths, cache.lengths, T, cache.capacity)
     starts, shared = cache.lengths, state.shared
     fits = (lengths >= 1) & (starts + lengths <= min(cache.capacity, config.max_positions))
+    hidden, cache, kept, positions = read_prompt(params, tokens, lengths, state, config=config, progress=progress)
+    if shared is not None:
+        assert kept is not None
+        assert positions is not None
+        shared = share_after_prefill(kept, positions, cache, shared, config=config)
+    logits = _unembed(params, hidden, config=config)
+    return jnp.where(fits[:, None], logits, jnp.nan), DecodeState(cache, shared)
+
+
+def read_prompt(
+    params: dict,
+    tokens: Tokens,
+    lengths: PerRow,
+    state: DecodeState,
+    *,
+    config: ModelConfig,
+    progress: Callable[[int], object] | None = None,
+) -> tuple[Array, KVCache, PromptQueries | None, Array | None]:
+    """Returns (hidden state after each row's last token [B, D], cache, kept queries, where the probes stand [B, P]).
+
+    The last two are None for dense decoding. Arguments are those of `prefill`, which checks them; only the cache of the
+    state is donated.
+    """
+    cache, shared, T = state.cache, state.shared, tokens.shape[1]
     kept = positions = None
     if shared is not None:
-        positions, kept = _prepare_queries(shared, starts, lengths, T, config, cache.keys[0].dtype)
-    hidden = jnp.zeros((B, config.width), params["embedding"].dtype)
+        positions, kept = _prepare_queries(shared, cache.lengths, lengths, T, config, cache.keys[0].dtype)
+    hidden = jnp.zeros((tokens.shape[0], config.width), params["embedding"].dtype)
     offset = 0
     while offset < T:
         width = next((width for width in CHUNKS if width >= T - offset), CHUNKS[-1])
@@ -72,19 +97,17 @@ def prefill(
         if progress is not None:
             hidden.block_until_ready()
             progress(min(width, T - offset + width))
-    if shared is not None:
-        assert kept is not None
-        assert positions is not None
-        shared = share_after_prefill(kept, positions, cache, shared, config=config)
-    logits = _unembed(params, hidden, config=config)
-    return jnp.where(fits[:, None], logits, jnp.nan), DecodeState(cache, shared)
+    return hidden, cache, kept, positions
 
 
 def _prepare_queries(
     shared: SharedLists, starts: Array, lengths: Array, num_tokens: int, config: ModelConfig, dtype: jnp.dtype
 ) -> tuple[Array, PromptQueries]:
     """Returns where the probes stand (nowhere if the plan is known), and room for the queries that are kept."""
-    P = num_tokens if shared.config.num_probes == "all" else shared.config.num_probes
+    # Whole chunks, so that a slightly longer prompt does not compile anew.
+    P = shared.config.num_probes
+    if P == "all":
+        P = -(-num_tokens // CHUNKS[0]) * CHUNKS[0]
     P = P if shared.plan is None else 0
     positions, _ = probe_positions(starts, starts + lengths, shared.config, P)
     B, L, N, H = lengths.shape[0], config.num_layers, config.num_heads, config.head_dim
@@ -139,8 +162,21 @@ def share_after_prefill(
     kept: PromptQueries, positions: Array, cache: KVCache, shared: SharedLists, *, config: ModelConfig
 ) -> SharedLists:
     """Returns the lists' state with channels, labels and plan, those that are not given, found from the prompt."""
-    hshare = shared.config
-    channels = shared.channels
+    channels, labels = label_prompt(kept, cache, shared, config)
+    source = shared.source
+    if shared.plan is None:
+        similarity = measure_similarity(
+            kept.probes, cache.keys, labels, channels, positions, model=config, config=shared.config
+        )
+        source = find_plan(similarity, model=config, config=shared.config)
+    return dataclasses.replace(shared, source=source, channels=channels, labels=labels, age=jnp.zeros_like(shared.age))
+
+
+def label_prompt(
+    kept: PromptQueries, cache: KVCache, shared: SharedLists, config: ModelConfig
+) -> tuple[Int[Array, "B L K R"], tuple[Labels | None, ...]]:
+    """Returns (channels, those that are not given found from the prompt; labels of the whole cache on them)."""
+    hshare, channels = shared.config, shared.channels
     if not shared.has_fixed_channels:
         R = hshare.num_label_channels(config)
         found = (choose_channels(q, k, cache.lengths, R) for q, k in zip(kept.sizes, cache.keys, strict=True))
@@ -149,10 +185,4 @@ def share_after_prefill(
         None if old is None else make_labels(keys, channels[:, layer], hshare.label_bits)
         for layer, (keys, old) in enumerate(zip(cache.keys, shared.labels, strict=True))
     )
-    source = shared.source
-    if shared.plan is None:
-        similarity = measure_similarity(
-            kept.probes, cache.keys, labels, channels, positions, model=config, config=hshare
-        )
-        source = find_plan(similarity, model=config, config=hshare)
-    return dataclasses.replace(shared, source=source, channels=channels, labels=labels, age=jnp.zeros_like(shared.age))
+    return channels, labels

@@ -139,49 +139,47 @@ def find_published_plan(
     return jax.vmap(plan_row)(layer_similarity, list_similarity)
 
 
-def choose_sources(similarity: Float[Array, "n n"], num_sources: int) -> Int[Array, "n"]:
+def choose_sources(caught: Float[Array, "n n"], num_sources: int) -> Int[Array, "n"]:
     """Returns which unit each unit copies, itself for the `num_sources` that are computed: greedy facility location.
 
-    The first unit is a source. Then, again and again, that unit becomes one which most raises the sum over all units of
-    their best similarity to a source at or below them; the lower unit on ties. Each copies its best source.
+    The first unit is a source. Then, again and again, that unit becomes one which most raises what all units together
+    catch from their best source at or below them; the lower unit on ties. Each copies its best source.
 
-        # s[1,0]=.9 s[2,0]=.2 s[2,1]=.3 s[3,2]=.8, others 0, 2 sources:  0, then 2 (gains .8 for itself and .8 for 3)
-        # -> [0, 0, 2, 2]
+        # caught, lower triangle: [1], [.9, 1], [.2, .3, 1], [0, 0, .8, 1]
+        # 2 sources: 0, then 2 (.8 more for itself, .8 for 3)  -> [0, 0, 2, 2]
 
     Args:
-        similarity: how well unit j would serve unit i, at most 1; only j < i counts, and each serves itself at 1.
+        caught: what unit i catches with the list of unit j; only j <= i counts.
+        num_sources: how many lists are computed, at least 1.
     """
-    n = similarity.shape[0]
+    n = caught.shape[0]
     unit = jnp.arange(n, dtype=jnp.int32)
-    serves = jnp.where(unit[:, None] > unit[None, :], similarity, jnp.eye(n, dtype=similarity.dtype))
+    caught = jnp.where(unit[:, None] >= unit[None, :], caught, 0)
 
     def add_source(_: Array, is_source: Bool[Array, "n"]) -> Bool[Array, "n"]:
-        best = jnp.where(is_source[None, :], serves, 0).max(axis=1)
-        gain = jnp.maximum(serves - best[:, None], 0).sum(axis=0)
+        best = jnp.where(is_source[None, :], caught, 0).max(axis=1)
+        gain = jnp.maximum(caught - best[:, None], 0).sum(axis=0)
         return is_source.at[jnp.argmax(jnp.where(is_source, -1.0, gain))].set(True)
 
     is_source = lax.fori_loop(0, num_sources - 1, add_source, unit == 0)
-    copied = jnp.argmax(jnp.where(is_source[None, :] & (unit[None, :] <= unit[:, None]), serves, -1.0), axis=1)
+    copied = jnp.argmax(jnp.where(is_source[None, :] & (unit[None, :] <= unit[:, None]), caught, -1.0), axis=1)
     return jnp.where(is_source, unit, copied.astype(jnp.int32))
 
 
-def find_units_plan(similarity: Float[Array, "B U U"], *, model: ModelConfig, config: HShareConfig) -> Source:
-    """Returns each row's plan in which any list may copy any lower list of the layers that share.
+def find_units_plan(caught: Float[Array, "B U U"], *, model: ModelConfig, config: HShareConfig) -> Source:
+    """Returns each row's plan in which any list may copy any lower list: the one that loses least attention.
 
-    It computes as many lists as the published plan of the same ratios does, those of the first, unshared layers
-    included. A row without probes, all of whose similarities are 0, gets the identity.
+    Dense layers have no lists to copy. A row without probes, all zeros, gets the identity.
     """
     L, J = model.num_layers, config.num_lists(model)
     identity = identity_plan(1, L, J)[0]
-    first = max(config.dense_layers, config.unshared_layers) * J
-    own = max(config.unshared_layers - config.dense_layers, 0) * J
-    num_sources = max(config.num_computed_lists(model) - own, 1)
-    if first >= L * J or num_sources >= L * J - first:
-        return jnp.tile(identity, (similarity.shape[0], 1, 1))
+    first, num_sources = config.dense_layers * J, config.num_computed_lists(model)
+    if num_sources >= L * J - first:
+        return jnp.tile(identity, (caught.shape[0], 1, 1))
 
     def plan_row(row: Array) -> Array:
         units = first + choose_sources(row[first:, first:], num_sources)
         plan = jnp.concatenate([identity.reshape(-1)[:first], units]).reshape(L, J)
         return jnp.where(row.max() > 0, plan, identity)
 
-    return jax.vmap(plan_row)(similarity)
+    return jax.vmap(plan_row)(caught)

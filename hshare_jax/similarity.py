@@ -8,7 +8,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from hshare_jax.config import HShareConfig
-from hshare_jax.critical_tokens import find_candidates, find_critical_tokens, softmax_candidates
+from hshare_jax.critical_tokens import find_critical_tokens, softmax_over
 from hshare_jax.labels import Labels, score_keys, score_labels
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.shapes import Similarity
@@ -27,7 +27,10 @@ def probe_positions(
     count = jnp.maximum(lengths - first, 0)
     used = jnp.minimum(count, num_probes)[:, None]
     index = jnp.arange(num_probes, dtype=jnp.int32)[None, :]
-    positions = first[:, None] + index * (count[:, None] - 1) // jnp.maximum(used - 1, 1)
+    # index * (count - 1) // gaps, whole and rest apart: the product overflows where 50,000 tokens are all probes.
+    gaps = jnp.maximum(used - 1, 1)
+    whole, rest = jnp.divmod(count[:, None] - 1, gaps)
+    positions = first[:, None] + index * whole + index * rest // gaps
     is_probe = index < used
     return jnp.where(is_probe, positions, -1), is_probe
 
@@ -93,26 +96,28 @@ def measure_mass(
     model: ModelConfig,
     config: HShareConfig,
 ) -> Float[Array, "B U U"]:
-    """Returns how much of the attention that list i would catch list j catches: 1 is all, mean over probes.
+    """Returns how much of list i's attention the tokens of list j would catch, mean over probes.
 
-    Entry [i, j] is the share of i's true attention mass between sinks and recent tokens that lies on j's tokens, over
-    the share on i's own, at most 1; that of a list which serves a group is summed over its heads. U = L * J lists, by
-    flat id (layer * J + list). Dense layers, which have no lists, are similar to none. Arguments are those of
-    `measure_similarity`.
+    Entry [i, j] is the true attention mass (softmax over all that the query sees, on all channels) of the heads that
+    list i serves, summed, on the tokens of list j. Sinks and recent tokens are read anyway and not counted: so a head
+    that looks at little else weighs little. U = L * J lists, by flat id (layer * J + list). Dense layers, which have no
+    lists, have zeros. Arguments are those of `measure_similarity`.
     """
     J, S = config.num_lists(model), keys[0].shape[2]
     L, B, N = model.num_layers, positions.shape[0], model.num_heads
+    slots = jnp.arange(S)[None, :]
 
     def caught(lists: Array, queries: tuple[Array, ...], lengths: Array) -> Array:
         weights = []
         for q, k, window in zip(queries, keys, model.windows, strict=True):
-            is_candidate = find_candidates(lengths, S, config, window)
-            mass = softmax_candidates(score_keys(q, k), is_candidate) * is_candidate[:, None, :]
-            weights.append(mass.reshape(B, J, N // J, S).sum(axis=2))
-        by_row = (jnp.moveaxis(array, 0, 1).reshape(B, L * J, S) for array in (jnp.stack(weights), lists))
-        mass = jnp.einsum("BIS,BJS->BIJ", *by_row)
-        own = jnp.diagonal(mass, axis1=1, axis2=2)[:, :, None]
-        return jnp.where(own > 0, jnp.minimum(mass / jnp.where(own > 0, own, 1), 1), 0)
+            is_visible = slots < lengths[:, None]
+            if window is not None:
+                is_visible &= slots >= lengths[:, None] - window
+            by_head = softmax_over(is_visible, score_keys(q, k))
+            weights.append(by_head.reshape(B, J, N // J, S).sum(axis=2))
+        mass, lists = (jnp.moveaxis(array, 0, 1).reshape(B, L * J, S) for array in (jnp.stack(weights), lists))
+        is_sparse = jnp.arange(L * J) >= config.dense_layers * J
+        return jnp.einsum("BIS,BJS->BIJ", mass, lists) * is_sparse[None, :, None]
 
     total = _sum_over_probes(caught, probes, keys, labels, channels, positions, model, config)
     return total / jnp.maximum((positions >= 0).sum(axis=1), 1)[:, None, None]

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Times prefill and decode steps on this machine: ours dense, ours through HShare, and transformers with torch.
+"""Times dense prefill and decode steps on this machine: ours, and transformers with torch.
 
 Prints one table: milliseconds, the bytes that a dense step must read (weights and cache) and the share of the measured
 read bandwidth that this makes. Weights are random, of SmolLM2-135M's shape; speed does not depend on their values.
+HShare beside dense: scripts/bench_hshare.py.
 
     python scripts/bench_decode.py --batch 1 8 --context 512 4096
 """
@@ -19,7 +20,6 @@ from datetime import date
 import jax
 import jax.numpy as jnp
 
-from hshare_jax.config import HShareConfig
 from hshare_jax.decode import decode_step
 from hshare_jax.decode_state import DecodeState, init_state
 from hshare_jax.models.config import ModelConfig, RopeConfig
@@ -46,9 +46,7 @@ def _timed(run: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def bench_ours(
-    params: dict, context: int, batches: list[int], hshare: HShareConfig | None, steps: int
-) -> tuple[float, list[float]]:
+def bench_ours(params: dict, context: int, batches: list[int], steps: int) -> tuple[float, list[float]]:
     """Returns seconds of a one-row prefill (best of two), and of a decode step of each batch (median).
 
     The timed steps end with `context` tokens in every row. Rows of a batch are copies of one; speed does not mind.
@@ -56,7 +54,7 @@ def bench_ours(
     tokens = jax.random.randint(jax.random.key(1), (1, context), 0, SMOLLM2.vocab_size)
 
     def fill(length: int) -> DecodeState:
-        state = init_state(SMOLLM2, 1, context, hshare=hshare)
+        state = init_state(SMOLLM2, 1, context)
         filled = prefill(params, tokens[:, :length], jnp.array([length]), state, config=SMOLLM2)[1]
         return jax.block_until_ready(filled)
 
@@ -68,20 +66,16 @@ def bench_ours(
 
 def _time_steps(params: dict, row: DecodeState, batch: int, steps: int) -> float:
     def repeat(leaf: jax.Array) -> jax.Array:
-        axis = 0 if leaf.shape[0] == 1 else 1  # lists are [L, B, J, C]
-        return jnp.array(jnp.concatenate([leaf] * batch, axis=axis), copy=True)  # the steps donate it
+        return jnp.array(jnp.concatenate([leaf] * batch), copy=True)  # the steps donate it
 
     state, token = jax.tree.map(repeat, row), jnp.zeros((batch,), jnp.int32)
-    interval = 1 if row.shared is None else row.shared.config.refresh_interval
     times = []
-    for first in range(0, steps + WARM_STEPS, interval):
+    for _ in range(steps + WARM_STEPS):
         began = time.perf_counter()
-        for step in range(interval):
-            logits, state = decode_step(params, token, state, config=SMOLLM2, refresh=step == 0)
-            logits.block_until_ready()
-        if first >= WARM_STEPS:
-            times.append((time.perf_counter() - began) / interval)
-    return statistics.median(times)
+        logits, state = decode_step(params, token, state, config=SMOLLM2)
+        logits.block_until_ready()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[WARM_STEPS:])
 
 
 def bench_transformers(context: int, batches: list[int], steps: int) -> tuple[float, list[float]]:
@@ -138,7 +132,6 @@ def main() -> None:
     leaves, tree = jax.tree.flatten(parameter_shapes(SMOLLM2))
     params = tree.unflatten([jax.random.normal(k, s.shape) * 0.02 for k, s in zip(keys, leaves, strict=True)])
     weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    hshare = HShareConfig(num_sinks=16, num_critical=432, num_recent=64)
     if not options.json:
         print(
             "| context | side | prefill, batch 1 | batch | decode step | a dense step must read | share of bandwidth |"
@@ -146,8 +139,7 @@ def main() -> None:
         print("|---|---|---|---|---|---|---|")
     for context in options.context:
         sides = {
-            "ours, dense": lambda: bench_ours(params, context, options.batch, None, options.steps),  # noqa: B023
-            "ours, hshare 512": lambda: bench_ours(params, context, options.batch, hshare, options.steps),  # noqa: B023
+            "ours": lambda: bench_ours(params, context, options.batch, options.steps),  # noqa: B023
             "transformers": lambda: bench_transformers(context, options.batch, options.steps),  # noqa: B023
         }
         if options.no_transformers:
@@ -161,10 +153,9 @@ def main() -> None:
                     "decode_ms": round(seconds * 1e3, 2), "dense_bytes": dense_bytes,
                     "share_of_bandwidth": round(dense_bytes / seconds / bandwidth, 3),
                 }  # fmt: skip
-                share = "-" if side == "ours, hshare 512" else f"{cell['share_of_bandwidth']:.0%}"
                 row = (
                     f"| {context} | {side} | {prefill_seconds:.2f} s | {batch} | {seconds * 1e3:.1f} ms "
-                    f"| {dense_bytes / 1e6:.0f} MB | {share} |"
+                    f"| {dense_bytes / 1e6:.0f} MB | {cell['share_of_bandwidth']:.0%} |"
                 )
                 print(json.dumps(cell) if options.json else row, flush=True)
 

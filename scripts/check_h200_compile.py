@@ -55,7 +55,7 @@ LLAMA3_8B = ModelConfig(
     max_positions=8192, windows=(None,) * 32, rope=RopeConfig(theta=500_000.0),
 )  # fmt: skip
 LAYERS, BATCH, CAPACITY = 4, 8, 4096  # layers are alike, so a few tell
-HLO_TYPES = {"bfloat16": "bf16", "int32": "s32"}
+HLO_TYPES = {"bfloat16": "bf16", "int32": "s32", "uint8": "u8"}
 
 
 def compile_step(config: ModelConfig, hshare: HShareConfig | None, refresh: bool | None) -> tuple[str, set[str]]:

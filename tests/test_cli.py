@@ -1,14 +1,20 @@
 """The command line: what it prints where, and one clear line with the right exit status for every mistake."""
 
+import dataclasses
 import io
 import json
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from random_weights import random_params
+from tiny_tokenizer import LETTERS, byte_tokenizer
 
 from hshare_jax import cli
+from hshare_jax.config import HShareConfig
 from hshare_jax.models import pretrained
+from hshare_jax.models.config import ModelConfig, RopeConfig
 
 
 @pytest.fixture(autouse=True)
@@ -43,38 +49,63 @@ USAGE_MISTAKES = {
     "unknown option": (["a", "--max-tokens", "3"], "unrecognized arguments: --max-tokens"),
     "zero new tokens": (["a", "-n", "0"], "--max-new-tokens 0 must be at least 1"),
     "new tokens not a number": (["a", "-n", "many"], "'many' is not a whole number"),
-    "negative temperature": (["a", "--temperature", "-1"], "temperature=-1.0 must be at least 0"),
+    "negative temperature": (["a", "--temperature", "-1"], "--temperature -1.0 must be at least 0"),
     "temperature not a number": (["a", "--temperature", "warm"], "'warm' is not a number"),
-    "nan temperature": (["a", "--temperature", "nan"], "temperature=nan must be at least 0"),
-    "top-p above 1": (["a", "--top-p", "1.5"], "top_p=1.5 must lie in (0, 1]"),
-    "top-p of 0": (["a", "--top-p", "0"], "top_p=0.0 must lie in (0, 1]"),
-    "min-p above 1": (["a", "--min-p", "2"], "min_p=2.0 must lie in [0, 1]"),
-    "negative top-k": (["a", "--top-k", "-3"], "top_k=-3 must be at least 0"),
-    "repetition penalty of 0": (["a", "--repetition-penalty", "0"], "repetition_penalty=0.0 must be above 0"),
+    "nan temperature": (["a", "--temperature", "nan"], "--temperature nan must be at least 0"),
+    "top-p above 1": (["a", "--top-p", "1.5"], "--top-p 1.5 must lie in (0, 1]"),
+    "top-p of 0": (["a", "--top-p", "0"], "--top-p 0.0 must lie in (0, 1]"),
+    "min-p above 1": (["a", "--min-p", "2"], "--min-p 2.0 must lie in [0, 1]"),
+    "negative top-k": (["a", "--top-k", "-3"], "--top-k -3 must be at least 0"),
+    "repetition penalty of 0": (["a", "--repetition-penalty", "0"], "--repetition-penalty 0.0 must be above 0"),
     "negative seed": (["a", "--seed", "-1"], "--seed -1 must lie between 0 and"),
     "empty stop": (["a", "--stop", ""], "--stop is empty"),
     "unknown dtype": (["a", "--dtype", "int8"], "invalid choice: 'int8'"),
     "unknown method": (["a", "--method", "magic"], "invalid choice: 'magic'"),
-    "no critical tokens": (["a", "--num-critical", "0"], "num_critical=0 must be at least 1"),
-    "no recent tokens": (["a", "--num-recent", "0"], "num_recent=0 must be at least 1"),
-    "negative sinks": (["a", "--num-sinks", "-1"], "num_sinks=-1 must be at least 0"),
-    "no probes": (["a", "--num-probes", "0"], "num_probes=0 must be at least 1"),
-    "no label channels": (["a", "--label-channels", "0"], "label_channels=0 must be at least 1"),
+    "no critical tokens": (["a", "--num-critical", "0"], "--num-critical 0 must be at least 1"),
+    "no recent tokens": (["a", "--num-recent", "0"], "--num-recent 0 must be at least 1"),
+    "negative sinks": (["a", "--num-sinks", "-1"], "--num-sinks -1 must be at least 0"),
+    "no probes": (["a", "--num-probes", "0"], "--num-probes 0 must be at least 1"),
+    "no label channels": (["a", "--label-channels", "0"], "--label-channels 0 must be at least 1"),
     "more label channels than a head has": (["a", "--label-channels", "65"], "at most the model's head_dim=64"),
     "infinite temperature": (["a", "--temperature", "inf"], "and finite"),
     "two ratios": (["a", "--sharing-ratio", "1/2-1/2"], "must be three fractions layer-head-query"),
     "ratio of words": (["a", "--sharing-ratio", "a-b-c"], "must be three fractions layer-head-query"),
-    "ratio above 1": (["a", "--sharing-ratio", "3/2-1-1"], "layer_ratio=3/2 must lie in (0, 1]"),
-    "ratio of 0": (["a", "--sharing-ratio", "1-0-1"], "head_ratio=0 must lie in (0, 1]"),
+    "ratio above 1": (
+        ["a", "--sharing-ratio", "3/2-1-1"],
+        "--sharing-ratio 3/2-1-1: layer_ratio=3/2 must lie in (0, 1]",
+    ),
+    "ratio of 0": (["a", "--sharing-ratio", "1-0-1"], "--sharing-ratio 1-0-1: head_ratio=0 must lie in (0, 1]"),
     "ratio divided by 0": (["a", "--sharing-ratio", "1/0-1-1"], "must be three fractions layer-head-query"),
     "query ratio no unit fraction": (["a", "--sharing-ratio", "1-1-2/3"], "must be one over the refresh interval"),
     "misspelt model": (["a", "--model", "smollm2-135m-instuct"], "did you mean smollm2-135m-instruct?"),
     "missing model file": (["a", "--model", "no/such/model.gguf"], "no/such/model.gguf does not exist"),
     "directory without a model": (["a", "--model", "{tmp}"], "has no config.json"),
     "a file that is no model": (["a", "--model", "{tmp}/empty.txt"], "not a .gguf file"),
-    "revision of a built-in": (["a", "--revision", "main"], "revision='main' is for Hugging Face hub ids"),
+    "revision of a built-in": (["a", "--revision", "main"], "--revision 'main' is for Hugging Face hub ids"),
     "prompt beyond the model": (["word " * 8200], "beyond the model's 8192 positions"),
     "output beyond the model": (["a", "-n", "8192"], "beyond the model's 8192 positions"),
+    "budget ratio above 1": (["a", "--budget-ratio", "3/2"], "--budget-ratio 3/2 must lie in (0, 1]"),
+    "budget ratio divided by 0": (["a", "--budget-ratio", "1/0"], "'1/0' is not a fraction such as 1/8"),
+    "no refresh interval": (["a", "--refresh-interval", "0"], "--refresh-interval 0 must be at least 1"),
+    "two intervals": (
+        ["a", "--sharing-ratio", "1-1-1/3", "--refresh-interval", "2"],
+        "--refresh-interval 2 contradicts --sharing-ratio 1-1-1/3, whose last part means 3; leave either out",
+    ),
+    "negative dense layers": (["a", "--dense-layers", "-1"], "--dense-layers -1 must be at least 0"),
+    "negative min length": (["a", "--min-length", "-1"], "--min-length -1 must be at least 0"),
+    "5 bits": (["a", "--label-bits", "5"], "'5' is not 4, 8 or none"),
+    "probes of words": (["a", "--num-probes", "some"], "'some' is not a whole number or all"),
+    "unknown preset": (["a", "--preset", "best"], "invalid choice: 'best'"),
+    "unknown scoring": (["a", "--scoring", "best"], "invalid choice: 'best'"),
+    "budget of dense": (["a", "--method", "dense", "--num-sinks", "1"], "--num-sinks is for sparse decoding"),
+    "flag of dense": (["a", "--method", "dense", "--no-dilate"], "--dilate is for sparse decoding"),
+    "preset of dense": (["a", "--method", "dense", "--preset", "hshare-paper"], "--preset is for sparse decoding"),
+    "plan of dense": (["a", "--method", "dense", "--plan-file", "p"], "--plan-file is for sparse decoding"),
+    "no plan file": (["a", "--plan-file", "no/plan.json"], "no/plan.json: No such file"),
+    "no channels file": (["a", "--channels-file", "no/channels.json"], "no/channels.json: No such file"),
+    "plan file not JSON": (["a", "--plan-file", "{tmp}/empty.txt"], "empty.txt is not JSON"),
+    "channels file of another shape": (["a", "--channels-file", "{tmp}/channels.json"], "key model.layers.1.self_attn"),
+    "plan file of another shape": (["a", "--plan-file", "{tmp}/plan.json"], "must be a list of 30 layer numbers"),
     "dense against dense": (["a", "--compare-dense", "--method", "dense"], "needs --method hshare"),
 }
 
@@ -85,6 +116,8 @@ def test_a_mistake_is_told_in_one_line_before_the_model_is_loaded(
 ) -> None:
     (tmp_path / "empty.txt").touch()
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "channels.json").write_text('{"model.layers.0.self_attn.qk_proj": [[0], [1], [2]]}')
+    (tmp_path / "plan.json").write_text('{"layer.share_config": [0, 1]}')
 
     def load(*_: object, **__: object) -> None:
         raise AssertionError("the model was loaded")
@@ -128,7 +161,10 @@ def test_a_damaged_model_is_a_failure(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_text_goes_to_stdout_and_statistics_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, err = call(["generate", "What is the capital of France?", "-n", "16"], capsys)
     assert (status, out) == (0, "The capital of France is Paris.\n")
-    assert err.startswith("hshare 7/8-3/4-1/2 budget 128 | prompt 37 tokens, ")
+    assert err.startswith(
+        "hshare 1/3-1-1 budget 128 | computes 29 of 87 lists every step | reads 41.0 of 41.0 tokens | "
+    )
+    assert " | prompt 37 tokens, " in err
     assert err.count("\n") == 1
 
 
@@ -145,6 +181,194 @@ def test_prompts_from_everywhere_form_one_json_batch(
     assert len(result["outputs"]) == 3
     assert all(output["text"] and output["finish_reason"] in ("stop", "length") for output in result["outputs"])
     assert result["statistics"]["new_tokens"] == sum(len(output["tokens"]) for output in result["outputs"])
+
+
+def settings(*arguments: str) -> HShareConfig:
+    return cli._settings(cli._parser().parse_args(["generate", "a", *arguments]))
+
+
+def test_without_options_the_settings_are_the_defaults() -> None:
+    assert settings() == HShareConfig()
+
+
+def test_a_preset_is_changed_by_the_options_that_are_given() -> None:
+    assert settings("--preset", "hshare-paper") == HShareConfig.published()
+    changed = ["--dilate", "--num-probes", "8", "--label-bits", "none", "--sharing-ratio", "1/2-1/2-1/4"]
+    expected = dataclasses.replace(HShareConfig.published(), dilate=True, num_probes=8, label_bits=None)
+    assert settings("--preset", "hshare-paper", *changed) == expected.with_sharing_ratio("1/2-1/2-1/4")
+
+
+def test_every_setting_has_an_option() -> None:
+    found = settings(
+        *(
+            "--num-sinks",
+            "1",
+            "--num-critical",
+            "2",
+            "--num-recent",
+            "3",
+            "--budget-ratio",
+            "1/8",
+            "--num-probes",
+            "all",
+        ),
+        *("--sharing-ratio", "1/2-1/3-1/4", "--refresh-interval", "4", "--lists-per", "query_head"),
+        *(
+            "--plan",
+            "published",
+            "--plan-scope",
+            "batch",
+            "--no-dilate",
+            "--dense-layers",
+            "6",
+        ),
+        *("--min-length", "7", "--scoring", "exact", "--label-channels", "8", "--label-bits", "8"),
+    )
+    assert found == HShareConfig(
+        num_sinks=1, num_critical=2, num_recent=3, budget_ratio=Fraction(1, 8), num_probes="all",
+        layer_ratio=Fraction(1, 2), head_ratio=Fraction(1, 3), refresh_interval=4, lists_per="query_head",
+        plan="published", plan_scope="batch", dilate=False, dense_layers=6, min_length=7,
+        scoring="exact", label_channels=8, label_bits=8,
+    )  # fmt: skip
+    default = HShareConfig()
+    assert not [f.name for f in dataclasses.fields(default) if getattr(found, f.name) == getattr(default, f.name)]
+
+
+TINY = ModelConfig(
+    vocab_size=48, width=32, mlp_width=48, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, max_positions=512,
+    windows=(None,) * 3, rope=RopeConfig(theta=100.0),
+)  # fmt: skip
+SMALL = [
+    *("--num-sinks", "2", "--num-critical", "6", "--num-recent", "4", "--label-channels", "4"),
+    *("--sharing-ratio", "1/2-1/2-1/2"),
+]
+TEXT = "the rain in spain stays mainly in the plain, or so it is said."
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    model = pretrained.Model(TINY, random_params(TINY), byte_tokenizer(LETTERS), (), "tiny", "")
+    pretrained.save_model(model, path)
+    return str(path)
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> str:
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    return str(tmp_path / "text.txt")
+
+
+def test_what_calibrate_writes_generate_reads(
+    tiny: str, text_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = ["--channels-file", str(tmp_path / "channels.json"), "--plan-file", str(tmp_path / "plan.json")]
+    status, out, err = call(["calibrate", text_file, "--model", tiny, *files, *SMALL], capsys)
+    assert (status, out) == (0, "")
+    # Of the two sparse layers one list: half of the layers times half of the lists.
+    assert (
+        f"calibrated tiny on {len(byte_tokenizer(LETTERS)(TEXT)['input_ids'])} tokens: computes 1 of 4 lists; " in err
+    )
+    assert f"wrote {tmp_path / 'channels.json'} and {tmp_path / 'plan.json'}\n" in err
+    status, out, err = call(
+        ["generate", TEXT, "--model", tiny, *files, *SMALL, "--json", "-n", "7", "--compare-dense"], capsys
+    )
+    assert status == 0
+    found = json.loads(out)["statistics"]
+    assert (found["refreshes"], found["selections"], found["possible_selections"]) == (3, 3, 36)
+    assert (found["computed_lists"], found["lists"]) == (1, 4)
+    assert "hshare plan from a file budget 12 | computes 1 of 4 lists every 2 steps | " in err
+
+    status, _, err = call(["calibrate", text_file, "--model", tiny, *files, *SMALL], capsys)
+    assert status == 2
+    assert "channels.json exists; give --overwrite to replace it" in err
+    table = json.loads((tmp_path / "plan.json").read_text())
+    table["hshare_jax"]["identity"] = "another"
+    (tmp_path / "plan.json").write_text(json.dumps(table))
+    status, _, err = call(["generate", TEXT, "--model", tiny, *files, *SMALL], capsys)
+    assert status == 1
+    assert "plan.json was made with tiny, identity another; this model, tiny, has identity" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{text}"], "nothing to write: give --channels-file, --plan-file or both"),
+        (["{text}", "--plan-file", "a", "--channels-file", "a"], "--channels-file and --plan-file are both a"),
+        (["{text}", "--plan-file", "{text}"], "exists; give --overwrite to replace it"),
+        (["no/text.txt", "--plan-file", "a"], "no/text.txt: No such file"),
+        (["{text}", "--plan-file", "a", "--num-critical", "90"], "a plan needs 97, the budget of sinks, critical"),
+        (["{text}", "--plan-file", "a", "--block-length", "10"], "--block-length 10 must lie between 13, the budget"),
+        (["{text}", "--plan-file", "a", "--max-blocks", "0"], "--max-blocks 0 must be at least 1"),
+        (["{text}", "--plan-file", "a", "--scoring", "none"], "invalid choice: 'none'"),
+    ],
+)
+def test_a_mistake_in_calibrate_is_told_before_the_model_is_loaded(
+    arguments: list[str], message: str, tiny: str, text_file: str,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(pretrained.ModelFiles, "load", None)
+    arguments = [argument.replace("{text}", text_file) for argument in arguments]
+    status, out, err = call(["calibrate", "--model", tiny, *SMALL, *arguments], capsys)
+    assert (status, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def show_plan(tiny: str, tmp_path: Path, prompts: list[str], *more: str) -> list[str]:
+    files = [tmp_path / f"{row}.txt" for row in range(len(prompts))]
+    for file, prompt in zip(files, prompts, strict=True):
+        file.write_text(prompt, encoding="utf-8")
+    return ["info", tiny, "--plan", *SMALL, *more, *(part for file in files for part in ("--prompt-file", str(file)))]
+
+
+def test_info_shows_which_list_copies_which(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = call(show_plan(tiny, tmp_path, [TEXT]), capsys)
+    assert (status, err) == (0, "")
+    legend, *layers, count = out.splitlines()
+    assert legend == "own: computed there; 4.1: copied from layer 4, list 1; dense: reads everything"
+    assert [line.split() for line in layers] == [
+        ["layer", "0", "dense"],
+        ["layer", "1", "own", "1.0"],
+        ["layer", "2", "1.0", "1.0"],
+    ]
+    assert count == "computes 1 of 4 lists; 1 of 2 layers compute none"
+
+
+def test_info_tells_that_a_short_prompt_shares_nothing(
+    tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, _ = call(show_plan(tiny, tmp_path, ["there", TEXT]), capsys)
+    assert status == 0
+    assert "the prompt has 3 tokens, fewer than the budget of 12: nothing is shared" in out
+    assert out.count("nothing is shared") == 1
+    status, out, _ = call(show_plan(tiny, tmp_path, ["there", TEXT], "--json"), capsys)
+    found = json.loads(out)
+    assert [plan["has_probes"] for plan in found["plans"]] == [False, True]
+    assert [plan["source"] for plan in found["plans"]] == [[[0, 1], [2, 3], [4, 5]], [[0, 1], [2, 2], [2, 2]]]
+
+
+@pytest.mark.parametrize("extra", [["--num-critical", "3"], ["--prompt-file", "x"]])
+def test_what_belongs_to_a_plan_needs_it(tiny: str, extra: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = call(["info", tiny, *extra], capsys)
+    assert status == 2
+    assert f"{extra[0]} is for showing a plan; add --plan" in err
+
+
+def test_comparing_tells_both_speeds_and_what_dense_decoding_reads(
+    tiny: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, err = call(["generate", TEXT, "--model", tiny, *SMALL, "--compare-dense", "--json"], capsys)
+    found = json.loads(out)["statistics"]
+    assert status == 0
+    assert (found["computed_lists"], found["lists"], found["refresh_interval"]) == (1, 4, 2)
+    assert found["times_dense"] == round(found["decode_tokens_per_second"] / found["dense_decode_tokens_per_second"], 2)
+    assert found["mean_tokens_read"] < found["mean_length"]
+    assert f"{found['times_dense']} times dense (" in err
+    status, out, _ = call(["generate", TEXT, "--model", tiny, "--method", "dense", "--json"], capsys)
+    found = json.loads(out)["statistics"]
+    assert found["mean_tokens_read"] == found["mean_length"]
+    assert "selections" not in found
 
 
 def test_info_counts_parameters_and_cache_bytes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,13 +2,13 @@
 
 import dataclasses
 import re
+from fractions import Fraction
 
 import jax
 import jax.monitoring
 import jax.numpy as jnp
 import jaxtyping
 import numpy as np
-import oracle
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from program_text import count_copies
@@ -17,8 +17,8 @@ from tiny_decoder import (
     HSHARE,
     LENGTHS,
     MODEL,
-    oracle_budget,
-    oracle_row,
+    PUBLISHED,
+    oracle_rows,
     params,
     prefill_rows,
     random_rows,
@@ -26,17 +26,29 @@ from tiny_decoder import (
 
 import hshare_jax.decode
 from hshare_jax.decode import decode_step
-from hshare_jax.decode_state import DecodeState, SharedLists, init_state
+from hshare_jax.decode_state import DecodeState, SharedLists, count_reads, init_state
 from hshare_jax.kernels.reference import EMPTY
+from hshare_jax.share_plan import SharePlan, identity_plan
 
-F32 = 1e-4  # absolute, on float32 logits of about 5 after three layers, against float64
+F32 = 1e-4  # absolute, on float32 logits of about 5 after four layers, against float64
 SAME = 1e-5  # between two float32 programs of the same model
-PER_HEAD = dataclasses.replace(HSHARE, lists_per="query_head")
-WINDOWED = dataclasses.replace(MODEL, windows=(None, 20, 9))
-SHALLOW = dataclasses.replace(MODEL, num_layers=2, windows=(None,) * 2)  # where only the program is looked at
+WINDOWED = dataclasses.replace(MODEL, windows=(None, 20, 9, None))
 WIDE = dataclasses.replace(HSHARE, num_critical=120)  # more than any row here holds
+GATED = dataclasses.replace(HSHARE, min_length=30)
 INTERVAL = HSHARE.refresh_interval
-VARIANTS = [(None, False), (HSHARE, True), (HSHARE, False), (HSHARE, None)]
+# Where only the program is looked at: two layers, both sparse. Groups of 4, so that nothing but a buffer has its shape.
+SHALLOW = dataclasses.replace(MODEL, num_layers=2, num_heads=12, windows=(None,) * 2)
+STEP = dataclasses.replace(HSHARE, dense_layers=0)
+VARIANTS = {
+    "dense": (None, False),
+    "refresh": (STEP, True),
+    "reuse": (STEP, False),
+    "by age": (STEP, None),
+    "8 bits": (dataclasses.replace(STEP, label_bits=8), True),
+    "not quantised": (dataclasses.replace(STEP, label_bits=None), True),
+    "dense layer, gate": (dataclasses.replace(HSHARE, min_length=30), None),
+}
+variants = pytest.mark.parametrize(("hshare", "refresh"), VARIANTS.values(), ids=VARIANTS)
 
 
 def shared_of(state: DecodeState) -> SharedLists:
@@ -68,6 +80,9 @@ def on_schedule(step):
     return step % INTERVAL == 0
 
 
+counted = jax.jit(count_reads, static_argnums=1)
+
+
 def lists_of(state):
     """Returns the padded lists [L][B][J] as Python lists."""
     return [
@@ -94,34 +109,122 @@ def test_cached_decode_equals_full_forward():
     assert state.cache.lengths.tolist() == [length + 4 for length in LENGTHS]
 
 
-@pytest.mark.parametrize(("config", "hshare"), [(MODEL, HSHARE), (WINDOWED, PER_HEAD)], ids=["J=K", "J=N, windows"])
-def test_a_whole_shared_decode_equals_the_oracle(config, hshare):
-    # The row of 1 grows past the budget of 12, that of 5 past sinks and recent tokens.
-    steps, rows = 14, random_rows(2, more=14)
-    state = start(rows, hshare=hshare, config=config)
+# Rows shorter than the sinks, than sinks and recent tokens, than the budget of 12; and longer. The row of 1 grows past
+# the budget, that of 5 past sinks and recent tokens.
+WHOLE = {
+    "published": (MODEL, PUBLISHED, LENGTHS),
+    "units": (MODEL, HSHARE, LENGTHS),
+    "units, windows, 8 bits, budget ratio": (
+        WINDOWED,
+        dataclasses.replace(HSHARE, label_bits=8, budget_ratio=Fraction(1, 6), dense_layers=0),
+        LENGTHS,
+    ),
+    "units of a batch, query heads, not quantised, gate": (
+        MODEL,
+        dataclasses.replace(HSHARE, label_bits=None, min_length=20, plan_scope="batch", lists_per="query_head"),
+        (3, 24, 11, 60),
+    ),
+    "published of a batch, dense layer, exact, dilated": (
+        MODEL,
+        dataclasses.replace(PUBLISHED, scoring="exact", dense_layers=1, plan_scope="batch", dilate=True),
+        (3, 24, 13, 60),
+    ),
+}
+
+
+@pytest.mark.parametrize(("config", "hshare", "lengths"), WHOLE.values(), ids=WHOLE)
+def test_a_whole_shared_decode_equals_the_oracle(config, hshare, lengths):
+    steps, rows = 14, random_rows(2, lengths, more=14)
+    state = start(rows, lengths, hshare=hshare, config=config)
     J = hshare.num_lists(config)
-    shared_rows = [oracle.SharedRow(oracle_row(config), oracle_budget(hshare, config)) for _ in rows]
-    for b, shared_row in enumerate(shared_rows):
-        shared_row.prefill(rows[b][: LENGTHS[b]])
-    assert len({str(row.source) for row in shared_rows}) == 2  # rows without probes have the identity
+    shared_rows = oracle_rows([row[:n] for row, n in zip(rows, lengths, strict=True)], hshare, config)
+    plans = [[[divmod(flat, J) for flat in layer] for layer in row] for row in shared_of(state).source.tolist()]
+    assert plans == [row.source for row in shared_rows]
+    is_shared = [plan != [[(layer, j) for j in range(J)] for layer in range(MODEL.num_layers)] for plan in plans]
+    assert is_shared == ([True] * 4 if hshare.plan_scope == "batch" else [False, False, False, True])
     for step in range(steps):
         refresh = on_schedule(step) if hshare is HSHARE else None
         logits, state = decode_step(
-            params(config), tokens_at(rows, LENGTHS, step), state, config=config, refresh=refresh
+            params(config), tokens_at(rows, lengths, step), state, config=config, refresh=refresh
         )
-        expected = np.stack([row.decode(rows[b][LENGTHS[b] + step]) for b, row in enumerate(shared_rows)])
+        expected = np.stack([row.decode(rows[b][lengths[b] + step]) for b, row in enumerate(shared_rows)])
         np.testing.assert_allclose(logits, expected, atol=F32, rtol=0)
-        lists = lists_of(state)
+        lists, reads = lists_of(state), counted(state, config)
         for b, shared_row in enumerate(shared_rows):
             assert shared_of(state).recent_start[b] == shared_row.recent_start
             assert [[lists[layer][b][j] for j in range(J)] for layer in range(MODEL.num_layers)] == shared_row.lists
+            np.testing.assert_allclose(reads[b], shared_row.num_read, rtol=SAME)
+
+
+def test_where_nothing_is_shared_every_step_chooses_its_own_lists():
+    # Three ways: at 1-1-1; with every step a refresh, under the identity plan; and in the oracle, without any plan.
+    rows, steps = random_rows(20, more=6), 6
+    single = HSHARE.with_sharing_ratio("1-1-1")
+    own, state = decode(rows, start(rows, hshare=single), steps)
+    forced = dataclasses.replace(HSHARE, dilate=False)
+    begun = start(rows, hshare=forced)
+    identity = identity_plan(len(rows), MODEL.num_layers, MODEL.num_kv_heads)
+    begun = dataclasses.replace(begun, shared=dataclasses.replace(shared_of(begun), source=identity))
+    others, same = decode(rows, begun, steps, refresh=lambda step: True)
+    np.testing.assert_array_equal(shared_of(state).token_indices, shared_of(same).token_indices)
+    np.testing.assert_allclose(own, others, atol=SAME, rtol=0)
+    prompts = [row[:n] for row, n in zip(rows, LENGTHS, strict=True)]
+    shared_rows = oracle_rows(prompts, single, plan=None, interval=1, is_dilated=False)
+    for step in range(steps):
+        expected = [row.decode(rows[b][LENGTHS[b] + step]) for b, row in enumerate(shared_rows)]
+        np.testing.assert_allclose(own[step], np.stack(expected), atol=F32, rtol=0)
+    lists = lists_of(state)
+    assert [[lists[layer][b] for layer in range(MODEL.num_layers)] for b in range(len(rows))] == [
+        row.lists for row in shared_rows
+    ]
+
+
+@pytest.mark.parametrize("lengths", [(1, 5, 11, 12), LENGTHS], ids=["all", "some"])
+def test_rows_below_the_gate_decode_as_dense_to_the_bit(lengths):
+    steps, rows = 6, random_rows(21, lengths, more=6)
+    gated, state = decode(rows, start(rows, lengths, hshare=GATED), steps, lengths=lengths)
+    dense, expected = decode(rows, start(rows, lengths, hshare=None), steps, lengths=lengths)
+    below = np.array(lengths) + steps < GATED.min_length
+    np.testing.assert_array_equal(gated[:, below], dense[:, below])
+    for one, other in zip(jax.tree.leaves(state.cache), jax.tree.leaves(expected.cache), strict=True):
+        np.testing.assert_array_equal(np.asarray(one)[below], np.asarray(other)[below])
+    if not below.all():
+        sparse, _ = decode(rows, start(rows, lengths, hshare=HSHARE), steps, lengths=lengths)
+        np.testing.assert_allclose(gated[:, ~below], sparse[:, ~below], atol=SAME, rtol=0)
+        assert np.abs(sparse[:, ~below] - dense[:, ~below]).max() > 100 * SAME  # it is not dense above the gate
+
+
+# Layer 0 is dense; layer 1 computes two lists, the layers above copy them.
+PLAN = SharePlan(((0, 1, 2), (3, 4, 3), (4, 3, 3), (3, 4, 4)))
+
+
+def test_a_constant_plan_decodes_as_the_same_plan_as_data():
+    rows, steps = random_rows(22, more=7), 7
+    prompts = [row[:n] for row, n in zip(rows, LENGTHS, strict=True)]
+    empty = init_state(MODEL, len(rows), CAPACITY, hshare=HSHARE, plan=PLAN)
+    constant, of_constant = decode(rows, prefill_rows(prompts, hshare=HSHARE, state=empty)[1], steps)
+    state = start(rows, hshare=HSHARE)
+    source = np.tile(np.asarray(PLAN.source, np.int32), (len(rows), 1, 1))
+    state = dataclasses.replace(state, shared=dataclasses.replace(shared_of(state), source=jnp.asarray(source)))
+    data, of_data = decode(rows, state, steps)
+    np.testing.assert_array_equal(constant.argmax(axis=-1), data.argmax(axis=-1))
+    np.testing.assert_allclose(constant, data, atol=SAME, rtol=0)
+    np.testing.assert_array_equal(shared_of(of_constant).token_indices, shared_of(of_data).token_indices)
+    np.testing.assert_array_equal(shared_of(of_constant).source, source)
+
+
+def test_given_channels_are_those_that_labels_keep():
+    rows = random_rows(23)
+    channels = np.stack([np.random.default_rng(2).permutation(8)[:5] for _ in range(12)]).reshape(4, 3, 5)
+    empty = init_state(MODEL, len(rows), CAPACITY, hshare=HSHARE, channels=channels)
+    shared = shared_of(prefill_rows(rows, hshare=HSHARE, state=empty)[1])
+    np.testing.assert_array_equal(shared.channels, np.tile(np.sort(channels[:, :, :3], axis=-1), (4, 1, 1, 1)))
 
 
 def test_a_second_turn_finds_its_plan_anew_and_refreshes_first():
     rows, turn = random_rows(18, more=2), random_rows(19, (20, 1, 40, 3))
-    shared_rows = [oracle.SharedRow(oracle_row(), oracle_budget(HSHARE)) for _ in rows]
+    shared_rows = oracle_rows([row[:n] for row, n in zip(rows, LENGTHS, strict=True)], HSHARE)
     for b, shared_row in enumerate(shared_rows):
-        shared_row.prefill(rows[b][: LENGTHS[b]])
         for token in rows[b][LENGTHS[b] :]:  # two steps of a block of three: the next one would reuse the lists
             shared_row.decode(token)
         shared_row.prefill(turn[b])
@@ -137,9 +240,7 @@ def test_a_second_turn_finds_its_plan_anew_and_refreshes_first():
 def test_without_refreshes_the_recent_range_slides_and_holds_the_current_token():
     rows, steps = random_rows(3, more=30), 30
     state = start(rows, hshare=HSHARE)
-    shared_rows = [oracle.SharedRow(oracle_row(), oracle_budget(HSHARE)) for _ in rows]
-    for b, shared_row in enumerate(shared_rows):
-        shared_row.prefill(rows[b][: LENGTHS[b]])
+    shared_rows = oracle_rows([row[:n] for row, n in zip(rows, LENGTHS, strict=True)], HSHARE)
     for step in range(steps):
         logits, state = decode_step(params(), tokens_at(rows, LENGTHS, step), state, config=MODEL, refresh=step == 0)
         expected = [row.decode(rows[b][LENGTHS[b] + step], is_refresh=step == 0) for b, row in enumerate(shared_rows)]
@@ -149,9 +250,11 @@ def test_without_refreshes_the_recent_range_slides_and_holds_the_current_token()
         assert (length - first <= HSHARE.max_recent).all()
 
 
-@pytest.mark.parametrize("hshare", [None, HSHARE, PER_HEAD], ids=["dense", "J=K", "J=N"])
+@pytest.mark.parametrize(
+    "hshare", [None, HSHARE, dataclasses.replace(PUBLISHED, num_probes=4)], ids=["dense", "units", "published"]
+)
 def test_a_row_in_a_ragged_batch_equals_the_row_alone(hshare):
-    rows = random_rows(4, more=7)
+    rows = random_rows(24, more=7)
     started = start(rows, hshare=hshare)
     source = None if hshare is None else np.asarray(shared_of(started).source)
     logits, state = decode(rows, started, 7)
@@ -211,7 +314,7 @@ def test_rows_that_have_ended_append_nothing_and_keep_their_state():
     expected, everyone = decode(rows, start(rows, hshare=HSHARE), 4)
     np.testing.assert_allclose(np.stack(found)[:, ::2], expected[1:, ::2], atol=SAME, rtol=0)
     for leaf, was, other in zip(jax.tree.leaves(state), kept, jax.tree.leaves(everyone), strict=True):
-        axis = 1 if leaf.shape[:2] == (MODEL.num_layers, len(rows)) and leaf.ndim == 4 else 0
+        axis = 1 if leaf is shared_of(state).token_indices else 0
         now, was, other = (np.moveaxis(np.asarray(array), axis, 0) for array in (leaf, was, other))
         np.testing.assert_array_equal(now[1::2], was[1::2])
         np.testing.assert_allclose(now[::2], other[::2], atol=SAME, rtol=0)
@@ -264,14 +367,14 @@ def test_a_scan_in_a_users_own_jit_equals_the_loop():
 def test_lists_that_copy_stay_empty_and_read_their_source():
     rows = random_rows(12, more=2)
     state = start(rows, hshare=HSHARE)
-    # By hand: the upper layers read layer 0's lists, whose third copies the first.
-    source = jnp.tile(jnp.asarray([0, 1, 0], jnp.int32), (4, MODEL.num_layers, 1))
+    # By hand: the upper layers read layer 1's lists, whose third copies the first.
+    source = jnp.tile(jnp.asarray([3, 4, 3], jnp.int32), (4, MODEL.num_layers, 1))
     state = dataclasses.replace(state, shared=dataclasses.replace(shared_of(state), source=source))
     _, state = decode(rows, state, 2)
     lists = np.asarray(shared_of(state).token_indices)
-    assert (lists[1:] == EMPTY).all()
-    assert (lists[0, :, 2] == EMPTY).all()
-    assert (lists[0, 3, :2] != EMPTY).all()  # the long row's
+    assert (lists[[0, 2, 3]] == EMPTY).all()  # layer 0 is dense
+    assert (lists[1, :, 2] == EMPTY).all()
+    assert (lists[1, 3, :2] != EMPTY).all()  # the long row's
 
 
 class Compilations:
@@ -296,7 +399,12 @@ def random_state(rng, lengths, hshare):
     state = init_state(SHALLOW, len(lengths), CAPACITY, hshare=hshare)
 
     def fill(arrays):
-        return tuple(jnp.asarray(rng.standard_normal(array.shape), array.dtype) for array in arrays)
+        def random(array):
+            is_code = array.dtype == jnp.uint8
+            values = rng.integers(0, 256, array.shape) if is_code else rng.standard_normal(array.shape)
+            return jnp.asarray(values, array.dtype)
+
+        return jax.tree.map(random, arrays)
 
     cache, shared = state.cache, state.shared
     cache = dataclasses.replace(
@@ -312,7 +420,7 @@ def random_state(rng, lengths, hshare):
     return DecodeState(cache, shared)
 
 
-@pytest.mark.parametrize(("hshare", "refresh"), VARIANTS, ids=["dense", "refresh", "reuse", "by age"])
+@variants
 def test_one_trace_serves_every_prompt_plan_and_length(monkeypatch, hshare, refresh):
     traces, compiled = [], []
     make = hshare_jax.decode.decode_attend
@@ -339,13 +447,13 @@ def unchecked():
 
 
 def large_buffers(state: DecodeState) -> list[jax.Array]:
-    shared = [] if state.shared is None else [*state.shared.labels, state.shared.token_indices]
+    shared = [] if state.shared is None else [*jax.tree.leaves(state.shared.labels), state.shared.token_indices]
     return [*state.cache.keys, *state.cache.values, *shared]
 
 
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize(("hshare", "refresh"), VARIANTS, ids=["dense", "refresh", "reuse", "by age"])
+@variants
 def test_a_compiled_step_updates_its_buffers_in_place(hshare, refresh, batch):
     state, tokens = init_state(SHALLOW, batch, CAPACITY, hshare=hshare), jnp.zeros((batch,), jnp.int32)
     compiled = decode_step.lower(params(SHALLOW), tokens, state, config=SHALLOW, refresh=refresh).compile()
@@ -359,7 +467,7 @@ def test_a_compiled_step_updates_its_buffers_in_place(hshare, refresh, batch):
 
 @pytest.mark.usefixtures("unchecked")
 def test_copies_are_seen_where_nothing_is_donated():
-    state, tokens = init_state(SHALLOW, 1, CAPACITY, hshare=HSHARE), jnp.zeros((1,), jnp.int32)
+    state, tokens = init_state(SHALLOW, 1, CAPACITY, hshare=STEP), jnp.zeros((1,), jnp.int32)
     step = jax.jit(lambda params, tokens, state: decode_step(params, tokens, state, config=SHALLOW, refresh=True))
     text = step.lower(params(SHALLOW), tokens, state).compile().as_text()
     assert text is not None
@@ -367,7 +475,7 @@ def test_copies_are_seen_where_nothing_is_donated():
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize(("hshare", "refresh"), VARIANTS, ids=["dense", "refresh", "reuse", "by age"])
+@variants
 def test_a_step_lowers_for_cuda_with_its_state_donated(hshare, refresh):
     state, tokens = init_state(SHALLOW, 2, CAPACITY, hshare=hshare), jnp.zeros((2,), jnp.int32)
     mesh = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H200", 1, "cuda"))
@@ -376,6 +484,20 @@ def test_a_step_lowers_for_cuda_with_its_state_donated(hshare, refresh):
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     donated = len(re.findall(r"tf\.aliasing_output|jax\.buffer_donor", text))
     assert donated >= len(large_buffers(state))
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("plan", "selections"),
+    [(None, 3), (PLAN, 1), (SharePlan(((0, 1, 2), (3, 4, 5), (3, 4, 8), (3, 4, 5))), 2)],
+    ids=["data", "one layer owns", "two layers own"],
+)
+def test_layers_that_copy_a_constant_plan_trace_to_no_selection(plan, selections):
+    state, tokens = init_state(MODEL, 1, CAPACITY, hshare=HSHARE, plan=plan), jnp.zeros((1,), jnp.int32)
+    text = decode_step.lower(params(), tokens, state, config=MODEL, refresh=True).as_text()
+    # A layer that owns lists goes through them in a loop, and each selection finds its threshold in two more; nothing
+    # else in a step loops.
+    assert text.count("stablehlo.while") == 3 * selections
 
 
 def test_the_donated_state_is_gone():

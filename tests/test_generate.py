@@ -7,18 +7,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import jaxtyping
+import numpy as np
 import pytest
 from program_text import count_copies
 from tiny_decoder import HSHARE, MODEL, params
 from tiny_tokenizer import LETTERS, byte_tokenizer
 
 from hshare_jax.agreement import token_agreement
+from hshare_jax.calibration import find_plans
+from hshare_jax.config import HShareConfig
 from hshare_jax.decode import decode_step
 from hshare_jax.decode_state import init_state
 from hshare_jax.generate import NO_TOKEN, _Progress, choose_capacity, decode_tokens, generate, stream
 from hshare_jax.models.pretrained import Model
 from hshare_jax.prefill import prefill
 from hshare_jax.sampling import SamplingConfig
+from hshare_jax.share_plan import SharePlan
 
 SHALLOW = dataclasses.replace(MODEL, num_layers=2, windows=(None,) * 2)
 TOKENIZER = byte_tokenizer(LETTERS)
@@ -132,6 +136,77 @@ def test_the_number_of_new_tokens_is_exact(greedy, max_new_tokens):
     assert found.timing.prompt_tokens == sum(len(TOKENIZER(prompt)["input_ids"]) for prompt in PROMPTS)
 
 
+BUDGET = HShareConfig(num_sinks=2, num_critical=6, num_recent=4, refresh_interval=3, label_channels=3, dense_layers=1)
+# Of the three lists of the sparse layer the second copies the first.
+COPYING = SharePlan(((0, 1, 2), (3, 3, 5)))
+
+
+def reads_of_step(length: int, at_refresh: int) -> float:
+    """Returns the tokens read, the mean over a dense layer and one whose lists were chosen at `at_refresh` tokens."""
+    start = max(at_refresh - 4, 0)
+    return (length + min(start, 2) + min(max(start - 2, 0), 6) + length - start) / 2
+
+
+@pytest.mark.parametrize("new", [1, 2, NEW])
+def test_usage_counts_what_was_read_and_chosen(new):
+    found = generate(MODEL_OF_TEXT, PROMPTS, hshare=BUDGET, plan=COPYING, max_new_tokens=new).usage
+    reads, lengths = [], []
+    for prompt in PROMPTS:
+        size = len(TOKENIZER(prompt)["input_ids"])
+        for step in range(1, new):
+            lengths.append(size + step)
+            reads.append(reads_of_step(size + step, size + step - (step - 1) % 3))
+    refreshes = 3 * len(range(1, new, 3))
+    assert found.refreshes == refreshes
+    assert found.selections == 2 * refreshes
+    assert found.possible_selections == 2 * 3 * len(lengths)
+    assert found.mean_length == pytest.approx(sum(lengths) / max(len(lengths), 1))
+    # A sum in float32 of some 50 numbers.
+    assert found.mean_reads == pytest.approx(sum(reads) / max(len(reads), 1), rel=1e-6)
+
+
+def test_dense_decoding_reads_all_and_chooses_nothing():
+    found = generate(MODEL_OF_TEXT, PROMPTS, hshare=None, max_new_tokens=NEW).usage
+    assert found.mean_reads == pytest.approx(found.mean_length, rel=1e-6)
+    assert (found.refreshes, found.selections) == (0, 0)
+
+
+def test_a_row_that_ends_early_counts_only_its_own_steps(greedy):
+    end = greedy.tokens[1][4]
+    model = dataclasses.replace(MODEL_OF_TEXT, eos_token_ids=(end,))
+    found = generate(model, PROMPTS, hshare=None, max_new_tokens=NEW)
+    steps = [(len(TOKENIZER(p)["input_ids"]), len(t) - 1) for p, t in zip(PROMPTS, found.tokens, strict=True)]
+    lengths = [size + step for size, num_steps in steps for step in range(1, num_steps + 1)]
+    assert len(lengths) < 3 * (NEW - 1)
+    assert found.usage.mean_length == pytest.approx(sum(lengths) / len(lengths))
+    assert found.usage.mean_reads == pytest.approx(sum(lengths) / len(lengths), rel=1e-6)
+
+
+def test_a_plan_given_beforehand_decodes_as_the_same_plan_found():
+    (plan,) = find_plans(MODEL_OF_TEXT, PROMPTS[2:], hshare=HSHARE)
+    found = generate(MODEL_OF_TEXT, PROMPTS[2:], hshare=HSHARE, max_new_tokens=NEW)
+    given = generate(MODEL_OF_TEXT, PROMPTS[2:], hshare=HSHARE, plan=plan, max_new_tokens=NEW)
+    assert given.tokens == found.tokens
+    assert given.usage == found.usage
+
+
+def test_channels_given_beforehand_are_used():
+    L, K, H = SHALLOW.num_layers, SHALLOW.num_kv_heads, SHALLOW.head_dim
+    whole = dataclasses.replace(HSHARE, label_channels=H, label_bits=None, num_critical=8)
+    exact = dataclasses.replace(whole, scoring="exact")
+    expected = generate(MODEL_OF_TEXT, PROMPTS[2:], hshare=exact, max_new_tokens=NEW)
+    channels = np.tile(np.arange(H)[::-1], (L, K, 1))
+    given = generate(MODEL_OF_TEXT, PROMPTS[2:], hshare=whole, channels=channels, max_new_tokens=NEW)
+    assert given.tokens == expected.tokens
+    with pytest.raises(ValueError, match=r"channels has shape \[2, 3, 2\]"):
+        generate(MODEL_OF_TEXT, PROMPTS[2:], hshare=HSHARE, channels=channels[:, :, :2])
+
+
+def test_a_plan_or_channels_without_hshare_are_refused():
+    with pytest.raises(ValueError, match="without hshare: dense decoding uses neither"):
+        generate(MODEL_OF_TEXT, PROMPTS, hshare=None, plan=COPYING)
+
+
 def test_a_large_repetition_penalty_repeats_nothing():
     sampling = SamplingConfig(repetition_penalty=1e6)
     prompt = [5, 6, 7, 8]
@@ -234,6 +309,7 @@ def test_the_compiled_loop_updates_its_buffers_in_place(hshare, batch):
             is_active=jnp.ones((batch,), bool),
             seen=None,
             keys=jax.random.split(jax.random.key(0), batch),
+            reads=jnp.zeros((batch,), jnp.float32),
         )
         one = jnp.int32(1)
         compiled = decode_tokens.lower(
@@ -241,7 +317,10 @@ def test_the_compiled_loop_updates_its_buffers_in_place(hshare, batch):
         ).compile()
     finally:
         jaxtyping.config.update("jaxtyping_disable", False)
-    buffers = [array for array in jax.tree.leaves(state) if array.ndim == 4]
+    # All but the labels' scales, [B, K, 2, S]: a dense layer's scores, [B, K, G, S], cannot be told from them here.
+    labels = [] if state.shared is None else [label.codes for label in state.shared.labels if label is not None]
+    shared = [] if state.shared is None else [state.shared.token_indices, *labels]
+    buffers = [*state.cache.keys, *state.cache.values, *shared]
     text = compiled.as_text()
     assert text is not None
     assert count_copies(text, buffers) == 0

@@ -9,7 +9,9 @@ from hshare_jax.kv_cache import append, init_cache
 
 
 @pytest.mark.parametrize("T", [1, 3])
-def test_each_row_appends_at_its_own_slots_and_drops_what_is_beyond(T):
+@pytest.mark.parametrize("axis", [2, 3])
+def test_each_row_appends_at_its_own_slots_and_drops_what_is_beyond(T, axis):
+    # The slots of keys and values are their third axis, those of labels their last.
     rng = np.random.default_rng(T)
     cache, new = (rng.standard_normal(shape).astype(np.float32) for shape in ((3, 2, 8, 4), (3, T, 2, 4)))
     slots = np.array([[0, 1, 2], [5, 6, 7], [7, 8, 9]])[:, :T]
@@ -19,7 +21,16 @@ def test_each_row_appends_at_its_own_slots_and_drops_what_is_beyond(T):
     for b, t in np.ndindex(3, T):
         if slots[b, t] < 8:
             expected[b, :, slots[b, t]] = new[b, t]
-    np.testing.assert_array_equal(append(jnp.asarray(cache), jnp.asarray(new), jnp.asarray(slots)), expected)
+    found = append(jnp.asarray(np.moveaxis(cache, 2, axis)), jnp.asarray(new), jnp.asarray(slots), axis=axis)
+    np.testing.assert_array_equal(found, np.moveaxis(expected, 2, axis))
+
+
+@pytest.mark.parametrize("T", [1, 3])
+def test_bytes_of_labels_are_appended_as_they_are(T):
+    cache, new = jnp.zeros((1, 2, 3, 8), jnp.uint8), jnp.full((1, T, 2, 3), 0xF1, jnp.uint8)
+    found = append(cache, new, jnp.arange(T)[None, :] + 4, axis=3)
+    assert found.dtype == jnp.uint8
+    assert (found[0, 0, 0].tolist()) == [0] * 4 + [0xF1] * T + [0] * (4 - T)
 
 
 def test_what_is_appended_takes_the_caches_dtype():

@@ -1,5 +1,6 @@
 """One tiny decoder and one tiny budget that the tests of decoding share, so that they share compiled programs too."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from fractions import Fraction
@@ -16,13 +17,18 @@ from hshare_jax.models.config import ModelConfig, RopeConfig
 from hshare_jax.prefill import prefill
 
 MODEL = ModelConfig(
-    vocab_size=48, width=32, mlp_width=48, num_layers=3, num_heads=6, num_kv_heads=3, head_dim=8, max_positions=1024,
-    windows=(None,) * 3, rope=RopeConfig(theta=100.0),
+    vocab_size=48, width=32, mlp_width=48, num_layers=4, num_heads=6, num_kv_heads=3, head_dim=8, max_positions=1024,
+    windows=(None,) * 4, rope=RopeConfig(theta=100.0),
 )  # fmt: skip
-# Two of three layers copy, and a third of the lists: something is shared at every level.
+# Five of the nine lists of the sparse layers copy: any layer's and within any layer.
 HSHARE = HShareConfig(
     num_sinks=2, num_critical=6, num_recent=4, num_probes=4, refresh_interval=3,
-    layer_ratio=Fraction(1, 2), head_ratio=Fraction(2, 3), label_channels=3,
+    layer_ratio=Fraction(3, 4), head_ratio=Fraction(2, 3), label_channels=3,
+)  # fmt: skip
+# The method as published, at the same sizes.
+PUBLISHED = dataclasses.replace(
+    HShareConfig.published(), num_sinks=2, num_critical=6, num_recent=4, refresh_interval=3,
+    layer_ratio=Fraction(3, 4), head_ratio=Fraction(2, 3), label_channels=3,
 )  # fmt: skip
 CAPACITY = 256
 # Shorter than the sinks, than sinks and recent tokens, than the budget of 12; and longer.
@@ -77,7 +83,33 @@ def oracle_row(config: ModelConfig = MODEL) -> oracle.Row:
 def oracle_budget(hshare: HShareConfig, config: ModelConfig = MODEL) -> oracle.Budget:
     """Returns the settings as plain numbers."""
     return oracle.Budget(
-        hshare.num_sinks, hshare.num_critical, hshare.num_recent, hshare.num_lists(config),
-        hshare.num_label_channels(config), hshare.num_probes, hshare.refresh_interval,
-        hshare.num_shared_layers(config), hshare.num_shared_lists(config),
-    )  # fmt: skip
+        num_sinks=hshare.num_sinks,
+        num_critical=hshare.num_critical,
+        num_recent=hshare.num_recent,
+        num_lists=config.num_kv_heads if hshare.lists_per == "kv_head" else config.num_heads,
+        num_channels=hshare.num_label_channels(config),
+        bits=hshare.label_bits,
+        is_exact=hshare.scoring == "exact",
+        num_probes=None if hshare.num_probes == "all" else hshare.num_probes,
+        interval=hshare.refresh_interval,
+        is_dilated=hshare.dilate,
+        ratio=hshare.budget_ratio,
+        dense_layers=hshare.dense_layers,
+        min_length=hshare.min_length,
+        plan=hshare.plan,
+        layer_ratio=hshare.layer_ratio,
+        head_ratio=hshare.head_ratio,
+    )
+
+
+def oracle_rows(
+    rows: Sequence[np.ndarray], hshare: HShareConfig, config: ModelConfig = MODEL, **changes: object
+) -> list[oracle.SharedRow]:
+    """Returns the rows in the float64 decoder after their prompts; `changes` are of its budget."""
+    budget = dataclasses.replace(oracle_budget(hshare, config), **changes)  # pyright: ignore[reportArgumentType]
+    found = [oracle.SharedRow(oracle_row(config), budget) for _ in rows]
+    for shared_row, tokens in zip(found, rows, strict=True):
+        shared_row.prefill(tokens)
+    if hshare.plan_scope == "batch":
+        oracle.share_batch_plan(found)
+    return found

@@ -1,0 +1,280 @@
+"""Calibration: channels and plans equal their definition, and files come back whole, or say what is wrong with them."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from random_weights import random_params
+
+from hshare_jax.calibration import (
+    calibrate,
+    find_plans,
+    load_channels,
+    load_plan,
+    save_channels,
+    save_plan,
+    to_share_plan,
+)
+from hshare_jax.config import HShareConfig
+from hshare_jax.decode_state import init_state
+from hshare_jax.models.config import ModelConfig, RopeConfig
+from hshare_jax.models.decoder import Decoder
+from hshare_jax.models.pretrained import Model, ModelFiles
+from hshare_jax.prefill import prefill
+
+MODEL = ModelConfig(
+    vocab_size=48, width=32, mlp_width=48, num_layers=3, num_heads=6, num_kv_heads=3, head_dim=8, max_positions=1024,
+    windows=(None,) * 3, rope=RopeConfig(theta=100.0),
+)  # fmt: skip
+PARAMS = random_params(MODEL)
+MODEL_OF_IDS = Model(MODEL, PARAMS, None, (), "tiny", "0" * 16)
+FILES = ModelFiles(MODEL, None, (), "tiny", "float32", lambda dtype: iter(()))
+L, K, N, H = MODEL.num_layers, MODEL.num_kv_heads, MODEL.num_heads, MODEL.head_dim
+# A budget of 12, and a plan in which half of the lists of the last two layers copy.
+HSHARE = HShareConfig(
+    num_sinks=2, num_critical=6, num_recent=4, num_probes=5, label_channels=3, dense_layers=1
+).with_sharing_ratio("1/2-1-1/2")
+PUBLISHED = dataclasses.replace(HSHARE, plan="published", lists_per="query_head")
+BLOCK = 40
+TEXT = np.random.default_rng(11).integers(0, MODEL.vocab_size, 2 * BLOCK + 7).tolist()
+LLAMA2_MAP = [
+    *(0, 1, 2, 2, 2, 2, 6, 7, 8, 8, 8, 11, 8, 8, 14, 14, 14, 14, 14, 19, 20, 20, 22, 22, 24, 25, 24, 27, 27, 29, 27),
+    31,
+]
+LLAMA2 = dataclasses.replace(
+    MODEL, num_layers=32, windows=(None,) * 32, num_heads=32, num_kv_heads=32, head_dim=128, width=4096
+)
+
+
+@pytest.fixture(scope="module")
+def calibrated():
+    return calibrate(MODEL_OF_IDS, [TEXT], hshare=HSHARE, block_length=BLOCK)
+
+
+def queries_and_keys(ids: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Returns for each layer (queries [T, N, H], keys [T, K, H]) of one block, rotated, by one plain forward pass."""
+    found = []
+
+    def attend(layer, q, k, v, state):
+        found.append((np.asarray(q[0]), np.asarray(k[0])))
+        scores = jnp.einsum("BTKGH,BSKH->BKGTS", q.reshape(1, -1, K, N // K, H), k) * H**-0.5
+        is_past = jnp.tril(jnp.ones(scores.shape[-2:], bool))[None, None, None]
+        weights = jax.nn.softmax(jnp.where(is_past, scores, -jnp.inf), axis=-1)
+        return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(q.shape), state
+
+    places = jnp.arange(len(ids), dtype=jnp.int32)[None]
+    Decoder(MODEL).apply({"params": PARAMS}, jnp.asarray([ids], jnp.int32), places, attend, None)
+    return found
+
+
+def test_channels_are_ranked_by_the_mean_product_over_all_pairs_of_all_blocks(calibrated):
+    total, num_pairs = np.zeros((L, K, H)), 0
+    for start in range(0, len(TEXT), BLOCK):
+        block = TEXT[start : start + BLOCK]
+        num_pairs += len(block) ** 2
+        for layer, (q, k) in enumerate(queries_and_keys(block)):
+            for n in range(N):
+                total[layer, n // (N // K)] += np.abs(q[:, None, n] * k[None, :, n // (N // K)]).sum(axis=(0, 1))
+    mean = total / num_pairs
+    np.testing.assert_array_equal(np.sort(calibrated.channels, axis=-1), np.tile(np.arange(H), (L, K, 1)))
+    ranked = np.take_along_axis(mean, calibrated.channels, axis=-1)
+    # Sums in float32 may swap two channels that are this close.
+    assert (np.diff(ranked, axis=-1) <= 1e-5 * ranked[..., 1:]).all()
+    assert calibrated.num_tokens == len(TEXT)
+
+
+@pytest.mark.parametrize("hshare", [HSHARE, PUBLISHED], ids=["units", "published"])
+def test_the_plan_of_a_text_of_one_block_is_that_of_its_prefill_with_these_channels(hshare):
+    found = calibrate(MODEL_OF_IDS, [TEXT[:BLOCK]], hshare=hshare, block_length=BLOCK)
+    state = init_state(MODEL, 1, BLOCK, hshare=hshare, channels=found.channels)
+    tokens, lengths = jnp.asarray([TEXT[:BLOCK]], jnp.int32), jnp.asarray([BLOCK], jnp.int32)
+    _, state = prefill(PARAMS, tokens, lengths, state, config=MODEL)
+    assert state.shared is not None
+    assert found.plan == to_share_plan(np.asarray(state.shared.source[0]))
+    assert any(unit != place for place, unit in enumerate(sum(found.plan.source, ())))
+    assert find_plans(MODEL_OF_IDS, [TEXT[:BLOCK]], hshare=hshare, channels=found.channels) == [found.plan]
+
+
+def test_a_rest_without_a_full_budget_leaves_the_plan_to_the_other_blocks(calibrated):
+    # The 7 tokens at the end, below the budget of 12, have no probe.
+    whole = calibrate(MODEL_OF_IDS, [TEXT, TEXT[:BLOCK]], hshare=HSHARE, block_length=BLOCK, max_blocks=3)
+    assert whole.plan == calibrated.plan
+    np.testing.assert_array_equal(whole.channels, calibrated.channels)
+
+
+@pytest.mark.parametrize(
+    ("texts", "settings", "message"),
+    [
+        ([TEXT[:12]], {}, "the longest block has 12 tokens; a plan needs 13, the budget of sinks, critical and recent"),
+        ([TEXT], {"block_length": 12}, "block_length=12 must lie between 13, the budget and one token more, and the m"),
+        ([TEXT], {"block_length": 1025}, "block_length=1025 must lie between 13, .* model's 1024 positions"),
+        ([TEXT], {"max_blocks": 0}, "max_blocks=0 must be at least 1, or None for all"),
+        ([], {}, "must be a sequence of at least one prompt"),
+        (["words"], {}, "is text, but the model has no tokenizer"),
+    ],
+)
+def test_mistakes_are_refused_before_anything_is_computed(monkeypatch, texts, settings, message):
+    monkeypatch.setattr("hshare_jax.calibration.read_prompt", None)
+    with pytest.raises(ValueError, match=message):
+        calibrate(MODEL_OF_IDS, texts, hshare=HSHARE, **settings)
+
+
+def test_files_come_back_whole(tmp_path, calibrated):
+    save_channels(tmp_path / "new" / "channels.json", calibrated.channels, MODEL_OF_IDS)
+    save_plan(tmp_path / "plan.json", calibrated.plan, MODEL_OF_IDS, HSHARE)
+    for model in (MODEL_OF_IDS, FILES):
+        channels = load_channels(tmp_path / "new" / "channels.json", model)
+        np.testing.assert_array_equal(channels, calibrated.channels)
+        assert load_plan(tmp_path / "plan.json", model, HSHARE) == calibrated.plan
+    settings = json.loads((tmp_path / "plan.json").read_text())["hshare_jax"]["settings"]
+    assert settings == {field.name: str(getattr(HSHARE, field.name)) for field in dataclasses.fields(HSHARE)}
+
+
+def test_a_file_of_another_model_is_refused(tmp_path, calibrated):
+    save_channels(tmp_path / "channels.json", calibrated.channels, MODEL_OF_IDS)
+    save_plan(tmp_path / "plan.json", calibrated.plan, MODEL_OF_IDS, HSHARE)
+    other = dataclasses.replace(MODEL_OF_IDS, identity="1" * 16)
+    message = "json was made with tiny, identity 0000.*, has identity 1111.* in float32: calibrate again with it"
+    with pytest.raises(ValueError, match=message):
+        load_channels(tmp_path / "channels.json", other)
+    with pytest.raises(ValueError, match=message):
+        load_plan(tmp_path / "plan.json", other, HSHARE)
+
+
+def test_a_file_is_replaced_only_when_asked(tmp_path, calibrated):
+    path = tmp_path / "plan.json"
+    path.write_text("mine")
+    with pytest.raises(FileExistsError, match=r"plan\.json exists; choose another path, or ask to overwrite it"):
+        save_plan(path, calibrated.plan, MODEL_OF_IDS, HSHARE)
+    assert path.read_text() == "mine"
+    save_plan(path, calibrated.plan, MODEL_OF_IDS, HSHARE, overwrite=True)
+    assert load_plan(path, MODEL_OF_IDS, HSHARE) == calibrated.plan
+
+
+def test_a_failed_write_leaves_what_was_there_and_nothing_else(tmp_path, calibrated, monkeypatch):
+    def fail(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "plan.json").write_text("mine")
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space left"):
+        save_plan(tmp_path / "plan.json", calibrated.plan, MODEL_OF_IDS, HSHARE, overwrite=True)
+    with pytest.raises(OSError, match="No space left"):
+        save_channels(tmp_path / "channels.json", calibrated.channels, MODEL_OF_IDS)
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+    assert (tmp_path / "plan.json").read_text() == "mine"
+
+
+def write(path: Path, table: Any) -> Path:
+    path.write_text(table if isinstance(table, str) else json.dumps(table))
+    return path
+
+
+def published_channels(heads: list, num_layers: int = L) -> dict[str, Any]:
+    return {f"model.layers.{layer}.self_attn.qk_proj": heads for layer in range(num_layers)}
+
+
+def test_published_channels_of_query_heads_are_merged_by_mean_rank(tmp_path):
+    up, down = list(range(H)), list(range(H))[::-1]
+    odd = [1, 0, 3, 2, 5, 4, 7, 6]
+    rest = {"model.layers.0.self_attn.q_proj": [[0]], "model.layers.0.mlp.down_proj": "anything"}
+    path = write(tmp_path / "c.json", {**published_channels([up, down, odd, odd, up, odd]), **rest})
+    # up and down: every channel has the mean rank 3.5; up and odd: each pair of channels ties.
+    np.testing.assert_array_equal(load_channels(path, MODEL_OF_IDS), np.tile([up, odd, up], (L, 1, 1)))
+
+
+def test_published_channels_of_kv_heads_are_taken_as_they_are(tmp_path):
+    heads = [[3, 1, 2], [0, 7, 5], [2, 6, 4]]
+    found = load_channels(write(tmp_path / "c.json", published_channels(heads)), MODEL_OF_IDS)
+    np.testing.assert_array_equal(found, np.tile(heads, (L, 1, 1)))
+
+
+ALL = [list(range(H))] * K
+MALFORMED_CHANNELS = {
+    # what the file holds, what the message must say beside the file's name
+    "not JSON": ("{", "is not JSON"),
+    "not text": ("\udcff", "is not JSON"),
+    "a list": ([1], "must hold a JSON object; it holds a list"),
+    "a plan": ({"hshare_jax": {"kind": "plan"}}, "key hshare_jax must be of kind 'channels'; it is 'plan'"),
+    "no origin": ({"hshare_jax": 1}, "key hshare_jax must be of kind 'channels'; it is 1"),
+    "empty": ({}, r"key model.layers.0.self_attn.qk_proj is missing; a file for this model has 3 layers"),
+    "too few layers": (published_channels(ALL, L - 1), "key model.layers.2.self_attn.qk_proj is missing"),
+    "too many layers": (published_channels(ALL, L + 1), "key model.layers.3.self_attn.qk_proj is too much"),
+    "too few heads": (published_channels(ALL[1:]), "for each of 3 kv heads or 6 query heads; it has 2 entries"),
+    "no list": ({**published_channels(ALL), "model.layers.1.self_attn.qk_proj": 7}, r"qk_proj must .*; it has 7"),
+    "no list of a head": (published_channels([*ALL[1:], 3]), r"qk_proj\[2\] must be a list of channel numbers"),
+    "an empty list": (published_channels([[], *ALL[1:]]), r"qk_proj\[0\] must be a list of channel numbers, at least"),
+    "a fraction": (published_channels([[0.5], *ALL[1:]]), r"qk_proj\[0\] must be a list of channel numbers"),
+    "beyond the head": (published_channels([*ALL[1:], [8]]), r"qk_proj\[2\] holds channel 8; .* in \[0, head_dim=8\)"),
+    "negative": (published_channels([[0, -1], *ALL[1:]]), r"qk_proj\[0\] holds channel -1"),
+    "repeated": (published_channels([[0, 1, 0], *ALL[1:]]), r"qk_proj\[0\] holds a channel twice"),
+    "ragged": (published_channels([[0, 1], [2], [3, 4]]), r"qk_proj\[1\] has 1 channels, but head 0 has 2"),
+    "ragged layers": (
+        {**published_channels(ALL), "model.layers.1.self_attn.qk_proj": [[0]] * K},
+        "model.layers.1.self_attn.qk_proj has 1 channels a head, but layer 0 has 8",
+    ),
+    "half a ranking to merge": (published_channels([[0, 1]] * N), "ranks 2 channels of each query head; .* head_dim=8"),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED_CHANNELS)
+def test_a_malformed_file_of_channels_is_named_with_its_key_and_rule(name, tmp_path):
+    table, message = MALFORMED_CHANNELS[name]
+    path = tmp_path / "bad.json"
+    path.write_bytes(table.encode(errors="surrogateescape") if isinstance(table, str) else json.dumps(table).encode())
+    with pytest.raises(ValueError, match=message) as caught:
+        load_channels(path, MODEL_OF_IDS)
+    assert str(caught.value).startswith(str(path))
+
+
+def test_a_published_layer_map_copies_list_by_list(tmp_path):
+    model = dataclasses.replace(FILES, config=LLAMA2)
+    plan = load_plan(
+        write(tmp_path / "p.json", {"layer.share_config": LLAMA2_MAP}),
+        model,
+        dataclasses.replace(HSHARE, dense_layers=0),
+    )
+    assert plan.source == tuple(tuple(32 * layer + j for j in range(32)) for layer in LLAMA2_MAP)
+    assert sum(plan.owns(layer) for layer in range(32)) == 16
+
+
+MALFORMED_PLANS = {
+    "not JSON": ("no", "is not JSON"),
+    "no plan": ({}, "neither key hshare_jax nor layer.share_config; this is no file of a plan"),
+    "channels": ({"hshare_jax": {"kind": "channels"}}, "key hshare_jax must be of kind 'plan'; it is 'channels'"),
+    "no source": ({"hshare_jax": {"kind": "plan", "identity": "0" * 16}}, "source must be a list of whole numbers"),
+    "words": ({"hshare_jax": {"kind": "plan", "identity": "0" * 16}, "source": [["a"]]}, "source must be a list of wh"),
+    "other sizes": (
+        {"hshare_jax": {"kind": "plan", "identity": "0" * 16}, "source": [[0, 1]]},
+        "the plan is for 1 layers of 2 lists; this model with lists_per='kv_head' has 3 layers of 3",
+    ),
+    "a higher list": (
+        {"hshare_jax": {"kind": "plan", "identity": "0" * 16}, "source": [[0, 2, 2], [3, 4, 5], [6, 7, 8]]},
+        r"source\[0\]\[1\]=2 must be a flat id",
+    ),
+    "too few layers": ({"layer.share_config": [0, 1]}, "share_config must be a list of 3 layer numbers, one for each"),
+    "a word": ({"layer.share_config": [0, 1, "1"]}, "share_config must be a list of 3 layer numbers"),
+    "a higher layer": ({"layer.share_config": [0, 2, 2]}, r"share_config\[1\]=2 must be a layer from 0 to 1 that maps"),
+    "a copy of a copy": ({"layer.share_config": [0, 0, 1]}, r"share_config\[2\]=1 must be a layer from 0 to 2 that m"),
+    "a copy of a dense layer": ({"layer.share_config": [0, 1, 0]}, "copies from the first 1 layers, which are dense"),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED_PLANS)
+def test_a_malformed_file_of_a_plan_is_named_with_its_key_and_rule(name, tmp_path):
+    table, message = MALFORMED_PLANS[name]
+    path = write(tmp_path / "bad.json", table)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_plan(path, MODEL_OF_IDS, HSHARE)
+    assert str(caught.value).startswith(str(path))
+
+
+def test_a_missing_file_is_an_os_error(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        load_plan(tmp_path / "none.json", MODEL_OF_IDS, HSHARE)

@@ -1,0 +1,175 @@
+"""The state of decoding: what is kept for which settings, what is refused, and the tokens that a step reads."""
+
+import dataclasses
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from tiny_decoder import HSHARE, MODEL
+
+from hshare_jax.config import HShareConfig
+from hshare_jax.decode_state import DecodeState, check_channels, count_reads, init_state
+from hshare_jax.kernels.reference import EMPTY
+from hshare_jax.share_plan import SharePlan, identity_plan
+
+F32 = 1e-5  # relative, on means of whole numbers
+L, K, H = MODEL.num_layers, MODEL.num_kv_heads, MODEL.head_dim
+PLAN = SharePlan(((0, 1, 2), (3, 4, 5), (3, 7, 8), (3, 7, 7)))
+CHANNELS = np.stack([np.random.default_rng(1).permutation(H)[:5] for _ in range(L * K)]).reshape(L, K, 5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"capacity": 0}, "capacity=0 must lie between 1 and the model's max_positions=1024"),
+        ({"capacity": 1025}, "capacity=1025 must lie between 1 and the model's max_positions=1024"),
+        ({"dtype": jnp.int32}, "dtype=int32 must be float32, bfloat16 or float16"),
+        ({"plan": PLAN}, "a plan or channels were given without hshare: dense decoding uses neither"),
+        ({"channels": CHANNELS}, "a plan or channels were given without hshare"),
+        (
+            {"plan": SharePlan(((0, 1), (2, 3))), "hshare": HSHARE},
+            "the plan is for 2 layers of 2 lists; this model with lists_per='kv_head' has 4 layers of 3",
+        ),
+        (
+            {"plan": SharePlan(((0, 1, 2), (0, 4, 5), (6, 7, 8), (9, 10, 11))), "hshare": HSHARE},
+            "the plan copies from the first 1 layers, which are dense and have no lists",
+        ),
+        ({"hshare": dataclasses.replace(HSHARE, label_channels=9)}, "label_channels=9 must be at most"),
+        (
+            {"channels": CHANNELS[1:], "hshare": HSHARE},
+            r"channels has shape \[3, 3, 5\]; this model needs \[4, 3\] heads",
+        ),
+    ],
+)
+def test_a_state_that_cannot_be_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        init_state(MODEL, **({"batch_size": 1, "capacity": 8} | arguments))
+
+
+@pytest.mark.parametrize("shape", [(L, K), (L, K, 2), (L, K + 1, 5), (L - 1, K, 5), (1, L, K, 5)])
+def test_channels_of_another_shape_are_refused(shape):
+    with pytest.raises(
+        ValueError, match=r"this model needs \[4, 3\] heads with at least label_channels=3 channels each"
+    ):
+        check_channels(np.tile(np.arange(shape[-1]), (*shape[:-1], 1)), MODEL, 3)
+
+
+@pytest.mark.parametrize("channels", [(0, 1, 1), (-1, 0, 1), (0, 1, H)])
+def test_channels_that_a_head_does_not_have_are_refused(channels):
+    given = CHANNELS.copy()
+    given[2, 1, :3] = channels
+    with pytest.raises(ValueError, match=r"channels must be different numbers in \[0, head_dim=8\) for every head"):
+        check_channels(given, MODEL, 3)
+
+
+@pytest.mark.parametrize("num_channels", [1, 3, 5])
+def test_of_given_channels_the_first_are_used_in_ascending_order(num_channels):
+    # A calibration ranks all channels; a setting takes as many as its labels keep.
+    found = check_channels(jnp.asarray(CHANNELS), MODEL, num_channels)
+    np.testing.assert_array_equal(found, np.sort(CHANNELS[:, :, :num_channels], axis=-1))
+
+
+def shared_of(hshare=HSHARE, batch_size=2, **settings):
+    shared = init_state(MODEL, batch_size, 300, hshare=hshare, **settings).shared
+    assert shared is not None
+    return shared
+
+
+def test_a_given_plan_and_channels_are_every_rows():
+    shared = shared_of(plan=PLAN, channels=CHANNELS)
+    assert (shared.plan, shared.has_fixed_channels) == (PLAN, True)
+    assert shared.source.tolist() == [list(map(list, PLAN.source))] * 2
+    np.testing.assert_array_equal(shared.channels, np.tile(np.sort(CHANNELS[:, :, :3], axis=-1), (2, 1, 1, 1)))
+
+
+def test_an_empty_state_shares_nothing_and_lists_nothing():
+    shared = shared_of()
+    assert (shared.plan, shared.has_fixed_channels) == (None, False)
+    np.testing.assert_array_equal(shared.source, identity_plan(2, L, K))
+    assert shared.token_indices.shape == (L, 2, K, HSHARE.num_critical)
+    assert (np.asarray(shared.token_indices) == EMPTY).all()
+
+
+@pytest.mark.parametrize(
+    ("bits", "codes", "dtype"), [(4, 2, "uint8"), (8, 3, "uint8"), (None, 3, "bfloat16")], ids=["4", "8", "None"]
+)
+def test_labels_take_the_bits_that_they_are_said_to(bits, codes, dtype):
+    hshare = dataclasses.replace(HSHARE, label_bits=bits, dense_layers=2)
+    labels = shared_of(hshare, dtype=jnp.bfloat16).labels
+    assert labels[:2] == (None, None)  # dense layers choose nothing
+    for of_layer in labels[2:]:
+        assert of_layer is not None
+        assert (of_layer.codes.shape, of_layer.codes.dtype) == ((2, K, codes, 512), jnp.dtype(dtype))
+        if bits is None:
+            assert of_layer.scales is None
+        else:
+            assert of_layer.scales is not None
+            assert (of_layer.scales.shape, of_layer.scales.dtype) == ((2, K, 2, 512), jnp.bfloat16)
+
+
+def test_exact_scoring_keeps_no_labels():
+    assert shared_of(dataclasses.replace(HSHARE, scoring="exact")).labels == (None,) * L
+
+
+WINDOWED = dataclasses.replace(MODEL, windows=(None, 20, 9, 3))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"dense_layers": 0},
+        {"dense_layers": 2, "min_length": 30, "lists_per": "query_head"},
+        {"min_length": 1000},
+        {"budget_ratio": Fraction(1, 4)},
+    ],
+)
+@pytest.mark.parametrize("model", [MODEL, WINDOWED], ids=["no windows", "windows"])
+def test_reads_are_those_of_the_definition(model, changes):
+    # Rows with no list, a part of one and a whole one; ranges that overlap the sinks, or are about to be chosen anew.
+    hshare: HShareConfig = dataclasses.replace(HSHARE, **changes)
+    rng = np.random.default_rng(2)
+    lengths, starts = [1, 5, 8, 14, 60, 200], [0, 1, 3, 10, 54, 196]
+    B, J, C = len(lengths), hshare.num_lists(MODEL), hshare.num_critical
+    lists = np.full((L, B, J, C), EMPTY, np.int32)
+    source = np.tile(np.arange(L * J).reshape(1, L, J), (B, 1, 1))
+    for b, first in enumerate(starts):
+        for layer, j in np.ndindex(L, J):
+            tokens = np.sort(rng.permutation(np.arange(2, max(first, 2)))[: rng.integers(0, C + 1)])
+            lists[layer, b, j, : len(tokens)] = tokens
+            if layer >= 2:
+                source[b, layer, j] = rng.integers(J, layer * J)
+    state = init_state(model, B, 256, hshare=hshare)
+    assert state.shared is not None
+    state = DecodeState(
+        dataclasses.replace(state.cache, lengths=jnp.asarray(lengths)),
+        dataclasses.replace(
+            state.shared, token_indices=jnp.asarray(lists), source=jnp.asarray(source, jnp.int32),
+            recent_start=jnp.asarray(starts),
+        ),
+    )  # fmt: skip
+    found = jax.jit(count_reads, static_argnums=1)(state, model)
+    for b, length in enumerate(lengths):
+        counts = []
+        for layer, j in np.ndindex(L, J):
+            a, i = divmod(int(source[b, layer, j]), J)
+            window = model.windows[layer]
+            if layer < hshare.dense_layers or length < hshare.min_length:
+                counts.append(len(oracle.dense_reads(length, window)))
+            else:
+                reads = oracle.shared_reads(lists[a, b, i].tolist(), hshare.num_sinks, starts[b], length, window)
+                counts.append(len(reads))
+        np.testing.assert_allclose(found[b], np.mean(counts), rtol=F32)
+
+
+@pytest.mark.parametrize("model", [MODEL, WINDOWED], ids=["no windows", "windows"])
+def test_dense_decoding_reads_all_that_its_windows_hold(model):
+    state = init_state(model, 3, 256)
+    lengths = [1, 10, 100]
+    state = dataclasses.replace(state, cache=dataclasses.replace(state.cache, lengths=jnp.asarray(lengths)))
+    expected = [np.mean([len(oracle.dense_reads(n, window)) for window in model.windows]) for n in lengths]
+    np.testing.assert_allclose(count_reads(state, model), expected, rtol=F32)
