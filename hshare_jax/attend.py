@@ -116,35 +116,24 @@ def _refresh(
 ) -> SharedLists:  # fmt: skip
     """Chooses the lists of this layer that are their own source, in rows that are due; the others stay as they are.
 
-    One list after the other, for all rows: what no row chooses costs nothing.
+    A layer in which no row chooses costs nothing.
     """
     if shared.plan is not None and not shared.plan.owns(layer):
         return shared
-    J, N, K = shared.source.shape[2], query.shape[1], keys.shape[1]
-    labels, config = shared.labels[layer], shared.config
+    J, labels, config = shared.source.shape[2], shared.labels[layer], shared.config
+    old = shared.token_indices[layer]
     is_own = shared.source[:, layer] == layer * J + jnp.arange(J, dtype=jnp.int32)[None, :]
     is_chosen = is_own & is_due[:, None]
-    is_any = is_chosen.any(axis=0)
-    first = jnp.argsort(~is_any)  # the lists that some row chooses come first
 
-    def choose(index: Array, lists: Int[Array, "B J C"]) -> Int[Array, "B J C"]:
-        j = first[index]
-        heads = lax.dynamic_slice_in_dim(query, j * (N // J), N // J, axis=1)
-
-        def of_kv_head(array: Array) -> Array:
-            return lax.dynamic_slice_in_dim(array, j * K // J, 1, axis=1)
-
+    def choose() -> Int[Array, "B J C"]:
         if labels is None:
-            scores = score_keys(heads, of_kv_head(keys))
+            scores = score_keys(query, keys)
         else:
-            channels = of_kv_head(shared.channels[:, layer])
-            scores = score_labels(heads, jax.tree.map(of_kv_head, labels), channels, config.label_bits)
-        new = find_critical_tokens(scores, lengths, num_lists=1, config=config, window=window)
-        old = lax.dynamic_slice_in_dim(lists, j, 1, axis=1)
-        new = jnp.where(is_chosen[:, j, None, None], new, old)
-        return lax.dynamic_update_slice_in_dim(lists, new, j, axis=1)
+            scores = score_labels(query, labels, shared.channels[:, layer], config.label_bits)
+        new = find_critical_tokens(scores, lengths, num_lists=J, config=config, window=window)
+        return jnp.where(is_chosen[:, :, None], new, old)
 
-    lists = lax.fori_loop(0, is_any.sum(), choose, shared.token_indices[layer])
+    lists = lax.cond(is_chosen.any(), choose, lambda: old)
     return dataclasses.replace(shared, token_indices=shared.token_indices.at[layer].set(lists))
 
 
