@@ -60,7 +60,7 @@ def calibrate(
     Channels are ranked by the mean of |q x k|, after RoPE, over all pairs of a query and a key of one block, summed
     over a group's query heads. Then, in a second pass, similarity is measured on the labels of just these channels, its
     mean is taken over the probes of all blocks, and the plan is found from it. A text's last block may be shorter;
-    without a full budget it has no probes and counts for the channels alone.
+    too short for a probe it counts for the channels alone.
 
     Args:
         model: from `load_model`.
@@ -71,8 +71,8 @@ def calibrate(
         max_blocks: read no more than these first blocks. None reads all.
 
     Raises:
-        ValueError: texts that `generate` would refuse, or none as long as the budget and one token more; a block that
-            is shorter than this or beyond the model's positions; before anything is computed.
+        ValueError: texts that `generate` would refuse, or none long enough for a probe (`HShareConfig.first_probe`); a
+            block that is shorter than this or beyond the model's positions; before anything is computed.
     """
     blocks = cut_blocks(model, texts, hshare=hshare, block_length=block_length, max_blocks=max_blocks)
     num_tokens = sum(map(len, blocks))
@@ -91,11 +91,11 @@ def cut_blocks(
     max_blocks: int | None = None,
 ) -> list[list[int]]:
     """Returns the blocks of token ids that `calibrate` reads; arguments and errors are its own."""
-    ids, longest, least = encode_prompts(model, texts), model.config.max_positions, hshare.budget + 1
+    ids, longest, least = encode_prompts(model, texts), model.config.max_positions, hshare.first_probe + 1
     block_length = min(max(2048, least), longest) if block_length is None else block_length
     if not least <= block_length <= longest:
         raise ValueError(
-            f"block_length={block_length} must lie between {least}, the budget and one token more, and the model's "
+            f"block_length={block_length} must lie between {least}, so that a plan can be found, and the model's "
             f"{longest} positions"
         )
     if max_blocks is not None and max_blocks < 1:
@@ -104,8 +104,8 @@ def cut_blocks(
     blocks = blocks[:max_blocks]
     if (found := max(map(len, blocks))) < least:
         raise ValueError(
-            f"the longest block has {found} tokens; a plan needs {least}, the budget of sinks, critical and recent "
-            "tokens and one more: give a longer text or a smaller budget"
+            f"the longest block has {found} tokens; a plan needs {least}, with which there are twice as many "
+            "candidates as critical tokens: give a longer text or a smaller budget"
         )
     return blocks
 
@@ -123,7 +123,7 @@ def _find_plan(
 ) -> SharePlan:
     total, num_probes, capacity = [], 0, max(map(len, blocks))
     for block in blocks:
-        if len(block) < hshare.budget:
+        if len(block) <= hshare.first_probe:
             bar.update(len(block))
             continue
         kept, positions, cache, shared = _read_block(model, block, capacity, hshare, channels, bar)
@@ -177,7 +177,7 @@ def find_plans(
     hshare: HShareConfig = HShareConfig(),  # noqa: B008 (frozen)
     channels: Int[Array | np.ndarray, "L K ranks"] | None = None,
 ) -> list[SharePlan]:
-    """Returns the plan that decoding each prompt would follow; a prompt without a full budget shares nothing."""
+    """Returns the plan that decoding each prompt would follow; a prompt too short for a probe shares nothing."""
     ids = encode_prompts(model, prompts)
     tokens, lengths = pad_prompts(ids)
     capacity = choose_capacity(model.config, ids, 1, None)

@@ -115,14 +115,16 @@ def _add_prompt_files(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-chat-template", action="store_true", help="give the prompt to the model as it is")
 
 
-def _add_settings(parser: argparse.ArgumentParser, plan_nargs: str | None = None) -> argparse._ArgumentGroup:
+def _add_settings(parser: argparse.ArgumentParser, kind: str = "--plan") -> argparse._ArgumentGroup:
     """Adds the options of HShareConfig; those that are not given leave no trace, so that a preset keeps its own."""
     group = parser.add_argument_group("sparse decoding", argument_default=argparse.SUPPRESS)
     group.add_argument("--preset", choices=("hshare-paper",), help="the paper's method; other options change it")
     group.add_argument("--num-sinks", type=_whole, metavar="N", help="first tokens always read (8)")
     group.add_argument("--num-critical", type=_whole, metavar="N", help="tokens chosen by score (88)")
     group.add_argument("--num-recent", type=_whole, metavar="N", help="last tokens always read (32)")
-    group.add_argument("--budget-ratio", type=_fraction, metavar="A/B", help="read at most this share of a prompt")
+    group.add_argument(
+        "--budget-ratio", type=_fraction, metavar="A/B", help="and list critical tokens up to this share of a text"
+    )
     group.add_argument(
         "--sharing-ratio", metavar="L-H-Q",
         help="fractions of layers, heads and steps that choose for themselves (1/3-1-1)",
@@ -130,7 +132,7 @@ def _add_settings(parser: argparse.ArgumentParser, plan_nargs: str | None = None
     group.add_argument("--refresh-interval", type=_whole, metavar="N", help="steps that a choice serves (1)")
     group.add_argument("--lists-per", choices=("kv_head", "query_head"), help="who chooses (kv_head)")
     plans = ("units", "published")
-    group.add_argument("--plan", nargs=plan_nargs, choices=plans, help="any list copies any, or layers, then heads")
+    group.add_argument(kind, dest="plan", choices=plans, help="any list copies any, or layers, then heads (units)")
     group.add_argument("--plan-scope", choices=("sequence", "batch"), help="a plan for each prompt, or one for all")
     group.add_argument("--dense-layers", type=_whole, metavar="N", help="first layers that read everything (1)")
     group.add_argument("--min-length", type=_whole, metavar="N", help="shorter texts read everything (0)")
@@ -190,7 +192,8 @@ def _add_info(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", default=DEFAULT_MODEL)
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     _add_model(parser)
-    group = _add_settings(parser, plan_nargs="?")
+    parser.add_argument("--plan", dest="show_plan", action="store_true", help="show which list copies which")
+    group = _add_settings(parser, kind="--plan-kind")
     group.title = "with --plan, which list copies which, as decoding a prompt would"
     parser.set_defaults(prompt=[])
     _add_prompt_files(parser)
@@ -419,11 +422,12 @@ def _statistics(
     timing, usage = result.timing, result.usage
     statistics: dict[str, Any] = {"method": "dense" if hshare is None else "hshare"}
     if hshare is not None:
-        computed = hshare.num_computed_lists(model.config) if plan is None else sum(_own_lists(plan, hshare))
+        # What was computed and not what was asked for: a prompt too short for a plan shares nothing.
+        computed = usage.selections / max(usage.refreshes, 1)
         statistics |= {
             "sharing_ratio": hshare.sharing_ratio if plan is None else None,
             "budget": hshare.budget,
-            "computed_lists": computed,
+            "computed_lists": round(computed, 1),
             "lists": hshare.num_sparse_layers(model.config) * hshare.num_lists(model.config),
             "refresh_interval": hshare.refresh_interval,
             "refreshes": usage.refreshes,
@@ -496,7 +500,7 @@ def _statistics_line(s: dict[str, Any]) -> str:
         every = "every step" if s["refresh_interval"] == 1 else f"every {s['refresh_interval']} steps"
         parts = [
             f"hshare {s['sharing_ratio'] or 'plan from a file'} budget {s['budget']}",
-            f"computes {s['computed_lists']} of {s['lists']} lists {every}",
+            f"computes {s['computed_lists']:g} of {s['lists']} lists {every}",
             f"reads {s['mean_tokens_read']} of {s['mean_length']} tokens",
             f"{s['refreshes']} refreshes, {s['selections']} of {s['possible_selections']} selections",
         ]
@@ -549,8 +553,6 @@ def _calibrate(options: argparse.Namespace) -> int:
 
 
 def _show_plan(options: argparse.Namespace) -> int:
-    if options.plan is None:  # a bare --plan keeps the preset's kind
-        delattr(options, "plan")
     prompts, hshare = _read_prompts(options), _settings(options)
     files = _open(options)
     texts = _apply_chat_template(files, prompts, options)
@@ -559,7 +561,7 @@ def _show_plan(options: argparse.Namespace) -> int:
 
     model = files.load(options.dtype)
     plans = find_plans(model, texts, hshare=hshare)
-    has_probes = [len(text) >= hshare.budget for text in texts]
+    has_probes = [len(text) > hshare.first_probe for text in texts]
     if options.json:
         found = [
             {"prompt_tokens": len(text), "has_probes": probed, "source": plan.source}
@@ -573,8 +575,10 @@ def _show_plan(options: argparse.Namespace) -> int:
             print(f"==> {row} <==")
         print("\n".join(_draw_plan(plan, hshare)))
         print(_count_lists(plan, hshare))
-        if not probed:
-            print(f"the prompt has {len(text)} tokens, fewer than the budget of {hshare.budget}: nothing is shared")
+        if not probed and hshare.plan_scope == "sequence":
+            print(
+                f"the prompt has {len(text)} tokens; below {hshare.first_probe + 1} there is no plan: nothing is shared"
+            )
     return 0
 
 
@@ -616,7 +620,7 @@ def _convert(options: argparse.Namespace) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
-    if hasattr(options, "plan"):
+    if options.show_plan:
         return _show_plan(options)
     given = [name for name in _setting_names() if hasattr(options, name)]
     given += [name for name in ("prompt_file", "system", "no_chat_template") if getattr(options, name)]

@@ -21,7 +21,7 @@ class HShareConfig:
     num_sinks: int = 8
     num_critical: int = 88
     num_recent: int = 32
-    budget_ratio: Fraction | None = None  # read at most this share of a row; the three sizes are then its maximum
+    budget_ratio: Fraction | None = None  # list critical tokens up to this share of a row, sinks and recent included
     layer_ratio: Fraction = Fraction(1, 3)
     head_ratio: Fraction = Fraction(1)
     refresh_interval: int = 1  # decode steps that one choice serves
@@ -52,6 +52,8 @@ class HShareConfig:
                 continue
             if not isinstance(ratio, (int, Fraction)):
                 raise ValueError(f"{name}={ratio!r} must be a Fraction, such as Fraction(1, 8)")
+            if ratio.denominator > 1000:
+                raise ValueError(f"{name}={ratio} must have a denominator of at most 1000")
             if not 0 < ratio <= 1:
                 meaning = "of its tokens that a row reads" if name == "budget_ratio" else "still computed"
                 raise ValueError(f"{name}={ratio} must lie in (0, 1]: it is the fraction {meaning}")
@@ -72,6 +74,14 @@ class HShareConfig:
     def budget(self) -> int:
         """Returns how many tokens a head reads right after a refresh, at most."""
         return self.num_sinks + self.num_critical + self.num_recent
+
+    @property
+    def first_probe(self) -> int:
+        """Returns the first position at which similarity may be measured: with twice the candidates that a list takes.
+
+        With as many as it takes every list would be the same, and a plan found there would mean nothing.
+        """
+        return self.budget + self.num_critical - 1
 
     @property
     def max_recent(self) -> int:

@@ -25,7 +25,7 @@ class SharedLists:
     token_indices: Array  # [L, B, J, C] int32 slots, ascending, padded with EMPTY
     source: Array  # [B, L, J] int32, the share plan
     channels: Array  # [B, L, K, R] int32, label channels
-    labels: tuple[Labels | None, ...]  # of each layer; None for dense layers and with exact scoring
+    labels: tuple[Labels | None, ...]  # of each layer; None where none are scored
     recent_start: Array  # [B] int32, first slot of the recent range, set at the last refresh
     age: Array  # [B] int32, decode steps since the plan was found
     config: HShareConfig = dataclasses.field(metadata={"static": True})
@@ -97,7 +97,8 @@ def _init_lists(
     first = jnp.tile(jnp.arange(R, dtype=jnp.int32), (L, K, 1))
     if channels is not None:
         first = check_channels(channels, model, R)
-    is_labelled = [config.scoring == "labels" and layer >= config.dense_layers for layer in range(L)]
+    is_scored = [layer >= config.dense_layers and (plan is None or plan.owns(layer)) for layer in range(L)]
+    is_labelled = [config.scoring == "labels" and scored for scored in is_scored]
     return SharedLists(
         token_indices=jnp.full((L, B, J, config.num_critical), EMPTY, jnp.int32),
         source=source,

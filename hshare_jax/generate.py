@@ -60,7 +60,7 @@ class ReadStatistics:
     mean_length: float  # tokens that dense decoding without a window would have read
     refreshes: int  # steps of a row that chose lists anew
     selections: int  # lists that were chosen
-    possible_selections: int  # lists that would be, were each of every layer chosen on each step
+    possible_selections: int  # were each list of every sparse layer chosen on each step; 0 for dense decoding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -334,9 +334,10 @@ class _Run:
         prompts = np.array([len(prompt) for prompt in self._prompts])
         num_steps = max(int(steps.sum()), 1)
         refreshes = chosen = np.zeros_like(steps)
-        num_lists = config.num_heads
+        num_layers, num_lists = 0, 0
         if hshare is not None and shared is not None:
-            source, num_lists = np.asarray(shared.source), hshare.num_lists(config)
+            num_layers, num_lists = hshare.num_sparse_layers(config), hshare.num_lists(config)
+            source = np.asarray(shared.source)
             is_own = source == np.arange(config.num_layers * num_lists).reshape(1, -1, num_lists)
             refreshes = -(-steps // hshare.refresh_interval)
             chosen = refreshes * is_own[:, hshare.dense_layers :].sum(axis=(1, 2))
@@ -345,7 +346,7 @@ class _Run:
             mean_length=float((steps * prompts + steps * (steps + 1) / 2).sum()) / num_steps,
             refreshes=int(refreshes.sum()),
             selections=int(chosen.sum()),
-            possible_selections=config.num_layers * num_lists * int(steps.sum()),
+            possible_selections=num_layers * num_lists * int(steps.sum()),
         )
 
     def pieces(self) -> Iterator[list[str]]:

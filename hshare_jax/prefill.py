@@ -56,7 +56,7 @@ def prefill(
     check_rows("tokens", tokens, (B, T), jnp.integer)
     check_rows("lengths", lengths, (B,), jnp.integer)
     if not any(isinstance(array, Tracer) for array in (cache.lengths, lengths)):
-        _check_lengths(lengths, cache.lengths, T, cache.capacity)
+        _check_lengths(lengths, cache.lengths, T, min(cache.capacity, config.max_positions))
     starts, shared = cache.lengths, state.shared
     fits = (lengths >= 1) & (starts + lengths <= min(cache.capacity, config.max_positions))
     hidden, cache, kept, positions = read_prompt(params, tokens, lengths, state, config=config, progress=progress)

@@ -55,7 +55,7 @@ class SharePlan:
         if dense and min(dense) < config.dense_layers * J:
             raise ValueError(
                 f"the plan copies from the first {config.dense_layers} layers, which are dense and have no lists; "
-                f"calibrate with dense_layers={config.dense_layers}"
+                f"calibrate with dense_layers={config.dense_layers}, or decode with fewer"
             )
 
 

@@ -19,11 +19,11 @@ def probe_positions(
 ) -> tuple[Int[Array, "B P"], Bool[Array, "B P"]]:
     """Returns (positions, is_probe): the prompt queries that similarity is measured on, spread evenly over each row.
 
-    A probe needs num_critical candidates, so it stands no earlier than the last token of a full budget; only the tokens
-    of this prefill, at [start, length), can be probes. A row with fewer such positions than probes uses each once; one
+    A probe stands no earlier than `HShareConfig.first_probe`, and only the tokens of this prefill, at [start, length),
+    can be probes. A row with fewer such positions than probes uses each once; one
     without any has no probe and keeps the identity plan. A position that is no probe is -1.
     """
-    first = jnp.maximum(starts, config.budget - 1)
+    first = jnp.maximum(starts, config.first_probe)
     count = jnp.maximum(lengths - first, 0)
     used = jnp.minimum(count, num_probes)[:, None]
     index = jnp.arange(num_probes, dtype=jnp.int32)[None, :]

@@ -36,7 +36,7 @@ def settings() -> dict[str, HShareConfig | None]:
     for ratio in ("1-1-1", "1/3-1-1", "1/8-1-1", "2/3-1-1/2"):
         sides[f"units {ratio}"] = base.with_sharing_ratio(ratio)
     for ratio in ("7/8-3/4-1/2", "1/2-1/2-1/2"):
-        sides[f"published {ratio}"] = published.with_sharing_ratio(ratio)
+        sides[f"published plan {ratio}"] = published.with_sharing_ratio(ratio)
     return sides
 
 

@@ -340,6 +340,16 @@ def _interval(statistic, *arrays: np.ndarray, draws: int = 2000) -> tuple[float,
     return float(low), float(high)
 
 
+def _read_results(path: Path) -> dict[str, dict]:
+    """Returns the lines of a results file by key; a last line that a kill cut short is cut off the file."""
+    if not path.exists():
+        return {}
+    whole, _, rest = path.read_text(encoding="utf-8").rpartition("\n")
+    if rest:
+        path.write_text(whole + "\n" if whole else "", encoding="utf-8")
+    return {line["key"]: line for line in map(json.loads, whole.splitlines())}
+
+
 def main() -> None:
     """Measures the cells that the results lack, and writes the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -355,9 +365,13 @@ def main() -> None:
     options = parser.parse_args()
     if options.steps % BLOCK:
         parser.error(f"--steps {options.steps} must be a multiple of {BLOCK}")
-    results = {}
-    if options.results.exists():
-        results = {line["key"]: line for line in map(json.loads, options.results.read_text().splitlines())}
+    study = {
+        "key": "study", "model": options.model, "texts": [path.name for path in options.text],
+        "context": options.context, "steps": options.steps, "seeds": options.seeds,
+    }  # fmt: skip
+    results = _read_results(options.results)
+    if results.setdefault("study", study) != study:
+        parser.error(f"--results {options.results} holds another study, {results['study']}; name another file")
 
     def is_wanted(table: str) -> bool:
         return not options.tables or table.startswith(tuple(options.tables))
@@ -373,6 +387,8 @@ def main() -> None:
             file.write(json.dumps(line) + "\n")
             file.flush()
 
+        if options.results.stat().st_size == 0:
+            keep(study)
         model = load_model(options.model)
         if todo:
             windows = Windows(model, options.text, options.context, options.steps)

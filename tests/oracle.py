@@ -180,7 +180,7 @@ def critical_tokens(scores, length, budget, window=None):
 
 def probe_positions(start, length, budget):
     """Returns the probes of a row whose tokens [start, length) were just read: spread from the first full budget on."""
-    first = max(start, budget.size - 1)
+    first = max(start, budget.size + budget.num_critical - 1)
     count = max(length - first, 0)
     used = count if budget.num_probes is None else min(count, budget.num_probes)
     if used < 2:

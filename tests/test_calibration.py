@@ -102,7 +102,7 @@ def test_the_plan_of_a_text_of_one_block_is_that_of_its_prefill_with_these_chann
 
 
 def test_a_rest_without_a_full_budget_leaves_the_plan_to_the_other_blocks(calibrated):
-    # The 7 tokens at the end, below the budget of 12, have no probe.
+    # The 7 tokens at the end, below the 18 of a first probe, have none.
     whole = calibrate(MODEL_OF_IDS, [TEXT, TEXT[:BLOCK]], hshare=HSHARE, block_length=BLOCK, max_blocks=3)
     assert whole.plan == calibrated.plan
     np.testing.assert_array_equal(whole.channels, calibrated.channels)
@@ -111,9 +111,13 @@ def test_a_rest_without_a_full_budget_leaves_the_plan_to_the_other_blocks(calibr
 @pytest.mark.parametrize(
     ("texts", "settings", "message"),
     [
-        ([TEXT[:12]], {}, "the longest block has 12 tokens; a plan needs 13, the budget of sinks, critical and recent"),
-        ([TEXT], {"block_length": 12}, "block_length=12 must lie between 13, the budget and one token more, and the m"),
-        ([TEXT], {"block_length": 1025}, "block_length=1025 must lie between 13, .* model's 1024 positions"),
+        ([TEXT[:17]], {}, "the longest block has 17 tokens; a plan needs 18, with which there are twice as many"),
+        (
+            [TEXT],
+            {"block_length": 17},
+            "block_length=17 must lie between 18, so that a plan can be found, and the model's",
+        ),
+        ([TEXT], {"block_length": 1025}, "block_length=1025 must lie between 18, .* model's 1024 positions"),
         ([TEXT], {"max_blocks": 0}, "max_blocks=0 must be at least 1, or None for all"),
         ([], {}, "must be a sequence of at least one prompt"),
         (["words"], {}, "is text, but the model has no tokenizer"),

@@ -162,7 +162,7 @@ def test_text_goes_to_stdout_and_statistics_to_stderr(capsys: pytest.CaptureFixt
     status, out, err = call(["generate", "What is the capital of France?", "-n", "16"], capsys)
     assert (status, out) == (0, "The capital of France is Paris.\n")
     assert err.startswith(
-        "hshare 1/3-1-1 budget 128 | computes 29 of 87 lists every step | reads 41.0 of 41.0 tokens | "
+        "hshare 1/3-1-1 budget 128 | computes 87 of 87 lists every step | reads 41.0 of 41.0 tokens | "
     )
     assert " | prompt 37 tokens, " in err
     assert err.count("\n") == 1
@@ -275,7 +275,7 @@ def test_what_calibrate_writes_generate_reads(
     )
     assert status == 0
     found = json.loads(out)["statistics"]
-    assert (found["refreshes"], found["selections"], found["possible_selections"]) == (3, 3, 36)
+    assert (found["refreshes"], found["selections"], found["possible_selections"]) == (3, 3, 24)
     assert (found["computed_lists"], found["lists"]) == (1, 4)
     assert "hshare plan from a file budget 12 | computes 1 of 4 lists every 2 steps | " in err
 
@@ -297,8 +297,8 @@ def test_what_calibrate_writes_generate_reads(
         (["{text}", "--plan-file", "a", "--channels-file", "a"], "--channels-file and --plan-file are both a"),
         (["{text}", "--plan-file", "{text}"], "exists; give --overwrite to replace it"),
         (["no/text.txt", "--plan-file", "a"], "no/text.txt: No such file"),
-        (["{text}", "--plan-file", "a", "--num-critical", "90"], "a plan needs 97, the budget of sinks, critical"),
-        (["{text}", "--plan-file", "a", "--block-length", "10"], "--block-length 10 must lie between 13, the budget"),
+        (["{text}", "--plan-file", "a", "--num-critical", "90"], "a plan needs 186, with which there are twice"),
+        (["{text}", "--plan-file", "a", "--block-length", "10"], "--block-length 10 must lie between 18, so that"),
         (["{text}", "--plan-file", "a", "--max-blocks", "0"], "--max-blocks 0 must be at least 1"),
         (["{text}", "--plan-file", "a", "--scoring", "none"], "invalid choice: 'none'"),
     ],
@@ -340,7 +340,7 @@ def test_info_tells_that_a_short_prompt_shares_nothing(
 ) -> None:
     status, out, _ = call(show_plan(tiny, tmp_path, ["there", TEXT]), capsys)
     assert status == 0
-    assert "the prompt has 3 tokens, fewer than the budget of 12: nothing is shared" in out
+    assert "the prompt has 3 tokens; below 18 there is no plan: nothing is shared" in out
     assert out.count("nothing is shared") == 1
     status, out, _ = call(show_plan(tiny, tmp_path, ["there", TEXT], "--json"), capsys)
     found = json.loads(out)

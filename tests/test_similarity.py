@@ -32,31 +32,31 @@ def probes(start, length, num_probes=5):
 @pytest.mark.parametrize(
     ("start", "length", "expected"),
     [
-        (0, 8, []),  # the budget is 9 tokens: the ninth is the first that has 4 candidates
-        (0, 9, [8]),
-        (0, 10, [8, 9]),
-        (0, 12, [8, 9, 10, 11]),  # fewer positions than probes: each once
-        (0, 13, [8, 9, 10, 11, 12]),
-        (0, 17, [8, 10, 12, 14, 16]),  # first and last, and evenly between
-        (0, 18, [8, 10, 12, 14, 17]),
+        (0, 12, []),  # the budget is 9 tokens, and 4 more: the thirteenth is the first that has 8 candidates
+        (0, 13, [12]),
+        (0, 14, [12, 13]),
+        (0, 16, [12, 13, 14, 15]),  # fewer positions than probes: each once
+        (0, 17, [12, 13, 14, 15, 16]),
+        (0, 21, [12, 14, 16, 18, 20]),  # first and last, and evenly between
+        (0, 22, [12, 14, 16, 18, 21]),
         (14, 15, [14]),  # a second turn: its own tokens only
         (14, 18, [14, 15, 16, 17]),
-        (4, 8, []),
-        (4, 10, [8, 9]),
+        (4, 12, []),
+        (4, 14, [12, 13]),
     ],
 )
-def test_probes_stand_where_a_full_budget_lies_behind_them(start, length, expected):
+def test_probes_stand_where_there_are_twice_the_candidates(start, length, expected):
     assert probes(start, length) == expected
 
 
 def test_a_single_probe_stands_first():
-    assert probes(0, 30, 1) == [8]
+    assert probes(0, 30, 1) == [12]
 
 
 def test_with_a_probe_for_every_token_each_position_is_one():
-    assert probes(0, 40, 40) == list(range(8, 40))
+    assert probes(0, 40, 40) == list(range(12, 40))
     assert probes(20, 40, 40) == list(range(20, 40))
-    assert probes(0, 60_000, 60_000) == list(range(8, 60_000))  # whose squares outgrow 32 bits
+    assert probes(0, 60_000, 60_000) == list(range(12, 60_000))  # whose squares outgrow 32 bits
 
 
 def test_no_probes_are_asked_for_where_the_plan_is_known():
@@ -72,7 +72,7 @@ def test_probe_positions_equal_the_definition_in_rows_of_every_length(start, new
 
 
 # rows: no probe, one, fewer than asked, all; layer 1 has a window that leaves some probes fewer candidates than 4
-LENGTHS, N, K, H, R, S, WINDOWS = np.array([8, 9, 11, 24]), 6, 3, 8, 3, 24, (None, 6, None)
+LENGTHS, N, K, H, R, S, WINDOWS = np.array([12, 13, 15, 24]), 6, 3, 8, 3, 24, (None, 6, None)
 B, L = len(LENGTHS), len(WINDOWS)
 MODEL = ModelConfig(16, 8, 8, L, N, K, H, S, WINDOWS)
 PUBLISHED = dataclasses.replace(CONFIG, plan="published", lists_per="query_head", dense_layers=0, dilate=False)
