@@ -1,4 +1,4 @@
-"""The command line: `hshare-jax generate`, `calibrate`, `plan`, `convert` and `info`."""
+"""The command line: `hshare-jax generate`, `calibrate`, `convert` and `info`."""
 
 import argparse
 import dataclasses

@@ -36,7 +36,7 @@ def forward(params: dict, tokens: jax.Array, *, config: ModelConfig) -> jax.Arra
     positions = jnp.arange(tokens.size, dtype=jnp.int32)[None, :]
     attend = prefill_attend(config, positions, jnp.zeros((1,), jnp.int32), None)
     decoder, variables = Decoder(config), {"params": params}
-    empty = (init_cache(config, 1, tokens.size, jnp.dtype(jnp.float32)), ())
+    empty = (init_cache(config, 1, tokens.size, jnp.dtype(jnp.float32)), None)
     hidden, _ = decoder.apply(variables, tokens[None], positions, attend, empty)  # pyright: ignore[reportAssignmentType]
     return decoder.apply(variables, hidden[0], method="unembed")  # pyright: ignore[reportReturnType]
 
