@@ -287,7 +287,7 @@ def passkey_settings() -> Iterator[tuple[str, HShareConfig | None]]:
     """Yields (name, settings) at 128 tokens."""
     yield "dense", None
     yield "oracle: exact scores, per kv head", default(128, scoring="exact")
-    for ratio in ("1-1-1", "1/3-1-1", "1/8-1-1", "1-1-1/2"):
+    for ratio in ("1-1-1", "2/3-1-1", "1/3-1-1", "1/8-1-1", "1-1-1/2"):
         yield f"default, {ratio}", default(128, ratio)
     for ratio in PUBLISHED_RATIOS:
         yield f"published, {ratio}", published(128, ratio)
