@@ -127,7 +127,7 @@ def _add_settings(parser: argparse.ArgumentParser, kind: str = "--plan") -> argp
     )
     group.add_argument(
         "--sharing-ratio", metavar="L-H-Q",
-        help="fractions of layers, heads and steps that choose for themselves (1/3-1-1)",
+        help="fractions of layers, heads and steps that choose for themselves (1/2-1-1)",
     )  # fmt: skip
     group.add_argument("--refresh-interval", type=_whole, metavar="N", help="steps that a choice serves (1)")
     group.add_argument("--lists-per", choices=("kv_head", "query_head"), help="who chooses (kv_head)")
@@ -140,7 +140,7 @@ def _add_settings(parser: argparse.ArgumentParser, kind: str = "--plan") -> argp
     group.add_argument("--scoring", choices=("labels", "exact"), help="score label channels, or whole keys")
     group.add_argument("--label-channels", type=_whole, metavar="R", help="channels of a head in its labels")
     group.add_argument("--label-bits", type=_bits, metavar="4|8|none", help="of a label channel (4)")
-    group.add_argument("--num-probes", type=_probes, metavar="N|all", help="queries the plan is found from (32)")
+    group.add_argument("--num-probes", type=_probes, metavar="N|all", help="queries the plan is found from (64)")
     return group
 
 
@@ -315,9 +315,26 @@ def _settings(options: argparse.Namespace) -> "HShareConfig":
                 f"whose last part means {settings.refresh_interval}; leave either out"
             )
     try:
-        return dataclasses.replace(settings, **given)
+        settings = dataclasses.replace(settings, **given)
     except ValueError as error:
         raise _as_usage_error(error) from error
+    _check_effect(options, settings)
+    return settings
+
+
+def _check_effect(options: argparse.Namespace, settings: "HShareConfig") -> None:
+    """Refuses options that the others leave without effect."""
+    reads_plan = options.run is _generate and hasattr(options, "plan_file")
+    reasons = {
+        ("label_channels", "label_bits"): (settings.scoring == "exact", "--scoring exact reads keys and has no labels"),
+        ("dilate",): (settings.refresh_interval == 1, "dilation is for lists that later steps reuse; here none is"),
+        ("sharing_ratio", "plan", "plan_scope", "num_probes"): (
+            reads_plan, "--plan-file says what is shared (steps apart: --refresh-interval)",
+        ),
+    }  # fmt: skip
+    for names, (is_idle, reason) in reasons.items():
+        if given := [name for name in names if is_idle and getattr(options, name, False) is not False]:
+            raise UsageError(f"{_option(given[0])} has no effect: {reason}")
 
 
 def _read_constants(

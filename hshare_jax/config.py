@@ -22,7 +22,7 @@ class HShareConfig:
     num_critical: int = 88
     num_recent: int = 32
     budget_ratio: Fraction | None = None  # list critical tokens up to this share of a row, sinks and recent included
-    layer_ratio: Fraction = Fraction(1, 3)
+    layer_ratio: Fraction = Fraction(1, 2)
     head_ratio: Fraction = Fraction(1)
     refresh_interval: int = 1  # decode steps that one choice serves
     lists_per: Literal["kv_head", "query_head"] = "kv_head"  # one list a group, whose keys are then read once
@@ -34,7 +34,7 @@ class HShareConfig:
     scoring: Literal["labels", "exact"] = "labels"  # exact: on all channels of the keys themselves, the yardstick
     label_channels: int | None = None  # channels of a head that labels keep; None: 32, or all of a smaller head
     label_bits: Literal[4, 8] | None = 4  # None: labels are not quantised
-    num_probes: int | Literal["all"] = 32  # prompt queries that similarity is measured on; all: the paper's definition
+    num_probes: int | Literal["all"] = 64  # prompt queries that similarity is measured on; all: the paper's definition
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -150,7 +150,7 @@ class HShareConfig:
 
 
 def _check_whole(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or value < least:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name}={value!r} must be at least {least}, a whole number")
 
 

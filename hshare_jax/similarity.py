@@ -13,6 +13,8 @@ from hshare_jax.labels import Labels, score_keys, score_labels
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.shapes import Similarity
 
+MARKS = 2**22  # lists times slots whose marks are held at once: as many probes are taken together
+
 
 def probe_positions(
     starts: Int[Array, "B"], lengths: Int[Array, "B"], config: HShareConfig, num_probes: int
@@ -77,7 +79,7 @@ def measure_overlap(
     """
 
     def overlap(lists: Array, queries: tuple[Array, ...], lengths: Array) -> tuple[Array, Array]:
-        return jnp.einsum("LBJS,MBJS->BLM", lists, lists), jnp.einsum("LBJS,LBIS->BLJI", lists, lists)
+        return jnp.einsum("LPBJS,MPBJS->BLM", lists, lists), jnp.einsum("LPBJS,LPBIS->BLJI", lists, lists)
 
     of_layers, of_lists = _sum_over_probes(overlap, probes, keys, labels, channels, positions, model, config)
     # Divided only now: sums of whole numbers are exact, so equal overlaps are equal numbers and ties break by order.
@@ -107,17 +109,20 @@ def measure_mass(
     L, B, N = model.num_layers, positions.shape[0], model.num_heads
     slots = jnp.arange(S)[None, :]
 
+    def mass_of(q: Array, k: Array, window: int | None, lengths: Array) -> Array:
+        is_visible = slots < lengths[:, None]
+        if window is not None:
+            is_visible &= slots >= lengths[:, None] - window
+        return softmax_over(is_visible, score_keys(q, k)).reshape(B, J, N // J, S).sum(axis=2)
+
     def caught(lists: Array, queries: tuple[Array, ...], lengths: Array) -> Array:
-        weights = []
-        for q, k, window in zip(queries, keys, model.windows, strict=True):
-            is_visible = slots < lengths[:, None]
-            if window is not None:
-                is_visible &= slots >= lengths[:, None] - window
-            by_head = softmax_over(is_visible, score_keys(q, k))
-            weights.append(by_head.reshape(B, J, N // J, S).sum(axis=2))
-        mass, lists = (jnp.moveaxis(array, 0, 1).reshape(B, L * J, S) for array in (jnp.stack(weights), lists))
-        is_sparse = jnp.arange(L * J) >= config.dense_layers * J
-        return jnp.einsum("BIS,BJS->BIJ", mass, lists) * is_sparse[None, :, None]
+        by_layer = zip(queries, keys, model.windows, strict=True)
+        of_probes = jax.vmap(mass_of, in_axes=(0, None, None, 0))
+        mass = jnp.stack([of_probes(q, k, window, lengths) for q, k, window in by_layer])
+        is_sparse = jnp.arange(L) >= config.dense_layers
+        mass = jnp.where(is_sparse[:, None, None, None, None], mass, 0)
+        mass, lists = (jnp.moveaxis(array, 0, 2).reshape(-1, B, L * J, S) for array in (mass, lists))
+        return jnp.einsum("PBIS,PBJS->PBIJ", mass, lists).sum(axis=0)
 
     total = _sum_over_probes(caught, probes, keys, labels, channels, positions, model, config)
     return total / jnp.maximum((positions >= 0).sum(axis=1), 1)[:, None, None]
@@ -133,39 +138,46 @@ def _sum_over_probes(
     model: ModelConfig,
     config: HShareConfig,
 ):
-    """Returns the sum over each row's probes of measure(lists as 0/1 marks [L, B, J, S], queries, lengths).
+    """Returns the sum over each row's probes of measure(lists as 0/1 marks [L, P, B, J, S], queries, lengths [P, B]).
 
-    Probes are taken one after the other: memory holds a mark for each list and slot, never for each pair of tokens.
+    Probes are taken a group at a time: memory holds a mark for each list and slot of a group, never for each pair of
+    tokens.
     """
-    B, S, J = positions.shape[0], keys[0].shape[2], config.num_lists(model)
+    (B, P), S, J = positions.shape, keys[0].shape[2], config.num_lists(model)
     rows, lists = jnp.arange(B)[:, None, None], jnp.arange(J)[None, :, None]
     windows = jnp.asarray([S if window is None else window for window in model.windows], jnp.int32)
     is_sparse = jnp.arange(model.num_layers) >= config.dense_layers
 
-    def mark(scores: Array, window: Array, is_sparse: Array, lengths: Array) -> Array:
-        tokens = find_critical_tokens(scores, lengths, num_lists=J, config=config, window=window)
-        # EMPTY is written to a slot of its own, past the end.
-        tokens = jnp.where((tokens >= 0) & is_sparse, tokens, S)
-        return jnp.zeros((B, J, S + 1), jnp.float32).at[rows, lists, tokens].set(1.0)[..., :S]
+    def mark(scores: Array, window: Array, is_sparse: Array, position: Array) -> Array:
+        tokens = find_critical_tokens(scores, position + 1, num_lists=J, config=config, window=window)
+        # EMPTY is written to a slot of its own, past the end; so is all of what is no probe.
+        is_marked = (tokens >= 0) & (position >= 0)[:, None, None] & is_sparse
+        return jnp.zeros((B, J, S + 1), jnp.float32).at[rows, lists, jnp.where(is_marked, tokens, S)].set(1)[..., :S]
 
-    def measure_probe(probe: tuple[tuple[Array, ...], Array]) -> Array | tuple[Array, ...]:
-        queries, position = probe
-        scores = [
-            score_keys(q, k) if label is None else score_labels(q, label, channels[:, layer], config.label_bits)
-            for layer, (q, k, label) in enumerate(zip(queries, keys, labels, strict=True))
-        ]
-        marks = jax.vmap(mark, in_axes=(0, 0, 0, None))(jnp.stack(scores), windows, is_sparse, position + 1)
-        return measure(marks, queries, position + 1)
+    mark_group = jax.vmap(jax.vmap(mark, in_axes=(0, None, None, 0)), in_axes=(0, 0, 0, None))
 
-    def add(total, probe: tuple[tuple[Array, ...], Array]):
-        is_probe = probe[1] >= 0
+    def score(layer: int, queries: Array) -> Array:
+        label = labels[layer]
+        if label is None:
+            return jax.vmap(score_keys, in_axes=(0, None))(queries, keys[layer])
+        return jax.vmap(lambda q: score_labels(q, label, channels[:, layer], config.label_bits))(queries)
 
-        def add_one(old: Array, new: Array) -> Array:
-            return old + jnp.where(is_probe.reshape(-1, *[1] * (new.ndim - 1)), new, 0)
+    def measure_group(group: tuple[tuple[Array, ...], Array]) -> Array | tuple[Array, ...]:
+        queries, position = group
+        scores = jnp.stack([score(layer, q) for layer, q in enumerate(queries)])  # [L, G, B, N, S]
+        return measure(mark_group(scores, windows, is_sparse, position), queries, position + 1)
 
-        return jax.tree.map(add_one, total, measure_probe(probe)), None
+    def add(total, group: tuple[tuple[Array, ...], Array]):
+        return jax.tree.map(jnp.add, total, measure_group(group)), None
 
-    by_probe = (tuple(q.swapaxes(0, 1) for q in probes), positions.T)
-    shapes = jax.eval_shape(measure_probe, jax.tree.map(lambda array: array[0], by_probe))
+    G = max(1, min(P, MARKS // (model.num_layers * B * J * S)))
+    groups = jax.tree.map(lambda array: _in_groups(array, G), (probes, positions))
+    shapes = jax.eval_shape(measure_group, jax.tree.map(lambda array: array[0], groups))
     zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
-    return lax.scan(add, zeros, by_probe)[0]
+    return lax.scan(add, zeros, groups)[0]
+
+
+def _in_groups(array: Array, size: int) -> Array:
+    """Returns [B, P, ...] as [groups, size, B, ...]; what is missing to a whole group is no probe."""
+    array = jnp.pad(array, [(0, 0), (0, -array.shape[1] % size), *[(0, 0)] * (array.ndim - 2)], constant_values=-1)
+    return jnp.moveaxis(array.reshape(array.shape[0], -1, size, *array.shape[2:]), 0, 2)

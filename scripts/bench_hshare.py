@@ -33,7 +33,7 @@ def settings() -> dict[str, HShareConfig | None]:
     base = HShareConfig(num_sinks=16, num_critical=432, num_recent=64, plan_scope="batch")
     published = dataclasses.replace(base, plan="published", dilate=False)
     sides: dict[str, HShareConfig | None] = {"dense": None}
-    for ratio in ("1-1-1", "1/3-1-1", "1/8-1-1", "2/3-1-1/2"):
+    for ratio in ("1-1-1", "1/2-1-1", "1/3-1-1", "1/8-1-1", "2/3-1-1/2"):
         sides[f"units {ratio}"] = base.with_sharing_ratio(ratio)
     for ratio in ("7/8-3/4-1/2", "1/2-1/2-1/2"):
         sides[f"published plan {ratio}"] = published.with_sharing_ratio(ratio)

@@ -45,18 +45,18 @@ PUBLISHED_RATIOS = ("1-1-1", "7/8-3/4-1/2", "3/4-3/4-1/2", "1/2-1/2-1/2")
 # What is measured first, by table and name.
 CORE = {
     "512 of 4096 tokens": (
-        "oracle: exact scores, lists per kv head", "oracle: exact scores, lists per query head", "default, 1-1-1",
-        "default, 2/3-1-1", "default, 1/3-1-1", "default, 1/8-1-1", "published, 7/8-3/4-1/2", "published, 3/4-3/4-1/2",
-        "published, 1/2-1/2-1/2",
+        "oracle: exact scores, lists per kv head", "oracle: exact scores, lists per query head", "units, 1-1-1",
+        "units, 2/3-1-1", "units, 1/2-1-1", "units, 1/3-1-1", "units, 1/8-1-1", "published, 7/8-3/4-1/2",
+        "published, 3/4-3/4-1/2", "published, 1/2-1/2-1/2",
     ),
     "128 of 4096 tokens": (
-        "oracle: exact scores, lists per kv head", "default, 1-1-1", "default, 1/3-1-1", "default, 1/8-1-1",
+        "oracle: exact scores, lists per kv head", "units, 1-1-1", "units, 1/2-1-1", "units, 1/3-1-1", "units, 1/8-1-1",
         "published, 7/8-3/4-1/2",
     ),
-    "256 of 4096 tokens": ("default, 1-1-1", "default, 1/3-1-1"),
-    "64 of 4096 tokens": ("default, 1-1-1", "default, 1/3-1-1"),
+    "256 of 4096 tokens": ("units, 1-1-1", "units, 1/2-1-1"),
+    "64 of 4096 tokens": ("units, 1-1-1", "units, 1/2-1-1"),
     "Which part loses what (512)": (
-        "default, 1-1-1/2, dilated", "default, 1-1-1/2, not dilated", "published plan, 7/8-1-1",
+        "units, 1-1-1/2, dilated", "units, 1-1-1/2, not dilated", "published plan, 7/8-1-1",
         "published plan, 1-3/4-1",
     ),
     "The same work in other ways: a third, or an eighth, of the selections (512)": (
@@ -68,7 +68,7 @@ CORE = {
         "32 of 64 channels, 4 bits, calibrated on the other texts",
     ),
     "Dense first layers (512)": (
-        "0 dense, 1-1-1", "2 dense, 1-1-1", "0 dense, default 1/3-1-1", "2 dense, default 1/3-1-1",
+        "0 dense, 1-1-1", "2 dense, 1-1-1", "0 dense, units 1/2-1-1", "2 dense, units 1/2-1-1",
     ),
 }  # fmt: skip
 
@@ -97,7 +97,7 @@ def default(budget: int, ratio: str = "1-1-1", **settings: object) -> HShareConf
 
 def published(budget: int, ratio: str, **settings: object) -> HShareConfig:
     """Returns the published method at a budget and ratio, layer 0 dense unless told, with bounded probes."""
-    common = dataclasses.replace(HShareConfig.published(), num_probes=32, dense_layers=1)
+    common = dataclasses.replace(HShareConfig.published(), num_probes=HShareConfig().num_probes, dense_layers=1)
     sinks, critical, recent = BUDGETS[budget]
     config = dataclasses.replace(common, num_sinks=sinks, num_critical=critical, num_recent=recent)
     return dataclasses.replace(config.with_sharing_ratio(ratio), **settings)  # pyright: ignore[reportArgumentType]
@@ -112,8 +112,8 @@ def cells() -> Iterator[Cell]:
         yield Cell(
             table, "oracle: exact scores, lists per query head", default(budget, lists_per="query_head", **exact)
         )
-        for ratio in ("1-1-1", "2/3-1-1", "1/3-1-1", "1/8-1-1"):
-            yield Cell(table, f"default, {ratio}", default(budget, ratio))
+        for ratio in ("1-1-1", "2/3-1-1", "1/2-1-1", "1/3-1-1", "1/8-1-1"):
+            yield Cell(table, f"units, {ratio}", default(budget, ratio))
         for ratio in PUBLISHED_RATIOS if budget in (512, 128) else PUBLISHED_RATIOS[:2]:
             yield Cell(table, f"published, {ratio}", published(budget, ratio))
     table = "Which part loses what (512)"
@@ -122,7 +122,7 @@ def cells() -> Iterator[Cell]:
     for interval in (2, 4, 8):
         for dilate in (True, False):
             name = f"1-1-1/{interval}, {'dilated' if dilate else 'not dilated'}"
-            yield Cell(table, f"default, {name}", default(512, f"1-1-1/{interval}", dilate=dilate))
+            yield Cell(table, f"units, {name}", default(512, f"1-1-1/{interval}", dilate=dilate))
     table = "The same work in other ways: a third, or an eighth, of the selections (512)"
     for ratio in ("1/3-1-1", "2/3-1-1/2", "1/8-1-1", "1/4-1-1/2", "1/2-1-1/4"):
         yield Cell(table, f"units, {ratio}", default(512, ratio))
@@ -136,7 +136,7 @@ def cells() -> Iterator[Cell]:
     yield Cell(table, "units, 1/3-1-1, lists per query head", default(512, "1/3-1-1", lists_per="query_head"))
     yield Cell(table, "units, 1/3-1-1, one plan for the batch", default(512, "1/3-1-1", plan_scope="batch"))
     yield Cell(table, "units, 1/8-1-1, one plan for the batch", default(512, "1/8-1-1", plan_scope="batch"))
-    for probes in (8, 128):
+    for probes in (8, 32, 128):
         yield Cell(table, f"units, 1/8-1-1, {probes} probes", default(512, "1/8-1-1", num_probes=probes))
     table = "Labels, 1-1-1 (512)"
     for channels in (8, 16, 32, 64):
@@ -149,7 +149,7 @@ def cells() -> Iterator[Cell]:
     table = "Dense first layers (512)"
     for dense in (0, 1, 2):
         yield Cell(table, f"{dense} dense, 1-1-1", default(512, dense_layers=dense))
-        yield Cell(table, f"{dense} dense, default 1/3-1-1", default(512, "1/3-1-1", dense_layers=dense))
+        yield Cell(table, f"{dense} dense, units 1/2-1-1", default(512, "1/2-1-1", dense_layers=dense))
         hshare = default(512, dense_layers=dense, lists_per="query_head", **exact)
         yield Cell(table, f"{dense} dense, oracle per query head", hshare)
 
@@ -287,8 +287,8 @@ def passkey_settings() -> Iterator[tuple[str, HShareConfig | None]]:
     """Yields (name, settings) at 128 tokens."""
     yield "dense", None
     yield "oracle: exact scores, per kv head", default(128, scoring="exact")
-    for ratio in ("1-1-1", "2/3-1-1", "1/3-1-1", "1/8-1-1", "1-1-1/2"):
-        yield f"default, {ratio}", default(128, ratio)
+    for ratio in ("1-1-1", "2/3-1-1", "1/2-1-1", "1/3-1-1", "1/8-1-1", "1-1-1/2"):
+        yield f"units, {ratio}", default(128, ratio)
     for ratio in PUBLISHED_RATIOS:
         yield f"published, {ratio}", published(128, ratio)
 
@@ -302,7 +302,7 @@ def report(results: dict[str, dict], header: str) -> str:
             continue
         lines += [
             f"\n### {table}\n",
-            "| setting | KL to dense, mean (95 %) | median | top-1 agreement (95 %) | KL over default 1-1-1 | "
+            "| setting | KL to dense, mean (95 %) | median | top-1 agreement (95 %) | KL over units 1-1-1 | "
             "selections a step | tokens read |",
             "|---|---|---|---|---|---|---|",
         ]

@@ -86,6 +86,12 @@ USAGE_MISTAKES = {
     "output beyond the model": (["a", "-n", "8192"], "beyond the model's 8192 positions"),
     "budget ratio above 1": (["a", "--budget-ratio", "3/2"], "--budget-ratio 3/2 must lie in (0, 1]"),
     "budget ratio divided by 0": (["a", "--budget-ratio", "1/0"], "'1/0' is not a fraction such as 1/8"),
+    "label bits without labels": (
+        ["a", "--scoring", "exact", "--label-bits", "none"],
+        "--label-bits has no effect: --scoring exact reads keys and has no labels",
+    ),
+    "dilation without reuse": (["a", "--dilate"], "--dilate has no effect: dilation is for lists that later steps"),
+    "ratio beside a plan": (["a", "--plan-file", "p", "--sharing-ratio", "1-1-1"], "--sharing-ratio has no effect"),
     "no refresh interval": (["a", "--refresh-interval", "0"], "--refresh-interval 0 must be at least 1"),
     "two intervals": (
         ["a", "--sharing-ratio", "1-1-1/3", "--refresh-interval", "2"],
@@ -162,7 +168,7 @@ def test_text_goes_to_stdout_and_statistics_to_stderr(capsys: pytest.CaptureFixt
     status, out, err = call(["generate", "What is the capital of France?", "-n", "16"], capsys)
     assert (status, out) == (0, "The capital of France is Paris.\n")
     assert err.startswith(
-        "hshare 1/3-1-1 budget 128 | computes 87 of 87 lists every step | reads 41.0 of 41.0 tokens | "
+        "hshare 1/2-1-1 budget 128 | computes 87 of 87 lists every step | reads 41.0 of 41.0 tokens | "
     )
     assert " | prompt 37 tokens, " in err
     assert err.count("\n") == 1
@@ -199,39 +205,22 @@ def test_a_preset_is_changed_by_the_options_that_are_given() -> None:
 
 
 def test_every_setting_has_an_option() -> None:
-    found = settings(
-        *(
-            "--num-sinks",
-            "1",
-            "--num-critical",
-            "2",
-            "--num-recent",
-            "3",
-            "--budget-ratio",
-            "1/8",
-            "--num-probes",
-            "all",
-        ),
-        *("--sharing-ratio", "1/2-1/3-1/4", "--refresh-interval", "4", "--lists-per", "query_head"),
-        *(
-            "--plan",
-            "published",
-            "--plan-scope",
-            "batch",
-            "--no-dilate",
-            "--dense-layers",
-            "6",
-        ),
-        *("--min-length", "7", "--scoring", "exact", "--label-channels", "8", "--label-bits", "8"),
+    given = (
+        "--num-sinks 1 --num-critical 2 --num-recent 3 --budget-ratio 1/8 --num-probes all --sharing-ratio 1/2-1/3-1/4 "
+        "--lists-per query_head --plan published --plan-scope batch --no-dilate --dense-layers 6 --min-length 7 "
+        "--label-channels 8 --label-bits 8"
     )
+    found = settings(*given.split())
     assert found == HShareConfig(
         num_sinks=1, num_critical=2, num_recent=3, budget_ratio=Fraction(1, 8), num_probes="all",
         layer_ratio=Fraction(1, 2), head_ratio=Fraction(1, 3), refresh_interval=4, lists_per="query_head",
         plan="published", plan_scope="batch", dilate=False, dense_layers=6, min_length=7,
-        scoring="exact", label_channels=8, label_bits=8,
+        label_channels=8, label_bits=8,
     )  # fmt: skip
-    default = HShareConfig()
-    assert not [f.name for f in dataclasses.fields(default) if getattr(found, f.name) == getattr(default, f.name)]
+    default, same = HShareConfig(), {"scoring"}  # which leaves no use for those of the labels
+    fields = {f.name for f in dataclasses.fields(default)}
+    assert {name for name in fields if getattr(found, name) == getattr(default, name)} == same
+    assert settings("--scoring", "exact", "--refresh-interval", "4").scoring == "exact"
 
 
 TINY = ModelConfig(

@@ -77,7 +77,7 @@ def test_the_effective_ratio_is_of_the_selections_of_every_list_on_every_step(ra
 
 def test_the_default_has_the_published_budget_and_shares_layers_alone():
     config = HShareConfig()
-    assert (config.budget, config.sharing_ratio) == (128, "1/3-1-1")
+    assert (config.budget, config.sharing_ratio) == (128, "1/2-1-1")
     assert config.max_recent == config.num_recent
     assert dataclasses.replace(config, refresh_interval=3).max_recent == config.num_recent + 2
 
