@@ -7,13 +7,16 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from hshare_jax.critical_tokens import find_critical_tokens
+from hshare_jax.critical_tokens import candidate_range, find_critical_tokens, num_critical_in_budget, weigh_tokens
 from hshare_jax.decode_state import DecodeState, SharedLists
-from hshare_jax.kernels.reference import dense_decode, prefill_attention, shared_decode
+from hshare_jax.kernels.api import dense_decode, dispatch, shared_decode
+from hshare_jax.kernels.reference import prefill_attention
+from hshare_jax.kernels.select import select_labels, select_scores
 from hshare_jax.kv_cache import KVCache, append
-from hshare_jax.labels import make_labels, score_keys, score_labels
+from hshare_jax.labels import label_query, make_labels, score_keys, score_labels
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.decoder import Attend
+from hshare_jax.shapes import Lists
 
 
 @jax.tree_util.register_dataclass
@@ -67,7 +70,11 @@ def _keep_queries(
 
 
 def decode_attend(
-    config: ModelConfig, slots: Int[Array, "B 1"], lengths: Int[Array, "B"], is_due: Bool[Array, "B"] | bool
+    config: ModelConfig,
+    slots: Int[Array, "B 1"],
+    lengths: Int[Array, "B"],
+    is_due: Bool[Array, "B"] | bool,
+    impl: str = "auto",
 ) -> Attend[DecodeState]:
     """Returns the attention of one decode step: dense where the state shares no lists, else through its plan.
 
@@ -76,35 +83,24 @@ def decode_attend(
         slots: where each row's new token is written; at or beyond the capacity for rows that have finished.
         lengths: tokens of each row, the new one included.
         is_due: rows that choose their lists anew on this step; False when none does, known before tracing.
+        impl: what runs it (`kernels.api.dispatch`).
     """
 
     def attend(layer: int, q: Array, k: Array, v: Array, state: DecodeState) -> tuple[Array, DecodeState]:
         window = config.windows[layer]
         cache = _append_layer(state.cache, layer, k, v, slots)
         query, keys, values, shared = q[:, 0], cache.keys[layer], cache.values[layer], state.shared
-
-        def dense() -> Array:
-            return dense_decode(query, keys, values, lengths, window=window)
-
         if shared is None or layer < shared.config.dense_layers:
-            return dense()[:, None], DecodeState(cache, shared)
-        shared = _append_labels(shared, layer, k, slots)
+            out = dense_decode(query, keys, values, lengths, window=window, impl=impl)
+            return out[:, None], DecodeState(cache, shared)
+        hshare, shared = shared.config, _append_labels(shared, layer, k, slots)
         if is_due is not False:
-            shared = _refresh(shared, layer, query, keys, lengths, jnp.asarray(is_due), window)
-
-        def sparse() -> Array:
-            return shared_decode(
-                query, keys, values, shared.token_indices, shared.source[:, layer], lengths, shared.recent_start,
-                num_sinks=shared.config.num_sinks, max_recent=shared.config.max_recent, window=window,
-            )  # fmt: skip
-
-        if shared.config.min_length == 0:
-            out = sparse()
-        else:
-            is_dense = lengths < shared.config.min_length
-            dense_out = lax.cond(is_dense.any(), dense, lambda: jnp.zeros_like(query))
-            sparse_out = lax.cond(is_dense.all(), lambda: jnp.zeros_like(query), sparse)
-            out = jnp.where(is_dense[:, None, None], dense_out, sparse_out)
+            shared = _refresh(shared, layer, query, keys, lengths, jnp.asarray(is_due), window, impl)
+        out = shared_decode(
+            query, keys, values, shared.token_indices, shared.source[:, layer], lengths, shared.recent_start,
+            num_sinks=hshare.num_sinks, max_recent=hshare.max_recent, window=window, min_length=hshare.min_length,
+            impl=impl,
+        )  # fmt: skip
         return out[:, None], DecodeState(cache, shared)
 
     return attend
@@ -112,29 +108,42 @@ def decode_attend(
 
 def _refresh(
     shared: SharedLists, layer: int, query: Float[Array, "B N H"], keys: Array, lengths: Array, is_due: Array,
-    window: int | None,
+    window: int | None, impl: str,
 ) -> SharedLists:  # fmt: skip
     """Chooses the lists of this layer that are their own source, in rows that are due; the others stay as they are.
 
-    A layer in which no row chooses costs nothing.
+    A layer in which no row chooses costs nothing, or on a GPU an empty launch.
     """
     if shared.plan is not None and not shared.plan.owns(layer):
         return shared
     J, labels, config = shared.source.shape[2], shared.labels[layer], shared.config
-    old = shared.token_indices[layer]
+    lists, channels, bits = shared.token_indices, shared.channels[:, layer], config.label_bits
     is_own = shared.source[:, layer] == layer * J + jnp.arange(J, dtype=jnp.int32)[None, :]
     is_chosen = is_own & is_due[:, None]
 
-    def choose() -> Int[Array, "B J C"]:
-        if labels is None:
-            scores = score_keys(query, keys)
-        else:
-            scores = score_labels(query, labels, shared.channels[:, layer], config.label_bits)
-        new = find_critical_tokens(scores, lengths, num_lists=J, config=config, window=window)
-        return jnp.where(is_chosen[:, :, None], new, old)
+    def plain() -> Lists:
+        def choose() -> Int[Array, "B J C"]:
+            scores = score_keys(query, keys) if labels is None else score_labels(query, labels, channels, bits)
+            new = find_critical_tokens(scores, lengths, num_lists=J, config=config, window=window)
+            return jnp.where(is_chosen[:, :, None], new, lists[layer])
 
-    lists = lax.cond(is_chosen.any(), choose, lambda: old)
-    return dataclasses.replace(shared, token_indices=shared.token_indices.at[layer].set(lists))
+        return lists.at[layer].set(lax.cond(is_chosen.any(), choose, lambda: lists[layer]))
+
+    def pallas(interpret: bool) -> Lists:
+        first, last = candidate_range(lengths, config, window)
+        allowed = num_critical_in_budget(lengths, config)
+        if allowed is None:
+            allowed = jnp.full_like(lengths, config.num_critical)
+        competing = (is_chosen, first, last, allowed)
+        if labels is None:
+            weights = weigh_tokens(score_keys(query, keys), lengths, num_lists=J, config=config, window=window)
+            return select_scores(lists, layer, weights, *competing, interpret=interpret)
+        return select_labels(
+            lists, layer, label_query(query, channels, bits), labels.codes, labels.scales, *competing,
+            dilate=config.dilates, interpret=interpret,
+        )  # fmt: skip
+
+    return dataclasses.replace(shared, token_indices=dispatch(impl, pallas=pallas, plain=plain))
 
 
 def _append_layer(cache: KVCache, layer: int, k: Array, v: Array, slots: Array) -> KVCache:

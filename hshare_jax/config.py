@@ -89,6 +89,11 @@ class HShareConfig:
         return self.num_recent + self.refresh_interval - 1
 
     @property
+    def dilates(self) -> bool:
+        """Returns whether lists are dilated: only those that later steps reuse."""
+        return self.dilate and self.refresh_interval > 1
+
+    @property
     def sharing_ratio(self) -> str:
         """Returns the ratios as the paper writes them: layer-head-query."""
         return f"{self.layer_ratio}-{self.head_ratio}-{Fraction(1, self.refresh_interval)}"

@@ -31,21 +31,40 @@ def find_critical_tokens(
         window: the layer's sliding window; tokens before it do not compete.
     """
     is_candidate = find_candidates(lengths, scores.shape[-1], config, window)
+    weights = weigh_tokens(scores, lengths, num_lists=num_lists, config=config, window=window)
+    return select_tokens(weights, is_candidate, config.num_critical, num_critical_in_budget(lengths, config))
+
+
+def weigh_tokens(
+    scores: Float[Array, "B N S"],
+    lengths: Int[Array, "B"],
+    *,
+    num_lists: int,
+    config: HShareConfig,
+    window: int | Int[Array, ""] | None = None,
+) -> Float[Array, "B J S"]:
+    """Returns what the tokens of each list are chosen by; arguments are those of `find_critical_tokens`."""
+    is_candidate = find_candidates(lengths, scores.shape[-1], config, window)
     pooled = pool_scores(scores, is_candidate, num_lists)
-    if config.dilate and config.refresh_interval > 1:
-        pooled = dilate(jnp.where(is_candidate[:, None, :], pooled, -jnp.inf))
-    return select_tokens(pooled, is_candidate, config.num_critical, num_critical_in_budget(lengths, config))
+    return dilate(jnp.where(is_candidate[:, None, :], pooled, -jnp.inf)) if config.dilates else pooled
+
+
+def candidate_range(
+    lengths: Int[Array, "B"], config: HShareConfig, window: int | Int[Array, ""] | None
+) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
+    """Returns (first, last): the slots [first, last) compete, those between sinks and recent tokens in the window."""
+    first = jnp.full_like(lengths, config.num_sinks)
+    if window is not None:
+        first = jnp.maximum(first, lengths - window)
+    return first, lengths - config.num_recent
 
 
 def find_candidates(
     lengths: Int[Array, "B"], num_slots: int, config: HShareConfig, window: int | Int[Array, ""] | None
 ) -> Bool[Array, "B S"]:
-    """Returns which slots compete for a list: those between the sinks and the recent tokens, within the window."""
-    slots = jnp.arange(num_slots)[None, :]
-    is_candidate = (slots >= config.num_sinks) & (slots < lengths[:, None] - config.num_recent)
-    if window is not None:
-        is_candidate &= slots >= lengths[:, None] - window
-    return is_candidate
+    """Returns which slots compete for a list."""
+    slots, (first, last) = jnp.arange(num_slots)[None, :], candidate_range(lengths, config, window)
+    return (slots >= first[:, None]) & (slots < last[:, None])
 
 
 def num_critical_in_budget(lengths: Int[Array, "B"], config: HShareConfig) -> Int[Array, "B"] | None:

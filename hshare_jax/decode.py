@@ -14,7 +14,7 @@ from hshare_jax.models.decoder import Decoder
 from hshare_jax.shapes import Logits, PerRow, RowMask, check_rows
 
 
-@functools.partial(jax.jit, static_argnames=("config", "refresh"), donate_argnames=("state",))
+@functools.partial(jax.jit, static_argnames=("config", "refresh", "impl"), donate_argnames=("state",))
 def decode_step(
     params: dict,
     tokens: PerRow,
@@ -23,6 +23,7 @@ def decode_step(
     config: ModelConfig,
     refresh: bool | None = None,
     is_active: RowMask | None = None,
+    impl: str = "auto",
 ) -> tuple[Logits, DecodeState]:
     """Returns (float32 logits for the next token [B, V], the next state).
 
@@ -39,6 +40,11 @@ def decode_step(
             row's age, so that rows that started at different times can share a batch. Ignored by dense decoding.
         is_active: bool, rows that take part [B]; the others append nothing and keep their length, and their logits mean
             nothing. None: all.
+        impl: what computes selection and attention: `auto` takes the Pallas kernels on an NVIDIA GPU and plain jnp
+            elsewhere; `pallas` and `reference` name one; `interpret` runs the kernels on any machine, slowly.
+
+    Raises:
+        ValueError: arrays whose shape does not fit the state, or an `impl` that cannot run here.
     """
     cache, shared = state.cache, state.shared
     positions = cache.lengths
@@ -56,7 +62,7 @@ def decode_step(
         start = jnp.maximum(start, lengths - shared.config.max_recent)
         shared = dataclasses.replace(shared, recent_start=jnp.maximum(start, 0))
     slots = jnp.where(active, positions, cache.capacity)[:, None]
-    attend = decode_attend(config, slots, lengths, is_due)
+    attend = decode_attend(config, slots, lengths, is_due, impl)
     decoder, variables = Decoder(config), {"params": params}
     hidden, state = decoder.apply(variables, tokens[:, None], positions[:, None], attend, DecodeState(cache, shared))  # pyright: ignore[reportAssignmentType]
     logits = decoder.apply(variables, hidden[:, 0], method="unembed")

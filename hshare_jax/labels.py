@@ -82,30 +82,35 @@ def quantise(
     return jnp.clip(codes, 0, 2**bits - 1).astype(jnp.uint8), offset, step
 
 
+def label_query(q: Float[Array, "B N H"], channels: Int[Array, "B K R"], bits: int | None) -> Float[Array, "B N R"]:
+    """Returns the queries that labels are scored with: their label channels, quantised as the labels are, / sqrt(H).
+
+    That is attention's own scale, so that softmaxed scores estimate its weights. (The published code divides by
+    sqrt(R); it makes no difference to the order within one head.)
+    """
+    (B, N, H), (_, K, R) = q.shape, channels.shape
+    query = take_channels(q.reshape(B, K, N // K, H), channels)
+    if bits is not None:
+        codes, offset, step = quantise(query, bits, jnp.dtype(jnp.float32))
+        query = offset[..., None] + step[..., None] * codes
+    return query.reshape(B, N, R).astype(jnp.float32) * H**-0.5
+
+
 def score_labels(
     q: Float[Array, "B N H"], labels: Labels, channels: Int[Array, "B K R"], bits: int | None
 ) -> Float[Array, "B N S"]:
-    """Returns q . k / sqrt(H) on the label channels, float32, for every slot of the cache, filled or not.
-
-    That is attention's own scale, so that softmaxed scores estimate its weights. (The published code divides by
-    sqrt(R); it makes no difference to the order within one head.) Where labels are quantised the query is as well.
-    """
-    B, K, R = channels.shape
-    N, H = q.shape[1:]
-    query = take_channels(q.reshape(B, K, N // K, H), channels)
+    """Returns q . k / sqrt(H) on the label channels, float32, for every slot of the cache, filled or not."""
+    (B, K, R), N = channels.shape, q.shape[1]
+    query = label_query(q, channels, bits).reshape(B, K, N // K, R)
     if bits is None or labels.scales is None:
-        scores = _score_channels(query, labels.codes)
-    else:
-        codes, offset, step = quantise(query, bits, jnp.dtype(jnp.float32))
-        query = offset[..., None] + step[..., None] * codes
-        unpacked = labels.codes
-        if bits == 4:
-            unpacked = jnp.concatenate([labels.codes & 15, labels.codes >> 4], axis=2)[:, :, :R]
-        key_offset, key_step = jnp.split(labels.scales.astype(jnp.float32), 2, axis=2)
-        # q . (offset + step * code) = offset * sum(q) + step * (q . code)
-        scores = _score_channels(query, unpacked.astype(jnp.float32)) * key_step
-        scores = scores + key_offset * query.sum(axis=-1)[..., None]
-    return scores.reshape(B, N, -1) * H**-0.5
+        return _score_channels(query, labels.codes).reshape(B, N, -1)
+    unpacked = labels.codes
+    if bits == 4:
+        unpacked = jnp.concatenate([labels.codes & 15, labels.codes >> 4], axis=2)[:, :, :R]
+    offset, step = jnp.split(labels.scales.astype(jnp.float32), 2, axis=2)
+    # q . (offset + step * code) = offset * sum(q) + step * (q . code)
+    scores = _score_channels(query, unpacked.astype(jnp.float32)) * step + offset * query.sum(axis=-1)[..., None]
+    return scores.reshape(B, N, -1)
 
 
 def _score_channels(query: Float[Array, "B K G R"], labels: Float[Array, "B K R S"]) -> Float[Array, "B K G S"]:

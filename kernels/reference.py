@@ -48,6 +48,7 @@ def shared_decode(
     num_sinks: int,
     max_recent: int,
     window: int | None = None,
+    min_length: int = 0,
 ) -> Float[Array, "B N H"]:
     """Returns attention of one query per head over its list and two ranges, each slot read once.
 
@@ -65,7 +66,23 @@ def shared_decode(
         recent_start: the first slot of each row's recent range.
         max_recent: a static bound on length - recent_start.
         window: the layer's sliding window; whatever lies outside is dropped.
+        min_length: rows shorter than this read everything, by the very operations of `dense_decode`.
     """
+    if min_length > 0:
+        is_dense = lengths < min_length
+
+        def dense() -> Array:
+            return dense_decode(q, keys, values, lengths, window=window)
+
+        def sparse() -> Array:
+            return shared_decode(
+                q, keys, values, lists, source, lengths, recent_start,
+                num_sinks=num_sinks, max_recent=max_recent, window=window,
+            )  # fmt: skip
+
+        dense_out = lax.cond(is_dense.any(), dense, lambda: jnp.zeros_like(q))
+        sparse_out = lax.cond(is_dense.all(), lambda: jnp.zeros_like(q), sparse)
+        return jnp.where(is_dense[:, None, None], dense_out, sparse_out)
     B, K, S, H = keys.shape
     J = source.shape[1]
     row = jnp.arange(B)[:, None]

@@ -38,6 +38,7 @@ ORDER = (
     "hshare_jax.share_plan",
     "hshare_jax.decode_state",
     "hshare_jax.attend",
+    "hshare_jax.kernels.*",  # so that layers of one shape trace a kernel once
     "hshare_jax.prefill",
     "hshare_jax.decode",
     "hshare_jax.sampling",

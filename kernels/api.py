@@ -1,0 +1,106 @@
+"""Which implementation runs: the Pallas kernels on NVIDIA GPUs, plain jnp everywhere else, or what the caller names.
+
+Everything that knows Pallas' Triton backend lies in this folder behind these functions.
+"""
+
+from collections.abc import Callable
+from typing import Literal, TypeVar
+
+import jax
+from jax import Array, lax
+from jax.experimental import checkify
+from jaxtyping import Float, Int
+
+from hshare_jax.kernels import reference, sparse_decode
+from hshare_jax.shapes import Lists
+
+Impl = Literal["auto", "pallas", "reference", "interpret"]
+IMPLS = ("auto", "pallas", "reference", "interpret")
+Result = TypeVar("Result")
+
+
+def check_impl(impl: str) -> None:
+    """Raises ValueError for a name that is none, and for `pallas` where the program is not for an NVIDIA GPU."""
+    if impl not in IMPLS:
+        raise ValueError(f"impl={impl!r} must be one of {', '.join(map(repr, IMPLS))}")
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    platform = jax.default_backend() if device is None else device.platform
+    if impl == "pallas" and platform not in ("gpu", "cuda"):
+        raise ValueError(
+            f"impl='pallas' runs on NVIDIA GPUs, and this program is for {platform}: leave it 'auto', or use "
+            "'interpret' to try the kernels, slowly"
+        )
+
+
+def dispatch(impl: str, *, pallas: Callable[[bool], Result], plain: Callable[[], Result]) -> Result:
+    """Returns what the chosen implementation gives.
+
+    Args:
+        impl: `auto` decides where the program is lowered: kernels for CUDA, plain jnp elsewhere. `pallas` and
+            `reference` are these two; `interpret` runs the kernels in Pallas' interpreter on any machine, for tests.
+        pallas: called with whether to interpret.
+        plain: the definition.
+
+    Raises:
+        ValueError: as `check_impl`.
+    """
+    check_impl(impl)
+    if impl == "auto":
+        return lax.platform_dependent(cuda=lambda: pallas(False), default=plain)
+    return plain() if impl == "reference" else pallas(impl == "interpret")
+
+
+def dense_decode(
+    q: Float[Array, "B N H"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    lengths: Int[Array, "B"],
+    *,
+    window: int | None = None,
+    impl: str = "auto",
+) -> Float[Array, "B N H"]:
+    """Returns attention over the whole cache: see `reference.dense_decode`; and for `impl`, `dispatch`."""
+    return dispatch(
+        impl,
+        pallas=lambda interpret: sparse_decode.dense_decode(
+            q, keys, values, lengths, window=window, interpret=interpret
+        ),
+        plain=lambda: reference.dense_decode(q, keys, values, lengths, window=window),
+    )
+
+
+def shared_decode(
+    q: Float[Array, "B N H"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    lists: Lists,
+    source: Int[Array, "B J"],
+    lengths: Int[Array, "B"],
+    recent_start: Int[Array, "B"],
+    *,
+    num_sinks: int,
+    max_recent: int,
+    window: int | None = None,
+    min_length: int = 0,
+    impl: str = "auto",
+) -> Float[Array, "B N H"]:
+    """Returns attention through the plan: see `reference.shared_decode`; and for `impl`, `dispatch`.
+
+    Transformed by `checkify`, it reports lists and plans that point outside the cache and the buffer; a GPU would read
+    whatever lies there.
+    """
+    S, (L, _, J, _) = keys.shape[2], lists.shape
+    checkify.debug_check(
+        ((source >= 0) & (source < L * J)).all(), f"source must lie in [0, {L * J}), the lists of {L} layers"
+    )
+    checkify.debug_check(
+        ((lists >= reference.EMPTY) & (lists < S)).all(), f"lists must hold slots in [0, {S}) or {reference.EMPTY}"
+    )
+    checkify.debug_check(((lengths >= 0) & (lengths <= S)).all(), f"lengths must lie in [0, {S}]")
+    arrays = (q, keys, values, lists, source, lengths, recent_start)
+    settings = {"num_sinks": num_sinks, "max_recent": max_recent, "window": window, "min_length": min_length}
+    return dispatch(
+        impl,
+        pallas=lambda interpret: sparse_decode.shared_decode(*arrays, **settings, interpret=interpret),
+        plain=lambda: reference.shared_decode(*arrays, **settings),
+    )

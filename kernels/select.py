@@ -1,0 +1,297 @@
+"""Selection as Pallas kernels for NVIDIA GPUs, through Triton: label scores and exact top-k, written into the lists.
+
+One program holds the scores of one list's slots in registers, finds the C-th highest by bisection of its bits, and
+writes the chosen slots in ascending order: no sort, and no score goes to memory. Of a cache too long for that every
+program takes a chunk and keeps its C best, of which one more kernel takes the C best. A program whose list is a copy
+leaves at once. The definition is `critical_tokens.find_critical_tokens` on `labels.score_labels`.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Bool, Float, Int
+
+from hshare_jax.kernels.reference import EMPTY, MASKED
+from hshare_jax.kernels.tiling import Tiles, selection_tiles
+from hshare_jax.shapes import Lists
+
+FIRST, LAST, ALLOWED, LAYER = range(4)  # what the kernels are told of each row
+
+
+def select_labels(
+    lists: Lists,
+    layer: int,
+    query: Float[Array, "B N R"],
+    codes: Array,
+    scales: Float[Array, "B K 2 S"] | None,
+    is_chosen: Bool[Array, "B J"],
+    first: Int[Array, "B"],
+    last: Int[Array, "B"],
+    num_allowed: Int[Array, "B"],
+    *,
+    dilate: bool = False,
+    tiles: Tiles | None = None,
+    interpret: bool = False,
+) -> Lists:
+    """Returns the lists, in place, with those of a layer chosen anew by their label scores where `is_chosen`.
+
+    Args:
+        lists: of all layers.
+        layer: whose lists are chosen.
+        query: the queries on their label channels, scaled: as `labels.label_query` has them, float32.
+        codes: of the layer's labels [B, K, R, S], or two 4-bit codes a byte [B, K, half, S].
+        scales: offset and step of each slot; None where the codes are the labels themselves.
+        is_chosen: the lists that are their own source, in rows that are due.
+        first, last: the slots [first, last) of each row compete.
+        num_allowed: how many each list may hold, at most C.
+        dilate: each slot counts at least what the one before it does (`critical_tokens.dilate`).
+        tiles, interpret: how it runs; None takes `tiling`'s choice.
+    """
+    return _select(
+        lists, None, query, codes, scales, is_chosen, first, last, num_allowed, jnp.int32(layer),
+        dilate=dilate, tiles=tiles, interpret=interpret,
+    )  # fmt: skip
+
+
+def select_scores(
+    lists: Lists,
+    layer: int,
+    scores: Float[Array, "B J S"],
+    is_chosen: Bool[Array, "B J"],
+    first: Int[Array, "B"],
+    last: Int[Array, "B"],
+    num_allowed: Int[Array, "B"],
+    *,
+    tiles: Tiles | None = None,
+    interpret: bool = False,
+) -> Lists:
+    """Returns the lists, in place, chosen by scores that are there already; arguments are those of `select_labels`.
+
+    Scores may be anything but NaN where they compete; ties go to the lower slot.
+    """
+    return _select(
+        lists, scores, None, None, None, is_chosen, first, last, num_allowed, jnp.int32(layer),
+        dilate=False, tiles=tiles, interpret=interpret,
+    )  # fmt: skip
+
+
+class _Given(NamedTuple):
+    """What the kernels read, whole arrays in the GPU's memory."""
+
+    is_chosen: Any  # [B, J] int32
+    bounds: Any  # [4, B] int32: FIRST, LAST, ALLOWED, LAYER
+    scores: Any = None  # [B, J, S], or what makes them:
+    query: Any = None  # [B, N, R + 1] float32, and the sum of each
+    codes: Any = None
+    scales: Any = None
+    stats: Any = None  # [B, J, G, 2, chunks] float32: peak and sum of exponentials of each chunk's scores
+
+
+@functools.partial(jax.jit, static_argnames=("dilate", "tiles", "interpret"))
+def _select(
+    lists: Array, scores: Array | None, query: Array | None, codes: Array | None, scales: Array | None,
+    is_chosen: Array, first: Array, last: Array, num_allowed: Array, layer: Array, *,
+    dilate: bool, tiles: Tiles | None, interpret: bool,
+) -> Array:  # fmt: skip
+    (B, J), C = is_chosen.shape, lists.shape[3]
+    if scores is not None:
+        G, S = 1, scores.shape[2]
+    else:
+        assert query is not None
+        assert codes is not None
+        G, S = query.shape[1] // J, codes.shape[3]
+        # Zeros for the high bits of a last byte that holds one code, then the sum over channels.
+        width = codes.shape[2] * (1 if query.shape[2] <= codes.shape[2] else 2)
+        total = query.sum(axis=2, keepdims=True)
+        query = jnp.concatenate([jnp.pad(query, ((0, 0), (0, 0), (0, width - query.shape[2]))), total], axis=2)
+    tiles = selection_tiles(S, G, B * J) if tiles is None else tiles
+    chunks = pl.cdiv(S, tiles.block)
+    bounds = jnp.stack([first, last, jnp.minimum(num_allowed, C), jnp.full_like(first, layer)]).astype(jnp.int32)
+    given = _Given(is_chosen.astype(jnp.int32), bounds, scores, query, codes, scales)
+    call = functools.partial(_call, num_lists=J, grid=(chunks, J, B), tiles=tiles, interpret=interpret)
+
+    def choose(given: _Given, chunk: Array, j: Array, b: Array) -> tuple[Array, Array, Array]:
+        """Returns (weights as numbers in their order, slots, how many of them are chosen) of one chunk."""
+        slots = chunk * tiles.block + jnp.arange(tiles.block, dtype=jnp.int32)
+        is_candidate = _is_candidate(given, b, slots)
+        by_head = _score(given, b, j, slots, is_whole=S % tiles.block == 0)
+        stats = None  # of one head none are needed: the order of its scores is that of its weights
+        if G > 1:
+            stats = [_stats(s, is_candidate) for s in by_head] if chunks == 1 else _load_stats(given.stats, b, j)
+        weights = _pool(by_head, stats, is_candidate)
+        if dilate:
+            before = _score(given, b, j, slots - 1, is_whole=False)
+            weights = jnp.maximum(weights, _pool(before, stats, _is_candidate(given, b, slots - 1)))
+        order = jnp.where(is_candidate, _sortable(weights), 0)
+        allowed = given.bounds[ALLOWED, b] if chunks == 1 else C
+        return order, slots, jnp.minimum(allowed, is_candidate.astype(jnp.int32).sum())
+
+    def select(given: _Given, lists_ref, chunk: Array, j: Array, b: Array) -> None:
+        chosen = choose(given, chunk, j, b)
+        _write_chosen(lambda at: lists_ref.at[given.bounds[LAYER, b], b, j, at], *chosen, C)
+
+    def find_stats(given: _Given, stats_ref, chunk: Array, j: Array, b: Array) -> None:
+        slots = chunk * tiles.block + jnp.arange(tiles.block, dtype=jnp.int32)
+        is_candidate = _is_candidate(given, b, slots)
+        for g, scores in enumerate(_score(given, b, j, slots, is_whole=S % tiles.block == 0)):
+            stats_ref[b, j, g, 0, chunk], stats_ref[b, j, g, 1, chunk] = _stats(scores, is_candidate)
+
+    def select_in_chunk(given: _Given, best_ref, chunk: Array, j: Array, b: Array) -> None:
+        order, slots, count = choose(given, chunk, j, b)
+        _write_chosen(lambda at: best_ref.at[0, b, j, chunk, at], order, slots, count, C)
+        as_int = lax.bitcast_convert_type(order, jnp.int32)
+        _write_chosen(lambda at: best_ref.at[1, b, j, chunk, at], order, slots, count, C, as_int)
+
+    def merge(given: _Given, lists_ref, _: Array, j: Array, b: Array) -> None:
+        index = jnp.arange(pl.next_power_of_2(chunks * C), dtype=jnp.int32)
+        is_there = index < chunks * C
+        slots, order = (
+            plgpu.load(given.scores.at[part, b, j, index // C, index % C], mask=is_there, other=EMPTY)
+            for part in (0, 1)
+        )
+        is_candidate = is_there & (slots >= 0)
+        order = jnp.where(is_candidate, lax.bitcast_convert_type(order, jnp.uint32), 0)
+        count = jnp.minimum(given.bounds[ALLOWED, b], is_candidate.astype(jnp.int32).sum())
+        _write_chosen(lambda at: lists_ref.at[given.bounds[LAYER, b], b, j, at], order, slots, count, C)
+
+    if chunks == 1:
+        return call(select, lists, given, name="select_tokens")
+    if G > 1:
+        stats = jax.ShapeDtypeStruct((B, J, G, 2, chunks), jnp.float32)
+        given = given._replace(stats=call(find_stats, stats, given, name="softmax_statistics"))
+    best = jax.ShapeDtypeStruct((2, B, J, chunks, C), jnp.int32)  # slots, and their order
+    best = call(select_in_chunk, best, given, name="select_in_chunks")
+    given = _Given(given.is_chosen, bounds, scores=best)
+    return call(merge, lists, given, grid=(1, J, B), name="select_of_chunks")
+
+
+def _call(
+    body: Callable, out: Array | jax.ShapeDtypeStruct, given: _Given, *, num_lists: int, grid: tuple, name: str,
+    tiles: Tiles, interpret: bool,
+) -> Array:  # fmt: skip
+    """Runs body(given, out, chunk, j, b) for the lists that are chosen; an array `out` is written in place."""
+    is_array = isinstance(out, jax.Array)
+    arrays = {field: array for field, array in given._asdict().items() if array is not None}
+
+    def kernel(*refs) -> None:
+        *read, out_ref = refs[1:] if is_array else refs
+        given = _Given(**dict(zip(arrays, read, strict=True)))
+        chunk, j, b = (pl.program_id(axis) for axis in range(3))
+
+        @pl.when(given.is_chosen[b, j] != 0)
+        def _() -> None:
+            body(given, out_ref, chunk, j, b)
+
+    everywhere = pl.BlockSpec(memory_space=pl.ANY)
+    inputs = ([out] if is_array else []) + list(arrays.values())
+    return pl.pallas_call(
+        kernel,
+        grid=grid,
+        in_specs=[everywhere] * len(inputs),
+        out_specs=everywhere,
+        out_shape=jax.ShapeDtypeStruct(out.shape, out.dtype),
+        input_output_aliases={0: 0} if is_array else {},
+        compiler_params=plgpu.CompilerParams(num_warps=tiles.num_warps, num_stages=tiles.num_stages),
+        interpret=interpret,
+        name=name,
+    )(*inputs)
+
+
+def _is_candidate(given: _Given, b: Array, slots: Array) -> Array:
+    return (slots >= given.bounds[FIRST, b]) & (slots < given.bounds[LAST, b])
+
+
+def _score(given: _Given, b: Array, j: Array, slots: Array, *, is_whole: bool) -> list[Array]:
+    """Returns the scores of each of the list's query heads; anything where a slot does not compete.
+
+    Loads are masked only where slots may lie outside the cache: a mask of its own for each slot would make them narrow.
+    """
+    S = (given.codes if given.scores is None else given.scores).shape[-1]
+    mask = None if is_whole else (slots >= 0) & (slots < S)
+
+    def load(ref) -> Array:
+        return plgpu.load(ref, mask=mask, other=None if is_whole else 0)
+
+    if given.scores is not None:
+        return [load(given.scores.at[b, j, slots]).astype(jnp.float32)]
+    (_, N, width), (_, K, num_codes, _), J = given.query.shape, given.codes.shape, given.is_chosen.shape[1]
+    G, k, R = N // J, j // (J // K), width - 1
+    heads = [j * G + g for g in range(G)]
+
+    def add(r: Array, scores: tuple[Array, ...]) -> tuple[Array, ...]:
+        code = load(given.codes.at[b, k, r, slots])
+        parts = [(code & 15, r), (code >> 4, r + num_codes)] if num_codes < R else [(code, r)]
+        for part, channel in parts:
+            part = part.astype(jnp.float32)
+            scores = tuple(s + given.query[b, n, channel] * part for s, n in zip(scores, heads, strict=True))
+        return scores
+
+    scores = lax.fori_loop(0, num_codes, add, (jnp.zeros(slots.shape, jnp.float32),) * G)
+    if given.scales is None:
+        return list(scores)
+    offset, step = (load(given.scales.at[b, k, part, slots]).astype(jnp.float32) for part in (0, 1))
+    # q . (offset + step * code); the sum of q stands behind its channels.
+    return [s * step + given.query[b, n, R] * offset for s, n in zip(scores, heads, strict=True)]
+
+
+def _stats(scores: Array, is_candidate: Array) -> tuple[Array, Array]:
+    """Returns (peak, sum of exponentials) of a head's scores over these slots."""
+    peak = jnp.where(is_candidate, scores, MASKED).max()
+    return peak, jnp.where(is_candidate, jnp.exp(scores - peak), 0).sum()
+
+
+def _load_stats(stats_ref, b: Array, j: Array) -> list[tuple[Array, Array]]:
+    """Returns `_stats` over all chunks, for each of the list's heads."""
+    G, chunks = stats_ref.shape[2], stats_ref.shape[4]
+    chunk = jnp.arange(pl.next_power_of_2(chunks), dtype=jnp.int32)
+    found = []
+    for g in range(G):
+        peaks = plgpu.load(stats_ref.at[b, j, g, 0, chunk], mask=chunk < chunks, other=MASKED)
+        totals = plgpu.load(stats_ref.at[b, j, g, 1, chunk], mask=chunk < chunks, other=0)
+        peak = peaks.max()
+        found.append((peak, (totals * jnp.exp(peaks - peak)).sum()))
+    return found
+
+
+def _pool(by_head: list[Array], stats: list[tuple[Array, Array]] | None, is_candidate: Array) -> Array:
+    """Returns the weight of each slot, the sum of its heads' softmaxed scores; -inf where it does not compete."""
+    weights = by_head
+    if stats is not None:
+        weights = [jnp.exp(scores - peak) / total for scores, (peak, total) in zip(by_head, stats, strict=True)]
+    return jnp.where(is_candidate, sum(weights[1:], weights[0]), -jnp.inf)
+
+
+def _sortable(scores: Float[Array, "slots"]) -> Array:
+    """Returns uint32, above 0, in the order of the float32 scores; the zeros are one value."""
+    bits = lax.bitcast_convert_type(jnp.where(scores == 0, 0.0, scores), jnp.uint32)
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _write_chosen(ref_at: Callable, order: Array, slots: Array, count: Array, size: int, what: Array | None = None):
+    """Writes `what`, the slots themselves unless told, of the `count` highest, in their order; then EMPTY or 0.
+
+    Ties go to the lower slot. An order of 0 is that of no candidate.
+    """
+
+    def raise_bit(index: Array, least: Array) -> Array:
+        higher = least | jnp.uint32(1) << (31 - index).astype(jnp.uint32)
+        return jnp.where((order >= higher).astype(jnp.int32).sum() >= count, higher, least)
+
+    threshold = lax.fori_loop(0, 32, raise_bit, jnp.uint32(0))
+    is_above = order > threshold
+    is_tied = (order == threshold) & (order > 0)
+    missing = count - is_above.astype(jnp.int32).sum()
+    is_listed = is_above | (is_tied & (jnp.cumsum(is_tied.astype(jnp.int32)) <= missing))
+    place = jnp.cumsum(is_listed.astype(jnp.int32)) - 1
+    # Lanes that write nothing point past the end: interpreted, they would write what was there before.
+    plgpu.store(ref_at(jnp.where(is_listed, place, size)), slots if what is None else what, mask=is_listed)
+    rest = jnp.arange(pl.next_power_of_2(size), dtype=jnp.int32)
+    is_empty = (rest >= count) & (rest < size)
+    nothing = jnp.full(rest.shape, EMPTY, jnp.int32) if what is None else jnp.zeros(rest.shape, what.dtype)
+    plgpu.store(ref_at(jnp.where(is_empty, rest, size)), nothing, mask=is_empty)

@@ -1,0 +1,58 @@
+"""Tile sizes of the Pallas kernels: how many slots a program takes at a time, with how many warps, split how often.
+
+None of it was measured yet: these are sizes that fill an H200 by arithmetic. scripts/tune_kernels.py measures the
+alternatives on a GPU and prints what this table should say.
+"""
+
+import dataclasses
+
+NUM_CORES = 132  # streaming multiprocessors of an H100 and H200
+PROGRAMS_PER_CORE = 4  # that should be there to hide latencies: fewer and the slots are split
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """How one kernel is laid out."""
+
+    block: int  # slots per iteration, a power of two
+    num_warps: int
+    num_stages: int  # of the software pipeline that fetches the next blocks
+    splits: int = 1  # programs that share one list
+
+
+def attention_tiles(head_dim: int, itemsize: int, num_programs: int, num_slots: int) -> Tiles:
+    """Returns the layout of decode attention.
+
+    Args:
+        head_dim: H, padded to a power of two.
+        itemsize: bytes of a cached number.
+        num_programs: rows times lists.
+        num_slots: the most that a program reads where nothing is split.
+    """
+    # A block of keys and one of values, 16 KiB each: two of three stages in flight leave room for others on the core.
+    block = max(16, min(128, 16_384 // (head_dim * itemsize)))
+    most = -(-num_slots // (2 * block))  # a program with less than two blocks has nothing to overlap
+    wanted = -(-PROGRAMS_PER_CORE * NUM_CORES // num_programs)
+    return Tiles(block, num_warps=4, num_stages=3, splits=_power_of_two(max(1, min(most, wanted, 128))))
+
+
+def selection_tiles(num_slots: int, group_size: int, num_programs: int) -> Tiles:
+    """Returns the layout of a selection: `block` slots a program, which holds their scores in registers.
+
+    Args:
+        num_slots: S.
+        group_size: query heads that a list serves.
+        num_programs: rows times lists.
+    """
+    whole, most = _power_of_two(num_slots, up=True), 8192 if group_size <= 2 else 4096
+    block = whole
+    if whole > most:  # in chunks then, and in as many as there are cores, but of some length
+        programs = -(-NUM_CORES // num_programs)
+        block = max(2048, min(most, _power_of_two(-(-num_slots // programs), up=True)))
+    scores = block * max(group_size, 2)
+    return Tiles(block, num_warps=_power_of_two(max(4, min(16, scores // 1024))), num_stages=1)
+
+
+def _power_of_two(number: int, *, up: bool = False) -> int:
+    """Returns the power of two at or below a number, or at or above it."""
+    return 1 << ((number - 1).bit_length() if up else number.bit_length() - 1)
