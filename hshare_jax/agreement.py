@@ -41,6 +41,7 @@ def token_agreement(
     hshare: HShareConfig | None,
     plan: SharePlan | None = None,
     channels: Int[Array | np.ndarray, "L K ranks"] | None = None,
+    impl: str = "auto",
 ) -> list[float]:
     """Returns, for each row, the fraction of its continuation that greedy decoding would have chosen too.
 
@@ -52,7 +53,7 @@ def token_agreement(
         prompts: as for `generate`.
         continuations: token ids, for instance `generate(..., hshare=None).tokens`, at least two a row.
         hshare: the settings to measure; None measures dense decoding.
-        plan, channels: as for `generate`.
+        plan, channels, impl: as for `generate`.
     """
     encoded = encode_prompts(model, prompts)
     if len(continuations) != len(encoded) or min(map(len, continuations)) < 2:
@@ -64,17 +65,18 @@ def token_agreement(
     dtype = jnp.dtype(model.dtype)
     state = init_state(model.config, len(encoded), capacity, hshare=hshare, plan=plan, channels=channels, dtype=dtype)
     _, state = prefill(model.params, jnp.asarray(tokens), jnp.asarray(lengths), state, config=model.config)
-    chosen = np.asarray(score_steps(model.params, jnp.asarray(forced), state, config=model.config).chosen).T
+    scores = score_steps(model.params, jnp.asarray(forced), state, config=model.config, impl=impl)
+    chosen = np.asarray(scores.chosen).T
     return [float((chosen[row, : size - 1] == forced[row, 1:size]).mean()) for row, size in enumerate(sizes.tolist())]
 
 
-@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
+@functools.partial(jax.jit, static_argnames=("config", "impl"), donate_argnames=("state",))
 def _score_steps(
-    params: dict, tokens: Array, state: DecodeState, reference: Array | None, *, config: ModelConfig
+    params: dict, tokens: Array, state: DecodeState, reference: Array | None, *, config: ModelConfig, impl: str
 ) -> tuple[StepScores, DecodeState]:
     def step(state: DecodeState, given: tuple[Array, Array, Array | None]) -> tuple[DecodeState, StepScores]:
         token, following, expected = given
-        logits, state = decode_step(params, token, state, config=config)
+        logits, state = decode_step(params, token, state, config=config, impl=impl)
         log_p = jax.nn.log_softmax(logits, axis=-1)
         loss = -jnp.take_along_axis(log_p, following[:, None], axis=1)[:, 0]
         chosen = jnp.argmax(logits, axis=-1)
@@ -91,7 +93,13 @@ def _score_steps(
 
 
 def score_steps(
-    params: dict, tokens: Tokens, state: DecodeState, *, config: ModelConfig, reference: Array | None = None
+    params: dict,
+    tokens: Tokens,
+    state: DecodeState,
+    *,
+    config: ModelConfig,
+    reference: Array | None = None,
+    impl: str = "auto",
 ) -> StepScores:
     """Returns the scores of decode steps that read a given text (teacher forcing), as one jitted scan.
 
@@ -101,8 +109,9 @@ def score_steps(
         state: from `prefill`; it is donated.
         config: the model.
         reference: logits to compare with, of the same steps [T, B, V]; see `forced_logits`.
+        impl: what computes the steps, as for `decode_step`.
     """
-    return _score_steps(params, tokens, state, reference, config=config)[0]
+    return _score_steps(params, tokens, state, reference, config=config, impl=impl)[0]
 
 
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))

@@ -148,6 +148,10 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_generate)
     _add_prompts(parser)
     parser.add_argument("--max-new-tokens", "-n", type=_whole, default=128, metavar="N", help="end at the latest here")
+    parser.add_argument(
+        "--impl", choices=("auto", "pallas", "reference", "interpret"), default="auto",
+        help="what computes decode steps: auto takes Pallas kernels on an NVIDIA GPU, plain jnp elsewhere",
+    )  # fmt: skip
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text")
     parser.add_argument("--no-stream", action="store_true", help="print when all is done")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
@@ -284,7 +288,7 @@ def _as_usage_error(error: ValueError) -> UsageError:
     from hshare_jax.sampling import SamplingConfig
 
     names = {*_setting_names(), *(f.name for f in dataclasses.fields(SamplingConfig))} - {"layer_ratio", "head_ratio"}
-    names |= {"max_new_tokens", "block_length", "max_blocks", "revision"}
+    names |= {"max_new_tokens", "block_length", "max_blocks", "revision", "impl"}
     return UsageError(re.sub(rf"\b({'|'.join(names)})=", lambda match: f"{_option(match[1])} ", str(error)))
 
 
@@ -371,8 +375,10 @@ def _check_fit(
     files: "ModelFiles", prompts: list[list[int]], options: argparse.Namespace, hshare: "HShareConfig | None"
 ) -> None:
     from hshare_jax.generate import choose_capacity
+    from hshare_jax.kernels.api import check_impl
 
     try:
+        check_impl(getattr(options, "impl", "auto"))
         choose_capacity(files.config, prompts, getattr(options, "max_new_tokens", 1), None)
         if hshare is not None:
             hshare.num_label_channels(files.config)
@@ -420,7 +426,7 @@ def _decode(
     decode = functools.partial(
         stream if is_streamed else generate,
         max_new_tokens=options.max_new_tokens, hshare=hshare, plan=constants[0], channels=constants[1],
-        sampling=sampling, seeds=seeds, stop=options.stop,
+        sampling=sampling, seeds=seeds, stop=options.stop, impl=options.impl,
     )  # fmt: skip
     pieces = decode(model, prompts)
     if isinstance(pieces, Generation):
@@ -475,14 +481,15 @@ def _compare(
     from hshare_jax.agreement import token_agreement
     from hshare_jax.generate import generate
 
-    dense = generate(model, prompts, max_new_tokens=options.max_new_tokens, hshare=None)
+    dense = generate(model, prompts, max_new_tokens=options.max_new_tokens, hshare=None, impl=options.impl)
     rows = [row for row, tokens in enumerate(dense.tokens) if len(tokens) > 1]
     if not rows:
         return {"agreement_with_dense": None}
     continuations = [dense.tokens[row] for row in rows]
     agreements = token_agreement(
-        model, [prompts[row] for row in rows], continuations, hshare=hshare, plan=constants[0], channels=constants[1]
-    )
+        model, [prompts[row] for row in rows], continuations,
+        hshare=hshare, plan=constants[0], channels=constants[1], impl=options.impl,
+    )  # fmt: skip
     sizes = [len(tokens) - 1 for tokens in continuations]
     agreement = sum(a * size for a, size in zip(agreements, sizes, strict=True)) / sum(sizes)
     rate = round(dense.timing.decode_rate, 1)

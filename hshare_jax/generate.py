@@ -18,6 +18,7 @@ from hshare_jax.compile_clock import compile_clock
 from hshare_jax.config import HShareConfig
 from hshare_jax.decode import decode_step
 from hshare_jax.decode_state import DecodeState, count_reads, init_state
+from hshare_jax.kernels.api import check_impl
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.pretrained import Model, ModelFiles
 from hshare_jax.prefill import prefill
@@ -86,6 +87,7 @@ def generate(
     seeds: Sequence[int] | None = None,
     stop: Sequence[str] = (),
     capacity: int | None = None,
+    impl: str = "auto",
 ) -> Generation:
     """Returns the continuations of a batch of prompts.
 
@@ -101,12 +103,13 @@ def generate(
         stop: a row ends before the first of these strings.
         capacity: cache slots per row, to keep one compiled program over calls of different lengths. None: as needed, in
             coarse steps.
+        impl: what computes decode steps, as for `decode_step`.
 
     Raises:
-        ValueError: an empty batch or prompt, an id outside the vocabulary, more tokens than the model has positions, or
-            a plan or channels that do not fit; before anything is computed.
+        ValueError: an empty batch or prompt, an id outside the vocabulary, more tokens than the model has positions, a
+            plan or channels that do not fit, or an `impl` that cannot run here; before anything is computed.
     """
-    run = _Run(model, prompts, max_new_tokens, hshare, plan, channels, sampling, seeds, stop, capacity)
+    run = _Run(model, prompts, max_new_tokens, hshare, plan, channels, sampling, seeds, stop, capacity, impl)
     with tqdm(total=max_new_tokens, desc="decode", unit="token", leave=False, disable=None) as bar:
         for num_tokens in run.steps(STREAM_STEPS if stop else REPORT_STEPS):
             bar.update(num_tokens - bar.n)
@@ -125,13 +128,14 @@ def stream(
     seeds: Sequence[int] | None = None,
     stop: Sequence[str] = (),
     capacity: int | None = None,
+    impl: str = "auto",
 ) -> Iterator[list[str]]:
     """Yields the new text of every row each few tokens; the pieces of a row join to what `generate` returns.
 
     The generator's return value (`result = yield from stream(...)`) is the Generation. Arguments and errors are those
     of `generate`, and it needs a model with a tokenizer.
     """
-    run = _Run(model, prompts, max_new_tokens, hshare, plan, channels, sampling, seeds, stop, capacity)
+    run = _Run(model, prompts, max_new_tokens, hshare, plan, channels, sampling, seeds, stop, capacity, impl)
     if not run.streams:
         raise ValueError("stream needs a model with a tokenizer; this one has none, so use generate")
     return run.pieces()
@@ -173,7 +177,7 @@ def _take_token(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sampling"), donate_argnames=("progress",))
+@functools.partial(jax.jit, static_argnames=("config", "sampling", "impl"), donate_argnames=("progress",))
 def decode_tokens(
     params: dict,
     progress: _Progress,
@@ -183,6 +187,7 @@ def decode_tokens(
     *,
     config: ModelConfig,
     sampling: SamplingConfig,
+    impl: str,
 ) -> _Progress:
     """Runs the decode loop for `num_blocks` blocks or until every row has ended.
 
@@ -199,7 +204,7 @@ def decode_tokens(
         for step in range(interval):
             logits, state = decode_step(
                 params, progress.token, progress.state,
-                config=config, refresh=step == 0, is_active=progress.is_active,
+                config=config, refresh=step == 0, is_active=progress.is_active, impl=impl,
             )  # fmt: skip
             reads = jnp.where(progress.is_active, count_reads(state, config), 0)
             progress = dataclasses.replace(progress, state=state, reads=progress.reads + reads)
@@ -224,8 +229,10 @@ class _Run:
         seeds: Sequence[int] | None,
         stop: Sequence[str],
         capacity: int | None,
+        impl: str,
     ) -> None:
-        self._model, self._hshare, self._sampling = model, hshare, sampling
+        check_impl(impl)
+        self._model, self._hshare, self._sampling, self._impl = model, hshare, sampling, impl
         self._plan, self._channels = plan, channels
         self._max_new_tokens = max_new_tokens
         self._prompts = encode_prompts(model, prompts)
@@ -272,8 +279,9 @@ class _Run:
             with compile_clock() as clock:
                 began = time.perf_counter()
                 progress = decode_tokens(
-                    model.params, progress, num_blocks, ends, limit, config=model.config, sampling=sampling
-                )
+                    model.params, progress, num_blocks, ends, limit,
+                    config=model.config, sampling=sampling, impl=self._impl,
+                )  # fmt: skip
                 progress = self._take_over(progress)
                 self._seconds[1] += time.perf_counter() - began - clock.seconds
                 self._seconds[2] += clock.seconds

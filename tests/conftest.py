@@ -9,6 +9,8 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
 
 import hypothesis
 import jax
+import jaxtyping
+import pytest
 
 # A shape that broadcasts by accident is the commonest silent error in attention code; ranks must be matched in writing.
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -23,3 +25,11 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=1000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture
+def unchecked():
+    """Switches type checks off: for wrong values, and for what jax puts into states that it only describes."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -38,7 +38,6 @@ ORDER = (
     "hshare_jax.share_plan",
     "hshare_jax.decode_state",
     "hshare_jax.attend",
-    "hshare_jax.kernels.*",  # so that layers of one shape trace a kernel once
     "hshare_jax.prefill",
     "hshare_jax.decode",
     "hshare_jax.sampling",
@@ -58,6 +57,7 @@ ORDER = (
 
 # Everything else is a pure function that its caller compiles as part of something larger.
 MAY_JIT = (
+    "hshare_jax.kernels.*",  # so that layers of one shape trace a kernel once
     "hshare_jax.prefill",
     "hshare_jax.decode",
     "hshare_jax.generate",

@@ -3,7 +3,6 @@
 import dataclasses
 from fractions import Fraction
 
-import jaxtyping
 import pytest
 from tiny_decoder import MODEL
 
@@ -111,14 +110,6 @@ def test_what_is_no_ratio_is_refused(ratio):
 def test_a_query_ratio_is_one_over_a_whole_number(ratio):
     with pytest.raises(ValueError, match="must be one over the refresh interval"):
         HShareConfig().with_sharing_ratio(ratio)
-
-
-@pytest.fixture
-def unchecked():
-    """Lets values of a wrong type through to the settings' own checks, as outside of these tests."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.usefixtures("unchecked")

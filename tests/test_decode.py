@@ -7,7 +7,6 @@ from fractions import Fraction
 import jax
 import jax.monitoring
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
@@ -436,14 +435,6 @@ def test_one_trace_serves_every_prompt_plan_and_length(monkeypatch, hshare, refr
         compiled.append(compilations.count)
     assert len(traces) == 1
     assert compiled[1:] == [0, 0]
-
-
-@pytest.fixture
-def unchecked():
-    """Lets states hold what is no array, as jax makes them to describe the arguments of a lowered function."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def large_buffers(state: DecodeState) -> list[jax.Array]:
