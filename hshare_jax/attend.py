@@ -97,7 +97,7 @@ def decode_attend(
         if is_due is not False:
             shared = _refresh(shared, layer, query, keys, lengths, jnp.asarray(is_due), window, impl)
         out = shared_decode(
-            query, keys, values, shared.token_indices, shared.source[:, layer], lengths, shared.recent_start,
+            query, keys, values, shared.token_indices, shared.source, layer, lengths, shared.recent_start,
             num_sinks=hshare.num_sinks, max_recent=hshare.max_recent, window=window, min_length=hshare.min_length,
             impl=impl,
         )  # fmt: skip
@@ -134,7 +134,7 @@ def _refresh(
         allowed = num_critical_in_budget(lengths, config)
         if allowed is None:
             allowed = jnp.full_like(lengths, config.num_critical)
-        competing = (is_chosen, first, last, allowed)
+        competing = (shared.source, is_due, first, last, allowed)
         if labels is None:
             weights = weigh_tokens(score_keys(query, keys), lengths, num_lists=J, config=config, window=window)
             return select_scores(lists, layer, weights, *competing, interpret=interpret)

@@ -12,7 +12,7 @@ from jax.experimental import checkify
 from jaxtyping import Float, Int
 
 from hshare_jax.kernels import reference, sparse_decode
-from hshare_jax.shapes import Lists
+from hshare_jax.shapes import Lists, Source
 
 Impl = Literal["auto", "pallas", "reference", "interpret"]
 IMPLS = ("auto", "pallas", "reference", "interpret")
@@ -74,7 +74,8 @@ def shared_decode(
     keys: Float[Array, "B K S H"],
     values: Float[Array, "B K S H"],
     lists: Lists,
-    source: Int[Array, "B J"],
+    source: Source,
+    layer: int,
     lengths: Int[Array, "B"],
     recent_start: Int[Array, "B"],
     *,
@@ -97,7 +98,7 @@ def shared_decode(
         ((lists >= reference.EMPTY) & (lists < S)).all(), f"lists must hold slots in [0, {S}) or {reference.EMPTY}"
     )
     checkify.debug_check(((lengths >= 0) & (lengths <= S)).all(), f"lengths must lie in [0, {S}]")
-    arrays = (q, keys, values, lists, source, lengths, recent_start)
+    arrays = (q, keys, values, lists, source, layer, lengths, recent_start)
     settings = {"num_sinks": num_sinks, "max_recent": max_recent, "window": window, "min_length": min_length}
     return dispatch(
         impl,

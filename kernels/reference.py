@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 
-from hshare_jax.shapes import Lists
+from hshare_jax.shapes import Lists, Source
 
 MASKED = -1e30  # finite, so that a row with nothing to attend to yields numbers, not NaN
 EMPTY = -1  # a list slot that holds no token
@@ -41,7 +41,8 @@ def shared_decode(
     keys: Float[Array, "B K S H"],
     values: Float[Array, "B K S H"],
     lists: Lists,
-    source: Int[Array, "B J"],
+    source: Source,
+    layer: int,
     lengths: Int[Array, "B"],
     recent_start: Int[Array, "B"],
     *,
@@ -52,7 +53,7 @@ def shared_decode(
 ) -> Float[Array, "B N H"]:
     """Returns attention of one query per head over its list and two ranges, each slot read once.
 
-    Head n reads list j = n * J // N, found through the plan: `lists[f // J, b, f % J]` with f = source[b, j]. It
+    Head n reads list j = n * J // N, found through the plan: `lists[f // J, b, f % J]` with f = source[b, layer, j]. It
     attends to [0, num_sinks), the listed tokens and [recent_start, length).
 
         # num_sinks 1, list [2, 5, EMPTY], recent_start 6, length 8:  slots 0 | 2 5 | 6 7
@@ -61,7 +62,8 @@ def shared_decode(
         q: one query per head; its own key is the last of the `lengths` slots.
         keys, values: the cache of one layer.
         lists: token positions in [num_sinks, recent_start), ascending, padded with EMPTY, of all layers.
-        source: the flat id (layer * J + list) of the list that each list of this layer reads.
+        source: the flat id (layer * J + list) of the list that each list reads.
+        layer: whose attention this is.
         lengths: cached tokens of each row, the current one included.
         recent_start: the first slot of each row's recent range.
         max_recent: a static bound on length - recent_start.
@@ -76,7 +78,7 @@ def shared_decode(
 
         def sparse() -> Array:
             return shared_decode(
-                q, keys, values, lists, source, lengths, recent_start,
+                q, keys, values, lists, source, layer, lengths, recent_start,
                 num_sinks=num_sinks, max_recent=max_recent, window=window,
             )  # fmt: skip
 
@@ -84,9 +86,9 @@ def shared_decode(
         sparse_out = lax.cond(is_dense.all(), lambda: jnp.zeros_like(q), sparse)
         return jnp.where(is_dense[:, None, None], dense_out, sparse_out)
     B, K, S, H = keys.shape
-    J = source.shape[1]
-    row = jnp.arange(B)[:, None]
-    listed = lists[source // J, row, source % J]  # [B, J, C]
+    J = source.shape[2]
+    unit, row = source[:, layer], jnp.arange(B)[:, None]
+    listed = lists[unit // J, row, unit % J]  # [B, J, C]
     recent = recent_start[:, None] + jnp.arange(max_recent, dtype=jnp.int32)[None, :]
     recent = jnp.where(recent < lengths[:, None], recent, EMPTY)
     sinks = jnp.arange(num_sinks, dtype=jnp.int32)[None, :]

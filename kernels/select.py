@@ -19,9 +19,9 @@ from jaxtyping import Bool, Float, Int
 
 from hshare_jax.kernels.reference import EMPTY, MASKED
 from hshare_jax.kernels.tiling import Tiles, selection_tiles
-from hshare_jax.shapes import Lists
+from hshare_jax.shapes import Lists, Source
 
-FIRST, LAST, ALLOWED, LAYER = range(4)  # what the kernels are told of each row
+IS_DUE, FIRST, LAST, ALLOWED = range(4)  # what the kernels are told of each row
 
 
 def select_labels(
@@ -30,7 +30,8 @@ def select_labels(
     query: Float[Array, "B N R"],
     codes: Array,
     scales: Float[Array, "B K 2 S"] | None,
-    is_chosen: Bool[Array, "B J"],
+    source: Source,
+    is_due: Bool[Array, "B"],
     first: Int[Array, "B"],
     last: Int[Array, "B"],
     num_allowed: Int[Array, "B"],
@@ -39,7 +40,7 @@ def select_labels(
     tiles: Tiles | None = None,
     interpret: bool = False,
 ) -> Lists:
-    """Returns the lists, in place, with those of a layer chosen anew by their label scores where `is_chosen`.
+    """Returns the lists, in place, with those of a layer chosen anew by label scores: its own sources, in rows due.
 
     Args:
         lists: of all layers.
@@ -47,14 +48,15 @@ def select_labels(
         query: the queries on their label channels, scaled: as `labels.label_query` has them, float32.
         codes: of the layer's labels [B, K, R, S], or two 4-bit codes a byte [B, K, half, S].
         scales: offset and step of each slot; None where the codes are the labels themselves.
-        is_chosen: the lists that are their own source, in rows that are due.
+        source: the plan; a list that is not its own source stays as it is.
+        is_due: the rows that choose.
         first, last: the slots [first, last) of each row compete.
         num_allowed: how many each list may hold, at most C.
         dilate: each slot counts at least what the one before it does (`critical_tokens.dilate`).
         tiles, interpret: how it runs; None takes `tiling`'s choice.
     """
     return _select(
-        lists, None, query, codes, scales, is_chosen, first, last, num_allowed, jnp.int32(layer),
+        lists, None, query, codes, scales, source, is_due, first, last, num_allowed, jnp.int32(layer),
         dilate=dilate, tiles=tiles, interpret=interpret,
     )  # fmt: skip
 
@@ -63,7 +65,8 @@ def select_scores(
     lists: Lists,
     layer: int,
     scores: Float[Array, "B J S"],
-    is_chosen: Bool[Array, "B J"],
+    source: Source,
+    is_due: Bool[Array, "B"],
     first: Int[Array, "B"],
     last: Int[Array, "B"],
     num_allowed: Int[Array, "B"],
@@ -76,7 +79,7 @@ def select_scores(
     Scores may be anything but NaN where they compete; ties go to the lower slot.
     """
     return _select(
-        lists, scores, None, None, None, is_chosen, first, last, num_allowed, jnp.int32(layer),
+        lists, scores, None, None, None, source, is_due, first, last, num_allowed, jnp.int32(layer),
         dilate=False, tiles=tiles, interpret=interpret,
     )  # fmt: skip
 
@@ -84,10 +87,11 @@ def select_scores(
 class _Given(NamedTuple):
     """What the kernels read, whole arrays in the GPU's memory."""
 
-    is_chosen: Any  # [B, J] int32
-    bounds: Any  # [4, B] int32: FIRST, LAST, ALLOWED, LAYER
+    source: Any  # [B, L, J] int32
+    layer: Any  # [1] int32
+    bounds: Any  # [4, B] int32: IS_DUE, FIRST, LAST, ALLOWED
     scores: Any = None  # [B, J, S], or what makes them:
-    query: Any = None  # [B, N, R + 1] float32, and the sum of each
+    query: Any = None  # [B, N, R] float32
     codes: Any = None
     scales: Any = None
     stats: Any = None  # [B, J, G, 2, chunks] float32: peak and sum of exponentials of each chunk's scores
@@ -96,24 +100,22 @@ class _Given(NamedTuple):
 @functools.partial(jax.jit, static_argnames=("dilate", "tiles", "interpret"))
 def _select(
     lists: Array, scores: Array | None, query: Array | None, codes: Array | None, scales: Array | None,
-    is_chosen: Array, first: Array, last: Array, num_allowed: Array, layer: Array, *,
+    source: Array, is_due: Array, first: Array, last: Array, num_allowed: Array, layer: Array, *,
     dilate: bool, tiles: Tiles | None, interpret: bool,
 ) -> Array:  # fmt: skip
-    (B, J), C = is_chosen.shape, lists.shape[3]
+    (B, _, J), C = source.shape, lists.shape[3]
     if scores is not None:
         G, S = 1, scores.shape[2]
     else:
         assert query is not None
         assert codes is not None
         G, S = query.shape[1] // J, codes.shape[3]
-        # Zeros for the high bits of a last byte that holds one code, then the sum over channels.
-        width = codes.shape[2] * (1 if query.shape[2] <= codes.shape[2] else 2)
-        total = query.sum(axis=2, keepdims=True)
-        query = jnp.concatenate([jnp.pad(query, ((0, 0), (0, 0), (0, width - query.shape[2]))), total], axis=2)
+        if query.shape[2] > codes.shape[2] and query.shape[2] % 2:  # the last byte holds one code
+            query = jnp.pad(query, ((0, 0), (0, 0), (0, 1)))
     tiles = selection_tiles(S, G, B * J) if tiles is None else tiles
     chunks = pl.cdiv(S, tiles.block)
-    bounds = jnp.stack([first, last, jnp.minimum(num_allowed, C), jnp.full_like(first, layer)]).astype(jnp.int32)
-    given = _Given(is_chosen.astype(jnp.int32), bounds, scores, query, codes, scales)
+    bounds = jnp.stack([is_due.astype(jnp.int32), first, last, jnp.minimum(num_allowed, C)])
+    given = _Given(source, layer.reshape(1), bounds, scores, query, codes, scales)
     call = functools.partial(_call, num_lists=J, grid=(chunks, J, B), tiles=tiles, interpret=interpret)
 
     def choose(given: _Given, chunk: Array, j: Array, b: Array) -> tuple[Array, Array, Array]:
@@ -134,7 +136,7 @@ def _select(
 
     def select(given: _Given, lists_ref, chunk: Array, j: Array, b: Array) -> None:
         chosen = choose(given, chunk, j, b)
-        _write_chosen(lambda at: lists_ref.at[given.bounds[LAYER, b], b, j, at], *chosen, C)
+        _write_chosen(lambda at: lists_ref.at[given.layer[0], b, j, at], *chosen, C)
 
     def find_stats(given: _Given, stats_ref, chunk: Array, j: Array, b: Array) -> None:
         slots = chunk * tiles.block + jnp.arange(tiles.block, dtype=jnp.int32)
@@ -158,7 +160,7 @@ def _select(
         is_candidate = is_there & (slots >= 0)
         order = jnp.where(is_candidate, lax.bitcast_convert_type(order, jnp.uint32), 0)
         count = jnp.minimum(given.bounds[ALLOWED, b], is_candidate.astype(jnp.int32).sum())
-        _write_chosen(lambda at: lists_ref.at[given.bounds[LAYER, b], b, j, at], order, slots, count, C)
+        _write_chosen(lambda at: lists_ref.at[given.layer[0], b, j, at], order, slots, count, C)
 
     if chunks == 1:
         return call(select, lists, given, name="select_tokens")
@@ -167,7 +169,7 @@ def _select(
         given = given._replace(stats=call(find_stats, stats, given, name="softmax_statistics"))
     best = jax.ShapeDtypeStruct((2, B, J, chunks, C), jnp.int32)  # slots, and their order
     best = call(select_in_chunk, best, given, name="select_in_chunks")
-    given = _Given(given.is_chosen, bounds, scores=best)
+    given = _Given(given.source, given.layer, bounds, scores=best)
     return call(merge, lists, given, grid=(1, J, B), name="select_of_chunks")
 
 
@@ -184,7 +186,9 @@ def _call(
         given = _Given(**dict(zip(arrays, read, strict=True)))
         chunk, j, b = (pl.program_id(axis) for axis in range(3))
 
-        @pl.when(given.is_chosen[b, j] != 0)
+        is_own = given.source[b, given.layer[0], j] == given.layer[0] * num_lists + j
+
+        @pl.when(is_own & (given.bounds[IS_DUE, b] != 0))
         def _() -> None:
             body(given, out_ref, chunk, j, b)
 
@@ -220,24 +224,25 @@ def _score(given: _Given, b: Array, j: Array, slots: Array, *, is_whole: bool) -
 
     if given.scores is not None:
         return [load(given.scores.at[b, j, slots]).astype(jnp.float32)]
-    (_, N, width), (_, K, num_codes, _), J = given.query.shape, given.codes.shape, given.is_chosen.shape[1]
-    G, k, R = N // J, j // (J // K), width - 1
+    (_, N, R), (_, K, num_codes, _), J = given.query.shape, given.codes.shape, given.source.shape[2]
+    G, k = N // J, j // (J // K)
     heads = [j * G + g for g in range(G)]
 
-    def add(r: Array, scores: tuple[Array, ...]) -> tuple[Array, ...]:
+    def add(r: Array, sums: tuple[tuple[Array, Array], ...]) -> tuple[tuple[Array, Array], ...]:
+        """Adds channel r, or the two that share byte r, to each head's (q . code, sum of q)."""
         code = load(given.codes.at[b, k, r, slots])
         parts = [(code & 15, r), (code >> 4, r + num_codes)] if num_codes < R else [(code, r)]
         for part, channel in parts:
             part = part.astype(jnp.float32)
-            scores = tuple(s + given.query[b, n, channel] * part for s, n in zip(scores, heads, strict=True))
-        return scores
+            numbers = [given.query[b, n, channel] for n in heads]
+            sums = tuple((s + number * part, q + number) for (s, q), number in zip(sums, numbers, strict=True))
+        return sums
 
-    scores = lax.fori_loop(0, num_codes, add, (jnp.zeros(slots.shape, jnp.float32),) * G)
+    sums = lax.fori_loop(0, num_codes, add, ((jnp.zeros(slots.shape, jnp.float32), jnp.float32(0)),) * G)
     if given.scales is None:
-        return list(scores)
+        return [s for s, _ in sums]
     offset, step = (load(given.scales.at[b, k, part, slots]).astype(jnp.float32) for part in (0, 1))
-    # q . (offset + step * code); the sum of q stands behind its channels.
-    return [s * step + given.query[b, n, R] * offset for s, n in zip(scores, heads, strict=True)]
+    return [s * step + q * offset for s, q in sums]  # q . (offset + step * code)
 
 
 def _stats(scores: Array, is_candidate: Array) -> tuple[Array, Array]:

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 
 from hshare_jax.kernels.reference import EMPTY, MASKED
 from hshare_jax.kernels.tiling import Tiles, attention_tiles
-from hshare_jax.shapes import Lists
+from hshare_jax.shapes import Lists, Source
 
 LOG2_E = math.log2(math.e)  # the kernels use exp2, which the hardware has
 
@@ -36,7 +36,7 @@ def dense_decode(
     B, K, S, _ = keys.shape
     nothing = jnp.full((1, 1, 1, 1), EMPTY, jnp.int32)
     return _decode(
-        q, keys, values, nothing, jnp.zeros((B, K), jnp.int32), lengths, jnp.zeros_like(lengths),
+        q, keys, values, nothing, jnp.zeros((B, 1, K), jnp.int32), jnp.int32(0), lengths, jnp.zeros_like(lengths),
         num_sinks=0, num_listed=0, num_slots=min(S, window or S), window=window, tiles=tiles, interpret=interpret,
     )  # fmt: skip
 
@@ -46,7 +46,8 @@ def shared_decode(
     keys: Float[Array, "B K S H"],
     values: Float[Array, "B K S H"],
     lists: Lists,
-    source: Int[Array, "B J"],
+    source: Source,
+    layer: int,
     lengths: Int[Array, "B"],
     recent_start: Int[Array, "B"],
     *,
@@ -61,7 +62,7 @@ def shared_decode(
     # A recent range from slot 0 on is everything; sinks and lists, which end where it begins, are then empty.
     start = jnp.where(lengths < min_length, 0, recent_start)
     return _decode(
-        q, keys, values, lists, source, lengths, start,
+        q, keys, values, lists, source, jnp.int32(layer), lengths, start,
         num_sinks=num_sinks, num_listed=lists.shape[-1], num_slots=num_sinks + lists.shape[-1] + max_recent,
         window=window, tiles=tiles, interpret=interpret,
     )  # fmt: skip
@@ -69,10 +70,10 @@ def shared_decode(
 
 @functools.partial(jax.jit, static_argnames=("num_sinks", "num_listed", "num_slots", "window", "tiles", "interpret"))
 def _decode(
-    q: Array, keys: Array, values: Array, lists: Array, source: Array, lengths: Array, start: Array, *,
+    q: Array, keys: Array, values: Array, lists: Array, source: Array, layer: Array, lengths: Array, start: Array, *,
     num_sinks: int, num_listed: int, num_slots: int, window: int | None, tiles: Tiles | None, interpret: bool,
 ) -> Array:  # fmt: skip
-    (B, N, H), J = q.shape, source.shape[1]
+    (B, N, H), J = q.shape, source.shape[2]
     width = pl.next_power_of_2(H)
     if tiles is None:
         tiles = attention_tiles(width, keys.dtype.itemsize, B * J, num_slots)
@@ -83,28 +84,28 @@ def _decode(
     out, log_total = pl.pallas_call(
         kernel,
         grid=(tiles.splits, J, B),
-        in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * 7,
+        in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * 8,
         out_specs=[pl.BlockSpec(memory_space=pl.ANY)] * 2,
         out_shape=[parts, jax.ShapeDtypeStruct((B, N, tiles.splits), jnp.float32)],
         compiler_params=plgpu.CompilerParams(num_warps=tiles.num_warps, num_stages=tiles.num_stages),
         interpret=interpret,
         name="decode_attention",
-    )(q, keys, values, lists, source, lengths, start)
+    )(q, keys, values, lists, source, layer.reshape(1), lengths, start)
     return out[:, :, 0] if tiles.splits == 1 else _merge(out, log_total, q.dtype, interpret)
 
 
 def _attend(
-    q_ref, keys_ref, values_ref, lists_ref, source_ref, lengths_ref, start_ref, out_ref, log_total_ref, *,
+    q_ref, keys_ref, values_ref, lists_ref, source_ref, layer_ref, lengths_ref, start_ref, out_ref, log_total_ref, *,
     num_sinks: int, num_listed: int, window: int | None, tiles: Tiles, width: int,
 ) -> None:  # fmt: skip
     split, j, b = (pl.program_id(axis) for axis in range(3))
-    J, K, H, C = source_ref.shape[1], keys_ref.shape[1], keys_ref.shape[3], num_listed
+    J, K, H, C = source_ref.shape[2], keys_ref.shape[1], keys_ref.shape[3], num_listed
     group_size = q_ref.shape[1] // J
     k = j // (J // K)
     length, start = lengths_ref[b], start_ref[b]
     first = 0 if window is None else jnp.maximum(length - window, 0)
     range_start = jnp.maximum(start, first)
-    unit = source_ref[b, j]
+    unit = source_ref[b, layer_ref[0], j]
     columns = jnp.arange(width, dtype=jnp.int32)[None, :]
     heads = jnp.arange(1 if group_size == 1 else max(16, pl.next_power_of_2(group_size)), dtype=jnp.int32)[:, None]
     is_query = (heads < group_size) & (columns < H)

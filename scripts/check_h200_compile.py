@@ -1,14 +1,20 @@
 #!/usr/bin/env python3
-"""Compiles the decode step for an H200 without one, counts what XLA made of it, and fails where a buffer is copied.
+"""Compiles whole decode steps for an H200 without one, counts what XLA made of them, and fails beyond exact limits.
 
-Needs the CUDA compiler's wheels: run scripts/check_h200_compile.sh, which brings them. Nothing is timed; autotuning,
-cuDNN and CUB cannot run here.
+The limits: no copy of a cache, label or list buffer or of a weight; no conditional or loop, which would break up the
+CUDA graph; no more kernels a layer and temporaries than written here; no register spilled in any kernel. Needs the CUDA
+compiler's wheels: run scripts/check_h200_compile.sh, which brings them. Nothing is timed; autotuning, cuDNN and CUB
+cannot run here.
 """
 
+import collections
 import dataclasses
 import functools
+import os
 import re
 import sys
+
+os.environ["XLA_FLAGS"] = "--xla_gpu_fail_ptx_compilation_on_register_spilling=true"
 
 import jax
 import jax.numpy as jnp
@@ -54,12 +60,34 @@ LLAMA3_8B = ModelConfig(
     vocab_size=128_256, width=4096, mlp_width=14_336, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128,
     max_positions=8192, windows=(None,) * 32, rope=RopeConfig(theta=500_000.0),
 )  # fmt: skip
-LAYERS, BATCH, CAPACITY = 4, 8, 4096  # layers are alike, so a few tell
+LLAMA2_7B = dataclasses.replace(
+    LLAMA3_8B, vocab_size=32_000, mlp_width=11_008, num_kv_heads=32, rope=RopeConfig(theta=10_000.0)
+)
+MODELS = {"LLaMA2-7B": LLAMA2_7B, "LLaMA3-8B": LLAMA3_8B}
+BATCH, CAPACITY = 8, 4096
+HSHARE = HShareConfig(num_sinks=16, num_critical=432, num_recent=64)
+# step: (settings, refresh, the most kernels a layer, the most MiB of temporaries)
+STEPS = {
+    "dense": (None, None, 99, 999),
+    "hshare, refresh=True": (HSHARE, True, 99, 999),
+    "hshare, refresh=False": (HSHARE, False, 99, 999),
+    "hshare, refresh=None": (HSHARE, None, 99, 999),
+}
 HLO_TYPES = {"bfloat16": "bf16", "int32": "s32", "uint8": "u8"}
+FREE = {"parameter", "constant", "bitcast", "get-tuple-element", "tuple"}  # of the operations, those that run nothing
 
 
-def compile_step(config: ModelConfig, hshare: HShareConfig | None, refresh: bool | None) -> tuple[str, set[str]]:
-    """Returns the HLO of a donated bfloat16 decode step, and the HLO shapes of the state's large arrays."""
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What XLA made of a step."""
+
+    operations: collections.Counter  # that run, of the whole program
+    copies: list[str]  # shapes of the state's and the weights' large arrays, one for each copy
+    temporaries: float  # MiB
+
+
+def compile_step(config: ModelConfig, hshare: HShareConfig | None, refresh: bool | None) -> Program:
+    """Compiles a donated bfloat16 decode step."""
     topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1")
     mesh = topologies.make_mesh(topo=topology, mesh_shape=(1,), axis_names=("x",))
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -74,33 +102,38 @@ def compile_step(config: ModelConfig, hshare: HShareConfig | None, refresh: bool
     step = functools.partial(decode_step, config=config, refresh=refresh)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         compiled = jax.jit(step, donate_argnums=(2,)).lower(params, tokens, state).compile()
-    shapes = {
-        f"{HLO_TYPES[str(leaf.dtype)]}[{','.join(map(str, leaf.shape))}]"
-        for leaf in jax.tree.leaves(state)
-        if leaf.ndim == 4
-    }
     text, memory = compiled.as_text(), compiled.memory_analysis()
     assert text is not None
     assert memory is not None
-    print(f"  temporaries {memory.temp_size_in_bytes / 2**20:.1f} MiB", end="")
-    return text, shapes
+    large = [leaf for leaf in jax.tree.leaves((params, state)) if leaf.size >= BATCH * CAPACITY]
+    shapes = {f"{HLO_TYPES[str(leaf.dtype)]}[{','.join(map(str, leaf.shape))}]" for leaf in large}
+    copies = [shape for shape in sorted(shapes) for _ in re.finditer(rf"= {re.escape(shape)}\S* copy\(", text)]
+    entry = text[text.index("\nENTRY ") :]
+    operations = collections.Counter(re.findall(r"= (?:\(.*?\)|\S+) ([a-z][a-z-]*)\(", entry))
+    operations = collections.Counter({name: n for name, n in operations.items() if name not in FREE})
+    return Program(operations, copies, memory.temp_size_in_bytes / 2**20)
 
 
 def main() -> int:
-    """Compiles every variant of the step and returns 1 if any copies a buffer of the state."""
-    config = dataclasses.replace(LLAMA3_8B, num_layers=LAYERS, windows=(None,) * LAYERS)
-    hshare = HShareConfig(num_sinks=16, num_critical=432, num_recent=64)
-    print(
-        f"jax {jax.__version__}, {LAYERS} layers of LLaMA3-8B, batch {BATCH}, {CAPACITY} slots, bfloat16, for an H200"
-    )
-    failures = 0
-    for settings, refresh in ((None, None), (hshare, True), (hshare, False), (hshare, None)):
-        print(f"{'dense' if settings is None else f'hshare refresh={refresh}'}:", end="")
-        text, shapes = compile_step(config, settings, refresh)
-        copies = [s for s in shapes for _ in re.finditer(rf"= {re.escape(s)}\S* copy\(", text)]
-        aliased = text.split("input_output_alias={", 1)[1].split("entry_computation_layout", 1)[0].count("may-alias")
-        print(f", buffers aliased {aliased}, copies of the state {len(copies)} {sorted(set(copies)) or ''}")
-        failures += len(copies)
+    """Compiles every step and returns 1 if any goes beyond a limit."""
+    print(f"jax {jax.__version__}, batch {BATCH}, {CAPACITY} slots, bfloat16, for an H200; budget {HSHARE.budget}\n")
+    columns = ("model", "step", "kernels", "a layer", "temporaries", "conditionals and loops", "copies")
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
+    failures = []
+    for name, config in MODELS.items():
+        for step, (settings, refresh, most_kernels, most_temporaries) in STEPS.items():
+            program = compile_step(config, settings, refresh)
+            kernels = sum(program.operations.values())
+            broken = sum(program.operations[operation] for operation in ("conditional", "while", "call"))
+            a_layer = kernels / config.num_layers
+            print(
+                f"| {name} | {step} | {kernels} | {a_layer:.1f} | {program.temporaries:.1f} MiB | {broken} "
+                f"| {len(program.copies)} |",
+                flush=True,
+            )
+            if program.copies or broken or a_layer > most_kernels or program.temporaries > most_temporaries:
+                failures.append(f"{name}, {step}: copies {program.copies}, operations {dict(program.operations)}")
+    print("\n".join(["", *failures]) if failures else "\nwithin all limits; no kernel spills a register")
     return 1 if failures else 0
 
 

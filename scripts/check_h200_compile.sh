@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Compiles the decode step for an H200 on a machine without a GPU, and fails where a cache, label or list buffer is copied.
+# Compiles whole decode steps for an H200 on a machine without a GPU, and fails beyond the limits that the Python file names.
 #
 #   bash scripts/check_h200_compile.sh [PYTHON]     PYTHON has hshare-jax installed; default .venv-test/bin/python
 #

@@ -394,6 +394,7 @@ def main() -> None:
             windows = Windows(model, options.text, options.context, options.steps)
             for cell in tqdm(todo, desc="cells", disable=None):
                 keep(measure(windows, cell))
+                jax.clear_caches()  # every cell has programs of its own, and they are large
             del windows
         for name, hshare in passkey_settings() if is_wanted("Passkey") else ():
             if f"passkey {name}" not in results:

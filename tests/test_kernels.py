@@ -26,6 +26,7 @@ from hshare_jax.kernels.tiling import Tiles, attention_tiles, selection_tiles
 from hshare_jax.labels import label_query, make_labels, score_labels
 from hshare_jax.models.config import ModelConfig, RopeConfig
 from hshare_jax.models.decoder import parameter_shapes
+from hshare_jax.share_plan import identity_plan
 
 F32, BF16 = 1e-5, 2e-2  # absolute, on outputs of about 1
 S, BLOCK, C, NUM_SINKS = 256, 32, 20, 3
@@ -56,7 +57,7 @@ def attention_case(seed, N, K, J, H):
         lists[layer, b, j, : len(listed)] = np.sort(listed)
     for b, length in enumerate(LENGTHS):
         keys[b, :, length:], values[b, :, length:] = np.nan, np.inf
-    return q, keys, values, lists, rng.integers(0, 2 * J, (B, J)).astype(np.int32)
+    return q, keys, values, lists, rng.integers(0, 2 * J, (B, 2, J)).astype(np.int32)
 
 
 def expected_attention(q, keys, values, reads_of):
@@ -78,12 +79,12 @@ HEADS = [(4, 4, 4, 64), (8, 2, 2, 128), (4, 2, 4, 80), (6, 1, 1, 96), (6, 3, 3, 
 def test_shared_decode_equals_the_oracle(N, K, J, H, splits, window):
     q, keys, values, lists, source = attention_case(1, N, K, J, H)
     out = sparse_decode.shared_decode(
-        *map(jnp.asarray, (q, keys, values, lists, source, LENGTHS, STARTS)), num_sinks=NUM_SINKS, max_recent=7,
-        window=window, tiles=Tiles(BLOCK, 4, 1, splits), interpret=True,
+        *map(jnp.asarray, (q, keys, values, lists, source)), 1, *map(jnp.asarray, (LENGTHS, STARTS)),
+        num_sinks=NUM_SINKS, max_recent=7, window=window, tiles=Tiles(BLOCK, 4, 1, splits), interpret=True,
     )  # fmt: skip
 
     def reads_of(b, n):
-        unit = source[b, n * J // N]
+        unit = source[b, 1, n * J // N]
         listed = lists[unit // J, b, unit % J].tolist()
         return oracle.shared_reads(listed, NUM_SINKS, int(STARTS[b]), int(LENGTHS[b]), window)
 
@@ -107,7 +108,8 @@ def test_the_kernel_equals_the_reference_in_low_precision_and_under_the_length_g
     q, keys, values, lists, source = attention_case(3, 8, 2, 2, 64)
     keys, values = np.nan_to_num(keys), np.nan_to_num(values, posinf=0)
     arrays = [jnp.asarray(x, dtype) for x in (q, keys, values)]
-    arrays += list(map(jnp.asarray, (lists, source, LENGTHS, STARTS)))
+    arrays += list(map(jnp.asarray, (lists, source)))
+    arrays += [1, jnp.asarray(LENGTHS), jnp.asarray(STARTS)]
     settings = {"num_sinks": NUM_SINKS, "max_recent": 7, "min_length": min_length}
     got, expected = (
         np.asarray(api.shared_decode(*arrays, **settings, impl=impl), np.float32) for impl in ("interpret", "reference")
@@ -120,7 +122,7 @@ def test_the_kernel_equals_the_reference_in_low_precision_and_under_the_length_g
 
 
 def selection_case(seed, N, K, J, bits, dilate, ratio=None, R=7, H=16):
-    """Returns (config, q, keys, channels, lengths, lists before, which are chosen)."""
+    """Returns (config, q, keys, channels, lengths, lists before, plan, which rows are due)."""
     rng, lengths = np.random.default_rng(seed), np.array([0, 3, 30, S // 2, S], np.int32)
     B = len(lengths)
     config = HShareConfig(
@@ -129,9 +131,11 @@ def selection_case(seed, N, K, J, bits, dilate, ratio=None, R=7, H=16):
     )  # fmt: skip
     q, keys = rng.standard_normal((B, N, H)), rng.standard_normal((B, K, S, H))
     channels = np.sort(np.argsort(rng.random((B, K, H)), axis=-1)[..., :R], axis=-1)
-    lists, is_chosen = rng.integers(0, 99, (2, B, J, C)), rng.random((B, J)) < 0.8
-    arrays = (2 * q, keys, channels, lengths, lists, is_chosen)
-    types = (jnp.float32, jnp.float32, jnp.int32, jnp.int32, jnp.int32, bool)
+    lists = rng.integers(0, 99, (2, B, J, C))
+    source = np.tile(np.arange(2 * J).reshape(1, 2, J), (B, 1, 1))
+    source[::2, 1, -1] = 0  # the last list is a copy in every other row
+    arrays = (2 * q, keys, channels, lengths, lists, source, np.arange(B) != 3)
+    types = (jnp.float32, jnp.float32, *(jnp.int32,) * 4, bool)
     return config, *(jnp.asarray(array, dtype) for array, dtype in zip(arrays, types, strict=True))
 
 
@@ -147,7 +151,7 @@ CASES = {
 
 @pytest.mark.parametrize(("N", "K", "J", "bits", "dilate", "block"), CASES.values(), ids=CASES)
 def test_selection_by_labels_equals_the_definition_where_it_is_asked_for(N, K, J, bits, dilate, block):
-    config, q, keys, channels, lengths, lists, is_chosen = selection_case(5, N, K, J, bits, dilate)
+    config, q, keys, channels, lengths, lists, source, is_due = selection_case(5, N, K, J, bits, dilate)
     if block == 96:  # a cache that is no multiple of the block
         keys, block = keys[:, :, :200], 64
         lengths = jnp.minimum(lengths, 200)
@@ -156,9 +160,10 @@ def test_selection_by_labels_equals_the_definition_where_it_is_asked_for(N, K, J
     expected = find_critical_tokens(scores, lengths, num_lists=J, config=config)
     first, last = candidate_range(lengths, config, None)
     got = select.select_labels(
-        lists, 1, label_query(q, channels, bits), labels.codes, labels.scales, is_chosen, first, last,
+        lists, 1, label_query(q, channels, bits), labels.codes, labels.scales, source, is_due, first, last,
         jnp.full_like(lengths, C), dilate=dilate, tiles=Tiles(block, 4, 1), interpret=True,
     )  # fmt: skip
+    is_chosen = (source[:, 1] == J + jnp.arange(J)[None, :]) & is_due[:, None]
     np.testing.assert_array_equal(got, lists.at[1].set(jnp.where(is_chosen[:, :, None], expected, lists[1])))
 
 
@@ -172,7 +177,7 @@ def test_selection_by_scores_breaks_ties_by_slot_and_knows_all_numbers(block):
     first, last = np.array([3, 0, 0, 5]), np.array([S, S, S, 40])
     allowed = np.array([C, 11, 0, 99])
     got = select.select_scores(
-        jnp.zeros((1, B, J, C), jnp.int32), 0, jnp.asarray(scores), jnp.ones((B, J), bool),
+        jnp.zeros((1, B, J, C), jnp.int32), 0, jnp.asarray(scores), identity_plan(B, 1, J), jnp.ones((B,), bool),
         *(jnp.asarray(x, jnp.int32) for x in (first, last, allowed)), tiles=Tiles(block, 4, 1), interpret=True,
     )  # fmt: skip
     for b, j in np.ndindex(B, J):
@@ -227,7 +232,12 @@ def test_checkify_reports_what_points_outside(name, value, message):
     q, keys, values, lists, source = attention_case(8, 4, 2, 2, 8)
     arrays = dict(zip(("q", "keys", "values", "lists", "source"), (q, keys, values, lists, source), strict=True))
     decode = functools.partial(
-        api.shared_decode, lengths=jnp.asarray(LENGTHS), recent_start=jnp.asarray(STARTS), num_sinks=2, max_recent=7
+        api.shared_decode,
+        layer=1,
+        lengths=jnp.asarray(LENGTHS),
+        recent_start=jnp.asarray(STARTS),
+        num_sinks=2,
+        max_recent=7,
     )
     checked = checkify.checkify(jax.jit(lambda arrays: decode(**arrays)))
     checked(jax.tree.map(jnp.asarray, arrays))[0].throw()
@@ -247,8 +257,13 @@ def test_attention_lowers_for_cuda(dtype, B, N, K, H, slots):
 
     cache = shape(B, K, slots, H, dtype=dtype)
     arrays = (shape(B, N, H, dtype=dtype), cache, cache)
-    plan = (shape(32, B, K, 432), shape(B, K), shape(B), shape(B))
-    shared = functools.partial(sparse_decode.shared_decode, num_sinks=16, max_recent=64)
+    plan = (shape(32, B, K, 432), shape(B, 32, K), shape(B), shape(B))
+
+    def shared(q, keys, values, lists, source, lengths, start):
+        return sparse_decode.shared_decode(
+            q, keys, values, lists, source, 3, lengths, start, num_sinks=16, max_recent=64
+        )
+
     # Split lists are merged by a second kernel.
     splits = attention_tiles(H, jnp.dtype(dtype).itemsize, B * K, 512).splits
     assert count_kernels(lower_for_cuda(shared, *arrays, *plan)) == (1 if splits == 1 else 2)
@@ -263,11 +278,18 @@ def test_selection_lowers_for_cuda_in_few_kernels(B, N, K, slots, kernels):
     def shape(*sizes, dtype=jnp.int32):
         return jax.ShapeDtypeStruct(sizes, dtype)
 
-    def choose(lists, query, codes, scales, is_chosen, first, last, allowed):
-        return select.select_labels(lists, 3, query, codes, scales, is_chosen, first, last, allowed)
+    def choose(lists, *arrays):
+        return select.select_labels(lists, 3, *arrays)
 
     arrays = (shape(32, B, K, 432), shape(B, N, 32, dtype=jnp.float32), shape(B, K, 16, slots, dtype=jnp.uint8))
-    arrays += (shape(B, K, 2, slots, dtype=jnp.bfloat16), shape(B, K, dtype=bool), shape(B), shape(B), shape(B))
+    arrays += (
+        shape(B, K, 2, slots, dtype=jnp.bfloat16),
+        shape(B, 32, K),
+        shape(B, dtype=bool),
+        shape(B),
+        shape(B),
+        shape(B),
+    )
     assert count_kernels(lower_for_cuda(choose, *arrays)) == kernels
 
 

@@ -1,5 +1,7 @@
 """The reference attention equals a float64 oracle written from the definition, whatever unfilled slots hold."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,9 +15,17 @@ F32 = 1e-5  # absolute, on outputs of about 1: float32 sums over a few hundred t
 JUNK = 1e30  # what no slot that is read holds; finite, and its products stay so
 B, S, H = 6, 512, 8
 dense_decode = jax.jit(reference.dense_decode, static_argnames="window")
-shared_decode = jax.jit(reference.shared_decode, static_argnames=("num_sinks", "max_recent", "window"))
+LAYER = 1
 prefill_attention = jax.jit(reference.prefill_attention, static_argnames="window")
 HEADS = [(4, 4), (4, 2), (4, 1), (6, 3)]  # (N, K): multi-head, grouped, multi-query, and a group count that is odd
+
+
+@functools.partial(jax.jit, static_argnames=("num_sinks", "max_recent", "window"))
+def shared_decode(q, keys, values, lists, source, lengths, starts, *, num_sinks, max_recent, window=None):
+    return reference.shared_decode(
+        q, keys, values, lists, source, LAYER, lengths, starts,
+        num_sinks=num_sinks, max_recent=max_recent, window=window,
+    )  # fmt: skip
 
 
 def cache(rng, K, lengths):
@@ -55,7 +65,7 @@ def test_a_row_of_length_zero_yields_numbers():
     q, (keys, values) = rng.standard_normal((1, 4, H)).astype(np.float32), cache(rng, 2, [S])
     zero = jnp.zeros((1,), jnp.int32)
     assert np.isfinite(dense_decode(jnp.asarray(q), jnp.asarray(keys), jnp.asarray(values), zero)).all()
-    lists, source = jnp.full((1, 1, 2, 3), EMPTY, jnp.int32), jnp.asarray([[0, 1]], jnp.int32)
+    lists, source = jnp.full((2, 1, 2, 3), EMPTY, jnp.int32), jnp.asarray([[[0, 1], [2, 3]]], jnp.int32)
     out = shared_decode(
         jnp.asarray(q), jnp.asarray(keys), jnp.asarray(values), lists, source, zero, zero, num_sinks=2, max_recent=4
     )
@@ -63,23 +73,23 @@ def test_a_row_of_length_zero_yields_numbers():
 
 
 def shared_case(rng, N, K, J, lengths, recent_starts, num_sinks, C):
-    """Returns (q, keys, values, lists [2, B, J, C], source [B, J]): random ascending lists, some of them short."""
+    """Returns (q, keys, values, lists [2, B, J, C], source [B, 2, J]): random ascending lists, some of them short."""
     rows = len(lengths)
     lists = np.full((2, rows, J, C), EMPTY, np.int32)
     for layer, b, j in np.ndindex(2, rows, J):
         candidates = np.arange(num_sinks, max(num_sinks, recent_starts[b]))
         listed = np.sort(rng.permutation(candidates)[: rng.integers(0, C + 1)])
         lists[layer, b, j, : len(listed)] = listed
-    source = rng.integers(0, 2 * J, (rows, J)).astype(np.int32)
+    source = rng.integers(0, 2 * J, (rows, 2, J)).astype(np.int32)
     q = rng.standard_normal((rows, N, H)).astype(np.float32)
     return q, *cache(rng, K, lengths), lists, source
 
 
 def expected_shared(q, keys, values, lists, source, lengths, starts, num_sinks, window):
     """Returns the float64 outputs [B, N, H] and each row's slots per head."""
-    N, J, out, reads = q.shape[1], source.shape[1], [], []
+    N, J, out, reads = q.shape[1], source.shape[2], [], []
     for b in range(len(q)):
-        flat = [source[b, n * J // N] for n in range(N)]
+        flat = [source[b, LAYER, n * J // N] for n in range(N)]
         listed = [lists[f // J, b, f % J].tolist() for f in flat]
         reads.append(
             [oracle.shared_reads(tokens, num_sinks, int(starts[b]), int(lengths[b]), window) for tokens in listed]
