@@ -6,6 +6,7 @@ program takes a chunk and keeps its C best, of which one more kernel takes the C
 leaves at once. The definition is `critical_tokens.find_critical_tokens` on `labels.score_labels`.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Bool, Float, Int
 
 from hshare_jax.kernels.reference import EMPTY, MASKED
-from hshare_jax.kernels.tiling import Tiles, selection_tiles
+from hshare_jax.kernels.tiling import Tiles, merge_warps, selection_tiles
 from hshare_jax.shapes import Lists, Source
 
 IS_DUE, FIRST, LAST, ALLOWED = range(4)  # what the kernels are told of each row
@@ -112,7 +113,7 @@ def _select(
         G, S = query.shape[1] // J, codes.shape[3]
         if query.shape[2] > codes.shape[2] and query.shape[2] % 2:  # the last byte holds one code
             query = jnp.pad(query, ((0, 0), (0, 0), (0, 1)))
-    tiles = selection_tiles(S, G, B * J) if tiles is None else tiles
+    tiles = selection_tiles(S, G) if tiles is None else tiles
     chunks = pl.cdiv(S, tiles.block)
     bounds = jnp.stack([is_due.astype(jnp.int32), first, last, jnp.minimum(num_allowed, C)])
     given = _Given(source, layer.reshape(1), bounds, scores, query, codes, scales)
@@ -135,8 +136,8 @@ def _select(
         return order, slots, jnp.minimum(allowed, is_candidate.astype(jnp.int32).sum())
 
     def select(given: _Given, lists_ref, chunk: Array, j: Array, b: Array) -> None:
-        chosen = choose(given, chunk, j, b)
-        _write_chosen(lambda at: lists_ref.at[given.layer[0], b, j, at], *chosen, C)
+        order, slots, count = choose(given, chunk, j, b)
+        _write_chosen(order, count, C, (lambda at: lists_ref.at[given.layer[0], b, j, at], lambda: slots, EMPTY))
 
     def find_stats(given: _Given, stats_ref, chunk: Array, j: Array, b: Array) -> None:
         slots = chunk * tiles.block + jnp.arange(tiles.block, dtype=jnp.int32)
@@ -146,21 +147,21 @@ def _select(
 
     def select_in_chunk(given: _Given, best_ref, chunk: Array, j: Array, b: Array) -> None:
         order, slots, count = choose(given, chunk, j, b)
-        _write_chosen(lambda at: best_ref.at[0, b, j, chunk, at], order, slots, count, C)
-        as_int = lax.bitcast_convert_type(order, jnp.int32)
-        _write_chosen(lambda at: best_ref.at[1, b, j, chunk, at], order, slots, count, C, as_int)
+        at_slots, at_order = (lambda at, part=part: best_ref.at[part, b, j, chunk, at] for part in (0, 1))
+        as_int = functools.partial(lax.bitcast_convert_type, order, jnp.int32)
+        _write_chosen(order, count, C, (at_slots, lambda: slots, EMPTY), (at_order, as_int, 0))
 
     def merge(given: _Given, lists_ref, _: Array, j: Array, b: Array) -> None:
         index = jnp.arange(pl.next_power_of_2(chunks * C), dtype=jnp.int32)
-        is_there = index < chunks * C
-        slots, order = (
-            plgpu.load(given.scores.at[part, b, j, index // C, index % C], mask=is_there, other=EMPTY)
-            for part in (0, 1)
+
+        def load(part: int) -> Array:
+            return plgpu.load(given.scores.at[part, b, j, index], mask=index < chunks * C, other=0)
+
+        order = lax.bitcast_convert_type(load(1), jnp.uint32)
+        count = jnp.minimum(given.bounds[ALLOWED, b], (order > 0).astype(jnp.int32).sum())
+        _write_chosen(
+            order, count, C, (lambda at: lists_ref.at[given.layer[0], b, j, at], functools.partial(load, 0), EMPTY)
         )
-        is_candidate = is_there & (slots >= 0)
-        order = jnp.where(is_candidate, lax.bitcast_convert_type(order, jnp.uint32), 0)
-        count = jnp.minimum(given.bounds[ALLOWED, b], is_candidate.astype(jnp.int32).sum())
-        _write_chosen(lambda at: lists_ref.at[given.layer[0], b, j, at], order, slots, count, C)
 
     if chunks == 1:
         return call(select, lists, given, name="select_tokens")
@@ -169,8 +170,9 @@ def _select(
         given = given._replace(stats=call(find_stats, stats, given, name="softmax_statistics"))
     best = jax.ShapeDtypeStruct((2, B, J, chunks, C), jnp.int32)  # slots, and their order
     best = call(select_in_chunk, best, given, name="select_in_chunks")
-    given = _Given(given.source, given.layer, bounds, scores=best)
-    return call(merge, lists, given, grid=(1, J, B), name="select_of_chunks")
+    given = _Given(given.source, given.layer, bounds, scores=best.reshape(2, B, J, chunks * C))
+    tiles = dataclasses.replace(tiles, num_warps=merge_warps(pl.next_power_of_2(chunks * C)))
+    return call(merge, lists, given, grid=(1, J, B), tiles=tiles, name="select_of_chunks")
 
 
 def _call(
@@ -228,21 +230,22 @@ def _score(given: _Given, b: Array, j: Array, slots: Array, *, is_whole: bool) -
     G, k = N // J, j // (J // K)
     heads = [j * G + g for g in range(G)]
 
-    def add(r: Array, sums: tuple[tuple[Array, Array], ...]) -> tuple[tuple[Array, Array], ...]:
-        """Adds channel r, or the two that share byte r, to each head's (q . code, sum of q)."""
+    def add(r: Array, scores: tuple[Array, ...]) -> tuple[Array, ...]:
+        """Adds channel r, or the two that share byte r, to each head's q . code."""
         code = load(given.codes.at[b, k, r, slots])
         parts = [(code & 15, r), (code >> 4, r + num_codes)] if num_codes < R else [(code, r)]
         for part, channel in parts:
             part = part.astype(jnp.float32)
-            numbers = [given.query[b, n, channel] for n in heads]
-            sums = tuple((s + number * part, q + number) for (s, q), number in zip(sums, numbers, strict=True))
-        return sums
+            scores = tuple(s + given.query[b, n, channel] * part for s, n in zip(scores, heads, strict=True))
+        return scores
 
-    sums = lax.fori_loop(0, num_codes, add, ((jnp.zeros(slots.shape, jnp.float32), jnp.float32(0)),) * G)
+    scores = lax.fori_loop(0, num_codes, add, (jnp.zeros(slots.shape, jnp.float32),) * G)
     if given.scales is None:
-        return [s for s, _ in sums]
+        return list(scores)
+    channels = jnp.arange(pl.next_power_of_2(R), dtype=jnp.int32)
+    sums = [plgpu.load(given.query.at[b, n, channels], mask=channels < R, other=0).sum() for n in heads]
     offset, step = (load(given.scales.at[b, k, part, slots]).astype(jnp.float32) for part in (0, 1))
-    return [s * step + q * offset for s, q in sums]  # q . (offset + step * code)
+    return [s * step + q * offset for s, q in zip(scores, sums, strict=True)]  # q . (offset + step * code)
 
 
 def _stats(scores: Array, is_candidate: Array) -> tuple[Array, Array]:
@@ -278,10 +281,14 @@ def _sortable(scores: Float[Array, "slots"]) -> Array:
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
-def _write_chosen(ref_at: Callable, order: Array, slots: Array, count: Array, size: int, what: Array | None = None):
-    """Writes `what`, the slots themselves unless told, of the `count` highest, in their order; then EMPTY or 0.
+def _write_chosen(order: Array, count: Array, size: int, *outputs: tuple[Callable, Callable[[], Array], int]) -> None:
+    """Writes what belongs to the `count` highest of `order`, in their order; ties go to the lower slot.
 
-    Ties go to the lower slot. An order of 0 is that of no candidate.
+    Args:
+        order: of each slot; 0 is that of no candidate.
+        count: how many are chosen.
+        size: places of an output; those beyond `count` are filled.
+        outputs: (what refers to a place, what makes the values: as late as possible, to save registers; the filling).
     """
 
     def raise_bit(index: Array, least: Array) -> Array:
@@ -294,9 +301,9 @@ def _write_chosen(ref_at: Callable, order: Array, slots: Array, count: Array, si
     missing = count - is_above.astype(jnp.int32).sum()
     is_listed = is_above | (is_tied & (jnp.cumsum(is_tied.astype(jnp.int32)) <= missing))
     place = jnp.cumsum(is_listed.astype(jnp.int32)) - 1
-    # Lanes that write nothing point past the end: interpreted, they would write what was there before.
-    plgpu.store(ref_at(jnp.where(is_listed, place, size)), slots if what is None else what, mask=is_listed)
     rest = jnp.arange(pl.next_power_of_2(size), dtype=jnp.int32)
-    is_empty = (rest >= count) & (rest < size)
-    nothing = jnp.full(rest.shape, EMPTY, jnp.int32) if what is None else jnp.zeros(rest.shape, what.dtype)
-    plgpu.store(ref_at(jnp.where(is_empty, rest, size)), nothing, mask=is_empty)
+    is_rest = (rest >= count) & (rest < size)
+    for ref_at, values, filling in outputs:
+        # Lanes that write nothing point past the end: interpreted, they would write what was there before.
+        plgpu.store(ref_at(jnp.where(is_listed, place, size)), values(), mask=is_listed)
+        plgpu.store(ref_at(jnp.where(is_rest, rest, size)), jnp.full(rest.shape, filling, jnp.int32), mask=is_rest)

@@ -36,21 +36,21 @@ def attention_tiles(head_dim: int, itemsize: int, num_programs: int, num_slots: 
     return Tiles(block, num_warps=4, num_stages=3, splits=_power_of_two(max(1, min(most, wanted, 128))))
 
 
-def selection_tiles(num_slots: int, group_size: int, num_programs: int) -> Tiles:
+def selection_tiles(num_slots: int, group_size: int) -> Tiles:
     """Returns the layout of a selection: `block` slots a program, which holds their scores in registers.
 
     Args:
         num_slots: S.
         group_size: query heads that a list serves.
-        num_programs: rows times lists.
     """
-    whole, most = _power_of_two(num_slots, up=True), 8192 if group_size <= 2 else 4096
-    block = whole
-    if whole > most:  # in chunks then, and in as many as there are cores, but of some length
-        programs = -(-NUM_CORES // num_programs)
-        block = max(2048, min(most, _power_of_two(-(-num_slots // programs), up=True)))
-    scores = block * max(group_size, 2)
-    return Tiles(block, num_warps=_power_of_two(max(4, min(16, scores // 1024))), num_stages=1)
+    # With 8 warps, 64 scores in each thread's registers; with 16 a thread has half of them, and spills.
+    block = min(_power_of_two(num_slots, up=True), 8192, _power_of_two(16_384 // group_size))
+    return Tiles(block, num_warps=8 if block >= 2048 else 4, num_stages=1)
+
+
+def merge_warps(num_candidates: int) -> int:
+    """Returns the warps that choose among the best of all chunks, a power of two: 64 a thread, as above."""
+    return max(4, min(32, num_candidates // 2048))
 
 
 def _power_of_two(number: int, *, up: bool = False) -> int:

@@ -317,5 +317,5 @@ def test_tiles_fill_the_chip_and_fit_it():
             assert tiles.splits * 2 * tiles.block <= max(512, 2 * tiles.block)
             assert tiles.num_stages * 2 * tiles.block * head_dim * 2 <= 227 * 1024  # shared memory of a Hopper core
     for slots, group in ((512, 1), (4096, 4), (131_072, 1), (131_072, 8)):
-        tiles = selection_tiles(slots, group, 8)
+        tiles = selection_tiles(slots, group)
         assert tiles.block * group * 4 <= tiles.num_warps * 32 * 160 * 4  # scores in registers
