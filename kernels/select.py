@@ -6,7 +6,6 @@ program takes a chunk and keeps its C best, of which one more kernel takes the C
 leaves at once. The definition is `critical_tokens.find_critical_tokens` on `labels.score_labels`.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Bool, Float, Int
 
 from hshare_jax.kernels.reference import EMPTY, MASKED
-from hshare_jax.kernels.tiling import Tiles, merge_warps, selection_tiles
+from hshare_jax.kernels.tiling import Tiles, merge_tiles, selection_tiles
 from hshare_jax.shapes import Lists, Source
 
 IS_DUE, FIRST, LAST, ALLOWED = range(4)  # what the kernels are told of each row
@@ -114,13 +113,14 @@ def _select(
         if query.shape[2] > codes.shape[2] and query.shape[2] % 2:  # the last byte holds one code
             query = jnp.pad(query, ((0, 0), (0, 0), (0, 1)))
     tiles = selection_tiles(S, G) if tiles is None else tiles
-    chunks = pl.cdiv(S, tiles.block)
+    chunks, kept = pl.cdiv(S, tiles.block), min(C, tiles.block)
+    merging = merge_tiles(chunks * kept)
     bounds = jnp.stack([is_due.astype(jnp.int32), first, last, jnp.minimum(num_allowed, C)])
     given = _Given(source, layer.reshape(1), bounds, scores, query, codes, scales)
     call = functools.partial(_call, num_lists=J, grid=(chunks, J, B), tiles=tiles, interpret=interpret)
 
-    def choose(given: _Given, chunk: Array, j: Array, b: Array) -> tuple[Array, Array, Array]:
-        """Returns (weights as numbers in their order, slots, how many of them are chosen) of one chunk."""
+    def weigh(given: _Given, chunk: Array, j: Array, b: Array) -> tuple[Array, Array]:
+        """Returns (weights as numbers in their order, 0 where a slot does not compete; slots) of one chunk."""
         slots = chunk * tiles.block + jnp.arange(tiles.block, dtype=jnp.int32)
         is_candidate = _is_candidate(given, b, slots)
         by_head = _score(given, b, j, slots, is_whole=S % tiles.block == 0)
@@ -131,13 +131,12 @@ def _select(
         if dilate:
             before = _score(given, b, j, slots - 1, is_whole=False)
             weights = jnp.maximum(weights, _pool(before, stats, _is_candidate(given, b, slots - 1)))
-        order = jnp.where(is_candidate, _sortable(weights), 0)
-        allowed = given.bounds[ALLOWED, b] if chunks == 1 else C
-        return order, slots, jnp.minimum(allowed, is_candidate.astype(jnp.int32).sum())
+        return jnp.where(is_candidate, _sortable(weights), 0), slots
 
     def select(given: _Given, lists_ref, chunk: Array, j: Array, b: Array) -> None:
-        order, slots, count = choose(given, chunk, j, b)
-        _write_chosen(order, count, C, (lambda at: lists_ref.at[given.layer[0], b, j, at], lambda: slots, EMPTY))
+        order, slots = weigh(given, chunk, j, b)
+        into_list = (lambda at: lists_ref.at[given.layer[0], b, j, at], lambda _: slots, EMPTY)
+        _write_chosen(lambda _: order, 1, given.bounds[ALLOWED, b], C, into_list)
 
     def find_stats(given: _Given, stats_ref, chunk: Array, j: Array, b: Array) -> None:
         slots = chunk * tiles.block + jnp.arange(tiles.block, dtype=jnp.int32)
@@ -146,33 +145,31 @@ def _select(
             stats_ref[b, j, g, 0, chunk], stats_ref[b, j, g, 1, chunk] = _stats(scores, is_candidate)
 
     def select_in_chunk(given: _Given, best_ref, chunk: Array, j: Array, b: Array) -> None:
-        order, slots, count = choose(given, chunk, j, b)
+        order, slots = weigh(given, chunk, j, b)
         at_slots, at_order = (lambda at, part=part: best_ref.at[part, b, j, chunk, at] for part in (0, 1))
-        as_int = functools.partial(lax.bitcast_convert_type, order, jnp.int32)
-        _write_chosen(order, count, C, (at_slots, lambda: slots, EMPTY), (at_order, as_int, 0))
+        as_int = lambda _: lax.bitcast_convert_type(order, jnp.int32)  # noqa: E731
+        _write_chosen(lambda _: order, 1, kept, kept, (at_slots, lambda _: slots, EMPTY), (at_order, as_int, 0))
 
     def merge(given: _Given, lists_ref, _: Array, j: Array, b: Array) -> None:
-        index = jnp.arange(pl.next_power_of_2(chunks * C), dtype=jnp.int32)
+        def load(part: int, block: Array | int) -> Array:
+            index = block * merging.block + jnp.arange(merging.block, dtype=jnp.int32)
+            return plgpu.load(given.scores.at[part, b, j, index], mask=index < chunks * kept, other=0)
 
-        def load(part: int) -> Array:
-            return plgpu.load(given.scores.at[part, b, j, index], mask=index < chunks * C, other=0)
-
-        order = lax.bitcast_convert_type(load(1), jnp.uint32)
-        count = jnp.minimum(given.bounds[ALLOWED, b], (order > 0).astype(jnp.int32).sum())
+        into_list = (lambda at: lists_ref.at[given.layer[0], b, j, at], lambda block: load(0, block), EMPTY)
         _write_chosen(
-            order, count, C, (lambda at: lists_ref.at[given.layer[0], b, j, at], functools.partial(load, 0), EMPTY)
-        )
+            lambda block: lax.bitcast_convert_type(load(1, block), jnp.uint32),
+            pl.cdiv(chunks * kept, merging.block), given.bounds[ALLOWED, b], C, into_list,
+        )  # fmt: skip
 
     if chunks == 1:
         return call(select, lists, given, name="select_tokens")
     if G > 1:
         stats = jax.ShapeDtypeStruct((B, J, G, 2, chunks), jnp.float32)
         given = given._replace(stats=call(find_stats, stats, given, name="softmax_statistics"))
-    best = jax.ShapeDtypeStruct((2, B, J, chunks, C), jnp.int32)  # slots, and their order
+    best = jax.ShapeDtypeStruct((2, B, J, chunks, kept), jnp.int32)  # slots, and their order
     best = call(select_in_chunk, best, given, name="select_in_chunks")
-    given = _Given(given.source, given.layer, bounds, scores=best.reshape(2, B, J, chunks * C))
-    tiles = dataclasses.replace(tiles, num_warps=merge_warps(pl.next_power_of_2(chunks * C)))
-    return call(merge, lists, given, grid=(1, J, B), tiles=tiles, name="select_of_chunks")
+    given = _Given(given.source, given.layer, bounds, scores=best.reshape(2, B, J, chunks * kept))
+    return call(merge, lists, given, grid=(1, J, B), tiles=merging, name="select_of_chunks")
 
 
 def _call(
@@ -281,29 +278,57 @@ def _sortable(scores: Float[Array, "slots"]) -> Array:
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
-def _write_chosen(order: Array, count: Array, size: int, *outputs: tuple[Callable, Callable[[], Array], int]) -> None:
-    """Writes what belongs to the `count` highest of `order`, in their order; ties go to the lower slot.
+def _write_chosen(
+    load_order: Callable[[Array | int], Array], num_blocks: int, allowed: Array | int, size: int,
+    *outputs: tuple[Callable, Callable[[Array | int], Array], int],
+) -> None:  # fmt: skip
+    """Writes what belongs to the `allowed` highest candidates, in the order of their slots; ties go to the lower slot.
 
     Args:
-        order: of each slot; 0 is that of no candidate.
-        count: how many are chosen.
-        size: places of an output; those beyond `count` are filled.
-        outputs: (what refers to a place, what makes the values: as late as possible, to save registers; the filling).
+        load_order: a block's candidates as numbers in their order; 0 is no candidate. Of a single block they stay in
+            registers; of several they are loaded anew for each bit.
+        num_blocks: how many blocks there are.
+        allowed: how many may be chosen.
+        size: places of an output; those that are left over are filled.
+        outputs: (what refers to a place, a block's values: loaded as late as possible, to save registers; the filling).
     """
+    if num_blocks == 1:
+        order = load_order(0)
+        load_order = lambda _: order  # noqa: E731
+
+    def count(is_counted: Callable[[Array], Array]) -> Array:
+        def add(block: Array | int, total: Array) -> Array:
+            return total + is_counted(load_order(block)).astype(jnp.int32).sum()
+
+        return _loop(num_blocks, add, jnp.int32(0))
+
+    wanted = jnp.minimum(allowed, count(lambda order: order > 0))
 
     def raise_bit(index: Array, least: Array) -> Array:
         higher = least | jnp.uint32(1) << (31 - index).astype(jnp.uint32)
-        return jnp.where((order >= higher).astype(jnp.int32).sum() >= count, higher, least)
+        return jnp.where(count(lambda order: order >= higher) >= wanted, higher, least)
 
     threshold = lax.fori_loop(0, 32, raise_bit, jnp.uint32(0))
-    is_above = order > threshold
-    is_tied = (order == threshold) & (order > 0)
-    missing = count - is_above.astype(jnp.int32).sum()
-    is_listed = is_above | (is_tied & (jnp.cumsum(is_tied.astype(jnp.int32)) <= missing))
-    place = jnp.cumsum(is_listed.astype(jnp.int32)) - 1
+    missing = wanted - count(lambda order: order > threshold)
+
+    def write(block: Array | int, before: tuple[Array, Array]) -> tuple[Array, Array]:
+        num_tied, num_listed = before
+        order = load_order(block)
+        is_tied = (order == threshold) & (order > 0)
+        ties = num_tied + jnp.cumsum(is_tied.astype(jnp.int32))
+        is_listed = (order > threshold) | (is_tied & (ties <= missing))
+        place = num_listed + jnp.cumsum(is_listed.astype(jnp.int32)) - 1
+        for ref_at, values, _ in outputs:
+            # Lanes that write nothing point past the end: interpreted, they would write what was there before.
+            plgpu.store(ref_at(jnp.where(is_listed, place, size)), values(block), mask=is_listed)
+        return num_tied + is_tied.astype(jnp.int32).sum(), num_listed + is_listed.astype(jnp.int32).sum()
+
+    _loop(num_blocks, write, (jnp.int32(0), jnp.int32(0)))
     rest = jnp.arange(pl.next_power_of_2(size), dtype=jnp.int32)
-    is_rest = (rest >= count) & (rest < size)
-    for ref_at, values, filling in outputs:
-        # Lanes that write nothing point past the end: interpreted, they would write what was there before.
-        plgpu.store(ref_at(jnp.where(is_listed, place, size)), values(), mask=is_listed)
+    is_rest = (rest >= wanted) & (rest < size)
+    for ref_at, _, filling in outputs:
         plgpu.store(ref_at(jnp.where(is_rest, rest, size)), jnp.full(rest.shape, filling, jnp.int32), mask=is_rest)
+
+
+def _loop(count: int, body: Callable, carry: Any) -> Any:
+    return body(0, carry) if count == 1 else lax.fori_loop(0, count, body, carry)

@@ -48,9 +48,10 @@ def selection_tiles(num_slots: int, group_size: int) -> Tiles:
     return Tiles(block, num_warps=8 if block >= 2048 else 4, num_stages=1)
 
 
-def merge_warps(num_candidates: int) -> int:
-    """Returns the warps that choose among the best of all chunks, a power of two: 64 a thread, as above."""
-    return max(4, min(32, num_candidates // 2048))
+def merge_tiles(num_candidates: int) -> Tiles:
+    """Returns the layout of the choice among the best of all chunks: in one block, held in registers, up to 16,384."""
+    block = min(_power_of_two(num_candidates, up=True), 16_384)
+    return Tiles(block, num_warps=8 if block > 4096 else 4, num_stages=1)
 
 
 def _power_of_two(number: int, *, up: bool = False) -> int:

@@ -53,7 +53,7 @@ def attention_case(seed, N, K, J, H):
     keys, values = (rng.standard_normal((B, K, S, H)).astype(np.float32) for _ in range(2))
     lists = np.full((2, B, J, C), EMPTY, np.int32)
     for layer, b, j in np.ndindex(2, B, J):
-        listed = rng.permutation(np.arange(NUM_SINKS, max(NUM_SINKS, STARTS[b])))[: rng.integers(0, C + 1)]
+        listed = rng.permutation(np.arange(NUM_SINKS, max(NUM_SINKS, int(STARTS[b]))))[: rng.integers(0, C + 1)]
         lists[layer, b, j, : len(listed)] = np.sort(listed)
     for b, length in enumerate(LENGTHS):
         keys[b, :, length:], values[b, :, length:] = np.nan, np.inf
@@ -65,8 +65,8 @@ def expected_attention(q, keys, values, reads_of):
     out = np.zeros(q.shape)
     for b in range(len(q)):
         if LENGTHS[b] > 0:
-            clean = (np.nan_to_num(x[b].astype(np.float64), posinf=0) for x in (keys, values))
-            out[b] = oracle.attention(q[b].astype(np.float64), *clean, [reads_of(b, n) for n in range(q.shape[1])])
+            k, v = (np.nan_to_num(x[b].astype(np.float64), posinf=0) for x in (keys, values))
+            out[b] = oracle.attention(q[b].astype(np.float64), k, v, [reads_of(b, n) for n in range(q.shape[1])])
     return out
 
 
@@ -78,9 +78,11 @@ HEADS = [(4, 4, 4, 64), (8, 2, 2, 128), (4, 2, 4, 80), (6, 1, 1, 96), (6, 3, 3, 
 @pytest.mark.parametrize(("splits", "window"), [(1, None), (4, None), (2, 20)])
 def test_shared_decode_equals_the_oracle(N, K, J, H, splits, window):
     q, keys, values, lists, source = attention_case(1, N, K, J, H)
-    out = sparse_decode.shared_decode(
-        *map(jnp.asarray, (q, keys, values, lists, source)), 1, *map(jnp.asarray, (LENGTHS, STARTS)),
-        num_sinks=NUM_SINKS, max_recent=7, window=window, tiles=Tiles(BLOCK, 4, 1, splits), interpret=True,
+    arrays = map(jnp.asarray, (q, keys, values, lists, source))
+    decode = functools.partial(sparse_decode.shared_decode, *arrays, layer=1, interpret=True)
+    out = decode(
+        lengths=jnp.asarray(LENGTHS), recent_start=jnp.asarray(STARTS), num_sinks=NUM_SINKS, max_recent=7,
+        window=window, tiles=Tiles(BLOCK, 4, 1, splits),
     )  # fmt: skip
 
     def reads_of(b, n):
@@ -108,12 +110,11 @@ def test_the_kernel_equals_the_reference_in_low_precision_and_under_the_length_g
     q, keys, values, lists, source = attention_case(3, 8, 2, 2, 64)
     keys, values = np.nan_to_num(keys), np.nan_to_num(values, posinf=0)
     arrays = [jnp.asarray(x, dtype) for x in (q, keys, values)]
-    arrays += list(map(jnp.asarray, (lists, source)))
-    arrays += [1, jnp.asarray(LENGTHS), jnp.asarray(STARTS)]
-    settings = {"num_sinks": NUM_SINKS, "max_recent": 7, "min_length": min_length}
-    got, expected = (
-        np.asarray(api.shared_decode(*arrays, **settings, impl=impl), np.float32) for impl in ("interpret", "reference")
-    )
+    decode = functools.partial(
+        api.shared_decode, *arrays, *map(jnp.asarray, (lists, source)), layer=1, lengths=jnp.asarray(LENGTHS),
+        recent_start=jnp.asarray(STARTS), num_sinks=NUM_SINKS, max_recent=7, min_length=min_length,
+    )  # fmt: skip
+    got, expected = (np.asarray(decode(impl=impl), np.float32) for impl in ("interpret", "reference"))
     np.testing.assert_allclose(got[1:], expected[1:], atol=BF16, rtol=0)  # row 0 is empty: any numbers will do
     assert np.isfinite(got).all()
 
@@ -146,11 +147,14 @@ CASES = {
     "per query head, in chunks, dilated": (4, 2, 4, 4, True, 64),
     "grouped, in chunks": (8, 2, 2, 4, False, 64),
     "grouped, not quantised, in chunks that do not divide": (4, 2, 2, None, True, 96),
+    "multi-head, in chunks shorter than a list": (4, 4, 4, 8, False, 16),
 }
 
 
 @pytest.mark.parametrize(("N", "K", "J", "bits", "dilate", "block"), CASES.values(), ids=CASES)
-def test_selection_by_labels_equals_the_definition_where_it_is_asked_for(N, K, J, bits, dilate, block):
+def test_selection_by_labels_equals_the_definition_where_it_is_asked_for(N, K, J, bits, dilate, block, monkeypatch):
+    if block == 16:  # and the best of all chunks in blocks as well
+        monkeypatch.setattr(select, "merge_tiles", lambda num_candidates: Tiles(64, 4, 1))
     config, q, keys, channels, lengths, lists, source, is_due = selection_case(5, N, K, J, bits, dilate)
     if block == 96:  # a cache that is no multiple of the block
         keys, block = keys[:, :, :200], 64
