@@ -9,8 +9,7 @@ from jaxtyping import Bool, Float, Int
 
 from hshare_jax.critical_tokens import candidate_range, find_critical_tokens, num_critical_in_budget, weigh_tokens
 from hshare_jax.decode_state import DecodeState, SharedLists
-from hshare_jax.kernels.api import dense_decode, dispatch, shared_decode
-from hshare_jax.kernels.reference import prefill_attention
+from hshare_jax.kernels.api import dense_decode, dispatch, prefill_attention, shared_decode
 from hshare_jax.kernels.select import select_labels, select_scores
 from hshare_jax.kv_cache import KVCache, append
 from hshare_jax.labels import label_query, make_labels, score_keys, score_labels

@@ -12,6 +12,7 @@ from jax.experimental import checkify
 from jaxtyping import Float, Int
 
 from hshare_jax.kernels import reference, sparse_decode
+from hshare_jax.kernels.fused_prefill import can_fuse_prefill, fused_prefill
 from hshare_jax.shapes import Lists, Source
 
 Impl = Literal["auto", "pallas", "reference", "interpret"]
@@ -105,3 +106,21 @@ def shared_decode(
         pallas=lambda interpret: sparse_decode.shared_decode(*arrays, **settings, interpret=interpret),
         plain=lambda: reference.shared_decode(*arrays, **settings),
     )
+
+
+def prefill_attention(
+    q: Float[Array, "B T N H"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    starts: Int[Array, "B"],
+    *,
+    window: int | None = None,
+) -> Float[Array, "B T N H"]:
+    """Returns causal attention over the cache: see `reference.prefill_attention`; by cuDNN where that can be."""
+
+    def plain() -> Array:
+        return reference.prefill_attention(q, keys, values, starts, window=window)
+
+    if not can_fuse_prefill(q, window):
+        return plain()
+    return lax.platform_dependent(cuda=lambda: fused_prefill(q, keys, values, starts), default=plain)

@@ -15,6 +15,7 @@ ORDER = (
     "hshare_jax.kernels.reference",
     "hshare_jax.kernels.select",
     "hshare_jax.kernels.sparse_decode",
+    "hshare_jax.kernels.fused_prefill",
     "hshare_jax.kernels.api",
     "hshare_jax.models.config",
     "hshare_jax.models.rope",

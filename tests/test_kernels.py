@@ -20,7 +20,8 @@ from hshare_jax.config import HShareConfig
 from hshare_jax.critical_tokens import candidate_range, find_critical_tokens
 from hshare_jax.decode import decode_step
 from hshare_jax.decode_state import init_state
-from hshare_jax.kernels import api, select, sparse_decode
+from hshare_jax.kernels import api, reference, select, sparse_decode
+from hshare_jax.kernels.fused_prefill import fused_prefill
 from hshare_jax.kernels.reference import EMPTY
 from hshare_jax.kernels.tiling import Tiles, attention_tiles, selection_tiles
 from hshare_jax.labels import label_query, make_labels, score_labels
@@ -248,6 +249,17 @@ def test_checkify_reports_what_points_outside(name, value, message):
     arrays[name] = np.where(np.arange(arrays[name].size).reshape(arrays[name].shape) == 1, value, arrays[name])
     with pytest.raises(checkify.JaxRuntimeError, match=message):
         checked(jax.tree.map(jnp.asarray, arrays))[0].throw()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_call_around_the_fused_prefill_equals_the_reference(dtype):
+    rng, (B, T, N, K, H) = np.random.default_rng(9), (3, 16, 4, 2, 16)
+    q, keys, values = (rng.standard_normal(shape) for shape in ((B, T, N, H), (B, K, S, H), (B, K, S, H)))
+    starts = jnp.asarray([0, 7, S - T], jnp.int32)
+    arrays = [jnp.asarray(array, dtype) for array in (q, keys, values)]
+    got = fused_prefill(*arrays, starts=starts, implementation="xla").astype(jnp.float32)
+    expected = reference.prefill_attention(*arrays, starts=starts).astype(jnp.float32)
+    np.testing.assert_allclose(got, expected, atol=F32 if dtype == jnp.float32 else BF16, rtol=0)
 
 
 # --- without a GPU
