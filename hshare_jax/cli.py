@@ -328,13 +328,9 @@ def _settings(options: argparse.Namespace) -> "HShareConfig":
 
 def _check_effect(options: argparse.Namespace, settings: "HShareConfig") -> None:
     """Refuses options that the others leave without effect."""
-    reads_plan = options.run is _generate and hasattr(options, "plan_file")
     reasons = {
         ("label_channels", "label_bits"): (settings.scoring == "exact", "--scoring exact reads keys and has no labels"),
         ("dilate",): (settings.refresh_interval == 1, "dilation is for lists that later steps reuse; here none is"),
-        ("sharing_ratio", "plan", "plan_scope", "num_probes"): (
-            reads_plan, "--plan-file says what is shared (steps apart: --refresh-interval)",
-        ),
     }  # fmt: skip
     for names, (is_idle, reason) in reasons.items():
         if given := [name for name in names if is_idle and getattr(options, name, False) is not False]:

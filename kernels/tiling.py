@@ -49,8 +49,9 @@ def selection_tiles(num_slots: int, group_size: int) -> Tiles:
 
 
 def merge_tiles(num_candidates: int) -> Tiles:
-    """Returns the layout of the choice among the best of all chunks: in one block, held in registers, up to 16,384."""
-    block = min(_power_of_two(num_candidates, up=True), 16_384)
+    """Returns the layout of the choice among the best of all chunks: one block, held in registers, up to 16,384."""
+    block = _power_of_two(num_candidates, up=True)
+    block = block if block <= 16_384 else 8192
     return Tiles(block, num_warps=8 if block > 4096 else 4, num_stages=1)
 
 

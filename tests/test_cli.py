@@ -91,7 +91,6 @@ USAGE_MISTAKES = {
         "--label-bits has no effect: --scoring exact reads keys and has no labels",
     ),
     "dilation without reuse": (["a", "--dilate"], "--dilate has no effect: dilation is for lists that later steps"),
-    "ratio beside a plan": (["a", "--plan-file", "p", "--sharing-ratio", "1-1-1"], "--sharing-ratio has no effect"),
     "no refresh interval": (["a", "--refresh-interval", "0"], "--refresh-interval 0 must be at least 1"),
     "two intervals": (
         ["a", "--sharing-ratio", "1-1-1/3", "--refresh-interval", "2"],
@@ -206,14 +205,14 @@ def test_a_preset_is_changed_by_the_options_that_are_given() -> None:
 
 def test_every_setting_has_an_option() -> None:
     given = (
-        "--num-sinks 1 --num-critical 2 --num-recent 3 --budget-ratio 1/8 --num-probes all --sharing-ratio 1/2-1/3-1/4 "
+        "--num-sinks 1 --num-critical 2 --num-recent 3 --budget-ratio 1/8 --num-probes all --sharing-ratio 2/3-1/3-1/4 "
         "--lists-per query_head --plan published --plan-scope batch --no-dilate --dense-layers 6 --min-length 7 "
         "--label-channels 8 --label-bits 8"
     )
     found = settings(*given.split())
     assert found == HShareConfig(
         num_sinks=1, num_critical=2, num_recent=3, budget_ratio=Fraction(1, 8), num_probes="all",
-        layer_ratio=Fraction(1, 2), head_ratio=Fraction(1, 3), refresh_interval=4, lists_per="query_head",
+        layer_ratio=Fraction(2, 3), head_ratio=Fraction(1, 3), refresh_interval=4, lists_per="query_head",
         plan="published", plan_scope="batch", dilate=False, dense_layers=6, min_length=7,
         label_channels=8, label_bits=8,
     )  # fmt: skip

@@ -313,7 +313,7 @@ def test_the_compiled_loop_updates_its_buffers_in_place(hshare, batch):
         )
         one = jnp.int32(1)
         compiled = decode_tokens.lower(
-            params(SHALLOW), progress, one, one[None], one, config=SHALLOW, sampling=SamplingConfig()
+            params(SHALLOW), progress, one, one[None], one, config=SHALLOW, sampling=SamplingConfig(), impl="auto"
         ).compile()
     finally:
         jaxtyping.config.update("jaxtyping_disable", False)
