@@ -130,13 +130,14 @@ def _attend(
         slots, is_read = find_slots(block)
         row = jnp.where(is_read, slots, 0)[:, None]
         mask = is_read[:, None] & (columns < H)
+        # Both before the first use, so that twice as much is under way.
         key = plgpu.load(keys_ref.at[b, k, row, columns], mask=mask, other=0)
+        value = plgpu.load(values_ref.at[b, k, row, columns], mask=mask, other=0)
         scores = _scores(query, key) * (H**-0.5 * LOG2_E)
         scores = jnp.where(is_read[None, :], scores, MASKED)
         new_peak = jnp.maximum(peak, scores.max(axis=1))
         weights = jnp.where(is_read[None, :], jnp.exp2(scores - new_peak[:, None]), 0)
         shrink = jnp.exp2(peak - new_peak)
-        value = plgpu.load(values_ref.at[b, k, row, columns], mask=mask, other=0)
         out = out * shrink[:, None] + _weighted(weights, value)
         return out, new_peak, total * shrink + weights.sum(axis=1)
 
