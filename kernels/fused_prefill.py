@@ -9,14 +9,18 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
+MOST_SLOTS = 16_384  # of a cache: the mask, and the work, are of its capacity, not of what it holds
 
-def can_fuse_prefill(q: Float[Array, "B T N H"], window: int | None) -> bool:
-    """Returns whether cuDNN takes these queries: on a GPU, in half precision, H in 8s up to 128, no window."""
+
+def can_fuse_prefill(q: Float[Array, "B T N H"], keys: Float[Array, "B K S H"], window: int | None) -> bool:
+    """Returns whether cuDNN takes these: on a GPU, in half precision, H in 8s up to 128, no window, not long."""
     H = q.shape[-1]
     return (
         jax.default_backend() == "gpu"
         and jax.sharding.get_abstract_mesh().abstract_device is None  # else the program is for some other machine
+        and q.dtype == keys.dtype
         and q.dtype in (jnp.bfloat16, jnp.float16)
+        and keys.shape[2] <= MOST_SLOTS
         and H % 8 == 0
         and H <= 128
         and window is None

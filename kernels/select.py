@@ -95,6 +95,7 @@ class _Given(NamedTuple):
     codes: Any = None
     scales: Any = None
     stats: Any = None  # [B, J, G, 2, chunks] float32: peak and sum of exponentials of each chunk's scores
+    best: Any = None  # [2, B, J, chunks * kept] int32: slots and their order, of the best of each chunk
 
 
 @functools.partial(jax.jit, static_argnames=("dilate", "tiles", "interpret"))
@@ -115,7 +116,7 @@ def _select(
     tiles = selection_tiles(S, G) if tiles is None else tiles
     chunks, kept = pl.cdiv(S, tiles.block), min(C, tiles.block)
     merging = merge_tiles(chunks * kept)
-    bounds = jnp.stack([is_due.astype(jnp.int32), first, last, jnp.minimum(num_allowed, C)])
+    bounds = jnp.stack([is_due.astype(jnp.int32), first, jnp.minimum(last, S), jnp.minimum(num_allowed, C)])
     given = _Given(source, layer.reshape(1), bounds, scores, query, codes, scales)
     call = functools.partial(_call, num_lists=J, grid=(chunks, J, B), tiles=tiles, interpret=interpret)
 
@@ -153,7 +154,7 @@ def _select(
     def merge(given: _Given, lists_ref, _: Array, j: Array, b: Array) -> None:
         def load(part: int, block: Array | int) -> Array:
             index = block * merging.block + jnp.arange(merging.block, dtype=jnp.int32)
-            return plgpu.load(given.scores.at[part, b, j, index], mask=index < chunks * kept, other=0)
+            return plgpu.load(given.best.at[part, b, j, index], mask=index < chunks * kept, other=0)
 
         into_list = (lambda at: lists_ref.at[given.layer[0], b, j, at], lambda block: load(0, block), EMPTY)
         _write_chosen(
@@ -168,7 +169,7 @@ def _select(
         given = given._replace(stats=call(find_stats, stats, given, name="softmax_statistics"))
     best = jax.ShapeDtypeStruct((2, B, J, chunks, kept), jnp.int32)  # slots, and their order
     best = call(select_in_chunk, best, given, name="select_in_chunks")
-    given = _Given(given.source, given.layer, bounds, scores=best.reshape(2, B, J, chunks * kept))
+    given = _Given(given.source, given.layer, bounds, best=best.reshape(2, B, J, chunks * kept))
     return call(merge, lists, given, grid=(1, J, B), tiles=merging, name="select_of_chunks")
 
 

@@ -73,14 +73,16 @@ def _decode(
     q: Array, keys: Array, values: Array, lists: Array, source: Array, layer: Array, lengths: Array, start: Array, *,
     num_sinks: int, num_listed: int, num_slots: int, window: int | None, tiles: Tiles | None, interpret: bool,
 ) -> Array:  # fmt: skip
-    (B, N, H), J = q.shape, source.shape[2]
-    width = pl.next_power_of_2(H)
+    (B, N, H), J, dtype = q.shape, source.shape[2], q.dtype
+    # A row whose cache is full goes on without its new token. A dot takes operands of one type, no shorter than 16.
+    lengths, q = jnp.minimum(lengths, keys.shape[2]), q.astype(keys.dtype)
+    width = max(16, pl.next_power_of_2(H))
     if tiles is None:
         tiles = attention_tiles(width, keys.dtype.itemsize, B * J, num_slots)
     kernel = functools.partial(
         _attend, num_sinks=num_sinks, num_listed=num_listed, window=window, tiles=tiles, width=width
     )
-    parts = jax.ShapeDtypeStruct((B, N, tiles.splits, H), q.dtype if tiles.splits == 1 else jnp.float32)
+    parts = jax.ShapeDtypeStruct((B, N, tiles.splits, H), dtype if tiles.splits == 1 else jnp.float32)
     out, log_total = pl.pallas_call(
         kernel,
         grid=(tiles.splits, J, B),
@@ -91,7 +93,7 @@ def _decode(
         interpret=interpret,
         name="decode_attention",
     )(q, keys, values, lists, source, layer.reshape(1), lengths, start)
-    return out[:, :, 0] if tiles.splits == 1 else _merge(out, log_total, q.dtype, interpret)
+    return out[:, :, 0] if tiles.splits == 1 else _merge(out, log_total, dtype, interpret)
 
 
 def _attend(

@@ -45,7 +45,7 @@ def selection_tiles(num_slots: int, group_size: int) -> Tiles:
     """
     # With 8 warps, 64 scores in each thread's registers; with 16 a thread has half of them, and spills.
     block = min(_power_of_two(num_slots, up=True), 8192, _power_of_two(16_384 // group_size))
-    return Tiles(block, num_warps=8 if block >= 2048 else 4, num_stages=1)
+    return Tiles(block, num_warps=8 if block * group_size >= 2048 else 4, num_stages=1)
 
 
 def merge_tiles(num_candidates: int) -> Tiles:
