@@ -111,7 +111,7 @@ def _refresh(
 ) -> SharedLists:  # fmt: skip
     """Chooses the lists of this layer that are their own source, in rows that are due; the others stay as they are.
 
-    A layer in which no row chooses costs nothing; on a GPU a launch or a few that return at once, but under exact scoring
+    A layer in which no row chooses costs nothing; on a GPU a few launches that return at once, but under exact scoring
     the scores of the whole cache.
     """
     if shared.plan is not None and not shared.plan.owns(layer):
