@@ -240,6 +240,14 @@ def test_an_implementation_that_cannot_run_is_refused_while_tracing():
         decode_step(params(), jnp.zeros((1,), jnp.int32), state, config=MODEL, impl="magic")
 
 
+def test_on_a_cpu_auto_is_the_very_program_of_the_reference():
+    state, tokens = init_state(MODEL, 1, 8, hshare=HSHARE), jnp.zeros((1,), jnp.int32)
+    auto, plain = (
+        decode_step.lower(params(), tokens, state, config=MODEL, impl=impl).as_text() for impl in ("auto", "reference")
+    )
+    assert auto == plain
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [("lists", S, r"lists must hold slots in \[0, 256\)"), ("source", 4, r"source must lie in \[0, 4\)")],
