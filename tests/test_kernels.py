@@ -240,6 +240,7 @@ def test_an_implementation_that_cannot_run_is_refused_while_tracing():
         decode_step(params(), jnp.zeros((1,), jnp.int32), state, config=MODEL, impl="magic")
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_on_a_cpu_auto_is_the_very_program_of_the_reference():
     state, tokens = init_state(MODEL, 1, 8, hshare=HSHARE), jnp.zeros((1,), jnp.int32)
     auto, plain = (
