@@ -241,12 +241,14 @@ def test_an_implementation_that_cannot_run_is_refused_while_tracing():
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_on_a_cpu_auto_is_the_very_program_of_the_reference():
+def test_on_a_cpu_auto_adds_nothing_to_the_reference():
     state, tokens = init_state(MODEL, 1, 8, hshare=HSHARE), jnp.zeros((1,), jnp.int32)
     auto, plain = (
         decode_step.lower(params(), tokens, state, config=MODEL, impl=impl).as_text() for impl in ("auto", "reference")
     )
-    assert auto == plain
+    # A branch of its own around each layer's attention, as platform_dependent leaves it, costs half of the speed.
+    assert auto.count("stablehlo.case") == plain.count("stablehlo.case")
+    assert auto.count(" = ") == plain.count(" = ")
 
 
 @pytest.mark.parametrize(
