@@ -15,7 +15,7 @@ class HShareConfig:
     A head attends to `num_sinks` first tokens, `num_critical` chosen ones and the `num_recent` last ones. Ratios are
     the fraction of layers, and of lists within a layer, that still choose for themselves; the rest copy.
 
-    The defaults are what docs/quality.md found best at equal work; `published` is the paper's method.
+    The defaults are what docs/quality.md advises; `published` is the paper's method.
     """
 
     num_sinks: int = 8

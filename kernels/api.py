@@ -35,7 +35,7 @@ def dispatch(impl: str, *, pallas: Callable[[bool], Result], plain: Callable[[],
     """Returns what the chosen implementation gives.
 
     Args:
-        impl: `auto` decides where the program is lowered: kernels for CUDA, plain jnp elsewhere. `pallas` and
+        impl: `auto` takes the kernels where the program is lowered for CUDA, plain jnp elsewhere. `pallas` and
             `reference` are these two; `interpret` runs the kernels in Pallas' interpreter on any machine, for tests.
             Only `reference` can be differentiated.
         pallas: called with whether to interpret.

@@ -14,7 +14,8 @@ import os
 import re
 import sys
 
-os.environ["XLA_FLAGS"] = "--xla_gpu_fail_ptx_compilation_on_register_spilling=true"
+NO_SPILLS = "--xla_gpu_fail_ptx_compilation_on_register_spilling=true"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {NO_SPILLS}"
 
 import jax
 import jax.numpy as jnp
