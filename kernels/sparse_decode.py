@@ -60,8 +60,8 @@ def shared_decode(
 ) -> Float[Array, "B N H"]:
     """Returns what `reference.shared_decode` does; zeros for a row of length 0. Slots that are not read may be NaN.
 
-    Rows under `min_length` read everything in this same kernel, in other blocks than `dense_decode`: they equal it within
-    rounding, not bit for bit as the reference does.
+    Rows under `min_length` read everything in this same kernel, in other blocks than `dense_decode`: they equal it
+    within rounding, not bit for bit as the reference does.
     """
     # A recent range from slot 0 on is everything; sinks and lists, which end where it begins, are then empty.
     start = jnp.where(lengths < min_length, 0, recent_start)

@@ -14,8 +14,7 @@ import os
 import re
 import sys
 
-NO_SPILLS = "--xla_gpu_fail_ptx_compilation_on_register_spilling=true"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {NO_SPILLS}"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_fail_ptx_compilation_on_register_spilling=true"
 
 import jax
 import jax.numpy as jnp
