@@ -9,7 +9,7 @@ from hshare_jax.agreement import StepScores, forced_logits, score_steps, token_a
 from hshare_jax.calibration import Calibration, calibrate, load_channels, load_plan, save_channels, save_plan
 from hshare_jax.config import HShareConfig
 from hshare_jax.decode import decode_step
-from hshare_jax.decode_state import DecodeState, SharedLists, init_state
+from hshare_jax.decode_state import DecodeState, init_state
 from hshare_jax.generate import Generation, ReadStatistics, Timing, generate, stream
 from hshare_jax.kv_cache import KVCache
 from hshare_jax.models.config import ModelConfig, RopeConfig
@@ -18,6 +18,7 @@ from hshare_jax.models.weights import CheckpointError
 from hshare_jax.prefill import prefill
 from hshare_jax.sampling import SamplingConfig
 from hshare_jax.share_plan import SharePlan
+from hshare_jax.shared_lists import SharedLists
 
 __all__ = [
     "Calibration",

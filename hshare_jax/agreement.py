@@ -17,6 +17,7 @@ from hshare_jax.generate import Prompt, choose_capacity, encode_prompts, pad_pro
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.pretrained import Model
 from hshare_jax.prefill import prefill
+from hshare_jax.selection import Method
 from hshare_jax.shapes import Tokens
 from hshare_jax.share_plan import SharePlan
 
@@ -38,7 +39,7 @@ def token_agreement(
     prompts: Sequence[Prompt],
     continuations: Sequence[Sequence[int]],
     *,
-    hshare: HShareConfig | None,
+    method: HShareConfig | Method | None,
     plan: SharePlan | None = None,
     channels: Int[Array | np.ndarray, "L K ranks"] | None = None,
     impl: str = "auto",
@@ -51,8 +52,8 @@ def token_agreement(
     Args:
         model: from `load_model`.
         prompts: as for `generate`.
-        continuations: token ids, for instance `generate(..., hshare=None).tokens`, at least two a row.
-        hshare: the settings to measure; None measures dense decoding.
+        continuations: token ids, for instance `generate(..., method=None).tokens`, at least two a row.
+        method: the settings to measure; None measures dense decoding.
         plan, channels, impl: as for `generate`.
     """
     encoded = encode_prompts(model, prompts)
@@ -63,7 +64,7 @@ def token_agreement(
     longest = int(sizes.max())
     capacity = choose_capacity(model.config, encoded, longest, None)
     dtype = jnp.dtype(model.dtype)
-    state = init_state(model.config, len(encoded), capacity, hshare=hshare, plan=plan, channels=channels, dtype=dtype)
+    state = init_state(model.config, len(encoded), capacity, method=method, plan=plan, channels=channels, dtype=dtype)
     _, state = prefill(model.params, jnp.asarray(tokens), jnp.asarray(lengths), state, config=model.config)
     scores = score_steps(model.params, jnp.asarray(forced), state, config=model.config, impl=impl)
     chosen = np.asarray(scores.chosen).T

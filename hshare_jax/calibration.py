@@ -21,17 +21,18 @@ from jax import Array
 from jaxtyping import Float, Int
 from tqdm import tqdm
 
-from hshare_jax.attend import PromptQueries
 from hshare_jax.config import HShareConfig
-from hshare_jax.decode_state import SharedLists, init_state
+from hshare_jax.decode_state import init_state
 from hshare_jax.generate import Prompt, choose_capacity, encode_prompts, pad_prompts
 from hshare_jax.kv_cache import KVCache
 from hshare_jax.labels import channel_statistic
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.pretrained import Model, ModelFiles
-from hshare_jax.prefill import label_prompt, prefill, read_prompt
+from hshare_jax.prefill import prefill, read_prompt
+from hshare_jax.selection import PromptQueries
 from hshare_jax.shapes import Similarity
 from hshare_jax.share_plan import SharePlan, find_plan
+from hshare_jax.shared_lists import SharedLists
 from hshare_jax.similarity import measure_similarity
 
 _OURS, _PUBLISHED_PLAN = "hshare_jax", "layer.share_config"
@@ -140,15 +141,15 @@ def _read_block(
     model: Model, block: list[int], capacity: int, hshare: HShareConfig, channels: np.ndarray | None, bar: tqdm
 ) -> tuple[PromptQueries, Array, KVCache, SharedLists]:
     dtype = jnp.dtype(model.dtype)
-    state = init_state(model.config, 1, capacity, hshare=hshare, channels=channels, dtype=dtype)
+    state = init_state(model.config, 1, capacity, method=hshare, channels=channels, dtype=dtype)
     tokens, lengths = jnp.asarray([block], jnp.int32), jnp.asarray([len(block)], jnp.int32)
-    shared = state.shared
-    _, cache, kept, positions = read_prompt(
-        model.params, tokens, lengths, state, config=model.config, progress=bar.update
+    shared = state.selection
+    assert isinstance(shared, SharedLists)
+    positions = shared.probe_positions(jnp.zeros_like(lengths), lengths, len(block))
+    _, cache, kept = read_prompt(
+        model.params, tokens, lengths, state.cache, positions, config=model.config, progress=bar.update
     )
-    assert shared is not None
     assert kept is not None
-    assert positions is not None
     return kept, positions, cache, shared
 
 
@@ -163,7 +164,7 @@ def _channel_statistics(kept: PromptQueries, cache: KVCache) -> Float[Array, "L 
 def _measure_block(
     kept: PromptQueries, positions: Array, cache: KVCache, shared: SharedLists, *, config: ModelConfig
 ) -> Similarity:
-    channels, labels = label_prompt(kept, cache, shared, config)
+    channels, labels = shared.label_prompt(kept, cache, config)
     return measure_similarity(kept.probes, cache.keys, labels, channels, positions, model=config, config=shared.config)
 
 
@@ -181,10 +182,10 @@ def find_plans(
     ids = encode_prompts(model, prompts)
     tokens, lengths = pad_prompts(ids)
     capacity = choose_capacity(model.config, ids, 1, None)
-    state = init_state(model.config, len(ids), capacity, hshare=hshare, channels=channels, dtype=jnp.dtype(model.dtype))
+    state = init_state(model.config, len(ids), capacity, method=hshare, channels=channels, dtype=jnp.dtype(model.dtype))
     _, state = prefill(model.params, jnp.asarray(tokens), jnp.asarray(lengths), state, config=model.config)
-    assert state.shared is not None
-    return [to_share_plan(source) for source in np.asarray(state.shared.source)]
+    assert isinstance(state.selection, SharedLists)
+    return [to_share_plan(source) for source in np.asarray(state.selection.source)]
 
 
 def to_share_plan(source: Int[Array | np.ndarray, "L J"]) -> SharePlan:

@@ -342,7 +342,7 @@ def _read_constants(
 ) -> "tuple[SharePlan | None, np.ndarray | None]":
     """Returns the plan and the channels that files give; of ModelFiles, a file's model is not compared."""
     from hshare_jax.calibration import load_channels, load_plan
-    from hshare_jax.decode_state import check_channels
+    from hshare_jax.shared_lists import check_channels
 
     plan = channels = None
     if hshare is not None and hasattr(options, "plan_file"):
@@ -421,7 +421,7 @@ def _decode(
 
     decode = functools.partial(
         stream if is_streamed else generate,
-        max_new_tokens=options.max_new_tokens, hshare=hshare, plan=constants[0], channels=constants[1],
+        max_new_tokens=options.max_new_tokens, method=hshare, plan=constants[0], channels=constants[1],
         sampling=sampling, seeds=seeds, stop=options.stop, impl=options.impl,
     )  # fmt: skip
     pieces = decode(model, prompts)
@@ -477,14 +477,14 @@ def _compare(
     from hshare_jax.agreement import token_agreement
     from hshare_jax.generate import generate
 
-    dense = generate(model, prompts, max_new_tokens=options.max_new_tokens, hshare=None, impl=options.impl)
+    dense = generate(model, prompts, max_new_tokens=options.max_new_tokens, method=None, impl=options.impl)
     rows = [row for row, tokens in enumerate(dense.tokens) if len(tokens) > 1]
     if not rows:
         return {"agreement_with_dense": None}
     continuations = [dense.tokens[row] for row in rows]
     agreements = token_agreement(
         model, [prompts[row] for row in rows], continuations,
-        hshare=hshare, plan=constants[0], channels=constants[1], impl=options.impl,
+        method=hshare, plan=constants[0], channels=constants[1], impl=options.impl,
     )  # fmt: skip
     sizes = [len(tokens) - 1 for tokens in continuations]
     agreement = sum(a * size for a, size in zip(agreements, sizes, strict=True)) / sum(sizes)

@@ -23,7 +23,9 @@ from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.pretrained import Model, ModelFiles
 from hshare_jax.prefill import prefill
 from hshare_jax.sampling import SamplingConfig, sample
+from hshare_jax.selection import Method
 from hshare_jax.share_plan import SharePlan
+from hshare_jax.shared_lists import SharedLists
 from hshare_jax.text_stream import TextStream
 
 Prompt = str | Sequence[int]
@@ -80,7 +82,7 @@ def generate(
     prompts: Sequence[Prompt],
     *,
     max_new_tokens: int = 128,
-    hshare: HShareConfig | None = HShareConfig(),  # noqa: B008 (frozen)
+    method: HShareConfig | Method | None = HShareConfig(),  # noqa: B008 (frozen)
     plan: SharePlan | None = None,
     channels: Int[Array | np.ndarray, "L K ranks"] | None = None,
     sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 (frozen)
@@ -95,7 +97,7 @@ def generate(
         model: from `load_model`.
         prompts: texts, or token ids, of any lengths; they form one batch.
         max_new_tokens: where a row ends at the latest.
-        hshare: how critical tokens are shared; None decodes dense.
+        method: how critical tokens are shared, or another method of `hshare_jax.selectors`; None decodes dense.
         plan: which lists copy which, from `calibrate` or `load_plan`. None: found for each prompt.
         channels: label channels, from `calibrate` or `load_channels`. None: those of each prompt.
         sampling: greedy unless told otherwise.
@@ -109,7 +111,7 @@ def generate(
         ValueError: an empty batch or prompt, an id outside the vocabulary, more tokens than the model has positions, a
             plan or channels that do not fit, or an `impl` that cannot run here; before anything is computed.
     """
-    run = _Run(model, prompts, max_new_tokens, hshare, plan, channels, sampling, seeds, stop, capacity, impl)
+    run = _Run(model, prompts, max_new_tokens, method, plan, channels, sampling, seeds, stop, capacity, impl)
     with tqdm(total=max_new_tokens, desc="decode", unit="token", leave=False, disable=None) as bar:
         for num_tokens in run.steps(STREAM_STEPS if stop else REPORT_STEPS):
             bar.update(num_tokens - bar.n)
@@ -121,7 +123,7 @@ def stream(
     prompts: Sequence[Prompt],
     *,
     max_new_tokens: int = 128,
-    hshare: HShareConfig | None = HShareConfig(),  # noqa: B008 (frozen)
+    method: HShareConfig | Method | None = HShareConfig(),  # noqa: B008 (frozen)
     plan: SharePlan | None = None,
     channels: Int[Array | np.ndarray, "L K ranks"] | None = None,
     sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 (frozen)
@@ -135,7 +137,7 @@ def stream(
     The generator's return value (`result = yield from stream(...)`) is the Generation. Arguments and errors are those
     of `generate`, and it needs a model with a tokenizer.
     """
-    run = _Run(model, prompts, max_new_tokens, hshare, plan, channels, sampling, seeds, stop, capacity, impl)
+    run = _Run(model, prompts, max_new_tokens, method, plan, channels, sampling, seeds, stop, capacity, impl)
     if not run.streams:
         raise ValueError("stream needs a model with a tokenizer; this one has none, so use generate")
     return run.pieces()
@@ -193,8 +195,7 @@ def decode_tokens(
 
     A block is one step that chooses critical tokens and the steps that reuse them, so the schedule is static.
     """
-    shared = progress.state.shared
-    interval = 1 if shared is None else shared.config.refresh_interval
+    interval = _interval(progress.state)
 
     def is_running(carry: tuple[Array, _Progress]) -> Array:
         return (carry[0] < num_blocks) & carry[1].is_active.any()
@@ -214,6 +215,10 @@ def decode_tokens(
     return lax.while_loop(is_running, run_block, (jnp.int32(0), progress))[1]
 
 
+def _interval(state: DecodeState) -> int:
+    return 1 if state.selection is None else state.selection.refresh_interval
+
+
 class _Run:
     """One call of generate or stream: checks everything first, then computes and keeps the clock."""
 
@@ -222,7 +227,7 @@ class _Run:
         model: Model,
         prompts: Sequence[Prompt],
         max_new_tokens: int,
-        hshare: HShareConfig | None,
+        method: HShareConfig | Method | None,
         plan: SharePlan | None,
         channels: Array | np.ndarray | None,
         sampling: SamplingConfig,
@@ -232,7 +237,7 @@ class _Run:
         impl: str,
     ) -> None:
         check_impl(impl)
-        self._model, self._hshare, self._sampling, self._impl = model, hshare, sampling, impl
+        self._model, self._method, self._sampling, self._impl = model, method, sampling, impl
         self._plan, self._channels = plan, channels
         self._max_new_tokens = max_new_tokens
         self._prompts = encode_prompts(model, prompts)
@@ -266,11 +271,10 @@ class _Run:
         model, sampling = self._model, self._sampling
         ends = jnp.asarray(model.eos_token_ids or (NO_TOKEN,), jnp.int32)
         limit = jnp.int32(self._max_new_tokens)
-        interval = 1 if self._hshare is None else self._hshare.refresh_interval
-        num_blocks = jnp.int32(-(-num_steps // interval))
         with compile_clock() as clock:
             began = time.perf_counter()
             progress = self._start(ends, limit)
+            num_blocks = jnp.int32(-(-num_steps // _interval(progress.state)))
             self._take_over(progress)
             self._seconds[0] = time.perf_counter() - began - clock.seconds
             self._seconds[2] += clock.seconds
@@ -294,7 +298,7 @@ class _Run:
         dtype = jnp.dtype(model.dtype)
         state = init_state(
             model.config, B, self._capacity,
-            hshare=self._hshare, plan=self._plan, channels=self._channels, dtype=dtype,
+            method=self._method, plan=self._plan, channels=self._channels, dtype=dtype,
         )  # fmt: skip
         with tqdm(total=tokens.shape[1], desc="prefill", unit="token", leave=False, disable=None) as bar:
             logits, state = prefill(
@@ -337,13 +341,14 @@ class _Run:
         return dataclasses.replace(progress, is_active=progress.is_active & ~is_stopped)
 
     def _count_usage(self, progress: _Progress) -> ReadStatistics:
-        config, hshare, shared = self._model.config, self._hshare, progress.state.shared
+        config, shared = self._model.config, progress.state.selection
         steps = np.asarray(progress.count, np.int64) - 1
         prompts = np.array([len(prompt) for prompt in self._prompts])
         num_steps = max(int(steps.sum()), 1)
         refreshes = chosen = np.zeros_like(steps)
         num_layers, num_lists = 0, 0
-        if hshare is not None and shared is not None:
+        if isinstance(shared, SharedLists):
+            hshare = shared.config
             num_layers, num_lists = hshare.num_sparse_layers(config), hshare.num_lists(config)
             source = np.asarray(shared.source)
             is_own = source == np.arange(config.num_layers * num_lists).reshape(1, -1, num_lists)

@@ -1,4 +1,4 @@
-"""Prefill: prompts into the cache, exactly and in chunks; then, for sharing, channels, labels and the plan."""
+"""Prefill: prompts into the cache, exactly and in chunks; then a sparse method finds from them what it needs."""
 
 import dataclasses
 import functools
@@ -10,15 +10,13 @@ from jax import Array
 from jax.core import Tracer
 from jaxtyping import Int
 
-from hshare_jax.attend import PromptQueries, prefill_attend
-from hshare_jax.decode_state import DecodeState, SharedLists
+from hshare_jax.attend import prefill_attend
+from hshare_jax.decode_state import DecodeState
 from hshare_jax.kv_cache import KVCache
-from hshare_jax.labels import Labels, choose_channels, make_labels
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.decoder import Decoder
+from hshare_jax.selection import PromptQueries, Selection
 from hshare_jax.shapes import Logits, PerRow, Tokens, check_rows
-from hshare_jax.share_plan import find_plan
-from hshare_jax.similarity import measure_similarity, probe_positions
 
 CHUNKS = (64, 512)  # widths of a prefill program: two programs serve prompts of every length
 
@@ -57,35 +55,47 @@ def prefill(
     check_rows("lengths", lengths, (B,), jnp.integer)
     if not any(isinstance(array, Tracer) for array in (cache.lengths, lengths)):
         _check_lengths(lengths, cache.lengths, T, min(cache.capacity, config.max_positions))
-    starts, shared = cache.lengths, state.shared
+    starts, selection = cache.lengths, state.selection
     fits = (lengths >= 1) & (starts + lengths <= min(cache.capacity, config.max_positions))
-    hidden, cache, kept, positions = read_prompt(params, tokens, lengths, state, config=config, progress=progress)
-    if shared is not None:
-        assert kept is not None
-        assert positions is not None
-        shared = share_after_prefill(kept, positions, cache, shared, config=config)
+    positions = None if selection is None else selection.probe_positions(starts, starts + lengths, T)
+    hidden, cache, queries = read_prompt(
+        params, tokens, lengths, cache, positions,
+        sums_received=selection is not None and selection.wants_received, config=config, progress=progress,
+    )  # fmt: skip
+    if selection is not None:
+        selection = after_prefill(selection, queries, positions, cache, config=config)
     logits = _unembed(params, hidden, config=config)
-    return jnp.where(fits[:, None], logits, jnp.nan), DecodeState(cache, shared)
+    return jnp.where(fits[:, None], logits, jnp.nan), DecodeState(cache, selection)
 
 
 def read_prompt(
     params: dict,
     tokens: Tokens,
     lengths: PerRow,
-    state: DecodeState,
+    cache: KVCache,
+    positions: Int[Array, "B P"] | None,
     *,
     config: ModelConfig,
+    sums_received: bool = False,
     progress: Callable[[int], object] | None = None,
-) -> tuple[Array, KVCache, PromptQueries | None, Array | None]:
-    """Returns (hidden state after each row's last token [B, D], cache, kept queries, where the probes stand [B, P]).
+) -> tuple[Array, KVCache, PromptQueries | None]:
+    """Returns (hidden state after each row's last token [B, D], cache, kept queries).
 
-    The last two are None for dense decoding. Arguments are those of `prefill`, which checks them; only the cache of the
-    state is donated.
+    Args:
+        params, tokens, lengths, config, progress: as for `prefill`, which checks them.
+        cache: donated.
+        positions: where the queries stand that are kept, -1 for none; None keeps nothing.
+        sums_received: whether also to add up the attention that each slot receives.
     """
-    cache, shared, T = state.cache, state.shared, tokens.shape[1]
-    kept = positions = None
-    if shared is not None:
-        positions, kept = _prepare_queries(shared, cache.lengths, lengths, T, config, cache.keys[0].dtype)
+    T, kept = tokens.shape[1], None
+    if positions is not None:
+        B, L, N, H = lengths.shape[0], config.num_layers, config.num_heads, config.head_dim
+        S, dtype = cache.capacity, cache.keys[0].dtype
+        kept = PromptQueries(
+            probes=tuple(jnp.zeros((B, positions.shape[1], N, H), dtype) for _ in range(L)),
+            sizes=tuple(jnp.zeros((B, N, H), jnp.float32) for _ in range(L)),
+            received=tuple(jnp.zeros((B, N, S), jnp.float32) for _ in range(L)) if sums_received else None,
+        )
     hidden = jnp.zeros((tokens.shape[0], config.width), params["embedding"].dtype)
     offset = 0
     while offset < T:
@@ -97,24 +107,7 @@ def read_prompt(
         if progress is not None:
             hidden.block_until_ready()
             progress(min(width, T - offset + width))
-    return hidden, cache, kept, positions
-
-
-def _prepare_queries(
-    shared: SharedLists, starts: Array, lengths: Array, num_tokens: int, config: ModelConfig, dtype: jnp.dtype
-) -> tuple[Array, PromptQueries]:
-    """Returns where the probes stand (nowhere if the plan is known), and room for the queries that are kept."""
-    # Whole chunks, so that a slightly longer prompt does not compile anew.
-    P = shared.config.num_probes
-    if P == "all":
-        P = -(-num_tokens // CHUNKS[0]) * CHUNKS[0]
-    P = P if shared.plan is None else 0
-    positions, _ = probe_positions(starts, starts + lengths, shared.config, P)
-    B, L, N, H = lengths.shape[0], config.num_layers, config.num_heads, config.head_dim
-    return positions, PromptQueries(
-        probes=tuple(jnp.zeros((B, P, N, H), dtype) for _ in range(L)),
-        sizes=tuple(jnp.zeros((B, N, H), jnp.float32) for _ in range(L)),
-    )
+    return hidden, cache, kept
 
 
 def _check_lengths(lengths: Array, starts: Array, num_tokens: int, capacity: int) -> None:
@@ -157,32 +150,9 @@ def _unembed(params: dict, hidden: Array, *, config: ModelConfig) -> Array:
     return Decoder(config).apply({"params": params}, hidden, method="unembed")  # pyright: ignore[reportReturnType]
 
 
-@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("shared",))
-def share_after_prefill(
-    kept: PromptQueries, positions: Array, cache: KVCache, shared: SharedLists, *, config: ModelConfig
-) -> SharedLists:
-    """Returns the lists' state with channels, labels and plan, those that are not given, found from the prompt."""
-    channels, labels = label_prompt(kept, cache, shared, config)
-    source = shared.source
-    if shared.plan is None:
-        similarity = measure_similarity(
-            kept.probes, cache.keys, labels, channels, positions, model=config, config=shared.config
-        )
-        source = find_plan(similarity, model=config, config=shared.config)
-    return dataclasses.replace(shared, source=source, channels=channels, labels=labels, age=jnp.zeros_like(shared.age))
-
-
-def label_prompt(
-    kept: PromptQueries, cache: KVCache, shared: SharedLists, config: ModelConfig
-) -> tuple[Int[Array, "B L K R"], tuple[Labels | None, ...]]:
-    """Returns (channels, those that are not given found from the prompt; labels of the whole cache on them)."""
-    hshare, channels = shared.config, shared.channels
-    if not shared.has_fixed_channels:
-        R = hshare.num_label_channels(config)
-        found = (choose_channels(q, k, cache.lengths, R) for q, k in zip(kept.sizes, cache.keys, strict=True))
-        channels = jnp.stack(tuple(found), axis=1)
-    labels = tuple(
-        None if old is None else make_labels(keys, channels[:, layer], hshare.label_bits)
-        for layer, (keys, old) in enumerate(zip(cache.keys, shared.labels, strict=True))
-    )
-    return channels, labels
+@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("selection",))
+def after_prefill(
+    selection: Selection, queries: PromptQueries, positions: Array, cache: KVCache, *, config: ModelConfig
+) -> Selection:
+    """Returns what decoding starts from, found from the prompts that the cache now holds (jitted)."""
+    return selection.after_prefill(queries, positions, cache, config)

@@ -4,14 +4,16 @@ Keys and values are [B, K, S, H]: slot s of a row holds its token at position s.
 dtype.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from hshare_jax.shapes import Lists, Source
 
 MASKED = -1e30  # finite, so that a row with nothing to attend to yields numbers, not NaN
 EMPTY = -1  # a list slot that holds no token
+RECEIVED_BLOCK = 64  # queries whose probabilities over all slots are held at once; divides every prefill chunk
 PREFILL_BLOCK = 256  # key slots per step of prefill attention; cache capacities are multiples of it
 
 
@@ -186,3 +188,34 @@ def prefill_attention(
     out, _, total = lax.fori_loop(first, last, visit, carry)
     out = (out / total[..., None]).reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4)
     return out.reshape(B, T, N, H).astype(q.dtype)
+
+
+def received_attention(
+    q: Float[Array, "B T N H"],
+    keys: Float[Array, "B K S H"],
+    starts: Int[Array, "B"],
+    is_token: Bool[Array, "B T"],
+    *,
+    window: int | None = None,
+) -> Float[Array, "B N S"]:
+    """Returns the attention probabilities that each slot receives from these queries of a prefill, summed over them.
+
+    Arguments are those of `prefill_attention`, with what is padding told apart. Queries are taken a block at a time.
+    """
+    B, T, N, H = q.shape
+    K, S = keys.shape[1:3]
+    block = min(RECEIVED_BLOCK, T)
+    slots = jnp.arange(S, dtype=jnp.int32)[None, None, None, None, :]
+
+    def add(total: Array, index: Array) -> tuple[Array, None]:
+        queries = lax.dynamic_slice_in_dim(q, index * block, block, axis=1).reshape(B, block, K, N // K, H)
+        scores = jnp.einsum("BTKGH,BKSH->BKGTS", queries, keys, preferred_element_type=jnp.float32) * H**-0.5
+        positions = (starts[:, None] + index * block + jnp.arange(block))[:, None, None, :, None]
+        is_visible = slots <= positions
+        if window is not None:
+            is_visible &= slots > positions - window
+        weights = jax.nn.softmax(jnp.where(is_visible, scores, MASKED), axis=-1)
+        counts = lax.dynamic_slice_in_dim(is_token, index * block, block, axis=1)[:, None, None, :, None]
+        return total + jnp.where(counts, weights, 0).sum(axis=3).reshape(B, N, S), None
+
+    return lax.scan(add, jnp.zeros((B, N, S), jnp.float32), jnp.arange(T // block))[0]

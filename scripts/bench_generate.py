@@ -27,9 +27,10 @@ from jax import Array, lax
 
 from hshare_jax.config import HShareConfig
 from hshare_jax.decode import decode_step
-from hshare_jax.decode_state import DecodeState, SharedLists, count_reads, init_state
+from hshare_jax.decode_state import DecodeState, count_reads, init_state
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.decoder import parameter_shapes
+from hshare_jax.shared_lists import SharedLists
 
 Tree = TypeVar("Tree")
 BF16 = jnp.dtype(jnp.bfloat16)
@@ -78,7 +79,7 @@ def random_plan(config: ModelConfig, hshare: HShareConfig, batch: int) -> Array:
 
 def make_state(config: ModelConfig, batch: int, context: int, hshare: HShareConfig | None) -> DecodeState:
     """Returns a state that lacks ROOM tokens to be full; what is random is allocated once."""
-    init = functools.partial(init_state, config, batch, context, hshare=hshare, dtype=jnp.bfloat16)
+    init = functools.partial(init_state, config, batch, context, method=hshare, dtype=jnp.bfloat16)
     shapes = jax.eval_shape(init)
     cache = random_tree(shapes.cache, seed=1)
     cache = dataclasses.replace(cache, lengths=jnp.full((batch,), context - ROOM, jnp.int32))
@@ -86,12 +87,12 @@ def make_state(config: ModelConfig, batch: int, context: int, hshare: HShareConf
         return DecodeState(cache, None)
 
     def lists_and_plan() -> SharedLists:  # the labels, which are random, are left out
-        shared = init().shared
-        assert shared is not None
+        shared = init().selection
+        assert isinstance(shared, SharedLists)
         return dataclasses.replace(shared, labels=())
 
-    assert shapes.shared is not None
-    labels = random_tree(shapes.shared.labels, seed=1000)
+    assert isinstance(shapes.selection, SharedLists)
+    labels = random_tree(shapes.selection.labels, seed=1000)
     shared = dataclasses.replace(jax.jit(lists_and_plan)(), labels=labels, source=random_plan(config, hshare, batch))
     return DecodeState(cache, shared)
 
@@ -101,7 +102,7 @@ def decode_steps(
     params: dict, tokens: Array, state: DecodeState, *, config: ModelConfig, steps: int, impl: str
 ) -> tuple[Array, DecodeState]:
     """Returns (the last greedy tokens [B], the state) after so many steps, a multiple of the refresh interval."""
-    interval = 1 if state.shared is None else state.shared.config.refresh_interval
+    interval = 1 if state.selection is None else state.selection.refresh_interval
 
     def run_block(carry: tuple[Array, DecodeState], _: None) -> tuple[tuple[Array, DecodeState], None]:
         tokens, state = carry
@@ -118,10 +119,10 @@ def bytes_to_read(config: ModelConfig, params: dict, state: DecodeState) -> tupl
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     if not config.tie_embeddings:
         size -= params["embedding"].nbytes
-    B, shared = state.cache.lengths.shape[0], state.shared
+    B, shared = state.cache.lengths.shape[0], state.selection
     reads, length = float(count_reads(state, config).mean()), float(state.cache.lengths.mean())
     size += B * reads * config.cache_bytes_per_token(BF16.itemsize)
-    if shared is not None:
+    if isinstance(shared, SharedLists):
         hshare, labels = shared.config, jax.tree.leaves(shared.labels[-1])
         per_slot = sum(leaf.nbytes for leaf in labels) / (B * config.num_kv_heads * state.cache.capacity)
         size += B * hshare.num_computed_lists(config) / hshare.refresh_interval * length * per_slot
@@ -153,7 +154,7 @@ def measure(
 
 def state_bytes(config: ModelConfig, batch: int, context: int, hshare: HShareConfig | None) -> int:
     """Returns the bytes of a state."""
-    shapes = jax.eval_shape(lambda: init_state(config, batch, context, hshare=hshare, dtype=jnp.bfloat16))
+    shapes = jax.eval_shape(lambda: init_state(config, batch, context, method=hshare, dtype=jnp.bfloat16))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
 

@@ -23,7 +23,8 @@ from hshare_jax.config import HShareConfig
 from hshare_jax.decode import decode_step
 from hshare_jax.decode_state import DecodeState, count_reads, init_state
 from hshare_jax.models.pretrained import Model, load_model
-from hshare_jax.prefill import prefill, read_prompt, share_after_prefill
+from hshare_jax.prefill import after_prefill, prefill, read_prompt
+from hshare_jax.shared_lists import SharedLists
 
 ROUND = 4  # steps of one side before the next has its turn; a multiple of every refresh interval below
 
@@ -47,7 +48,7 @@ def bench_steps(model: Model, batch: int, context: int, rounds: int) -> None:
     tokens = jax.random.randint(jax.random.key(1), (1, context), 0, model.config.vocab_size)
     states = {}
     for name, hshare in settings().items():
-        state = init_state(model.config, 1, context, hshare=hshare)
+        state = init_state(model.config, 1, context, method=hshare)
         length = jnp.array([context - steps])
         _, row = prefill(model.params, tokens[:, : context - steps], length, state, config=model.config)
         states[name] = _repeat(row, batch)
@@ -90,13 +91,13 @@ def bytes_of_step(model: Model, state: DecodeState, hshare: HShareConfig | None)
     config, B = model.config, state.cache.lengths.shape[0]
     length, reads = float(state.cache.lengths.mean()), float(count_reads(state, config).mean())
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)) + B * reads * config.cache_bytes_per_token(4)
-    if hshare is None or state.shared is None:
+    if hshare is None or not isinstance(state.selection, SharedLists):
         return 0, size, reads
-    source = state.shared.source.reshape(B, -1)
+    source = state.selection.source.reshape(B, -1)
     first = hshare.dense_layers * hshare.num_lists(config)
     is_own = (source == jnp.arange(source.shape[1]))[:, first:]
     computed = float(is_own.sum(axis=1).mean()) / hshare.refresh_interval
-    labels = state.shared.labels[-1]
+    labels = state.selection.labels[-1]
     per_token = sum(leaf.nbytes for leaf in jax.tree.leaves(labels)) / (B * config.num_kv_heads * state.cache.capacity)
     return computed, size + B * computed * length * per_token, reads
 
@@ -115,16 +116,16 @@ def bench_plan(model: Model, contexts: list[int]) -> None:
 
 
 def _time_plan(model: Model, tokens: jax.Array, hshare: HShareConfig) -> tuple[float, float]:
-    state, lengths = init_state(model.config, 1, tokens.shape[1], hshare=hshare), jnp.array([tokens.shape[1]])
-    shared = state.shared
-    assert shared is not None
+    state, lengths = init_state(model.config, 1, tokens.shape[1], method=hshare), jnp.array([tokens.shape[1]])
+    shared = state.selection
+    assert isinstance(shared, SharedLists)
+    positions = shared.probe_positions(jnp.zeros_like(lengths), lengths, tokens.shape[1])
     began = time.perf_counter()
-    _, cache, kept, positions = read_prompt(model.params, tokens, lengths, state, config=model.config)
+    _, cache, kept = read_prompt(model.params, tokens, lengths, state.cache, positions, config=model.config)
     jax.block_until_ready(cache)
     read = time.perf_counter()
     assert kept is not None
-    assert positions is not None
-    jax.block_until_ready(share_after_prefill(kept, positions, cache, shared, config=model.config))
+    jax.block_until_ready(after_prefill(shared, kept, positions, cache, config=model.config))
     return read - began, time.perf_counter() - read
 
 

@@ -98,7 +98,7 @@ def compile_step(
         return jax.ShapeDtypeStruct(array.shape, dtype or array.dtype, sharding=replicated)
 
     params = jax.tree.map(lambda leaf: place(leaf, jnp.dtype(jnp.bfloat16)), parameter_shapes(config))
-    state = jax.eval_shape(lambda: init_state(config, batch, slots, hshare=hshare, dtype=jnp.bfloat16))
+    state = jax.eval_shape(lambda: init_state(config, batch, slots, method=hshare, dtype=jnp.bfloat16))
     state = jax.tree.map(place, state)
     tokens = place(jax.ShapeDtypeStruct((batch,), jnp.int32))
     step = functools.partial(decode_step, config=config, refresh=refresh)

@@ -164,7 +164,7 @@ class Windows:
         B, length, config = len(rows), context - steps, model.config
         # A budget of two tokens, so that every query is kept: what each setting's own probes are taken from.
         every = HShareConfig(num_sinks=0, num_critical=1, num_recent=1, num_probes="all")
-        state = init_state(config, B, context, hshare=every)
+        state = init_state(config, B, context, method=every)
         with tqdm(total=length, desc="prefill", unit="token", disable=None) as bar:
             _, cache, kept, positions = read_prompt(
                 model.params, self.tokens[:, :length], jnp.full((B,), length), state, config=config, progress=bar.update
@@ -183,8 +183,8 @@ class Windows:
     def score(self, hshare: HShareConfig, channels: str) -> tuple[StepScores, DecodeState]:
         """Returns the scores of every step [T, B], and the state before the first."""
         config, B = self.model.config, self.tokens.shape[0]
-        state = init_state(config, B, 1, hshare=hshare)
-        shared = state.shared
+        state = init_state(config, B, 1, method=hshare)
+        shared = state.selection
         assert shared is not None
         starts, lengths = jnp.zeros((B,), jnp.int32), self.cache.lengths
         P = int(lengths[0]) if hshare.num_probes == "all" else hshare.num_probes
@@ -201,7 +201,7 @@ class Windows:
         plan = jax.tree.map(lambda array: jnp.array(array, copy=True), shared.source)
         tokens = self.tokens[:, -self.steps - 1 :]
         scores = score_steps(self.model.params, tokens, state, config=config, reference=self.reference)
-        return scores, dataclasses.replace(state, shared=dataclasses.replace(shared, source=plan))
+        return scores, dataclasses.replace(state, selection=dataclasses.replace(shared, source=plan))
 
     def _channels_of_other_texts(self, num_channels: int) -> jax.Array:
         lengths = self.cache.lengths
@@ -233,9 +233,9 @@ def measure(windows: Windows, cell: Cell) -> dict[str, object]:
     scores, state = windows.score(cell.hshare, cell.channels)
     assert scores.divergence is not None
     assert scores.agrees is not None
-    assert state.shared is not None
+    assert isinstance(state.selection, SharedLists)
     config, hshare = windows.model.config, cell.hshare
-    source = np.asarray(state.shared.source).reshape(len(windows.tokens), -1)
+    source = np.asarray(state.selection.source).reshape(len(windows.tokens), -1)
     is_own = source == np.arange(source.shape[1])
     first = hshare.dense_layers * hshare.num_lists(config)
     return {
@@ -270,7 +270,7 @@ def passkey(model: Model, path: Path, hshare: HShareConfig | None, seeds: int, l
         prompts.append(rest[:cut] + needle + rest[cut:])
         keys.append(key)
     tokens, lengths = pad_prompts(prompts)
-    state = init_state(model.config, seeds, length + 16, hshare=hshare)
+    state = init_state(model.config, seeds, length + 16, method=hshare)
     logits, state = prefill(model.params, jnp.asarray(tokens), jnp.asarray(lengths), state, config=model.config)
     for token in question:
         logits, state = decode_step(model.params, jnp.full((seeds,), token), state, config=model.config)

@@ -94,12 +94,12 @@ def test_agreement_is_the_share_of_the_continuation_that_would_be_chosen(dense, 
     prompts = [row[:n].tolist() for row, n in zip(ROWS, LENGTHS, strict=True)]
     continuations = [row.tolist() for row in CONTINUATIONS]
     expected = [float(np.mean(chosen[:, b] == CONTINUATIONS[b, 1:])) for b in range(len(ROWS))]
-    assert token_agreement(model, prompts, continuations, hshare=hshare) == pytest.approx(expected)
+    assert token_agreement(model, prompts, continuations, method=hshare) == pytest.approx(expected)
     # The last token is only predicted: with it as the model would choose, one more agrees.
     for b, row in enumerate(continuations):
         row[-1] = int(chosen[-1, b])
         expected[b] = float(np.mean(chosen[:, b] == np.array(row[1:])))
-    assert token_agreement(model, prompts, continuations, hshare=hshare) == pytest.approx(expected)
+    assert token_agreement(model, prompts, continuations, method=hshare) == pytest.approx(expected)
     assert min(expected) >= 1 / STEPS
 
 
@@ -107,4 +107,4 @@ def test_agreement_is_the_share_of_the_continuation_that_would_be_chosen(dense, 
 def test_continuations_that_do_not_fit_are_refused(continuations):
     model = Model(dataclasses.replace(MODEL), params(), None, (), "tiny", "0" * 16)
     with pytest.raises(ValueError, match="continuations must hold at least 2 tokens for each of the 2 prompts"):
-        token_agreement(model, [[1], [2]], continuations, hshare=None)
+        token_agreement(model, [[1], [2]], continuations, method=None)

@@ -37,6 +37,8 @@ ORDER = (
     "hshare_jax.critical_tokens",
     "hshare_jax.similarity",
     "hshare_jax.share_plan",
+    "hshare_jax.selection",
+    "hshare_jax.shared_lists",
     "hshare_jax.decode_state",
     "hshare_jax.attend",
     "hshare_jax.prefill",

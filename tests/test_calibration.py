@@ -27,6 +27,7 @@ from hshare_jax.models.config import ModelConfig, RopeConfig
 from hshare_jax.models.decoder import Decoder
 from hshare_jax.models.pretrained import Model, ModelFiles
 from hshare_jax.prefill import prefill
+from hshare_jax.shared_lists import SharedLists
 
 MODEL = ModelConfig(
     vocab_size=48, width=32, mlp_width=48, num_layers=3, num_heads=6, num_kv_heads=3, head_dim=8, max_positions=1024,
@@ -92,11 +93,11 @@ def test_channels_are_ranked_by_the_mean_product_over_all_pairs_of_all_blocks(ca
 @pytest.mark.parametrize("hshare", [HSHARE, PUBLISHED], ids=["units", "published"])
 def test_the_plan_of_a_text_of_one_block_is_that_of_its_prefill_with_these_channels(hshare):
     found = calibrate(MODEL_OF_IDS, [TEXT[:BLOCK]], hshare=hshare, block_length=BLOCK)
-    state = init_state(MODEL, 1, BLOCK, hshare=hshare, channels=found.channels)
+    state = init_state(MODEL, 1, BLOCK, method=hshare, channels=found.channels)
     tokens, lengths = jnp.asarray([TEXT[:BLOCK]], jnp.int32), jnp.asarray([BLOCK], jnp.int32)
     _, state = prefill(PARAMS, tokens, lengths, state, config=MODEL)
-    assert state.shared is not None
-    assert found.plan == to_share_plan(np.asarray(state.shared.source[0]))
+    assert isinstance(state.selection, SharedLists)
+    assert found.plan == to_share_plan(np.asarray(state.selection.source[0]))
     assert any(unit != place for place, unit in enumerate(sum(found.plan.source, ())))
     assert find_plans(MODEL_OF_IDS, [TEXT[:BLOCK]], hshare=hshare, channels=found.channels) == [found.plan]
 

@@ -25,9 +25,10 @@ from tiny_decoder import (
 
 import hshare_jax.decode
 from hshare_jax.decode import decode_step
-from hshare_jax.decode_state import DecodeState, SharedLists, count_reads, init_state
+from hshare_jax.decode_state import DecodeState, count_reads, init_state
 from hshare_jax.kernels.reference import EMPTY
 from hshare_jax.share_plan import SharePlan, identity_plan
+from hshare_jax.shared_lists import SharedLists
 
 F32 = 1e-4  # absolute, on float32 logits of about 5 after four layers, against float64
 SAME = 1e-5  # between two float32 programs of the same model
@@ -51,8 +52,8 @@ variants = pytest.mark.parametrize(("hshare", "refresh"), VARIANTS.values(), ids
 
 
 def shared_of(state: DecodeState) -> SharedLists:
-    assert state.shared is not None
-    return state.shared
+    assert isinstance(state.selection, SharedLists)
+    return state.selection
 
 
 def tokens_at(rows, lengths, step):
@@ -163,7 +164,7 @@ def test_where_nothing_is_shared_every_step_chooses_its_own_lists():
     forced = dataclasses.replace(HSHARE, dilate=False)
     begun = start(rows, hshare=forced)
     identity = identity_plan(len(rows), MODEL.num_layers, MODEL.num_kv_heads)
-    begun = dataclasses.replace(begun, shared=dataclasses.replace(shared_of(begun), source=identity))
+    begun = dataclasses.replace(begun, selection=dataclasses.replace(shared_of(begun), source=identity))
     others, same = decode(rows, begun, steps, refresh=lambda step: True)
     np.testing.assert_array_equal(shared_of(state).token_indices, shared_of(same).token_indices)
     np.testing.assert_allclose(own, others, atol=SAME, rtol=0)
@@ -200,11 +201,11 @@ PLAN = SharePlan(((0, 1, 2), (3, 4, 3), (4, 3, 3), (3, 4, 4)))
 def test_a_constant_plan_decodes_as_the_same_plan_as_data():
     rows, steps = random_rows(22, more=7), 7
     prompts = [row[:n] for row, n in zip(rows, LENGTHS, strict=True)]
-    empty = init_state(MODEL, len(rows), CAPACITY, hshare=HSHARE, plan=PLAN)
+    empty = init_state(MODEL, len(rows), CAPACITY, method=HSHARE, plan=PLAN)
     constant, of_constant = decode(rows, prefill_rows(prompts, hshare=HSHARE, state=empty)[1], steps)
     state = start(rows, hshare=HSHARE)
     source = np.tile(np.asarray(PLAN.source, np.int32), (len(rows), 1, 1))
-    state = dataclasses.replace(state, shared=dataclasses.replace(shared_of(state), source=jnp.asarray(source)))
+    state = dataclasses.replace(state, selection=dataclasses.replace(shared_of(state), source=jnp.asarray(source)))
     data, of_data = decode(rows, state, steps)
     np.testing.assert_array_equal(constant.argmax(axis=-1), data.argmax(axis=-1))
     np.testing.assert_allclose(constant, data, atol=SAME, rtol=0)
@@ -215,7 +216,7 @@ def test_a_constant_plan_decodes_as_the_same_plan_as_data():
 def test_given_channels_are_those_that_labels_keep():
     rows = random_rows(23)
     channels = np.stack([np.random.default_rng(2).permutation(8)[:5] for _ in range(12)]).reshape(4, 3, 5)
-    empty = init_state(MODEL, len(rows), CAPACITY, hshare=HSHARE, channels=channels)
+    empty = init_state(MODEL, len(rows), CAPACITY, method=HSHARE, channels=channels)
     shared = shared_of(prefill_rows(rows, hshare=HSHARE, state=empty)[1])
     np.testing.assert_array_equal(shared.channels, np.tile(np.sort(channels[:, :, :3], axis=-1), (4, 1, 1, 1)))
 
@@ -289,7 +290,7 @@ def test_rows_of_different_age_refresh_each_in_its_turn():
     rows = random_rows(7, more=8)
     state = start(rows, hshare=HSHARE)
     ages = jnp.asarray([0, 1, 2, 3], jnp.int32)
-    state = dataclasses.replace(state, shared=dataclasses.replace(shared_of(state), age=ages))
+    state = dataclasses.replace(state, selection=dataclasses.replace(shared_of(state), age=ages))
     starts = []
     for step in range(6):
         _, state = decode_step(params(), tokens_at(rows, LENGTHS, step), state, config=MODEL)
@@ -368,7 +369,7 @@ def test_lists_that_copy_stay_empty_and_read_their_source():
     state = start(rows, hshare=HSHARE)
     # By hand: the upper layers read layer 1's lists, whose third copies the first.
     source = jnp.tile(jnp.asarray([3, 4, 3], jnp.int32), (4, MODEL.num_layers, 1))
-    state = dataclasses.replace(state, shared=dataclasses.replace(shared_of(state), source=source))
+    state = dataclasses.replace(state, selection=dataclasses.replace(shared_of(state), source=source))
     _, state = decode(rows, state, 2)
     lists = np.asarray(shared_of(state).token_indices)
     assert (lists[[0, 2, 3]] == EMPTY).all()  # layer 0 is dense
@@ -395,7 +396,7 @@ class Compilations:
 
 def random_state(rng, lengths, hshare):
     """Returns a state of the shallow model as after some prompts: other keys, lengths, lists and plans each time."""
-    state = init_state(SHALLOW, len(lengths), CAPACITY, hshare=hshare)
+    state = init_state(SHALLOW, len(lengths), CAPACITY, method=hshare)
 
     def fill(arrays):
         def random(array):
@@ -405,7 +406,7 @@ def random_state(rng, lengths, hshare):
 
         return jax.tree.map(random, arrays)
 
-    cache, shared = state.cache, state.shared
+    cache, shared = state.cache, state.selection
     cache = dataclasses.replace(
         cache, keys=fill(cache.keys), values=fill(cache.values), lengths=jnp.asarray(lengths, jnp.int32)
     )
@@ -438,15 +439,16 @@ def test_one_trace_serves_every_prompt_plan_and_length(monkeypatch, hshare, refr
 
 
 def large_buffers(state: DecodeState) -> list[jax.Array]:
-    shared = [] if state.shared is None else [*jax.tree.leaves(state.shared.labels), state.shared.token_indices]
-    return [*state.cache.keys, *state.cache.values, *shared]
+    shared = state.selection
+    lists = [*jax.tree.leaves(shared.labels), shared.token_indices] if isinstance(shared, SharedLists) else []
+    return [*state.cache.keys, *state.cache.values, *lists]
 
 
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("batch", [1, 3])
 @variants
 def test_a_compiled_step_updates_its_buffers_in_place(hshare, refresh, batch):
-    state, tokens = init_state(SHALLOW, batch, CAPACITY, hshare=hshare), jnp.zeros((batch,), jnp.int32)
+    state, tokens = init_state(SHALLOW, batch, CAPACITY, method=hshare), jnp.zeros((batch,), jnp.int32)
     compiled = decode_step.lower(params(SHALLOW), tokens, state, config=SHALLOW, refresh=refresh).compile()
     text = compiled.as_text()
     assert text is not None
@@ -458,7 +460,7 @@ def test_a_compiled_step_updates_its_buffers_in_place(hshare, refresh, batch):
 
 @pytest.mark.usefixtures("unchecked")
 def test_copies_are_seen_where_nothing_is_donated():
-    state, tokens = init_state(SHALLOW, 1, CAPACITY, hshare=STEP), jnp.zeros((1,), jnp.int32)
+    state, tokens = init_state(SHALLOW, 1, CAPACITY, method=STEP), jnp.zeros((1,), jnp.int32)
     step = jax.jit(lambda params, tokens, state: decode_step(params, tokens, state, config=SHALLOW, refresh=True))
     text = step.lower(params(SHALLOW), tokens, state).compile().as_text()
     assert text is not None
@@ -468,7 +470,7 @@ def test_copies_are_seen_where_nothing_is_donated():
 @pytest.mark.usefixtures("unchecked")
 @variants
 def test_a_step_lowers_for_cuda_with_its_state_donated(hshare, refresh):
-    state, tokens = init_state(SHALLOW, 2, CAPACITY, hshare=hshare), jnp.zeros((2,), jnp.int32)
+    state, tokens = init_state(SHALLOW, 2, CAPACITY, method=hshare), jnp.zeros((2,), jnp.int32)
     mesh = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H200", 1, "cuda"))
     with use_abstract_mesh(mesh):
         traced = decode_step.trace(params(SHALLOW), tokens, state, config=SHALLOW, refresh=refresh)
@@ -484,7 +486,7 @@ def test_a_step_lowers_for_cuda_with_its_state_donated(hshare, refresh):
     ids=["data", "one layer owns", "two layers own"],
 )
 def test_layers_that_copy_a_constant_plan_trace_to_no_selection(plan, selections):
-    state, tokens = init_state(MODEL, 1, CAPACITY, hshare=HSHARE, plan=plan), jnp.zeros((1,), jnp.int32)
+    state, tokens = init_state(MODEL, 1, CAPACITY, method=HSHARE, plan=plan), jnp.zeros((1,), jnp.int32)
     text = decode_step.lower(params(), tokens, state, config=MODEL, refresh=True).as_text()
     # A selection finds its threshold in two loops; nothing else in a step loops.
     assert text.count("stablehlo.while") == 2 * selections

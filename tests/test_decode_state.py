@@ -11,9 +11,10 @@ import pytest
 from tiny_decoder import HSHARE, MODEL
 
 from hshare_jax.config import HShareConfig
-from hshare_jax.decode_state import DecodeState, check_channels, count_reads, init_state
+from hshare_jax.decode_state import DecodeState, count_reads, init_state
 from hshare_jax.kernels.reference import EMPTY
 from hshare_jax.share_plan import SharePlan, identity_plan
+from hshare_jax.shared_lists import SharedLists, check_channels
 
 F32 = 1e-5  # relative, on means of whole numbers
 L, K, H = MODEL.num_layers, MODEL.num_kv_heads, MODEL.head_dim
@@ -28,19 +29,19 @@ CHANNELS = np.stack([np.random.default_rng(1).permutation(H)[:5] for _ in range(
         ({"capacity": 0}, "capacity=0 must lie between 1 and the model's max_positions=1024"),
         ({"capacity": 1025}, "capacity=1025 must lie between 1 and the model's max_positions=1024"),
         ({"dtype": jnp.int32}, "dtype=int32 must be float32, bfloat16 or float16"),
-        ({"plan": PLAN}, "a plan or channels were given without hshare: dense decoding uses neither"),
-        ({"channels": CHANNELS}, "a plan or channels were given without hshare"),
+        ({"plan": PLAN}, "a plan or channels were given, but method=None: dense decoding uses neither"),
+        ({"channels": CHANNELS}, "a plan or channels were given"),
         (
-            {"plan": SharePlan(((0, 1), (2, 3))), "hshare": HSHARE},
+            {"plan": SharePlan(((0, 1), (2, 3))), "method": HSHARE},
             "the plan is for 2 layers of 2 lists; this model with lists_per='kv_head' has 4 layers of 3",
         ),
         (
-            {"plan": SharePlan(((0, 1, 2), (0, 4, 5), (6, 7, 8), (9, 10, 11))), "hshare": HSHARE},
+            {"plan": SharePlan(((0, 1, 2), (0, 4, 5), (6, 7, 8), (9, 10, 11))), "method": HSHARE},
             "the plan copies from the first 1 layers, which are dense and have no lists",
         ),
-        ({"hshare": dataclasses.replace(HSHARE, label_channels=9)}, "label_channels=9 must be at most"),
+        ({"method": dataclasses.replace(HSHARE, label_channels=9)}, "label_channels=9 must be at most"),
         (
-            {"channels": CHANNELS[1:], "hshare": HSHARE},
+            {"channels": CHANNELS[1:], "method": HSHARE},
             r"channels has shape \[3, 3, 5\]; this model needs \[4, 3\] heads",
         ),
     ],
@@ -74,8 +75,8 @@ def test_of_given_channels_the_first_are_used_in_ascending_order(num_channels):
 
 
 def shared_of(hshare=HSHARE, batch_size=2, **settings):
-    shared = init_state(MODEL, batch_size, 300, hshare=hshare, **settings).shared
-    assert shared is not None
+    shared = init_state(MODEL, batch_size, 300, method=hshare, **settings).selection
+    assert isinstance(shared, SharedLists)
     return shared
 
 
@@ -143,12 +144,12 @@ def test_reads_are_those_of_the_definition(model, changes):
             lists[layer, b, j, : len(tokens)] = tokens
             if layer >= 2:
                 source[b, layer, j] = rng.integers(J, layer * J)
-    state = init_state(model, B, 256, hshare=hshare)
-    assert state.shared is not None
+    state = init_state(model, B, 256, method=hshare)
+    assert isinstance(state.selection, SharedLists)
     state = DecodeState(
         dataclasses.replace(state.cache, lengths=jnp.asarray(lengths)),
         dataclasses.replace(
-            state.shared, token_indices=jnp.asarray(lists), source=jnp.asarray(source, jnp.int32),
+            state.selection, token_indices=jnp.asarray(lists), source=jnp.asarray(source, jnp.int32),
             recent_start=jnp.asarray(starts),
         ),
     )  # fmt: skip

@@ -36,7 +36,7 @@ NEW = 20
 
 @pytest.fixture(scope="module")
 def greedy():
-    return generate(MODEL_OF_TEXT, PROMPTS, hshare=HSHARE, max_new_tokens=NEW)
+    return generate(MODEL_OF_TEXT, PROMPTS, method=HSHARE, max_new_tokens=NEW)
 
 
 def test_the_tokenizer_fits_the_model():
@@ -46,7 +46,7 @@ def test_the_tokenizer_fits_the_model():
 def test_generated_tokens_are_those_of_a_loop_of_steps(greedy):
     for prompt, found in zip(PROMPTS, greedy.tokens, strict=True):
         ids = jnp.asarray([TOKENIZER(prompt)["input_ids"]], jnp.int32)
-        state = init_state(SHALLOW, 1, 256, hshare=HSHARE)
+        state = init_state(SHALLOW, 1, 256, method=HSHARE)
         logits, state = prefill(params(SHALLOW), ids, jnp.asarray([ids.size]), state, config=SHALLOW)
         tokens = [int(logits[0].argmax())]
         while len(tokens) < NEW:
@@ -63,7 +63,7 @@ def test_texts_are_the_tokens_decoded(greedy):
 @pytest.mark.parametrize("sampling", [SamplingConfig(), SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("hshare", [None, HSHARE], ids=["dense", "shared"])
 def test_a_batch_of_different_lengths_equals_each_prompt_alone(hshare, sampling):
-    settings: dict[str, Any] = {"hshare": hshare, "sampling": sampling, "max_new_tokens": NEW}
+    settings: dict[str, Any] = {"method": hshare, "sampling": sampling, "max_new_tokens": NEW}
     together = generate(MODEL_OF_TEXT, PROMPTS, seeds=[3, 1, 4], **settings)
     for b, seed in enumerate([3, 1, 4]):
         alone = generate(MODEL_OF_TEXT, PROMPTS[b : b + 1], seeds=[seed], **settings)
@@ -77,14 +77,14 @@ def test_pieces_of_a_stream_join_to_the_generation(greedy):
         {"sampling": SAMPLED, "seeds": [5, 5, 5]},
     ]
     for settings in cases:
-        running = stream(MODEL_OF_TEXT, PROMPTS, hshare=HSHARE, max_new_tokens=NEW, **settings)
+        running = stream(MODEL_OF_TEXT, PROMPTS, method=HSHARE, max_new_tokens=NEW, **settings)
         pieces, result = [], None
         while result is None:
             try:
                 pieces.append(next(running))
             except StopIteration as end:
                 result = end.value
-        expected = generate(MODEL_OF_TEXT, PROMPTS, hshare=HSHARE, max_new_tokens=NEW, **settings)
+        expected = generate(MODEL_OF_TEXT, PROMPTS, method=HSHARE, max_new_tokens=NEW, **settings)
         assert len(pieces) > 1
         assert all(any(texts) for texts in pieces)
         assert ["".join(texts) for texts in zip(*pieces, strict=True)] == result.texts == expected.texts
@@ -93,7 +93,7 @@ def test_pieces_of_a_stream_join_to_the_generation(greedy):
 
 
 def test_seeds_tell_rows_apart_and_make_them_repeat():
-    settings: dict[str, Any] = {"hshare": None, "sampling": SAMPLED, "max_new_tokens": NEW}
+    settings: dict[str, Any] = {"method": None, "sampling": SAMPLED, "max_new_tokens": NEW}
     one = generate(MODEL_OF_TEXT, [PROMPTS[0]] * 3, seeds=[1, 2, 1], **settings).tokens
     assert one[0] == one[2] != one[1]
     assert generate(MODEL_OF_TEXT, [PROMPTS[0]] * 3, **settings).tokens[1:] == [
@@ -103,7 +103,7 @@ def test_seeds_tell_rows_apart_and_make_them_repeat():
 
 def test_a_stop_string_ends_its_row_and_is_left_out(greedy):
     stop = greedy.texts[1][4:7]  # three characters: across tokens
-    found = generate(MODEL_OF_TEXT, PROMPTS, hshare=HSHARE, max_new_tokens=NEW, stop=[stop, "never there"])
+    found = generate(MODEL_OF_TEXT, PROMPTS, method=HSHARE, max_new_tokens=NEW, stop=[stop, "never there"])
     for text, whole, reason in zip(found.texts, greedy.texts, found.finish_reasons, strict=True):
         assert text == (whole[: whole.find(stop)] if stop in whole else whole)
         assert reason == ("stop" if stop in whole else "length")
@@ -118,7 +118,7 @@ def test_an_end_token_ends_its_row(greedy):
     tokens = greedy.tokens[1]
     place = next(i for i in range(3, NEW) if tokens[i] not in tokens[:i])
     model = dataclasses.replace(MODEL_OF_TEXT, eos_token_ids=(tokens[place], 47))
-    found = generate(model, PROMPTS, hshare=HSHARE, max_new_tokens=NEW)
+    found = generate(model, PROMPTS, method=HSHARE, max_new_tokens=NEW)
     assert found.tokens[1] == tokens[: place + 1]
     assert found.finish_reasons[1] == "stop"
     for row, whole, reason in zip(found.tokens, greedy.tokens, found.finish_reasons, strict=True):
@@ -130,7 +130,7 @@ def test_an_end_token_ends_its_row(greedy):
 @pytest.mark.parametrize("max_new_tokens", [1, 2, 3, 4, 5])
 def test_the_number_of_new_tokens_is_exact(greedy, max_new_tokens):
     # Blocks are three steps: the surplus of the last one is dropped.
-    found = generate(MODEL_OF_TEXT, PROMPTS, hshare=HSHARE, max_new_tokens=max_new_tokens)
+    found = generate(MODEL_OF_TEXT, PROMPTS, method=HSHARE, max_new_tokens=max_new_tokens)
     assert found.tokens == [tokens[:max_new_tokens] for tokens in greedy.tokens]
     assert found.timing.decoded_tokens == 3 * (max_new_tokens - 1)
     assert found.timing.prompt_tokens == sum(len(TOKENIZER(prompt)["input_ids"]) for prompt in PROMPTS)
@@ -149,7 +149,7 @@ def reads_of_step(length: int, at_refresh: int) -> float:
 
 @pytest.mark.parametrize("new", [1, 2, NEW])
 def test_usage_counts_what_was_read_and_chosen(new):
-    found = generate(MODEL_OF_TEXT, PROMPTS, hshare=BUDGET, plan=COPYING, max_new_tokens=new).usage
+    found = generate(MODEL_OF_TEXT, PROMPTS, method=BUDGET, plan=COPYING, max_new_tokens=new).usage
     reads, lengths = [], []
     for prompt in PROMPTS:
         size = len(TOKENIZER(prompt)["input_ids"])
@@ -166,7 +166,7 @@ def test_usage_counts_what_was_read_and_chosen(new):
 
 
 def test_dense_decoding_reads_all_and_chooses_nothing():
-    found = generate(MODEL_OF_TEXT, PROMPTS, hshare=None, max_new_tokens=NEW).usage
+    found = generate(MODEL_OF_TEXT, PROMPTS, method=None, max_new_tokens=NEW).usage
     assert found.mean_reads == pytest.approx(found.mean_length, rel=1e-6)
     assert (found.refreshes, found.selections) == (0, 0)
 
@@ -174,7 +174,7 @@ def test_dense_decoding_reads_all_and_chooses_nothing():
 def test_a_row_that_ends_early_counts_only_its_own_steps(greedy):
     end = greedy.tokens[1][4]
     model = dataclasses.replace(MODEL_OF_TEXT, eos_token_ids=(end,))
-    found = generate(model, PROMPTS, hshare=None, max_new_tokens=NEW)
+    found = generate(model, PROMPTS, method=None, max_new_tokens=NEW)
     steps = [(len(TOKENIZER(p)["input_ids"]), len(t) - 1) for p, t in zip(PROMPTS, found.tokens, strict=True)]
     lengths = [size + step for size, num_steps in steps for step in range(1, num_steps + 1)]
     assert len(lengths) < 3 * (NEW - 1)
@@ -184,8 +184,8 @@ def test_a_row_that_ends_early_counts_only_its_own_steps(greedy):
 
 def test_a_plan_given_beforehand_decodes_as_the_same_plan_found():
     (plan,) = find_plans(MODEL_OF_TEXT, PROMPTS[2:], hshare=HSHARE)
-    found = generate(MODEL_OF_TEXT, PROMPTS[2:], hshare=HSHARE, max_new_tokens=NEW)
-    given = generate(MODEL_OF_TEXT, PROMPTS[2:], hshare=HSHARE, plan=plan, max_new_tokens=NEW)
+    found = generate(MODEL_OF_TEXT, PROMPTS[2:], method=HSHARE, max_new_tokens=NEW)
+    given = generate(MODEL_OF_TEXT, PROMPTS[2:], method=HSHARE, plan=plan, max_new_tokens=NEW)
     assert given.tokens == found.tokens
     assert given.usage == found.usage
 
@@ -194,35 +194,35 @@ def test_channels_given_beforehand_are_used():
     L, K, H = SHALLOW.num_layers, SHALLOW.num_kv_heads, SHALLOW.head_dim
     whole = dataclasses.replace(HSHARE, label_channels=H, label_bits=None, num_critical=8)
     exact = dataclasses.replace(whole, scoring="exact")
-    expected = generate(MODEL_OF_TEXT, PROMPTS[2:], hshare=exact, max_new_tokens=NEW)
+    expected = generate(MODEL_OF_TEXT, PROMPTS[2:], method=exact, max_new_tokens=NEW)
     channels = np.tile(np.arange(H)[::-1], (L, K, 1))
-    given = generate(MODEL_OF_TEXT, PROMPTS[2:], hshare=whole, channels=channels, max_new_tokens=NEW)
+    given = generate(MODEL_OF_TEXT, PROMPTS[2:], method=whole, channels=channels, max_new_tokens=NEW)
     assert given.tokens == expected.tokens
     with pytest.raises(ValueError, match=r"channels has shape \[2, 3, 2\]"):
-        generate(MODEL_OF_TEXT, PROMPTS[2:], hshare=HSHARE, channels=channels[:, :, :2])
+        generate(MODEL_OF_TEXT, PROMPTS[2:], method=HSHARE, channels=channels[:, :, :2])
 
 
 def test_a_plan_or_channels_without_hshare_are_refused():
-    with pytest.raises(ValueError, match="without hshare: dense decoding uses neither"):
-        generate(MODEL_OF_TEXT, PROMPTS, hshare=None, plan=COPYING)
+    with pytest.raises(ValueError, match="method=None: dense decoding uses neither"):
+        generate(MODEL_OF_TEXT, PROMPTS, method=None, plan=COPYING)
 
 
 def test_a_large_repetition_penalty_repeats_nothing():
     sampling = SamplingConfig(repetition_penalty=1e6)
     prompt = [5, 6, 7, 8]
-    found = generate(MODEL_OF_IDS, [prompt, prompt[:2]], hshare=None, sampling=sampling, max_new_tokens=NEW)
+    found = generate(MODEL_OF_IDS, [prompt, prompt[:2]], method=None, sampling=sampling, max_new_tokens=NEW)
     for given, tokens in zip([prompt, prompt[:2]], found.tokens, strict=True):
         assert len({*given, *tokens}) == len(given) + NEW
     assert found.texts == []
 
 
 def test_a_larger_cache_changes_no_token(greedy):
-    found = generate(MODEL_OF_TEXT, PROMPTS, hshare=HSHARE, max_new_tokens=NEW, capacity=600)
+    found = generate(MODEL_OF_TEXT, PROMPTS, method=HSHARE, max_new_tokens=NEW, capacity=600)
     assert found.tokens == greedy.tokens
 
 
 def test_the_second_call_compiles_nothing(greedy):
-    timing = generate(MODEL_OF_TEXT, PROMPTS, hshare=HSHARE, max_new_tokens=NEW).timing
+    timing = generate(MODEL_OF_TEXT, PROMPTS, method=HSHARE, max_new_tokens=NEW).timing
     assert timing.compile_seconds == 0
     assert timing.prefill_seconds > 0
     assert timing.decode_seconds > 0
@@ -277,22 +277,22 @@ def test_a_chosen_capacity_holds_the_row_and_is_a_coarse_step(size):
 
 @pytest.mark.parametrize("hshare", [None, dataclasses.replace(HSHARE, num_critical=120)], ids=["dense", "covering"])
 def test_what_reads_all_tokens_agrees_with_dense_in_full(hshare):
-    dense = generate(MODEL_OF_TEXT, PROMPTS, hshare=None, max_new_tokens=NEW)
+    dense = generate(MODEL_OF_TEXT, PROMPTS, method=None, max_new_tokens=NEW)
     ragged = [dense.tokens[0], dense.tokens[1][:2], dense.tokens[2][:7]]
-    assert token_agreement(MODEL_OF_TEXT, PROMPTS, ragged, hshare=hshare) == [1.0] * 3
+    assert token_agreement(MODEL_OF_TEXT, PROMPTS, ragged, method=hshare) == [1.0] * 3
 
 
 def test_agreement_is_the_fraction_of_steps_that_choose_the_continuations_token():
-    dense = generate(MODEL_OF_TEXT, PROMPTS[:1], hshare=None, max_new_tokens=NEW).tokens[0]
+    dense = generate(MODEL_OF_TEXT, PROMPTS[:1], method=None, max_new_tokens=NEW).tokens[0]
     # The last token is only compared, never read: changing it costs one of 19 steps.
     changed = [*dense[:-1], (dense[-1] + 1) % SHALLOW.vocab_size]
-    assert token_agreement(MODEL_OF_TEXT, PROMPTS[:1], [changed], hshare=None) == [pytest.approx(18 / 19)]
+    assert token_agreement(MODEL_OF_TEXT, PROMPTS[:1], [changed], method=None) == [pytest.approx(18 / 19)]
 
 
 @pytest.mark.parametrize("continuations", [[[1, 2]], [[1, 2], [3]], [[1, 2], [3, 4], [5, 6]]])
 def test_agreement_needs_two_tokens_for_each_prompt(continuations):
     with pytest.raises(ValueError, match="continuations must hold at least 2 tokens for each of the 2 prompts"):
-        token_agreement(MODEL_OF_IDS, [[1], [2]], continuations, hshare=None)
+        token_agreement(MODEL_OF_IDS, [[1], [2]], continuations, method=None)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -300,7 +300,7 @@ def test_agreement_needs_two_tokens_for_each_prompt(continuations):
 def test_the_compiled_loop_updates_its_buffers_in_place(hshare, batch):
     jaxtyping.config.update("jaxtyping_disable", True)
     try:
-        state = init_state(SHALLOW, batch, 256, hshare=hshare)
+        state = init_state(SHALLOW, batch, 256, method=hshare)
         progress = _Progress(
             state=state,
             token=jnp.zeros((batch,), jnp.int32),
@@ -318,8 +318,8 @@ def test_the_compiled_loop_updates_its_buffers_in_place(hshare, batch):
     finally:
         jaxtyping.config.update("jaxtyping_disable", False)
     # All but the labels' scales, [B, K, 2, S]: a dense layer's scores, [B, K, G, S], cannot be told from them here.
-    labels = [] if state.shared is None else [label.codes for label in state.shared.labels if label is not None]
-    shared = [] if state.shared is None else [state.shared.token_indices, *labels]
+    labels = [] if state.selection is None else [label.codes for label in state.selection.labels if label is not None]
+    shared = [] if state.selection is None else [state.selection.token_indices, *labels]
     buffers = [*state.cache.keys, *state.cache.values, *shared]
     text = compiled.as_text()
     assert text is not None

@@ -227,7 +227,7 @@ def test_a_whole_decode_with_the_kernels_equals_the_reference(hshare):
             tokens = jnp.asarray([row[step - 5] for row in rows])
             out, state = decode_step(params(config), tokens, state, config=config, impl=impl)
             logits.append(out)
-        found.append((np.stack(logits), None if state.shared is None else np.asarray(state.shared.token_indices)))
+        found.append((np.stack(logits), None if state.selection is None else np.asarray(state.selection.token_indices)))
     np.testing.assert_allclose(found[0][0], found[1][0], atol=1e-4, rtol=0)
     np.testing.assert_array_equal(found[0][1], found[1][1])
 
@@ -242,7 +242,7 @@ def test_an_implementation_that_cannot_run_is_refused_while_tracing():
 
 @pytest.mark.usefixtures("unchecked")
 def test_on_a_cpu_auto_adds_nothing_to_the_reference():
-    state, tokens = init_state(MODEL, 1, 8, hshare=HSHARE), jnp.zeros((1,), jnp.int32)
+    state, tokens = init_state(MODEL, 1, 8, method=HSHARE), jnp.zeros((1,), jnp.int32)
     auto, plain = (
         decode_step.lower(params(), tokens, state, config=MODEL, impl=impl).as_text() for impl in ("auto", "reference")
     )
@@ -338,7 +338,7 @@ def test_a_step_lowers_for_cuda_with_kernels_and_without_a_conditional(refresh):
         vocab_size=64, width=128, mlp_width=128, num_layers=3, num_heads=2, num_kv_heads=2, head_dim=64,
         max_positions=4096, windows=(None,) * 3, rope=RopeConfig(theta=100.0),
     )  # fmt: skip
-    state = jax.eval_shape(lambda: init_state(model, 16, 4096, hshare=HShareConfig(min_length=300)))
+    state = jax.eval_shape(lambda: init_state(model, 16, 4096, method=HShareConfig(min_length=300)))
     step = functools.partial(decode_step, config=model, refresh=refresh, impl="pallas")
     tokens = jax.ShapeDtypeStruct((16,), jnp.int32)
     text = lower_for_cuda(lambda *arrays: step(*arrays), parameter_shapes(model), tokens, state)

@@ -61,7 +61,7 @@ def prefill_rows(
     for b, row in enumerate(rows):
         tokens[b, : len(row)] = row
     if state is None:
-        state = init_state(config, len(rows), capacity, hshare=hshare, dtype=jnp.dtype(dtype))
+        state = init_state(config, len(rows), capacity, method=hshare, dtype=jnp.dtype(dtype))
     lengths = jnp.asarray([len(row) for row in rows], jnp.int32)
     return prefill(params(config, dtype), jnp.asarray(tokens), lengths, state, config=config)
 

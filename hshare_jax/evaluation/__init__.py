@@ -1,0 +1,1 @@
+"""Evaluation: tasks that measure what sparse decoding costs in quality."""

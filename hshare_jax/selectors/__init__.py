@@ -1,0 +1,1 @@
+"""The methods beside HShare, one file each: what a user would take instead."""
