@@ -131,8 +131,10 @@ def _add_settings(parser: argparse.ArgumentParser, kind: str = "--plan") -> argp
     )  # fmt: skip
     group.add_argument("--refresh-interval", type=_whole, metavar="N", help="steps that a choice serves (1)")
     group.add_argument("--lists-per", choices=("kv_head", "query_head"), help="who chooses (kv_head)")
-    plans = ("units", "published")
-    group.add_argument(kind, dest="plan", choices=plans, help="any list copies any, or layers, then heads (units)")
+    group.add_argument(
+        kind, dest="plan", choices=("units", "published", "anchors"),
+        help="any list copies any; or layers, then heads; or layers from the best anchor layers (units)",
+    )  # fmt: skip
     group.add_argument("--plan-scope", choices=("sequence", "batch"), help="a plan for each prompt, or one for all")
     group.add_argument("--dense-layers", type=_whole, metavar="N", help="first layers that read everything (1)")
     group.add_argument("--min-length", type=_whole, metavar="N", help="shorter texts read everything (0)")

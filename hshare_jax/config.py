@@ -26,7 +26,7 @@ class HShareConfig:
     head_ratio: Fraction = Fraction(1)
     refresh_interval: int = 1  # decode steps that one choice serves
     lists_per: Literal["kv_head", "query_head"] = "kv_head"  # one list a group, whose keys are then read once
-    plan: Literal["units", "published"] = "units"  # any list may copy any lower one; or layers, then heads
+    plan: Literal["units", "published", "anchors"] = "units"  # what copies: any list; layers, then heads; whole layers
     plan_scope: Literal["sequence", "batch"] = "sequence"  # a plan of its own for each row, or one for all
     dilate: bool = True  # lists that later steps reuse also want the token after a good one
     dense_layers: int = 1  # the first layers read everything
@@ -58,11 +58,16 @@ class HShareConfig:
                 meaning = "of its tokens that a row reads" if name == "budget_ratio" else "still computed"
                 raise ValueError(f"{name}={ratio} must lie in (0, 1]: it is the fraction {meaning}")
         for name, allowed in (
-            ("lists_per", ("kv_head", "query_head")), ("plan", ("units", "published")),
+            ("lists_per", ("kv_head", "query_head")), ("plan", ("units", "published", "anchors")),
             ("plan_scope", ("sequence", "batch")), ("scoring", ("labels", "exact")), ("label_bits", (4, 8, None)),
         ):  # fmt: skip
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(map(repr, allowed))}")
+
+        if self.plan == "anchors" and self.head_ratio != 1:
+            raise ValueError(
+                f"head_ratio={self.head_ratio} must be 1 with plan='anchors', which shares whole layers; or use 'units'"
+            )
 
     @classmethod
     def published(cls) -> "HShareConfig":
@@ -130,7 +135,7 @@ class HShareConfig:
         return max(model.num_layers - self.dense_layers, 0)
 
     def num_shared_layers(self, model: ModelConfig) -> int:
-        """Returns how many layers copy all their lists from a lower layer, under the published plan."""
+        """Returns how many layers copy all their lists from a lower layer, under the published plan and anchors."""
         return _num_shared(self.layer_ratio, self.num_sparse_layers(model))
 
     def num_shared_lists(self, model: ModelConfig) -> int:
@@ -140,7 +145,8 @@ class HShareConfig:
     def num_computed_lists(self, model: ModelConfig) -> int:
         """Returns how many lists of all sparse layers are computed at a refresh.
 
-        The published plan computes whole layers less whole lists. Under `units` it is the product of the two ratios.
+        The published plan computes whole layers less whole lists, `anchors` whole layers. Under `units` it is the
+        product of the two ratios.
         """
         layers, J = self.num_sparse_layers(model), self.num_lists(model)
         if self.plan == "units":

@@ -106,6 +106,8 @@ def find_plan(similarity: Similarity, *, model: ModelConfig, config: HShareConfi
         similarity = jax.tree.map(_mean_over_rows, similarity)
     if isinstance(similarity, tuple):
         return find_published_plan(*similarity, model=model, config=config)
+    if config.plan == "anchors":
+        return find_anchor_plan(similarity, model=model, config=config)
     return find_units_plan(similarity, model=model, config=config)
 
 
@@ -182,4 +184,58 @@ def find_units_plan(caught: Float[Array, "B U U"], *, model: ModelConfig, config
         plan = jnp.concatenate([identity.reshape(-1)[:first], units]).reshape(L, J)
         return jnp.where(row.max() > 0, plan, identity)
 
+    return jax.vmap(plan_row)(caught)
+
+
+def choose_anchors(caught: Float[Array, "n n"], num_anchors: int) -> Int[Array, "n"]:
+    """Returns which unit each unit copies: the nearest of the best `num_anchors` anchors at or below it.
+
+    Dynamic programming over where the stretches of an anchor and its followers end: of all choices it finds the one
+    with the greatest sum of caught[i, anchor of i]; the lower anchors on ties. The first unit is an anchor.
+
+    Args:
+        caught: what unit i catches with the list of unit j; only j <= i counts.
+        num_anchors: from 1 to n.
+    """
+    n = caught.shape[0]
+    unit = jnp.arange(n, dtype=jnp.int32)
+    # worth[j, e]: what units j to e - 1 catch with anchor j.
+    worth = jnp.concatenate(
+        [jnp.zeros((n, 1)), jnp.cumsum(jnp.where(unit[None, :] >= unit[:, None], caught.T, 0), axis=1)], axis=1
+    )
+    ends = jnp.arange(n + 1)
+    is_stretch = unit[:, None] < ends[None, :]
+
+    def add_stretch(best: Float[Array, "ends"], _: None) -> tuple[Float[Array, "ends"], Int[Array, "ends"]]:
+        totals = jnp.where(is_stretch, best[:n, None] + worth, -jnp.inf)
+        return totals.max(axis=0), totals.argmax(axis=0).astype(jnp.int32)
+
+    # Of the units before an end, so many stretches; nothing is caught before the first.
+    empty = jnp.where(ends == 0, 0.0, -jnp.inf)
+    _, last_anchors = lax.scan(add_stretch, empty, length=num_anchors)
+
+    def mark(end: Int[Array, ""], last: Int[Array, "ends"]) -> tuple[Int[Array, ""], Int[Array, ""]]:
+        return last[end], last[end]
+
+    _, anchors = lax.scan(mark, jnp.int32(n), last_anchors, reverse=True)
+    return jnp.where(anchors[None, :] <= unit[:, None], anchors[None, :], 0).max(axis=1)
+
+
+def find_anchor_plan(caught: Float[Array, "B U U"], *, model: ModelConfig, config: HShareConfig) -> Source:
+    """Returns each row's plan in which a layer copies all its lists, head for head, from the anchor at or below it.
+
+    A row without probes, all zeros, gets the identity.
+    """
+    L, J, dense = model.num_layers, config.num_lists(model), config.dense_layers
+    identity = identity_plan(1, L, J)[0]
+    num_anchors = config.num_sparse_layers(model) - config.num_shared_layers(model)
+
+    def plan_row(row: Array) -> Array:
+        of_layers = jnp.einsum("LJMJ->LM", row.reshape(L, J, L, J))
+        anchors = dense + choose_anchors(of_layers[dense:, dense:], num_anchors)
+        layers = jnp.concatenate([jnp.arange(dense, dtype=jnp.int32), anchors])
+        return jnp.where(row.max() > 0, compose(layers, jnp.tile(jnp.arange(J, dtype=jnp.int32), (L, 1))), identity)
+
+    if dense >= L:
+        return jnp.tile(identity, (caught.shape[0], 1, 1))
     return jax.vmap(plan_row)(caught)

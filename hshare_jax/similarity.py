@@ -47,7 +47,7 @@ def measure_similarity(
     model: ModelConfig,
     config: HShareConfig,
 ) -> Similarity:
-    """Returns what the plan is found from: `measure_mass` for units, `measure_overlap` for the published plan.
+    """Returns what the plan is found from: `measure_overlap` for the published plan, `measure_mass` for the others.
 
     Args:
         probes: L x [B, P, N, H], rotated queries.
@@ -57,7 +57,7 @@ def measure_similarity(
         positions: where the probes stand; negative where there is none.
         model, config: what is measured.
     """
-    measure = measure_mass if config.plan == "units" else measure_overlap
+    measure = measure_overlap if config.plan == "published" else measure_mass
     return measure(probes, keys, labels, channels, positions, model=model, config=config)
 
 

@@ -91,20 +91,44 @@ def shared_decode(
     J = source.shape[2]
     unit, row = source[:, layer], jnp.arange(B)[:, None]
     listed = lists[unit // J, row, unit % J]  # [B, J, C]
+    slots = slots_to_read(
+        listed, lengths, recent_start, num_sinks=num_sinks, max_recent=max_recent, window=window
+    )  # [B, J, W]
+    picked_keys, picked_values = (_take_rows(cache, slots) for cache in (keys, values))
+    return _attend_one_query(q, picked_keys, picked_values, slots != EMPTY)
+
+
+def slots_to_read(
+    listed: Int[Array, "B J C"],
+    lengths: Int[Array, "B"],
+    recent_start: Int[Array, "B"],
+    *,
+    num_sinks: int,
+    max_recent: int,
+    window: int | None,
+) -> Int[Array, "B J W"]:
+    """Returns the slots that `shared_decode` reads, each once, padded with EMPTY; arguments are its own."""
+    B, J, _ = listed.shape
     recent = recent_start[:, None] + jnp.arange(max_recent, dtype=jnp.int32)[None, :]
     recent = jnp.where(recent < lengths[:, None], recent, EMPTY)
     sinks = jnp.arange(num_sinks, dtype=jnp.int32)[None, :]
     # A row shorter than its sinks and recent tokens has them overlap; the recent range then owns the slot.
     sinks = jnp.where(sinks < recent_start[:, None], sinks, EMPTY)
     ranges = jnp.concatenate([sinks, recent], axis=1)
-    slots = jnp.concatenate(
-        [jnp.broadcast_to(ranges[:, None, :], (B, J, ranges.shape[1])), listed], axis=2
-    )  # [B, J, W]
-    is_visible = slots != EMPTY
-    if window is not None:
-        is_visible &= slots >= (lengths - window)[:, None, None]
-    picked_keys, picked_values = (_take_rows(cache, slots) for cache in (keys, values))
-    return _attend_one_query(q, picked_keys, picked_values, is_visible)
+    slots = jnp.concatenate([jnp.broadcast_to(ranges[:, None, :], (B, J, ranges.shape[1])), listed], axis=2)
+    return slots if window is None else jnp.where(slots >= (lengths - window)[:, None, None], slots, EMPTY)
+
+
+def weights_of_reads(
+    q: Float[Array, "B N H"], keys: Float[Array, "B K S H"], slots: Int[Array, "B J W"]
+) -> Float[Array, "B N W"]:
+    """Returns the float32 attention probabilities of `shared_decode` on the slots that it reads; 0 for EMPTY."""
+    (B, N, H), J = q.shape, slots.shape[1]
+    picked, grouped = _take_rows(keys, slots), q.reshape(B, J, N // J, H)
+    scores = jnp.einsum("BJGH,BJWH->BJGW", grouped, picked, preferred_element_type=jnp.float32) * H**-0.5
+    is_visible = (slots != EMPTY)[:, :, None, :]
+    weights = jnp.where(is_visible, jax.nn.softmax(jnp.where(is_visible, scores, MASKED), axis=-1), 0)
+    return weights.reshape(B, N, -1)
 
 
 def _take_rows(cache: Float[Array, "B K S H"], slots: Int[Array, "B J W"]) -> Float[Array, "B J W H"]:
@@ -210,7 +234,9 @@ def received_attention(
     def add(total: Array, index: Array) -> tuple[Array, None]:
         queries = lax.dynamic_slice_in_dim(q, index * block, block, axis=1).reshape(B, block, K, N // K, H)
         scores = jnp.einsum("BTKGH,BKSH->BKGTS", queries, keys, preferred_element_type=jnp.float32) * H**-0.5
-        positions = (starts[:, None] + index * block + jnp.arange(block))[:, None, None, :, None]
+        positions = (starts[:, None] + index * block + jnp.arange(block, dtype=jnp.int32)[None, :])[
+            :, None, None, :, None
+        ]
         is_visible = slots <= positions
         if window is not None:
             is_visible &= slots > positions - window

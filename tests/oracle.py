@@ -148,7 +148,7 @@ class Budget:
     ratio: Fraction | None = None  # of a row, how much it may read
     dense_layers: int = 0
     min_length: int = 0
-    plan: str | None = None  # "units", "published", or None: nothing is shared
+    plan: str | None = None  # "units", "published", "anchors", or None: nothing is shared
     layer_ratio: Fraction = Fraction(1)
     head_ratio: Fraction = Fraction(1)
 
@@ -296,6 +296,29 @@ def units_plan(caught, num_layers, budget):
     return plan
 
 
+def anchors(caught, num_anchors):
+    """Returns which unit each copies: the choice of so many anchors, the first unit among them, that catches most."""
+    n = len(caught)
+
+    def copies(chosen):
+        return [max(a for a in (0, *chosen) if a <= i) for i in range(n)]
+
+    choices = [copies(chosen) for chosen in itertools.combinations(range(1, n), num_anchors - 1)]
+    return max(choices, key=lambda of: sum(caught[i][a] for i, a in enumerate(of)))
+
+
+def anchor_plan(caught, num_layers, budget):
+    """Returns the plan [L][J] of pairs (layer, list) in which layers copy all their lists from an anchor below."""
+    L, J, dense = num_layers, budget.num_lists, budget.dense_layers
+    of_layers = np.array([[sum(caught[a * J + j][b * J + j] for j in range(J)) for b in range(L)] for a in range(L)])
+    plan = identity(L, J)
+    if np.max(caught) > 0 and dense < L:
+        copied = anchors(of_layers[dense:, dense:], L - dense - num_shared(budget.layer_ratio, L - dense))
+        for layer, anchor in enumerate(copied, start=dense):
+            plan[layer] = [(dense + anchor, j) for j in range(J)]
+    return plan
+
+
 def rms_norm(x, scale, eps):
     """Returns x over its root mean square, scaled."""
     return x / np.sqrt(np.mean(x * x) + eps) * scale
@@ -413,6 +436,8 @@ class SharedRow:
             return identity(L, budget.num_lists)
         if budget.plan == "published":
             return published_plan(similarity[0], similarity[1], budget)
+        if budget.plan == "anchors":
+            return anchor_plan(similarity, L, budget)
         return units_plan(similarity, L, budget)
 
     def choose(self, layer, position):

@@ -133,7 +133,8 @@ def test_a_query_ratio_is_one_over_a_whole_number(ratio):
         ({"label_bits": 2}, "label_bits=2 must be one of 4, 8, None"),
         ({"scoring": "guess"}, "scoring='guess' must be one of 'labels', 'exact'"),
         ({"lists_per": "layer"}, "lists_per='layer' must be one of 'kv_head', 'query_head'"),
-        ({"plan": "none"}, "plan='none' must be one of 'units', 'published'"),
+        ({"plan": "none"}, "plan='none' must be one of 'units', 'published', 'anchors'"),
+        ({"plan": "anchors", "head_ratio": Fraction(1, 2)}, "head_ratio=1/2 must be 1 with plan='anchors'"),
         ({"plan_scope": "head"}, "plan_scope='head' must be one of 'sequence', 'batch'"),
     ],
 )

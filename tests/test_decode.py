@@ -124,6 +124,11 @@ WHOLE = {
         dataclasses.replace(HSHARE, label_bits=None, min_length=20, plan_scope="batch", lists_per="query_head"),
         (3, 24, 11, 60),
     ),
+    "anchors": (
+        MODEL,
+        dataclasses.replace(HSHARE, plan="anchors", layer_ratio=Fraction(1, 2), head_ratio=Fraction(1)),
+        LENGTHS,
+    ),
     "published of a batch, dense layer, exact, dilated": (
         MODEL,
         dataclasses.replace(PUBLISHED, scoring="exact", dense_layers=1, plan_scope="batch", dilate=True),

@@ -14,7 +14,15 @@ import pytest
 
 from hshare_jax.config import HShareConfig
 from hshare_jax.models.config import ModelConfig
-from hshare_jax.share_plan import SharePlan, choose_sources, compose, find_plan, greedy_map, identity_plan
+from hshare_jax.share_plan import (
+    SharePlan,
+    choose_anchors,
+    choose_sources,
+    compose,
+    find_plan,
+    greedy_map,
+    identity_plan,
+)
 
 find = jax.jit(find_plan, static_argnames=("model", "config"))
 L, J = 5, 3
@@ -37,6 +45,23 @@ def all_maps(similarity):
 def all_sources(similarity):
     """Returns the units' sources where 1, 2, ... n units are computed."""
     return [choose_sources(similarity, num_sources) for num_sources in range(1, len(similarity) + 1)]
+
+
+@jax.jit
+def all_anchors(similarity):
+    """Returns the anchors' followers where 1, 2, ... n units are anchors."""
+    return [choose_anchors(similarity, num_anchors) for num_anchors in range(1, len(similarity) + 1)]
+
+
+@hypothesis.given(SQUARES)
+def test_anchors_catch_the_most_of_all_choices(caught):
+    n = len(caught)
+    for num_anchors, found in enumerate(all_anchors(jnp.asarray(caught)), start=1):
+        copies, best = found.tolist(), oracle.anchors(caught, num_anchors)
+        chosen = sorted(set(copies))
+        assert (chosen[0], len(chosen)) == (0, num_anchors)
+        assert copies == [max(anchor for anchor in chosen if anchor <= unit) for unit in range(n)]
+        assert sum(caught[i, a] for i, a in enumerate(copies)) == sum(caught[i, a] for i, a in enumerate(best))
 
 
 def test_the_papers_worked_example():

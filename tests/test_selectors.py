@@ -1,0 +1,166 @@
+"""The other methods: each equals its float64 oracle step by step, and dense decoding where it reads everything."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import selector_oracle
+from tiny_decoder import LENGTHS, MODEL, oracle_row, params, prefill_rows, random_rows
+
+from hshare_jax.decode import decode_step
+from hshare_jax.decode_state import DecodeState, count_reads, init_state
+from hshare_jax.prefill import prefill
+from hshare_jax.selectors import H2O, Quest, SnapKV, StreamingLLM, double_sparsity, exact_topk
+
+F32 = 1e-4  # absolute, on float32 logits of about 5 after four layers, against float64
+SAME = 1e-5  # between two float32 programs of the same model
+STEPS = 8
+WINDOWED = dataclasses.replace(MODEL, windows=(None, 20, 9, None))
+METHODS = {
+    "streaming_llm": (StreamingLLM(2, num_recent=6), selector_oracle.Streaming(2, 6)),
+    "h2o": (H2O(num_heavy=5, num_recent=4), selector_oracle.HeavyHitters(0, 5, 4)),
+    "h2o, sinks, kv heads": (
+        H2O(2, num_heavy=4, num_recent=3, dense_layers=1, lists_per="kv_head"),
+        selector_oracle.HeavyHitters(2, 4, 3),
+    ),
+    "quest": (Quest(num_pages=2, page_size=4), selector_oracle.Pages(0, 2, 4, 1)),
+    "quest, sinks and recent, kv heads": (
+        Quest(3, dense_layers=0, num_pages=2, page_size=4, num_recent=6, lists_per="kv_head"),
+        selector_oracle.Pages(3, 2, 4, 6),
+    ),
+    "snapkv": (SnapKV(num_critical=6, num_observed=4), selector_oracle.Snapshot(0, 6, 4, 5, True)),
+    "snapkv, fixed budget, kv heads": (
+        SnapKV(1, num_critical=5, num_observed=3, kernel_size=3, keeps_generated=False, lists_per="kv_head"),
+        selector_oracle.Snapshot(1, 5, 3, 3, False),
+    ),
+}  # fmt: skip
+COVERING = {
+    "streaming_llm": StreamingLLM(num_recent=120),
+    "h2o": H2O(num_heavy=60, num_recent=60),
+    "quest": Quest(num_pages=32, page_size=4),
+    "snapkv": SnapKV(num_critical=120, num_observed=8),
+    "exact top-k": exact_topk(num_critical=120),
+    "double sparsity": double_sparsity(num_critical=120),
+}
+
+
+def decode(rows, state, steps, lengths=LENGTHS, config=MODEL):
+    """Returns (logits [steps, B, V], states after each step)."""
+    logits, states = [], []
+    for step in range(steps):
+        tokens = jnp.asarray([row[n + step] for row, n in zip(rows, lengths, strict=True)], jnp.int32)
+        out, state = decode_step(params(config), tokens, state, config=config)
+        logits.append(out)
+        states.append(jax.tree.map(lambda array: jnp.array(array, copy=True), state))
+    return np.stack(logits), states
+
+
+@pytest.mark.parametrize("config", [MODEL, WINDOWED], ids=["full", "windows"])
+@pytest.mark.parametrize("name", METHODS)
+def test_decoding_equals_the_oracle_in_every_row(name, config):
+    method, plain = METHODS[name]
+    rows = random_rows(11, more=STEPS)
+    prompts = [row[:n] for row, n in zip(rows, LENGTHS, strict=True)]
+    _, state = prefill_rows(prompts, hshare=method, config=config)
+    logits, states = decode(rows, state, STEPS, config=config)
+    num_lists = config.num_kv_heads if method.lists_per == "kv_head" else config.num_heads
+    for b, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+        exact = oracle_row(config)
+        for token in prompt:
+            exact.dense_step(token)
+        plain.start(exact, num_lists)
+        for step in range(STEPS):
+            reads = {}
+
+            def reads_of(layer, length, reads=reads, exact=exact):
+                dense = [selector_oracle.oracle.dense_reads(length, config.windows[layer])] * config.num_heads
+                reads[layer] = dense if layer < method.dense_layers else plain.reads(exact, layer, length)
+                return reads[layer]
+
+            expected = exact.step(row[len(prompt) + step], reads_of)
+            np.testing.assert_allclose(logits[step, b], expected, atol=F32, rtol=0)
+            now = states[step]
+            counts = [len(slots) for of_layer in reads.values() for slots in of_layer]
+            np.testing.assert_allclose(count_reads(now, config)[b], np.mean(counts), rtol=1e-6)
+            for layer, of_layer in reads.items():
+                marks = np.asarray(now.selection.mark_reads(layer, now.cache, config))[b]
+                found = [set(np.flatnonzero(marks[n * len(marks) // config.num_heads])) for n in range(len(of_layer))]
+                assert found == of_layer
+
+
+@pytest.mark.parametrize("method", COVERING.values(), ids=COVERING)
+def test_a_budget_that_covers_the_text_is_dense(method):
+    rows = random_rows(12, more=4)
+    prompts = [row[:n] for row, n in zip(rows, LENGTHS, strict=True)]
+    logits, states = decode(rows, prefill_rows(prompts, hshare=method)[1], 4)
+    expected, dense = decode(rows, prefill_rows(prompts, hshare=None)[1], 4)
+    np.testing.assert_allclose(logits, expected, atol=SAME, rtol=0)
+    np.testing.assert_allclose(count_reads(states[-1], MODEL), count_reads(dense[-1], MODEL))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_idle_rows_change_nothing(name):
+    method, _ = METHODS[name]
+    rows = random_rows(13, more=4)
+    prompts = [row[:n] for row, n in zip(rows, LENGTHS, strict=True)]
+    expected, _ = decode(rows, prefill_rows(prompts, hshare=method)[1], 4)
+    state = prefill_rows(prompts, hshare=method)[1]
+    idle = jnp.arange(len(rows)) % 2 == 0
+    for step in range(4):
+        for is_active in (idle, ~idle):  # in two half steps
+            tokens = jnp.asarray([row[n + step] for row, n in zip(rows, LENGTHS, strict=True)], jnp.int32)
+            logits, state = decode_step(params(), tokens, state, config=MODEL, is_active=is_active)
+            np.testing.assert_allclose(
+                np.asarray(logits)[is_active], expected[step][np.asarray(is_active)], atol=SAME, rtol=0
+            )
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_second_prefill_goes_on_where_the_first_ended(name):
+    # What is chosen may differ, since less is known; but nothing is lost: with all read it is dense.
+    method, _ = METHODS[name]
+    (row,) = random_rows(14, lengths=(30,), more=2)
+    _, state = prefill_rows([row[:20]], hshare=method)
+    tokens, lengths = jnp.asarray(row[None, 20:30]), jnp.asarray([10], jnp.int32)
+    _, state = prefill(params(), tokens, lengths, state, config=MODEL)
+    assert state.cache.lengths.tolist() == [30]
+    logits, state = decode_step(params(), jnp.asarray(row[30:31]), state, config=MODEL)
+    assert np.isfinite(logits).all()
+    reads = state.selection.mark_reads(MODEL.num_layers - 1, state.cache, MODEL)
+    assert reads[:, :, 30].all(), "the current token is read"
+
+
+def test_the_attention_that_slots_receive_does_not_depend_on_chunks():
+    (row,) = random_rows(15, lengths=(100,))
+    method = H2O(num_heavy=8, num_recent=4)
+    _, whole = prefill_rows([row], hshare=method, capacity=256)
+    _, state = prefill_rows([row[:64]], hshare=method, capacity=256)
+    tokens, lengths = jnp.asarray(row[None, 64:]), jnp.asarray([36], jnp.int32)
+    _, parts = prefill(params(), tokens, lengths, state, config=MODEL)
+    for one, other in zip(whole.selection.memory, parts.selection.memory, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+    # Every query hands out a total of one.
+    np.testing.assert_allclose(np.asarray(whole.selection.memory).sum(axis=-1), 100, rtol=1e-4)
+
+
+def test_an_answer_that_outgrows_snapkvs_room_still_reads_its_own_token():
+    method = SnapKV(num_critical=4, num_observed=2, max_new_tokens=3)
+    (row,) = random_rows(16, lengths=(20,), more=6)
+    _, states = decode([row], prefill_rows([row[:20]], hshare=method)[1], 6, lengths=[20])
+    for step, state in enumerate(states):
+        marks = np.asarray(state.selection.mark_reads(0, state.cache, MODEL))
+        assert marks[:, :, 20 + step].all()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_is_traced_once_and_the_state_is_donated(name):
+    method, _ = METHODS[name]
+    state: DecodeState = init_state(MODEL, 2, 256, method=method)
+    before = decode_step._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
+    for token in range(3):
+        held = state
+        _, state = decode_step(params(), jnp.full((2,), token), state, config=MODEL)
+        assert held.cache.keys[0].is_deleted()
+    assert decode_step._cache_size() == before + 1  # pyright: ignore[reportAttributeAccessIssue]
