@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ class StepScores:
     reads: Array  # [T, B], tokens read, mean over layers and heads
     divergence: Array | None  # [T, B], KL(reference || this), in nats
     agrees: Array | None  # [T, B], whether the reference chose the same token
+    observed: Array | None  # [T, B], what `observe` returned
 
 
 def token_agreement(
@@ -71,9 +72,19 @@ def token_agreement(
     return [float((chosen[row, : size - 1] == forced[row, 1:size]).mean()) for row, size in enumerate(sizes.tolist())]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "impl"), donate_argnames=("state",))
+Observe = Callable[[DecodeState, ModelConfig], Float[Array, "B"]]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "impl", "observe"), donate_argnames=("state",))
 def _score_steps(
-    params: dict, tokens: Array, state: DecodeState, reference: Array | None, *, config: ModelConfig, impl: str
+    params: dict,
+    tokens: Array,
+    state: DecodeState,
+    reference: Array | None,
+    *,
+    config: ModelConfig,
+    impl: str,
+    observe: Observe | None,
 ) -> tuple[StepScores, DecodeState]:
     def step(state: DecodeState, given: tuple[Array, Array, Array | None]) -> tuple[DecodeState, StepScores]:
         token, following, expected = given
@@ -86,7 +97,8 @@ def _score_steps(
             log_r = jax.nn.log_softmax(expected, axis=-1)
             divergence = (jnp.exp(log_r) * (log_r - log_p)).sum(axis=-1)
             agrees = jnp.argmax(expected, axis=-1) == chosen
-        return state, StepScores(chosen, loss, count_reads(state, config), divergence, agrees)
+        observed = None if observe is None else observe(state, config)
+        return state, StepScores(chosen, loss, count_reads(state, config), divergence, agrees, observed)
 
     following = tokens[:, 1:].T
     state, scores = lax.scan(step, state, (tokens[:, :-1].T, following, reference))
@@ -101,6 +113,7 @@ def score_steps(
     config: ModelConfig,
     reference: Array | None = None,
     impl: str = "auto",
+    observe: Observe | None = None,
 ) -> StepScores:
     """Returns the scores of decode steps that read a given text (teacher forcing), as one jitted scan.
 
@@ -111,8 +124,9 @@ def score_steps(
         config: the model.
         reference: logits to compare with, of the same steps [T, B, V]; see `forced_logits`.
         impl: what computes the steps, as for `decode_step`.
+        observe: a function of the state after each step and the model, whose values [B] are kept too; traced.
     """
-    return _score_steps(params, tokens, state, reference, config=config, impl=impl)[0]
+    return _score_steps(params, tokens, state, reference, config=config, impl=impl, observe=observe)[0]
 
 
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))

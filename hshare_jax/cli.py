@@ -1,18 +1,40 @@
-"""The command line: `hshare-jax generate`, `calibrate`, `convert` and `info`."""
+"""The command line: `hshare-jax generate`, `calibrate`, `convert`, `eval`, `plot` and `info`."""
 
 import argparse
 import dataclasses
 import functools
 import json
 import os
-import re
 import resource
 import sys
-from collections.abc import Callable, Sequence
-from fractions import Fraction
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
+
+from hshare_jax.cli_eval import add_eval
+from hshare_jax.cli_options import (
+    DEFAULT_MODEL,
+    FAILURE,
+    USAGE,
+    Parser,
+    UsageError,
+    add_model,
+    add_named_model,
+    add_prompt_files,
+    add_settings,
+    apply_chat_template,
+    as_usage_error,
+    check_not_empty,
+    open_named,
+    option_name,
+    read_constants,
+    read_settings,
+    read_text,
+    real,
+    setting_names,
+    whole,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,13 +46,6 @@ if TYPE_CHECKING:
     from hshare_jax.share_plan import SharePlan
 
 # JAX and transformers are imported by the commands, after the arguments have been checked: a mistake is told at once.
-
-DEFAULT_MODEL = "smollm2-135m-instruct"
-USAGE, FAILURE = 2, 1
-
-
-class UsageError(Exception):
-    """What the user asked for cannot be done as written."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,100 +71,28 @@ def _complain(message: str, status: int) -> int:
     return status
 
 
-class _Parser(argparse.ArgumentParser):
-    """One clear line for a mistake, without the whole usage above it."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(USAGE, f"hshare-jax: error: {message} (see {self.prog} --help)\n")
-
-
-def _number(kind: Callable[[str], object], name: str) -> Callable[[str], object]:
-    def parse(text: str) -> object:
-        try:
-            return kind(text)
-        except (ValueError, KeyError, ZeroDivisionError):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {name}") from None
-
-    return parse
-
-
-_whole, _real = _number(int, "a whole number"), _number(float, "a number")
-_fraction = _number(Fraction, "a fraction such as 1/8")
-_bits = _number({"4": 4, "8": 8, "none": None}.__getitem__, "4, 8 or none")
-_probes = _number(lambda text: text if text == "all" else int(text), "a whole number or all")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="hshare-jax", description=__doc__)
+    parser = Parser(prog="hshare-jax", description=__doc__)
     parser.add_argument("--version", action="version", version=f"hshare-jax {version('hshare-jax')}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
     _add_generate(commands.add_parser("generate", help="continue or answer prompts"))
     _add_calibrate(commands.add_parser("calibrate", help="make label channels and a plan for all prompts from texts"))
     _add_convert(commands.add_parser("convert", help="write a model as an Orbax checkpoint that loads fast"))
+    add_eval(commands.add_parser("eval", help="measure what sparse decoding costs, on tasks and on any text"))
     _add_info(commands.add_parser("info", help="show a model's shape and what its cache takes"))
     return parser
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: a converted model's, else float32"
-    )
-    parser.add_argument("--revision", help="branch, tag or commit of a hub id")
-    parser.add_argument("--cache-dir", type=Path, help="where models are kept (default: $HSHARE_JAX_CACHE)")
-
-
-def _add_named_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", "-m", default=DEFAULT_MODEL, help="built-in name, GGUF file, directory or hub id")
-    _add_model(parser)
-
-
 def _add_prompts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", nargs="*", help="one or more prompts; none reads standard input")
-    _add_prompt_files(parser)
-    _add_named_model(parser)
-
-
-def _add_prompt_files(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--prompt-file", "-f", action="append", default=[], metavar="FILE", help="a prompt; - is stdin")
-    parser.add_argument("--system", help="system message of the chat template")
-    parser.add_argument("--no-chat-template", action="store_true", help="give the prompt to the model as it is")
-
-
-def _add_settings(parser: argparse.ArgumentParser, kind: str = "--plan") -> argparse._ArgumentGroup:
-    """Adds the options of HShareConfig; those that are not given leave no trace, so that a preset keeps its own."""
-    group = parser.add_argument_group("sparse decoding", argument_default=argparse.SUPPRESS)
-    group.add_argument("--preset", choices=("hshare-paper",), help="the paper's method; other options change it")
-    group.add_argument("--num-sinks", type=_whole, metavar="N", help="first tokens always read (8)")
-    group.add_argument("--num-critical", type=_whole, metavar="N", help="tokens chosen by score (88)")
-    group.add_argument("--num-recent", type=_whole, metavar="N", help="last tokens always read (32)")
-    group.add_argument(
-        "--budget-ratio", type=_fraction, metavar="A/B", help="and list critical tokens up to this share of a text"
-    )
-    group.add_argument(
-        "--sharing-ratio", metavar="L-H-Q",
-        help="fractions of layers, heads and steps that choose for themselves (1/2-1-1)",
-    )  # fmt: skip
-    group.add_argument("--refresh-interval", type=_whole, metavar="N", help="steps that a choice serves (1)")
-    group.add_argument("--lists-per", choices=("kv_head", "query_head"), help="who chooses (kv_head)")
-    group.add_argument(
-        kind, dest="plan", choices=("units", "published", "anchors"),
-        help="any list copies any; or layers, then heads; or layers from the best anchor layers (units)",
-    )  # fmt: skip
-    group.add_argument("--plan-scope", choices=("sequence", "batch"), help="a plan for each prompt, or one for all")
-    group.add_argument("--dense-layers", type=_whole, metavar="N", help="first layers that read everything (1)")
-    group.add_argument("--min-length", type=_whole, metavar="N", help="shorter texts read everything (0)")
-    group.add_argument("--dilate", action=argparse.BooleanOptionalAction, help="also want the token after a good one")
-    group.add_argument("--scoring", choices=("labels", "exact"), help="score label channels, or whole keys")
-    group.add_argument("--label-channels", type=_whole, metavar="R", help="channels of a head in its labels")
-    group.add_argument("--label-bits", type=_bits, metavar="4|8|none", help="of a label channel (4)")
-    group.add_argument("--num-probes", type=_probes, metavar="N|all", help="queries the plan is found from (64)")
-    return group
+    add_prompt_files(parser)
+    add_named_model(parser)
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_generate)
     _add_prompts(parser)
-    parser.add_argument("--max-new-tokens", "-n", type=_whole, default=128, metavar="N", help="end at the latest here")
+    parser.add_argument("--max-new-tokens", "-n", type=whole, default=128, metavar="N", help="end at the latest here")
     parser.add_argument(
         "--impl", choices=("auto", "pallas", "reference", "interpret"), default="auto",
         help="what computes decode steps: auto takes Pallas kernels on an NVIDIA GPU, plain jnp elsewhere",
@@ -161,13 +104,13 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         "--compare-dense", action="store_true", help="also decode dense and greedily, and tell how far they agree"
     )
     drawing = parser.add_argument_group("sampling")
-    drawing.add_argument("--temperature", type=_real, default=0.0, help="0 is greedy (default)")
-    drawing.add_argument("--top-k", type=_whole, default=0, help="keep the k likeliest")
-    drawing.add_argument("--top-p", type=_real, default=1.0, help="keep the fewest that hold this probability")
-    drawing.add_argument("--min-p", type=_real, default=0.0, help="keep those this times as likely as the likeliest")
-    drawing.add_argument("--repetition-penalty", type=_real, default=1.0, help="make what was seen less likely")
-    drawing.add_argument("--seed", type=_whole, default=0, help="of the first prompt; the next ones count up")
-    sharing = _add_settings(parser)
+    drawing.add_argument("--temperature", type=real, default=0.0, help="0 is greedy (default)")
+    drawing.add_argument("--top-k", type=whole, default=0, help="keep the k likeliest")
+    drawing.add_argument("--top-p", type=real, default=1.0, help="keep the fewest that hold this probability")
+    drawing.add_argument("--min-p", type=real, default=0.0, help="keep those this times as likely as the likeliest")
+    drawing.add_argument("--repetition-penalty", type=real, default=1.0, help="make what was seen less likely")
+    drawing.add_argument("--seed", type=whole, default=0, help="of the first prompt; the next ones count up")
+    sharing = add_settings(parser)
     sharing.add_argument("--method", choices=("hshare", "dense"), default="hshare")
     sharing.add_argument("--channels-file", metavar="FILE", help="label channels, from calibrate or as published")
     sharing.add_argument("--plan-file", metavar="FILE", help="a plan, from calibrate or as published")
@@ -176,13 +119,13 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 def _add_calibrate(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_calibrate)
     parser.add_argument("text", nargs="+", metavar="TEXTFILE", help="what to calibrate on; - is standard input")
-    _add_named_model(parser)
+    add_named_model(parser)
     parser.add_argument("--channels-file", type=Path, metavar="OUT", help="where label channels are written")
     parser.add_argument("--plan-file", type=Path, metavar="OUT", help="where the plan is written")
     parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
-    parser.add_argument("--block-length", type=_whole, metavar="N", help="tokens prefilled together (default 2048)")
-    parser.add_argument("--max-blocks", type=_whole, metavar="N", help="read no more than these first blocks")
-    _add_settings(parser)
+    parser.add_argument("--block-length", type=whole, metavar="N", help="tokens prefilled together (default 2048)")
+    parser.add_argument("--max-blocks", type=whole, metavar="N", help="read no more than these first blocks")
+    add_settings(parser)
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
@@ -190,19 +133,19 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="built-in name, GGUF file, directory or hub id")
     parser.add_argument("output", type=Path, help="directory to write")
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
-    _add_model(parser)
+    add_model(parser)
 
 
 def _add_info(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_info)
     parser.add_argument("model", nargs="?", default=DEFAULT_MODEL)
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    _add_model(parser)
+    add_model(parser)
     parser.add_argument("--plan", dest="show_plan", action="store_true", help="show which list copies which")
-    group = _add_settings(parser, kind="--plan-kind")
+    group = add_settings(parser, kind="--plan-kind")
     group.title = "with --plan, which list copies which, as decoding a prompt would"
     parser.set_defaults(prompt=[])
-    _add_prompt_files(parser)
+    add_prompt_files(parser)
 
 
 def _generate(options: argparse.Namespace) -> int:
@@ -215,16 +158,16 @@ def _generate(options: argparse.Namespace) -> int:
         raise UsageError(f"--seed {options.seed} must lie between 0 and {2**31 - 1}")
     if options.compare_dense and options.method == "dense":
         raise UsageError("--compare-dense compares with dense decoding; it needs --method hshare")
-    hshare, sampling = _settings(options), _sampling(options)
+    hshare, sampling = read_settings(options), _sampling(options)
     if options.method == "dense":
-        if given := [name for name in _setting_names() if hasattr(options, name)]:
-            raise UsageError(f"{_option(given[0])} is for sparse decoding; leave it or --method dense out")
+        if given := [name for name in setting_names() if hasattr(options, name)]:
+            raise UsageError(f"{option_name(given[0])} is for sparse decoding; leave it or --method dense out")
         hshare = None
-    files = _open(options)
-    texts = _apply_chat_template(files, prompts, options)
+    files = open_named(options)
+    texts = apply_chat_template(files, prompts, options)
     _check_fit(files, texts, options, hshare)
     model = files.load(options.dtype)
-    constants = _read_constants(options, model, hshare)
+    constants = read_constants(options, model, hshare)
     seeds = [options.seed + row for row in range(len(texts))]
     is_streamed = len(texts) == 1 and not options.json and not options.no_stream
     result = _decode(model, texts, hshare, constants, sampling, seeds, options, is_streamed)
@@ -249,49 +192,9 @@ def _read_prompts(options: argparse.Namespace) -> list[str]:
         if sys.stdin is None or sys.stdin.isatty():
             raise UsageError("no prompt: give one as an argument, with --prompt-file, or on standard input")
         files = ["-"]
-    prompts += [_read_text(name, "--prompt-file ") for name in files]
-    _check_not_empty([*names, *files], prompts)
+    prompts += [read_text(name, "--prompt-file ") for name in files]
+    check_not_empty([*names, *files], prompts)
     return prompts
-
-
-def _read_text(name: str, option: str = "") -> str:
-    try:
-        return sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{option}{name}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{option}{name} is not UTF-8 text (byte {error.start})") from error
-
-
-def _check_not_empty(names: Sequence[str], texts: Sequence[str]) -> None:
-    for name, text in zip(names, texts, strict=True):
-        if not text.strip():
-            raise UsageError(f"{'standard input' if name == '-' else name} is empty")
-
-
-def _setting_names() -> list[str]:
-    from hshare_jax.config import HShareConfig
-
-    return [
-        "preset",
-        "sharing_ratio",
-        "channels_file",
-        "plan_file",
-        *(f.name for f in dataclasses.fields(HShareConfig)),
-    ]
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _as_usage_error(error: ValueError) -> UsageError:
-    """Returns a library's complaint in the user's words: `num_critical=0` is `--num-critical 0`."""
-    from hshare_jax.sampling import SamplingConfig
-
-    names = {*_setting_names(), *(f.name for f in dataclasses.fields(SamplingConfig))} - {"layer_ratio", "head_ratio"}
-    names |= {"max_new_tokens", "block_length", "max_blocks", "revision", "impl"}
-    return UsageError(re.sub(rf"\b({'|'.join(names)})=", lambda match: f"{_option(match[1])} ", str(error)))
 
 
 def _sampling(options: argparse.Namespace) -> "SamplingConfig":
@@ -300,73 +203,7 @@ def _sampling(options: argparse.Namespace) -> "SamplingConfig":
     try:
         return SamplingConfig(**{f.name: getattr(options, f.name) for f in dataclasses.fields(SamplingConfig)})
     except ValueError as error:
-        raise _as_usage_error(error) from error
-
-
-def _settings(options: argparse.Namespace) -> "HShareConfig":
-    """Returns the preset's settings, or the default ones, changed by the options that were given."""
-    from hshare_jax.config import HShareConfig
-
-    settings = HShareConfig.published() if hasattr(options, "preset") else HShareConfig()
-    fields = {field.name for field in dataclasses.fields(settings)}
-    given = {name: value for name, value in vars(options).items() if name in fields}
-    if hasattr(options, "sharing_ratio"):
-        try:
-            settings = settings.with_sharing_ratio(options.sharing_ratio)
-        except ValueError as error:
-            raise UsageError(f"--sharing-ratio {options.sharing_ratio}: {error}") from error
-        if given.get("refresh_interval", settings.refresh_interval) != settings.refresh_interval:
-            raise UsageError(
-                f"--refresh-interval {given['refresh_interval']} contradicts --sharing-ratio {options.sharing_ratio}, "
-                f"whose last part means {settings.refresh_interval}; leave either out"
-            )
-    try:
-        settings = dataclasses.replace(settings, **given)
-    except ValueError as error:
-        raise _as_usage_error(error) from error
-    _check_effect(options, settings)
-    return settings
-
-
-def _check_effect(options: argparse.Namespace, settings: "HShareConfig") -> None:
-    """Refuses options that the others leave without effect."""
-    reasons = {
-        ("label_channels", "label_bits"): (settings.scoring == "exact", "--scoring exact reads keys and has no labels"),
-        ("dilate",): (settings.refresh_interval == 1, "dilation is for lists that later steps reuse; here none is"),
-    }  # fmt: skip
-    for names, (is_idle, reason) in reasons.items():
-        if given := [name for name in names if is_idle and getattr(options, name, False) is not False]:
-            raise UsageError(f"{_option(given[0])} has no effect: {reason}")
-
-
-def _read_constants(
-    options: argparse.Namespace, model: "Model | ModelFiles", hshare: "HShareConfig | None"
-) -> "tuple[SharePlan | None, np.ndarray | None]":
-    """Returns the plan and the channels that files give; of ModelFiles, a file's model is not compared."""
-    from hshare_jax.calibration import load_channels, load_plan
-    from hshare_jax.shared_lists import check_channels
-
-    plan = channels = None
-    if hshare is not None and hasattr(options, "plan_file"):
-        plan = load_plan(options.plan_file, model, hshare)
-    if hshare is not None and hasattr(options, "channels_file"):
-        channels = load_channels(options.channels_file, model)
-        check_channels(channels, model.config, hshare.num_label_channels(model.config))
-    return plan, channels
-
-
-def _open(options: argparse.Namespace) -> "ModelFiles":
-    from hshare_jax.models.builtin_model import cache_directory
-    from hshare_jax.models.pretrained import check_model_name, open_model
-
-    try:
-        check_model_name(options.model, revision=options.revision)
-    except FileNotFoundError as error:
-        raise UsageError(str(error)) from error
-    except ValueError as error:
-        raise _as_usage_error(error) from error
-    _keep_compiled_programs(cache_directory(options.cache_dir) / "compiled")
-    return open_model(options.model, cache_dir=options.cache_dir, revision=options.revision)
+        raise as_usage_error(error) from error
 
 
 def _check_fit(
@@ -380,33 +217,11 @@ def _check_fit(
         choose_capacity(files.config, prompts, getattr(options, "max_new_tokens", 1), None)
         if hshare is not None:
             hshare.num_label_channels(files.config)
-        _read_constants(options, files, hshare)
+        read_constants(options, files, hshare)
     except ValueError as error:
-        raise _as_usage_error(error) from error
+        raise as_usage_error(error) from error
     except OSError as error:
         raise UsageError(f"{error.filename}: {error.strerror}") from error
-
-
-def _keep_compiled_programs(directory: Path) -> None:
-    """Lets a second start find its programs compiled."""
-    import jax
-
-    jax.config.update("jax_compilation_cache_dir", str(directory))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-
-
-def _apply_chat_template(model: "ModelFiles", prompts: list[str], options: argparse.Namespace) -> list[list[int]]:
-    if model.tokenizer is None:
-        raise ValueError(f"{model.name} has no tokeniser, so text cannot be given to it")
-    if options.no_chat_template or not model.tokenizer.chat_template:
-        if options.system:
-            raise UsageError("--system needs a chat template; this model or --no-chat-template gives none")
-        return [model.tokenizer(prompt)["input_ids"] for prompt in prompts]
-    system = [{"role": "system", "content": options.system}] if options.system else []
-    conversations = [[*system, {"role": "user", "content": prompt}] for prompt in prompts]
-    texts = model.tokenizer.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
-    # The template writes the special tokens itself.
-    return [model.tokenizer(str(text), add_special_tokens=False)["input_ids"] for text in texts]
 
 
 def _decode(
@@ -548,10 +363,10 @@ def _calibrate(options: argparse.Namespace) -> int:
         raise UsageError(f"--channels-file and --plan-file are both {outputs[0]}; they need a file each")
     if there := [path for path in outputs if path.exists() and not options.overwrite]:
         raise UsageError(f"{there[0]} exists; give --overwrite to replace it")
-    texts = [_read_text(name) for name in options.text]
-    _check_not_empty(options.text, texts)
-    hshare = _settings(options)
-    files = _open(options)
+    texts = [read_text(name) for name in options.text]
+    check_not_empty(options.text, texts)
+    hshare = read_settings(options)
+    files = open_named(options)
     from hshare_jax.calibration import calibrate, cut_blocks, save_channels, save_plan
 
     limits = {"block_length": options.block_length, "max_blocks": options.max_blocks}
@@ -559,7 +374,7 @@ def _calibrate(options: argparse.Namespace) -> int:
         hshare.num_label_channels(files.config)
         cut_blocks(files, texts, hshare=hshare, **limits)
     except ValueError as error:
-        raise _as_usage_error(error) from error
+        raise as_usage_error(error) from error
     model = files.load(options.dtype)
     found = calibrate(model, texts, hshare=hshare, **limits)
     if options.channels_file is not None:
@@ -575,9 +390,9 @@ def _calibrate(options: argparse.Namespace) -> int:
 
 
 def _show_plan(options: argparse.Namespace) -> int:
-    prompts, hshare = _read_prompts(options), _settings(options)
-    files = _open(options)
-    texts = _apply_chat_template(files, prompts, options)
+    prompts, hshare = _read_prompts(options), read_settings(options)
+    files = open_named(options)
+    texts = apply_chat_template(files, prompts, options)
     _check_fit(files, texts, options, hshare)
     from hshare_jax.calibration import find_plans
 
@@ -635,7 +450,7 @@ def _convert(options: argparse.Namespace) -> int:
         raise UsageError(f"{options.output} exists; give --overwrite to replace it")
     from hshare_jax.models.pretrained import save_model
 
-    model = _open(options).load(options.dtype)
+    model = open_named(options).load(options.dtype)
     save_model(model, options.output, overwrite=options.overwrite)
     print(f"wrote {model.name} ({model.dtype}) to {options.output}", file=sys.stderr)
     return 0
@@ -644,11 +459,11 @@ def _convert(options: argparse.Namespace) -> int:
 def _info(options: argparse.Namespace) -> int:
     if options.show_plan:
         return _show_plan(options)
-    given = [name for name in _setting_names() if hasattr(options, name)]
+    given = [name for name in setting_names() if hasattr(options, name)]
     given += [name for name in ("prompt_file", "system", "no_chat_template") if getattr(options, name)]
     if given:
-        raise UsageError(f"{_option(given[0])} is for showing a plan; add --plan")
-    model = _open(options).load(options.dtype)
+        raise UsageError(f"{option_name(given[0])} is for showing a plan; add --plan")
+    model = open_named(options).load(options.dtype)
     config = model.config
     size = {"float32": 4, "bfloat16": 2, "float16": 2}[model.dtype]
     facts = {

@@ -64,7 +64,7 @@ def prefill(
     )  # fmt: skip
     if selection is not None:
         selection = after_prefill(selection, queries, positions, cache, config=config)
-    logits = _unembed(params, hidden, config=config)
+    logits = unembed(params, hidden, config=config)
     return jnp.where(fits[:, None], logits, jnp.nan), DecodeState(cache, selection)
 
 
@@ -146,7 +146,8 @@ def _prefill_chunk(
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
-def _unembed(params: dict, hidden: Array, *, config: ModelConfig) -> Array:
+def unembed(params: dict, hidden: Array, *, config: ModelConfig) -> Array:
+    """Returns float32 logits [B, V] of hidden states [B, D] (jitted)."""
     return Decoder(config).apply({"params": params}, hidden, method="unembed")  # pyright: ignore[reportReturnType]
 
 

@@ -13,7 +13,6 @@ from hshare_jax.shapes import Lists, Source
 
 MASKED = -1e30  # finite, so that a row with nothing to attend to yields numbers, not NaN
 EMPTY = -1  # a list slot that holds no token
-RECEIVED_BLOCK = 64  # queries whose probabilities over all slots are held at once; divides every prefill chunk
 PREFILL_BLOCK = 256  # key slots per step of prefill attention; cache capacities are multiples of it
 
 
@@ -224,24 +223,35 @@ def received_attention(
 ) -> Float[Array, "B N S"]:
     """Returns the attention probabilities that each slot receives from these queries of a prefill, summed over them.
 
-    Arguments are those of `prefill_attention`, with what is padding told apart. Queries are taken a block at a time.
+    Arguments are those of `prefill_attention`, with what is padding told apart. As there, scores exist for one block of
+    slots at a time: first for every query's log of the sum of exponents, then again for the probabilities.
     """
-    B, T, N, H = q.shape
-    K, S = keys.shape[1:3]
-    block = min(RECEIVED_BLOCK, T)
-    slots = jnp.arange(S, dtype=jnp.int32)[None, None, None, None, :]
+    (B, T, N, H), (K, S) = q.shape, keys.shape[1:3]
+    block = min(PREFILL_BLOCK, S)
+    grouped = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4) * H**-0.5  # [B, K, G, T, H]
+    positions = (starts[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :])[:, None, None, :, None]
 
-    def add(total: Array, index: Array) -> tuple[Array, None]:
-        queries = lax.dynamic_slice_in_dim(q, index * block, block, axis=1).reshape(B, block, K, N // K, H)
-        scores = jnp.einsum("BTKGH,BKSH->BKGTS", queries, keys, preferred_element_type=jnp.float32) * H**-0.5
-        positions = (starts[:, None] + index * block + jnp.arange(block, dtype=jnp.int32)[None, :])[
-            :, None, None, :, None
-        ]
+    def score(index: Array) -> Array:
+        slots = (index * block + jnp.arange(block, dtype=jnp.int32))[None, None, None, None, :]
+        block_keys = lax.dynamic_slice_in_dim(keys, index * block, block, axis=2)
+        scores = jnp.einsum("BKGTH,BKSH->BKGTS", grouped, block_keys, preferred_element_type=jnp.float32)
         is_visible = slots <= positions
         if window is not None:
             is_visible &= slots > positions - window
-        weights = jax.nn.softmax(jnp.where(is_visible, scores, MASKED), axis=-1)
-        counts = lax.dynamic_slice_in_dim(is_token, index * block, block, axis=1)[:, None, None, :, None]
-        return total + jnp.where(counts, weights, 0).sum(axis=3).reshape(B, N, S), None
+        return jnp.where(is_visible, scores, MASKED)
 
-    return lax.scan(add, jnp.zeros((B, N, S), jnp.float32), jnp.arange(T // block))[0]
+    def add_exponents(index: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        scores, (peak, total) = score(index), carry
+        new_peak = jnp.maximum(peak, scores.max(axis=-1))
+        return new_peak, total * jnp.exp(peak - new_peak) + jnp.exp(scores - new_peak[..., None]).sum(axis=-1)
+
+    def add_weights(index: Array, received: Array) -> Array:
+        weights = jnp.where(is_token[:, None, None, :, None], jnp.exp(score(index) - log_total), 0).sum(axis=3)
+        return lax.dynamic_update_slice_in_dim(received, weights.reshape(B, N, block), index * block, axis=2)
+
+    first = 0 if window is None else jnp.maximum(starts.min() - window + 1, 0) // block
+    last = jnp.minimum((starts.max() + T + block - 1) // block, S // block)
+    none = jnp.full((B, K, N // K, T), MASKED, jnp.float32), jnp.zeros((B, K, N // K, T), jnp.float32)
+    peak, total = lax.fori_loop(first, last, add_exponents, none)
+    log_total = (peak + jnp.log(total))[..., None]
+    return lax.fori_loop(first, last, add_weights, jnp.zeros((B, N, S), jnp.float32))

@@ -53,6 +53,8 @@ ORDER = (
     "hshare_jax.training.*",
     "hshare_jax.evaluation.*",
     "hshare_jax",
+    "hshare_jax.cli_options",
+    "hshare_jax.cli_eval",
     "hshare_jax.cli",
     "hshare_jax.__main__",
     "scripts.*",

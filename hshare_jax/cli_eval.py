@@ -1,0 +1,258 @@
+"""`hshare-jax eval` and `hshare-jax plot`: what sparse decoding costs on a user's own model and text."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hshare_jax.cli_options import (
+    UsageError,
+    add_named_model,
+    add_settings,
+    as_usage_error,
+    fraction,
+    open_named,
+    option_name,
+    read_constants,
+    read_settings,
+    read_text,
+    setting_names,
+    whole,
+)
+
+if TYPE_CHECKING:
+    from hshare_jax.config import HShareConfig
+    from hshare_jax.evaluation.records import Records
+    from hshare_jax.evaluation.run import Settings
+    from hshare_jax.models.pretrained import ModelFiles
+
+READERS = ("gsm8k", "coqa", "longbench")  # tasks whose examples are read from a file of their own
+METHODS = (
+    "hshare",
+    "dense",
+    "exact_topk",
+    "streaming_llm",
+    "h2o",
+    "quest",
+    "quest_window",
+    "snapkv",
+    "snapkv_fixed",
+    "double_sparsity",
+)  # fmt: skip  (those of evaluation.methods, which is imported once the arguments are checked)
+
+
+def add_eval(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `hshare-jax eval`."""
+    parser.set_defaults(run=run_eval)
+    parser.add_argument("--task", required=True, choices=(*READERS, "passkey", "perplexity"))
+    parser.add_argument(
+        "--data", type=Path, nargs="+", required=True, metavar="FILE",
+        help="the task's published file; for passkey a book, for perplexity any texts",
+    )  # fmt: skip
+    parser.add_argument("--method", nargs="+", choices=METHODS, default=["hshare"], metavar="NAME",
+                        help=f"one or more of {', '.join(METHODS)}, all at HShare's budget (hshare)")  # fmt: skip
+    parser.add_argument("--output", type=Path, required=True, metavar="JSONL",
+                        help="a line for each item and method; a run that was stopped goes on here")  # fmt: skip
+    parser.add_argument("--limit", type=whole, metavar="N", help="only the first N examples, seeds or windows")
+    parser.add_argument("--skip-bad", action="store_true", help="leave bad examples out and count them")
+    parser.add_argument("--batch-size", type=whole, default=8, metavar="N", help="items computed together (8)")
+    parser.add_argument("--impl", choices=("auto", "pallas", "reference", "interpret"), default="auto",
+                        help="what computes decode steps")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="the summary as one JSON object on standard output")
+    add_named_model(parser)
+    tasks = parser.add_argument_group("tasks", argument_default=argparse.SUPPRESS)
+    tasks.add_argument("--max-new-tokens", type=whole, metavar="N", help="gsm8k and coqa: where an answer ends (256)")
+    tasks.add_argument("--turns", choices=("last", "all"), help="coqa: the questions asked of a conversation (last)")
+    tasks.add_argument("--subset", nargs="+", metavar="NAME", help="longbench: only these of its tasks")
+    tasks.add_argument("--context", type=whole, metavar="N", help="passkey, perplexity: tokens of a text (1024)")
+    tasks.add_argument("--steps", type=whole, metavar="N", help="perplexity: last positions scored of a window (256)")
+    tasks.add_argument(
+        "--skip-start",
+        type=fraction,
+        metavar="A/B",
+        help="passkey, perplexity: leave out this much of a text's beginning (0)",
+    )
+    tasks.add_argument("--depth", type=fraction, metavar="A/B", help="passkey: where the number stands; else anywhere")
+    tasks.add_argument("--seed", type=whole, metavar="N", help="passkey: of the first text; the next ones count up (0)")
+    sharing = add_settings(parser)
+    sharing.add_argument("--channels-file", metavar="FILE", help="label channels, from calibrate or as published")
+    sharing.add_argument("--plan-file", metavar="FILE", help="a plan, from calibrate or as published")
+
+
+_OF_TASK = {
+    "max_new_tokens": ("gsm8k", "coqa"), "turns": ("coqa",), "subset": ("longbench",),
+    "context": ("passkey", "perplexity"), "steps": ("perplexity",), "skip_start": ("passkey", "perplexity"),
+    "depth": ("passkey",), "seed": ("passkey",),
+}  # fmt: skip
+
+
+def run_eval(options: argparse.Namespace) -> int:
+    """Runs `hshare-jax eval`."""
+    task = options.task
+    for name, tasks in _OF_TASK.items():
+        if hasattr(options, name) and task not in tasks:
+            raise UsageError(f"{option_name(name)} is for --task {' or '.join(tasks)}, not {task}")
+    for name in ("limit", "batch_size", "max_new_tokens", "context", "steps"):
+        value = getattr(options, name, None)
+        if value is not None and value < 1:
+            raise UsageError(f"{option_name(name)} {value} must be at least 1")
+    if task != "perplexity" and len(options.data) > 1:
+        raise UsageError(f"--data names {len(options.data)} files; --task {task} reads one")
+    hshare = read_settings(options)
+    if list(options.method) == ["dense"] and (given := [n for n in setting_names() if hasattr(options, n)]):
+        raise UsageError(f"{option_name(given[0])} is for sparse decoding; leave it or --method dense out")
+    items, num_bad = _read_items(options)
+    files = open_named(options)
+    from hshare_jax.evaluation.run import summarise
+
+    methods = _methods(options, hshare)
+    items, too_long = _fit_items(options, files, items)
+    num_bad += too_long
+    try:
+        hshare.num_label_channels(files.config)
+        read_constants(options, files, hshare)
+        records = _open_records(options, files, hshare)
+    except ValueError as error:
+        raise as_usage_error(error) from error
+    except OSError as error:
+        raise UsageError(f"{error.filename}: {error.strerror}") from error
+    _evaluate(options, files, methods, items, records)
+    wanted = [line for line in records.lines if line["method"] in methods]
+    summary = {"task": task, "model": files.name, "bad": num_bad, "methods": summarise(wanted)}
+    if options.json:
+        print(json.dumps(summary))
+    else:
+        _print_summary(summary)
+    return 0
+
+
+def _read_items(options: argparse.Namespace) -> tuple[Any, int]:
+    """Returns (what the task reads from its files, the number of bad records)."""
+    from hshare_jax.evaluation import coqa, gsm8k, longbench
+    from hshare_jax.evaluation.examples import DataError
+
+    path, common = options.data[0], {"limit": options.limit, "skip_bad": options.skip_bad}
+    try:
+        if options.task == "gsm8k":
+            items, num_bad = gsm8k.read(path, **common)
+        elif options.task == "coqa":
+            items, num_bad = coqa.read(path, turns=getattr(options, "turns", "last"), **common)
+        elif options.task == "longbench":
+            items, num_bad = longbench.read(path, tasks=getattr(options, "subset", None), **common)
+        else:
+            return {path.name: read_text(str(path), "--data ") for path in options.data}, 0
+    except DataError as error:
+        way_out = "" if options.skip_bad else " (--skip-bad leaves such examples out)"
+        raise UsageError(f"{error}{way_out}") from error
+    except ValueError as error:
+        raise as_usage_error(error) from error
+    except OSError as error:
+        raise UsageError(f"--data {error.filename}: {error.strerror}") from error
+    if hasattr(options, "max_new_tokens"):
+        items = [dataclasses.replace(item, max_new_tokens=options.max_new_tokens) for item in items]
+    return items, num_bad
+
+
+def _methods(options: argparse.Namespace, hshare: "HShareConfig") -> "dict[str, Settings]":
+    from hshare_jax.evaluation.methods import method_named
+
+    room = {"perplexity": getattr(options, "steps", 256), "passkey": 64}.get(options.task)
+    try:
+        return {name: method_named(name, hshare, max_new_tokens=room) for name in options.method}
+    except ValueError as error:
+        raise as_usage_error(error) from error
+
+
+def _fit_items(options: argparse.Namespace, files: "ModelFiles", items: Any) -> tuple[Any, int]:
+    """Returns (items ready to be computed, the number of those too long for the model)."""
+    from hshare_jax.evaluation.examples import DataError
+    from hshare_jax.evaluation.longbench import truncate_middle
+    from hshare_jax.evaluation.passkey import ANSWER_TOKENS, make_passkeys
+    from hshare_jax.evaluation.run import encode_examples
+    from hshare_jax.evaluation.text_windows import cut_windows
+
+    if files.tokenizer is None:
+        raise ValueError(f"{files.name} has no tokeniser, so text cannot be given to it")
+    context, skip = getattr(options, "context", 1024), float(getattr(options, "skip_start", 0))
+    if not 0 <= skip < 1:
+        raise UsageError(f"--skip-start {skip} must lie in [0, 1)")
+    try:
+        if options.task in READERS:
+            shorten = truncate_middle if options.task == "longbench" else None
+            return encode_examples(files, items, shorten=shorten, skip_bad=options.skip_bad)
+        if options.task == "perplexity":
+            steps = getattr(options, "steps", 256)
+            if steps >= context:
+                raise UsageError(f"--steps {steps} must be less than --context {context}")
+            windows = [
+                window
+                for name, text in items.items()
+                for window in cut_windows(files, name, text, context=context, count=options.limit, skip=skip)
+            ]
+            return windows, 0
+        if context + ANSWER_TOKENS > files.config.max_positions:
+            most = files.config.max_positions - ANSWER_TOKENS
+            raise UsageError(f"--context {context} must be at most {most}, so that the model has room for the answer")
+        (book,) = items.values()
+        seed, depth = getattr(options, "seed", 0), getattr(options, "depth", None)
+        if depth is not None and not 0 <= depth <= 1:
+            raise UsageError(f"--depth {depth} must lie in [0, 1]")
+        seeds = range(seed, seed + (options.limit or 50))
+        book = book[int(len(book) * skip) :]
+        return make_passkeys(files.tokenizer, book, context, seeds, depth=None if depth is None else float(depth)), 0
+    except DataError as error:
+        raise UsageError(f"{error} (--skip-bad leaves such examples out)") from error
+    except ValueError as error:
+        raise as_usage_error(error) from error
+
+
+def _open_records(options: argparse.Namespace, files: "ModelFiles", hshare: "HShareConfig") -> "Records":
+    from hshare_jax.evaluation.records import Records
+    from hshare_jax.evaluation.run import KEYS
+
+    study: dict[str, Any] = {
+        "task": options.task,
+        "model": files.name,
+        "data": [path.name for path in options.data],
+        "settings": {field.name: str(getattr(hshare, field.name)) for field in dataclasses.fields(hshare)},
+        "batch_size": options.batch_size,
+    }
+    names = ("dtype", "plan_file", "channels_file", *_OF_TASK)
+    study |= {name: str(value) for name in names if (value := getattr(options, name, None)) is not None}
+    if options.task == "perplexity":
+        study["limit"] = options.limit  # windows are spread over the text
+    return Records(options.output, study, keys=KEYS)
+
+
+def _evaluate(
+    options: argparse.Namespace, files: "ModelFiles", methods: "dict[str, Settings]", items: Any, records: "Records"
+) -> None:
+    from hshare_jax.evaluation import coqa, gsm8k, longbench
+    from hshare_jax.evaluation.run import run_generation, run_passkeys, run_texts
+
+    model = files.load(options.dtype)
+    plan, channels = read_constants(options, model, read_settings(options))
+    common = {"batch_size": options.batch_size, "impl": options.impl, "plan": plan, "channels": channels}
+    if options.task in READERS:
+        score = {"gsm8k": gsm8k, "coqa": coqa, "longbench": longbench}[options.task].score
+        run_generation(model, items, methods, score, records, **common)
+    elif options.task == "passkey":
+        run_passkeys(model, items, methods, records, **common)
+    else:
+        run_texts(model, items, methods, records, steps=getattr(options, "steps", 256), **common)
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
+    rows = [{"method": name, **values} for name, values in summary["methods"].items()]
+    columns = list(dict.fromkeys(key for row in rows for key in row if key != "tasks"))
+    table = [columns, *([str(row.get(column, "")) for column in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for cells in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
+    for row in rows:
+        for task, scores in row.get("tasks", {}).items():
+            print(f"{row['method']}  {task}  " + "  ".join(f"{name} {value}" for name, value in scores.items()))
+    if summary["bad"]:
+        print(f"left out {summary['bad']} bad examples", file=sys.stderr)

@@ -1,0 +1,238 @@
+"""What the commands share: options of models, prompts and settings, and their errors in the user's words."""
+
+import argparse
+import dataclasses
+import re
+import sys
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from hshare_jax.config import HShareConfig
+    from hshare_jax.models.pretrained import Model, ModelFiles
+    from hshare_jax.share_plan import SharePlan
+
+# JAX and transformers are imported by the functions, after the arguments have been checked: a mistake is told at once.
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+USAGE, FAILURE = 2, 1
+
+
+class UsageError(Exception):
+    """What the user asked for cannot be done as written."""
+
+
+class Parser(argparse.ArgumentParser):
+    """One clear line for a mistake, without the whole usage above it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE, f"hshare-jax: error: {message} (see {self.prog} --help)\n")
+
+
+def number(kind: Callable[[str], object], name: str) -> Callable[[str], object]:
+    """Returns an argument's type for argparse, whose error says that the text "is not" so named."""
+
+    def parse(text: str) -> object:
+        try:
+            return kind(text)
+        except (ValueError, KeyError, ZeroDivisionError):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {name}") from None
+
+    return parse
+
+
+whole, real = number(int, "a whole number"), number(float, "a number")
+fraction = number(Fraction, "a fraction such as 1/8")
+bits = number({"4": 4, "8": 8, "none": None}.__getitem__, "4, 8 or none")
+probes = number(lambda text: text if text == "all" else int(text), "a whole number or all")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Adds what every command that loads a model takes."""
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: a converted model's, else float32"
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of a hub id")
+    parser.add_argument("--cache-dir", type=Path, help="where models are kept (default: $HSHARE_JAX_CACHE)")
+
+
+def add_named_model(parser: argparse.ArgumentParser) -> None:
+    """Adds --model, and what every command that loads a model takes."""
+    parser.add_argument("--model", "-m", default=DEFAULT_MODEL, help="built-in name, GGUF file, directory or hub id")
+    add_model(parser)
+
+
+def add_prompt_files(parser: argparse.ArgumentParser) -> None:
+    """Adds prompts from files, and how they become a conversation."""
+    parser.add_argument("--prompt-file", "-f", action="append", default=[], metavar="FILE", help="a prompt; - is stdin")
+    parser.add_argument("--system", help="system message of the chat template")
+    parser.add_argument("--no-chat-template", action="store_true", help="give the prompt to the model as it is")
+
+
+def add_settings(parser: argparse.ArgumentParser, kind: str = "--plan") -> argparse._ArgumentGroup:
+    """Adds the options of HShareConfig; those that are not given leave no trace, so that a preset keeps its own."""
+    group = parser.add_argument_group("sparse decoding", argument_default=argparse.SUPPRESS)
+    group.add_argument("--preset", choices=("hshare-paper",), help="the paper's method; other options change it")
+    group.add_argument("--num-sinks", type=whole, metavar="N", help="first tokens always read (8)")
+    group.add_argument("--num-critical", type=whole, metavar="N", help="tokens chosen by score (88)")
+    group.add_argument("--num-recent", type=whole, metavar="N", help="last tokens always read (32)")
+    group.add_argument(
+        "--budget-ratio", type=fraction, metavar="A/B", help="and list critical tokens up to this share of a text"
+    )
+    group.add_argument(
+        "--sharing-ratio", metavar="L-H-Q",
+        help="fractions of layers, heads and steps that choose for themselves (1/2-1-1)",
+    )  # fmt: skip
+    group.add_argument("--refresh-interval", type=whole, metavar="N", help="steps that a choice serves (1)")
+    group.add_argument("--lists-per", choices=("kv_head", "query_head"), help="who chooses (kv_head)")
+    group.add_argument(
+        kind, dest="plan", choices=("units", "published", "anchors"),
+        help="any list copies any; or layers, then heads; or layers from the best anchor layers (units)",
+    )  # fmt: skip
+    group.add_argument("--plan-scope", choices=("sequence", "batch"), help="a plan for each prompt, or one for all")
+    group.add_argument("--dense-layers", type=whole, metavar="N", help="first layers that read everything (1)")
+    group.add_argument("--min-length", type=whole, metavar="N", help="shorter texts read everything (0)")
+    group.add_argument("--dilate", action=argparse.BooleanOptionalAction, help="also want the token after a good one")
+    group.add_argument("--scoring", choices=("labels", "exact"), help="score label channels, or whole keys")
+    group.add_argument("--label-channels", type=whole, metavar="R", help="channels of a head in its labels")
+    group.add_argument("--label-bits", type=bits, metavar="4|8|none", help="of a label channel (4)")
+    group.add_argument("--num-probes", type=probes, metavar="N|all", help="queries the plan is found from (64)")
+    return group
+
+
+def read_text(name: str, option: str = "") -> str:
+    """Returns the text of a file, or of standard input for -; UsageError where there is none."""
+    try:
+        return sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{option}{name}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{option}{name} is not UTF-8 text (byte {error.start})") from error
+
+
+def check_not_empty(names: Sequence[str], texts: Sequence[str]) -> None:
+    """Raises UsageError, with its name, for a text of nothing but blanks."""
+    for name, text in zip(names, texts, strict=True):
+        if not text.strip():
+            raise UsageError(f"{'standard input' if name == '-' else name} is empty")
+
+
+def setting_names() -> list[str]:
+    """Returns the arguments that belong to sparse decoding."""
+    from hshare_jax.config import HShareConfig
+
+    return [
+        "preset",
+        "sharing_ratio",
+        "channels_file",
+        "plan_file",
+        *(f.name for f in dataclasses.fields(HShareConfig)),
+    ]
+
+
+def option_name(name: str) -> str:
+    """Returns an argument's name as it is typed: `num_critical` is --num-critical."""
+    return "--" + name.replace("_", "-")
+
+
+def as_usage_error(error: ValueError) -> UsageError:
+    """Returns a library's complaint in the user's words: `num_critical=0` is `--num-critical 0`."""
+    from hshare_jax.sampling import SamplingConfig
+
+    names = {*setting_names(), *(f.name for f in dataclasses.fields(SamplingConfig))} - {"layer_ratio", "head_ratio"}
+    names |= {"max_new_tokens", "block_length", "max_blocks", "revision", "impl"}
+    return UsageError(re.sub(rf"\b({'|'.join(names)})=", lambda match: f"{option_name(match[1])} ", str(error)))
+
+
+def read_settings(options: argparse.Namespace) -> "HShareConfig":
+    """Returns the preset's settings, or the default ones, changed by the options that were given."""
+    from hshare_jax.config import HShareConfig
+
+    settings = HShareConfig.published() if hasattr(options, "preset") else HShareConfig()
+    fields = {field.name for field in dataclasses.fields(settings)}
+    given = {name: value for name, value in vars(options).items() if name in fields}
+    if hasattr(options, "sharing_ratio"):
+        try:
+            settings = settings.with_sharing_ratio(options.sharing_ratio)
+        except ValueError as error:
+            raise UsageError(f"--sharing-ratio {options.sharing_ratio}: {error}") from error
+        if given.get("refresh_interval", settings.refresh_interval) != settings.refresh_interval:
+            raise UsageError(
+                f"--refresh-interval {given['refresh_interval']} contradicts --sharing-ratio {options.sharing_ratio}, "
+                f"whose last part means {settings.refresh_interval}; leave either out"
+            )
+    try:
+        settings = dataclasses.replace(settings, **given)
+    except ValueError as error:
+        raise as_usage_error(error) from error
+    check_effect(options, settings)
+    return settings
+
+
+def check_effect(options: argparse.Namespace, settings: "HShareConfig") -> None:
+    """Refuses options that the others leave without effect."""
+    reasons = {
+        ("label_channels", "label_bits"): (settings.scoring == "exact", "--scoring exact reads keys and has no labels"),
+        ("dilate",): (settings.refresh_interval == 1, "dilation is for lists that later steps reuse; here none is"),
+    }  # fmt: skip
+    for names, (is_idle, reason) in reasons.items():
+        if given := [name for name in names if is_idle and getattr(options, name, False) is not False]:
+            raise UsageError(f"{option_name(given[0])} has no effect: {reason}")
+
+
+def read_constants(
+    options: argparse.Namespace, model: "Model | ModelFiles", hshare: "HShareConfig | None"
+) -> "tuple[SharePlan | None, np.ndarray | None]":
+    """Returns the plan and the channels that files give; of ModelFiles, a file's model is not compared."""
+    from hshare_jax.calibration import load_channels, load_plan
+    from hshare_jax.shared_lists import check_channels
+
+    plan = channels = None
+    if hshare is not None and hasattr(options, "plan_file"):
+        plan = load_plan(options.plan_file, model, hshare)
+    if hshare is not None and hasattr(options, "channels_file"):
+        channels = load_channels(options.channels_file, model)
+        check_channels(channels, model.config, hshare.num_label_channels(model.config))
+    return plan, channels
+
+
+def open_named(options: argparse.Namespace) -> "ModelFiles":
+    """Returns the model's configuration and tokeniser; its weights are not read yet."""
+    from hshare_jax.models.builtin_model import cache_directory
+    from hshare_jax.models.pretrained import check_model_name, open_model
+
+    try:
+        check_model_name(options.model, revision=options.revision)
+    except FileNotFoundError as error:
+        raise UsageError(str(error)) from error
+    except ValueError as error:
+        raise as_usage_error(error) from error
+    keep_compiled_programs(cache_directory(options.cache_dir) / "compiled")
+    return open_model(options.model, cache_dir=options.cache_dir, revision=options.revision)
+
+
+def keep_compiled_programs(directory: Path) -> None:
+    """Lets a second start find its programs compiled."""
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def apply_chat_template(model: "ModelFiles", prompts: list[str], options: argparse.Namespace) -> list[list[int]]:
+    """Returns the token ids of prompts, each as a user's turn where there is a chat template."""
+    if model.tokenizer is None:
+        raise ValueError(f"{model.name} has no tokeniser, so text cannot be given to it")
+    if options.no_chat_template or not model.tokenizer.chat_template:
+        if options.system:
+            raise UsageError("--system needs a chat template; this model or --no-chat-template gives none")
+        return [model.tokenizer(prompt)["input_ids"] for prompt in prompts]
+    system = [{"role": "system", "content": options.system}] if options.system else []
+    conversations = [[*system, {"role": "user", "content": prompt}] for prompt in prompts]
+    texts = model.tokenizer.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
+    # The template writes the special tokens itself.
+    return [model.tokenizer(str(text), add_special_tokens=False)["input_ids"] for text in texts]

@@ -1,0 +1,66 @@
+"""The methods by their names, each at the same budget of tokens."""
+
+import dataclasses
+
+from hshare_jax.config import HShareConfig
+from hshare_jax.selection import Method
+from hshare_jax.selectors import H2O, Quest, SnapKV, StreamingLLM, double_sparsity, exact_topk
+
+METHODS = (
+    "hshare", "dense", "exact_topk", "streaming_llm", "h2o", "quest", "quest_window", "snapkv", "snapkv_fixed",
+    "double_sparsity",
+)  # fmt: skip
+
+
+def method_named(name: str, hshare: HShareConfig, *, max_new_tokens: int | None = None) -> HShareConfig | Method | None:
+    """Returns a method's settings at the budget of `hshare`: as many tokens a head, its own way to spend them.
+
+    `hshare` returns these settings themselves, `dense` None. All share the number of dense first layers. The others
+    split the budget as their papers do: StreamingLLM 4 sinks and the rest recent; H2O half heavy, half recent; Quest
+    whole pages of 16, or as many, rounded up, beside HShare's own sinks and recent tokens (`quest_window`); SnapKV its
+    last 32 queries and the rest chosen, and what is generated on top (`snapkv`) or within it (`snapkv_fixed`). Exact
+    top-k and Double Sparsity keep HShare's own sinks and recent tokens.
+
+    Args:
+        name: one of `METHODS`.
+        hshare: the budget, and HShare's settings.
+        max_new_tokens: what decoding will add at most, which SnapKV makes room for; None: whatever the cache holds.
+
+    Raises:
+        ValueError: a name that is none, or a budget too small for the method.
+    """
+    budget, dense = hshare.budget, hshare.dense_layers
+    split = (hshare.num_sinks, hshare.num_critical, hshare.num_recent)
+    page = Quest().page_size
+    observed = min(SnapKV().num_observed, budget // 2)
+    least = {"streaming_llm": 5, "h2o": 2, "quest": page, "quest_window": page + hshare.num_sinks + hshare.num_recent}
+    if budget < least.get(name, 1):
+        raise ValueError(f"a budget of {budget} tokens is too small for {name}; it needs at least {least[name]}")
+    settings = {
+        "hshare": hshare,
+        "dense": None,
+        "exact_topk": exact_topk(*split, dense_layers=dense),
+        "streaming_llm": StreamingLLM(4, dense, num_recent=budget - 4),
+        "h2o": H2O(0, dense, num_heavy=budget // 2, num_recent=budget - budget // 2),
+        "quest": Quest(0, dense, num_pages=budget // page - 1),
+        "quest_window": Quest(
+            hshare.num_sinks, dense, num_recent=hshare.num_recent, num_pages=-(-hshare.num_critical // page)
+        ),
+        "snapkv": SnapKV(
+            0, dense, num_critical=budget - observed, num_observed=observed, max_new_tokens=max_new_tokens
+        ),
+        "snapkv_fixed": SnapKV(0, dense, num_critical=budget - observed, num_observed=observed, keeps_generated=False),
+        "double_sparsity": double_sparsity(*split, dense_layers=dense),
+    }
+    if name not in settings:
+        raise ValueError(f"method={name!r} must be one of {', '.join(METHODS)}")
+    return settings[name]
+
+
+def describe(method: HShareConfig | Method | None) -> str:
+    """Returns settings as one line that tells them from all others: the key of what was measured with them."""
+    if method is None:
+        return "dense"
+    assert dataclasses.is_dataclass(method)
+    fields = (f"{f.name}={getattr(method, f.name)}" for f in dataclasses.fields(method))
+    return f"{type(method).__name__}({', '.join(fields)})"

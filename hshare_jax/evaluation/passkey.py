@@ -1,0 +1,110 @@
+"""Passkey: a number hidden in a long text, asked for at its end (Mohtashami and Jaggi, 2023, arXiv 2305.16300)."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jaxtyping import Int
+from transformers import PreTrainedTokenizerBase
+
+from hshare_jax.decode import decode_step
+from hshare_jax.decode_state import DecodeState
+from hshare_jax.models.config import ModelConfig
+
+NEEDLE = "\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n"
+QUESTION = "\n\nWhat is the pass key? The pass key is"
+ANSWER_TOKENS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Passkey:
+    """One text with its hidden number; the question stands apart, because it is decoded and not prefilled."""
+
+    seed: int
+    text: tuple[int, ...]
+    question: tuple[int, ...]
+    key: str
+    depth: float  # where the number stands in the text, from 0 to 1
+
+
+def make_passkeys(
+    tokenizer: PreTrainedTokenizerBase,
+    book: str,
+    length: int,
+    seeds: Sequence[int],
+    *,
+    depth: float | None = None,
+) -> list[Passkey]:
+    """Returns a passkey for each seed: a stretch of the book, question included `length` tokens long.
+
+    Stretch, number and depth are drawn by the seed, depths evenly from 0 to 1 unless one is given.
+
+    Raises:
+        ValueError: a book or a length too short.
+    """
+    filler = tokenizer(book)["input_ids"]
+    question = tuple(tokenizer(QUESTION, add_special_tokens=False)["input_ids"])
+    passkeys = []
+    for seed in seeds:
+        rng = np.random.default_rng(seed)
+        key = str(rng.integers(10_000, 100_000))
+        needle = tokenizer(NEEDLE.format(key=key), add_special_tokens=False)["input_ids"]
+        room = length - len(needle) - len(question)
+        if not 0 < room < len(filler):
+            raise ValueError(
+                f"length={length} must lie between {length - room + 1} tokens, for the number and its question, and "
+                f"{len(filler) + length - room - 1}, for which the book has text"
+            )
+        start, where = int(rng.integers(0, len(filler) - room)), rng.random()
+        where = where if depth is None else depth
+        rest = filler[start : start + room]
+        cut = round(where * room)
+        text = (*rest[:cut], *needle, *rest[cut:])
+        passkeys.append(Passkey(seed, tuple(map(int, text)), question, key, float(where)))
+    return passkeys
+
+
+@functools.partial(jax.jit, static_argnames=("config", "impl"), donate_argnames=("state",))
+def _ask(
+    params: dict, question: Array, state: DecodeState, *, config: ModelConfig, impl: str
+) -> tuple[Array, DecodeState]:
+    B = question.shape[1]
+
+    def step(carry: tuple[Array, DecodeState], given: Array) -> tuple[tuple[Array, DecodeState], Array]:
+        token, state = carry
+        token = jnp.where(given >= 0, given, token)
+        logits, state = decode_step(params, token, state, config=config, impl=impl)
+        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return (token, state), token
+
+    asked = jnp.concatenate([question, jnp.full((ANSWER_TOKENS - 1, B), -1, jnp.int32)])
+    (_, state), tokens = lax.scan(step, (jnp.zeros((B,), jnp.int32), state), asked)
+    return tokens[-ANSWER_TOKENS:], state
+
+
+def ask(
+    params: dict, question: Sequence[int], state: DecodeState, *, config: ModelConfig, impl: str = "auto"
+) -> Int[np.ndarray, "B answer"]:
+    """Returns the greedy answers to a question that every row's decode steps read after its text; one dispatch.
+
+    The question is read by sparse steps: a method that chose its tokens before it cannot have known what is asked for.
+
+    Args:
+        params: the decoder's parameters.
+        question: token ids.
+        state: with the texts in it; it is donated. It has room for the question and `ANSWER_TOKENS` more.
+        config: the model.
+        impl: as for `decode_step`.
+    """
+    B = state.cache.lengths.shape[0]
+    asked = jnp.tile(jnp.asarray(question, jnp.int32)[:, None], (1, B))
+    return np.asarray(_ask(params, asked, state, config=config, impl=impl)[0]).T
+
+
+def is_found(passkey: Passkey, answer: str) -> bool:
+    """Returns whether the answer begins with the number."""
+    return answer.strip().startswith(passkey.key)

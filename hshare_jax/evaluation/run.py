@@ -1,0 +1,250 @@
+"""Evaluation runs: items in fixed batches, every method on each, a line of results for each item and method."""
+
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from hshare_jax.config import HShareConfig
+from hshare_jax.evaluation.examples import DataError, Example
+from hshare_jax.evaluation.passkey import ANSWER_TOKENS, Passkey, ask, is_found
+from hshare_jax.evaluation.prefilled import prefill_for
+from hshare_jax.evaluation.records import Records
+from hshare_jax.evaluation.text_windows import Scorer, Window
+from hshare_jax.generate import generate
+from hshare_jax.models.pretrained import Model, ModelFiles
+from hshare_jax.selection import Method
+
+Settings = HShareConfig | Method | None
+Score = Callable[[Example, str], dict[str, float]]
+Item = TypeVar("Item")
+KEYS = ("id", "method")  # what tells lines of a results file apart
+
+
+def encode_example(
+    model: Model | ModelFiles, example: Example, shorten: Callable[[Sequence[int], int], list[int]] | None
+) -> list[int]:
+    """Returns the token ids of an example's prompt, in the model's chat template where the task wants one.
+
+    Args:
+        model: whose tokeniser and positions count.
+        example: the example.
+        shorten: what cuts a prompt (ids, most) that leaves no room for the answer; None: such a prompt is bad data.
+
+    Raises:
+        DataError: a prompt that is too long.
+    """
+    tokenizer, most = model.tokenizer, model.config.max_positions - example.max_new_tokens
+    assert tokenizer is not None
+    if most < 1:
+        raise ValueError(f"max_new_tokens={example.max_new_tokens} must be below the model's positions")
+    ids = tokenizer(example.prompt)["input_ids"]
+    if shorten is not None:  # the text and not its template, as published
+        room = len(_in_template(tokenizer, "")) if example.wants_chat else 0
+        if len(ids) + room > most:
+            ids = shorten(ids, most - room)
+    if example.wants_chat and tokenizer.chat_template:
+        ids = _in_template(tokenizer, str(tokenizer.decode(ids, skip_special_tokens=True)))
+    if len(ids) > most:
+        raise DataError(
+            f"{example.id}: the prompt has {len(ids)} tokens; with max_new_tokens={example.max_new_tokens} the model's "
+            f"{model.config.max_positions} positions leave room for {most}"
+        )
+    return list(map(int, ids))
+
+
+def _in_template(tokenizer: Any, text: str) -> list[int]:
+    if not tokenizer.chat_template:
+        return []
+    message = [{"role": "user", "content": text}]
+    rendered = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    return tokenizer(rendered, add_special_tokens=False)["input_ids"]  # the template writes the special tokens itself
+
+
+def encode_examples(
+    model: Model | ModelFiles,
+    examples: Iterable[Example],
+    *,
+    shorten: Callable[[Sequence[int], int], list[int]] | None = None,
+    skip_bad: bool = False,
+) -> tuple[list[tuple[Example, list[int]]], int]:
+    """Returns (examples with their token ids, how many were left out because they are too long for the model).
+
+    Raises:
+        DataError: a prompt that is too long, unless `skip_bad`.
+    """
+    encoded, num_bad = [], 0
+    for example in examples:
+        try:
+            encoded.append((example, encode_example(model, example, shorten)))
+        except DataError:
+            if not skip_bad:
+                raise
+            num_bad += 1
+    return encoded, num_bad
+
+
+def run_generation(
+    model: Model,
+    encoded: Sequence[tuple[Example, list[int]]],
+    methods: Mapping[str, Settings],
+    score: Score,
+    records: Records,
+    *,
+    batch_size: int,
+    **given: Any,
+) -> None:
+    """Lets every method answer every example, greedily, and writes the scores; finished items are not done again.
+
+    Args:
+        model: from `load_model`.
+        encoded: from `encode_examples`.
+        methods: settings by name.
+        score: the task's own.
+        records: where lines go, keyed by `KEYS`.
+        batch_size: examples decoded together, those of similar length.
+        given: a plan, channels or impl, for `generate`; a plan and channels go to HShare alone.
+    """
+    by_size = sorted(encoded, key=lambda pair: (pair[0].max_new_tokens, pair[0].stop, len(pair[1])))
+    alike: list[list[tuple[Example, list[int]]]] = []
+    for pair in by_size:
+        if not alike or _limits(alike[-1][-1][0]) != _limits(pair[0]) or len(alike[-1]) == batch_size:
+            alike.append([])
+        alike[-1].append(pair)
+    for name, method, batch in _todo(methods, alike, records, lambda pair: pair[0].id):
+        first = batch[0][0]
+        result = generate(
+            model, [ids for _, ids in batch],
+            max_new_tokens=first.max_new_tokens, method=method, stop=first.stop, **_for(method, given),
+        )  # fmt: skip
+        for (example, ids), text, tokens in zip(batch, result.texts, result.tokens, strict=True):
+            records.append(
+                {
+                    "id": example.id, "method": name, "task": example.task, "text": text,
+                    "prompt_tokens": len(ids), "new_tokens": len(tokens),
+                    "reads": round(result.usage.mean_reads, 1), "scores": score(example, text),
+                }
+            )  # fmt: skip
+
+
+def _limits(example: Example) -> tuple[int, tuple[str, ...]]:
+    return example.max_new_tokens, example.stop
+
+
+def run_passkeys(
+    model: Model,
+    passkeys: Sequence[Passkey],
+    methods: Mapping[str, Settings],
+    records: Records,
+    *,
+    batch_size: int,
+    impl: str = "auto",
+    **given: Any,
+) -> None:
+    """Asks every method for every number; a batch of texts is prefilled once for all methods."""
+    assert model.tokenizer is not None
+    batches = [list(passkeys[start : start + batch_size]) for start in range(0, len(passkeys), batch_size)]
+    held = None
+    for name, method, batch in _todo(methods, batches, records, _passkey_id, is_batch_outer=True):
+        if held is None or held[0] is not batch:
+            tokens = jnp.asarray([passkey.text for passkey in batch], jnp.int32)
+            lengths = jnp.full((len(batch),), tokens.shape[1], jnp.int32)
+            capacity = tokens.shape[1] + len(batch[0].question) + ANSWER_TOKENS
+            held = batch, prefill_for(model, tokens, lengths, capacity, list(methods.values()))
+        state = held[1].start(method, **_for(method, given))
+        answers = ask(model.params, batch[0].question, state, config=model.config, impl=impl)
+        for passkey, answer in zip(batch, answers, strict=True):
+            text = str(model.tokenizer.decode(answer))
+            records.append(
+                {
+                    "id": _passkey_id(passkey), "method": name, "task": "passkey", "depth": round(passkey.depth, 4),
+                    "text": text, "scores": {"found": float(is_found(passkey, text))},
+                }
+            )  # fmt: skip
+
+
+def _passkey_id(passkey: Passkey) -> str:
+    return f"seed {passkey.seed}, {len(passkey.text) + len(passkey.question)} tokens"
+
+
+def run_texts(
+    model: Model,
+    windows: Sequence[Window],
+    methods: Mapping[str, Settings],
+    records: Records,
+    *,
+    steps: int,
+    batch_size: int,
+    impl: str = "auto",
+    **given: Any,
+) -> None:
+    """Scores every method on the last `steps` positions of every window; a batch is prefilled once for all methods."""
+    batches = [list(windows[start : start + batch_size]) for start in range(0, len(windows), batch_size)]
+    held = None
+    for name, method, batch in _todo(methods, batches, records, lambda window: window.id, is_batch_outer=True):
+        if held is None or held[0] is not batch:
+            held = batch, Scorer(model, batch, steps, list(methods.values()), impl=impl)
+        scores = held[1].score(method, **_for(method, given))
+        for row, window in enumerate(batch):
+            means = {key: round(float(np.nanmean(values[row])), 6) for key, values in scores.items()}
+            reads = means.pop("reads")
+            records.append(
+                {"id": window.id, "method": name, "task": "perplexity", "steps": steps, "reads": reads, "scores": means}
+            )
+
+
+def _for(method: Settings, given: dict[str, Any]) -> dict[str, Any]:
+    return given if isinstance(method, HShareConfig) else {k: v for k, v in given.items() if k == "impl"}
+
+
+def _todo(
+    methods: Mapping[str, Settings],
+    batches: Sequence[list[Item]],
+    records: Records,
+    id_of: Callable[[Item], str],
+    *,
+    is_batch_outer: bool = False,
+) -> Iterator[tuple[str, Settings, list[Item]]]:
+    """Yields (name, settings, batch) where something is left to do; batches stay whole, so that numbers stay."""
+    pairs = [(name, batch) for name in methods for batch in batches]
+    if is_batch_outer:
+        pairs = [(name, batch) for batch in batches for name in methods]
+    with tqdm(total=sum(len(batch) for _, batch in pairs), desc="evaluate", unit="item", disable=None) as bar:
+        for name, batch in pairs:
+            if any({"id": id_of(item), "method": name} not in records for item in batch):
+                yield name, methods[name], batch
+            bar.update(len(batch))
+
+
+def summarise(lines: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Returns for every method the number of items, the mean tokens read and the mean of each score.
+
+    Of several tasks, the scores of each and their mean over tasks. Perplexity is exp of the mean loss.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for method in dict.fromkeys(line["method"] for line in lines):
+        mine = [line for line in lines if line["method"] == method]
+        by_task = {
+            task: _mean_scores([line for line in mine if line["task"] == task])
+            for task in dict.fromkeys(line["task"] for line in mine)
+        }
+        names = dict.fromkeys(name for scores in by_task.values() for name in scores)
+        scores = {name: statistics.fmean(s[name] for s in by_task.values() if name in s) for name in names}
+        if "loss" in scores:
+            scores["perplexity"] = float(np.exp(scores["loss"]))
+        reads = [line["reads"] for line in mine if "reads" in line]
+        found[method] = {
+            "items": len(mine),
+            **({"reads": round(statistics.fmean(reads), 1)} if reads else {}),
+            **{name: round(value, 4) for name, value in scores.items()},
+            **({"tasks": by_task} if len(by_task) > 1 else {}),
+        }
+    return found
+
+
+def _mean_scores(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
+    names = dict.fromkeys(name for line in lines for name in line["scores"])
+    return {name: round(statistics.fmean(line["scores"][name] for line in lines), 4) for name in names}

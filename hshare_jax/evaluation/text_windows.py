@@ -1,0 +1,114 @@
+"""Windows of texts, scored by decode steps: a method's likelihood, and how far it stays from dense decoding."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from hshare_jax.agreement import forced_logits, score_steps
+from hshare_jax.config import HShareConfig
+from hshare_jax.evaluation.prefilled import Prefilled, prefill_for
+from hshare_jax.evaluation.recall import measure_recall, recall_of
+from hshare_jax.models.pretrained import Model, ModelFiles
+from hshare_jax.selection import Method
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """A stretch of a text: the last tokens are scored, by decode steps that read those before them."""
+
+    id: str  # the text's name and the token that the window starts at
+    tokens: tuple[int, ...]  # one more than the context: the last is only predicted
+
+
+def cut_windows(
+    model: Model | ModelFiles, name: str, text: str, *, context: int, count: int | None, skip: float = 0.0
+) -> list[Window]:
+    """Returns windows of `context` + 1 tokens of a text, evenly spread from the share `skip` of it on.
+
+    Args:
+        model: whose tokeniser reads the text.
+        name: of the text, for the windows' ids.
+        text: the text.
+        context: tokens that the last step of a window reads.
+        count: how many windows. None takes as many as fit without overlap.
+        skip: the share of the text that is left out at its beginning: title pages, licences.
+
+    Raises:
+        ValueError: a context beyond the model's positions, or a text too short for one window.
+    """
+    if model.tokenizer is None:
+        raise ValueError(f"{model.name} has no tokeniser, so text cannot be given to it")
+    if not 2 <= context <= model.config.max_positions:
+        raise ValueError(f"context={context} must lie between 2 and the model's {model.config.max_positions} positions")
+    ids = model.tokenizer(text)["input_ids"]
+    first = int(len(ids) * skip)
+    room = len(ids) - first - (context + 1)
+    if room < 0:
+        raise ValueError(f"{name} has {len(ids) - first} tokens to cut from; a window needs context={context} and one")
+    count = (len(ids) - first) // (context + 1) if count is None else count
+    starts = [first + room * index // max(count - 1, 1) for index in range(count)]
+    return [Window(f"{name}:{start}", tuple(map(int, ids[start : start + context + 1]))) for start in starts]
+
+
+class Scorer:
+    """A batch of windows of one length, prefilled once, against which methods are scored."""
+
+    def __init__(
+        self,
+        model: Model,
+        windows: Sequence[Window],
+        steps: int,
+        methods: Sequence[HShareConfig | Method | None],
+        *,
+        impl: str = "auto",
+        progress: Callable[[int], object] | None = None,
+    ) -> None:
+        """Prefills all but the last `steps` tokens of each window, and decodes these densely as the reference."""
+        self.windows, self.steps, self._model, self._impl = windows, steps, model, impl
+        tokens = jnp.asarray([window.tokens for window in windows], jnp.int32)
+        length = tokens.shape[1] - 1 - steps
+        if length < 1:
+            raise ValueError(f"steps={steps} must be less than the windows' {length + steps} tokens of context")
+        lengths = jnp.full((len(windows),), length, jnp.int32)
+        self.prefilled: Prefilled = prefill_for(
+            model, tokens[:, :length], lengths, length + steps, methods, progress=progress
+        )
+        self._scored = tokens[:, length:]
+        state = self.prefilled.start(None)
+        self._reference = forced_logits(model.params, self._scored[:, :-1], state, config=model.config)
+
+    def score(
+        self, method: HShareConfig | Method | None, *, recall_every: int = 8, **given: Any
+    ) -> dict[str, np.ndarray]:
+        """Returns the scores of every step by name, each [B, T]; one dispatch.
+
+        `loss` (nats), `divergence` (KL from dense decoding, nats), `agrees` (0 or 1), `reads` (tokens) and `recall` (of
+        the true attention mass; NaN on the steps between those it is taken on).
+
+        Args:
+            method: the settings; None is dense decoding.
+            recall_every: recall is taken on the first of so many steps.
+            given: a plan or channels, as for `Prefilled.start`.
+        """
+        state = measure_recall(self.prefilled.start(method, **given), recall_every)
+        scores = score_steps(
+            self._model.params, self._scored, state,
+            config=self._model.config, reference=self._reference, impl=self._impl, observe=recall_of,
+        )  # fmt: skip
+        recall = _by_row(scores.observed)
+        recall[:, np.arange(self.steps) % recall_every != 0] = np.nan
+        return {
+            "loss": _by_row(scores.loss),
+            "divergence": _by_row(scores.divergence),
+            "agrees": _by_row(scores.agrees),
+            "reads": _by_row(scores.reads),
+            "recall": recall,
+        }
+
+
+def _by_row(scores: Array | None) -> np.ndarray:
+    return np.array(scores, np.float64).T
