@@ -144,7 +144,7 @@ def as_usage_error(error: ValueError) -> UsageError:
     from hshare_jax.sampling import SamplingConfig
 
     names = {*setting_names(), *(f.name for f in dataclasses.fields(SamplingConfig))} - {"layer_ratio", "head_ratio"}
-    names |= {"max_new_tokens", "block_length", "max_blocks", "revision", "impl"}
+    names |= {"max_new_tokens", "block_length", "max_blocks", "revision", "impl", "context", "steps", "limit"}
     return UsageError(re.sub(rf"\b({'|'.join(names)})=", lambda match: f"{option_name(match[1])} ", str(error)))
 
 

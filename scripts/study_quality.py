@@ -12,7 +12,6 @@ again, so a killed run goes on where it was.
 
 import argparse
 import dataclasses
-import json
 import platform
 import sys
 from collections.abc import Iterator
@@ -22,23 +21,19 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from study_methods import BUDGETS, PASSKEY_BATCH, SKIP, WINDOWS, read_text
 from tqdm import tqdm
 
-from hshare_jax.agreement import StepScores, forced_logits, score_steps
-from hshare_jax.attend import PromptQueries
+from hshare_jax.calibration import calibrate
 from hshare_jax.config import HShareConfig
-from hshare_jax.decode import decode_step
-from hshare_jax.decode_state import DecodeState, init_state
-from hshare_jax.generate import pad_prompts
-from hshare_jax.kv_cache import KVCache
-from hshare_jax.labels import channel_statistic
+from hshare_jax.evaluation.bootstrap import interval, mean_ratio
+from hshare_jax.evaluation.passkey import ANSWER_TOKENS, ask, is_found, make_passkeys
+from hshare_jax.evaluation.prefilled import prefill_for
+from hshare_jax.evaluation.records import Records
+from hshare_jax.evaluation.text_windows import Scorer, Window, cut_windows
 from hshare_jax.models.pretrained import Model, load_model
-from hshare_jax.prefill import prefill, read_prompt, share_after_prefill
-from hshare_jax.similarity import probe_positions
+from hshare_jax.shared_lists import SharedLists
 
-PLACES = (0.25, 0.6)  # of a text, where its windows start: beyond title pages and licences
-BLOCK = 32  # neighbouring positions that the bootstrap draws together
-BUDGETS = {64: (4, 44, 16), 128: (8, 88, 32), 256: (8, 200, 48), 512: (16, 432, 64)}  # sinks, critical, recent
 PUBLISHED_RATIOS = ("1-1-1", "7/8-3/4-1/2", "3/4-3/4-1/2", "1/2-1/2-1/2")
 
 
@@ -65,7 +60,7 @@ CORE = {
     ),
     "Labels, 1-1-1 (512)": (
         "16 of 64 channels, 4 bits", "32 of 64 channels, not quantised",
-        "32 of 64 channels, 4 bits, calibrated on the other texts",
+        "32 of 64 channels, 4 bits, calibrated on the texts' beginnings",
     ),
     "Dense first layers (512)": (
         "0 dense, 1-1-1", "2 dense, 1-1-1", "0 dense, units 1/2-1-1", "2 dense, units 1/2-1-1",
@@ -80,7 +75,7 @@ class Cell:
     table: str  # the question that it helps to answer
     name: str
     hshare: HShareConfig
-    channels: str = "prompt"  # or "calibrated": from the other texts
+    channels: str = "prompt"  # or "calibrated": from what precedes the windows in the texts
 
     @property
     def key(self) -> str:
@@ -119,10 +114,10 @@ def cells() -> Iterator[Cell]:
     table = "Which part loses what (512)"
     for ratio in ("7/8-1-1", "1/2-1-1", "1-3/4-1", "1-1/2-1", "7/8-3/4-1", "1/2-1/2-1"):
         yield Cell(table, f"published plan, {ratio}", published(512, ratio))
-    for interval in (2, 4, 8):
+    for steps in (2, 4, 8):
         for dilate in (True, False):
-            name = f"1-1-1/{interval}, {'dilated' if dilate else 'not dilated'}"
-            yield Cell(table, f"units, {name}", default(512, f"1-1-1/{interval}", dilate=dilate))
+            name = f"1-1-1/{steps}, {'dilated' if dilate else 'not dilated'}"
+            yield Cell(table, f"units, {name}", default(512, f"1-1-1/{steps}", dilate=dilate))
     table = "The same work in other ways: a third, or an eighth, of the selections (512)"
     for ratio in ("1/3-1-1", "2/3-1-1/2", "1/8-1-1", "1/4-1-1/2", "1/2-1-1/4"):
         yield Cell(table, f"units, {ratio}", default(512, ratio))
@@ -144,7 +139,7 @@ def cells() -> Iterator[Cell]:
     yield Cell(table, "32 of 64 channels, 8 bits", default(512, label_bits=8))
     yield Cell(table, "32 of 64 channels, not quantised", default(512, label_bits=None))
     for channels in (16, 32):
-        name = f"{channels} of 64 channels, 4 bits, calibrated on the other texts"
+        name = f"{channels} of 64 channels, 4 bits, calibrated on the texts' beginnings"
         yield Cell(table, name, default(512, label_channels=channels), "calibrated")
     table = "Dense first layers (512)"
     for dense in (0, 1, 2):
@@ -154,133 +149,39 @@ def cells() -> Iterator[Cell]:
         yield Cell(table, f"{dense} dense, oracle per query head", hshare)
 
 
-class Windows:
-    """Windows of the texts, prefilled once: caches and queries that every setting starts from."""
-
-    def __init__(self, model: Model, paths: list[Path], context: int, steps: int) -> None:
-        self.model, self.steps, self.num_texts = model, steps, len(paths)
-        rows = [ids for path in paths for ids in _windows_of(model, path, context + 1)]
-        self.tokens = jnp.asarray(rows, jnp.int32)
-        B, length, config = len(rows), context - steps, model.config
-        # A budget of two tokens, so that every query is kept: what each setting's own probes are taken from.
-        every = HShareConfig(num_sinks=0, num_critical=1, num_recent=1, num_probes="all")
-        state = init_state(config, B, context, method=every)
-        with tqdm(total=length, desc="prefill", unit="token", disable=None) as bar:
-            _, cache, kept, positions = read_prompt(
-                model.params, self.tokens[:, :length], jnp.full((B,), length), state, config=config, progress=bar.update
-            )
-        assert kept is not None
-        assert positions is not None
-        self.first = int(positions[0, 0])
-        self.cache, self.sizes, self.queries = cache, kept.sizes, [np.asarray(probes) for probes in kept.probes]
-        del kept
-        dense = DecodeState(self._copy_cache(), None)
-        self.reference = forced_logits(model.params, self.tokens[:, length:-1], dense, config=config)
-
-    def _copy_cache(self) -> KVCache:
-        return jax.tree.map(lambda array: jnp.array(array, copy=True), self.cache)
-
-    def score(self, hshare: HShareConfig, channels: str) -> tuple[StepScores, DecodeState]:
-        """Returns the scores of every step [T, B], and the state before the first."""
-        config, B = self.model.config, self.tokens.shape[0]
-        state = init_state(config, B, 1, method=hshare)
-        shared = state.selection
-        assert shared is not None
-        starts, lengths = jnp.zeros((B,), jnp.int32), self.cache.lengths
-        P = int(lengths[0]) if hshare.num_probes == "all" else hshare.num_probes
-        positions, _ = probe_positions(starts, lengths, hshare, P)
-        index = np.maximum(np.asarray(positions) - self.first, 0)[:, :, None, None]
-        probes = tuple(jnp.asarray(np.take_along_axis(queries, index, axis=1)) for queries in self.queries)
-        sizes = tuple(jnp.array(size, copy=True) for size in self.sizes)
-        if channels == "calibrated":
-            best = self._channels_of_other_texts(hshare.num_label_channels(config))
-            shared = dataclasses.replace(shared, channels=best, has_fixed_channels=True)
-        cache = self._copy_cache()
-        shared = share_after_prefill(PromptQueries(probes, sizes), positions, cache, shared, config=config)
-        state = DecodeState(cache, shared)
-        plan = jax.tree.map(lambda array: jnp.array(array, copy=True), shared.source)
-        tokens = self.tokens[:, -self.steps - 1 :]
-        scores = score_steps(self.model.params, tokens, state, config=config, reference=self.reference)
-        return scores, dataclasses.replace(state, selection=dataclasses.replace(shared, source=plan))
-
-    def _channels_of_other_texts(self, num_channels: int) -> jax.Array:
-        lengths = self.cache.lengths
-        by_layer = [channel_statistic(q, k, lengths) for q, k in zip(self.sizes, self.cache.keys, strict=True)]
-        statistic = jnp.stack(by_layer, axis=1)  # [B, L, K, H]
-        text = jnp.arange(len(lengths)) // len(PLACES)
-        others = (text[:, None] != text[None, :]).astype(statistic.dtype)
-        _, best = jax.lax.top_k(jnp.einsum("AB,BLKH->ALKH", others, statistic), num_channels)
-        return jnp.sort(best, axis=-1)
-
-
-def _windows_of(model: Model, path: Path, size: int) -> list[list[int]]:
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".jsonl":
-        text = "\n\n".join(json.loads(line)["prompt"] for line in text.splitlines() if line.strip())
-    assert model.tokenizer is not None
-    windows = []
-    for place in PLACES:
-        start = int(len(text) * place)
-        ids = model.tokenizer(text[start : start + 12 * size])["input_ids"][:size]
-        if len(ids) < size:
-            sys.exit(f"{path}: from {place:.0%} on it has {len(ids)} tokens; a window needs {size}")
-        windows.append(ids)
-    return windows
-
-
-def measure(windows: Windows, cell: Cell) -> dict[str, object]:
+def measure(scorer: Scorer, cell: Cell, ranked: np.ndarray | None) -> dict[str, object]:
     """Returns a cell's line of the results file."""
-    scores, state = windows.score(cell.hshare, cell.channels)
-    assert scores.divergence is not None
-    assert scores.agrees is not None
+    state = scorer.prefilled.start(cell.hshare, channels=ranked if cell.channels == "calibrated" else None)
     assert isinstance(state.selection, SharedLists)
-    config, hshare = windows.model.config, cell.hshare
-    source = np.asarray(state.selection.source).reshape(len(windows.tokens), -1)
+    source = np.asarray(state.selection.source).reshape(len(scorer.windows), -1)
     is_own = source == np.arange(source.shape[1])
-    first = hshare.dense_layers * hshare.num_lists(config)
+    first = cell.hshare.dense_layers * state.selection.source.shape[2]
+    scores = scorer.score_state(state)
     return {
         "key": cell.key,
-        "computed": float(is_own[:, first:].sum(axis=1).mean()) / hshare.refresh_interval,  # selections a step
+        "computed": float(is_own[:, first:].sum(axis=1).mean()) / cell.hshare.refresh_interval,  # selections a step
         "possible": source.shape[1],
-        "reads": round(float(scores.reads.mean()), 1),
-        "divergence": np.asarray(scores.divergence).round(7).tolist(),
-        "agrees": np.asarray(scores.agrees, int).tolist(),
-        "loss": round(float(scores.loss.mean()), 5),
+        "reads": round(float(scores["reads"].mean()), 1),
+        "recall": round(float(np.nanmean(scores["recall"])), 4),
+        "divergence": scores["divergence"].round(7).tolist(),
+        "agrees": scores["agrees"].astype(int).tolist(),
+        "loss": round(float(scores["loss"].mean()), 5),
     }
 
 
-def passkey(model: Model, path: Path, hshare: HShareConfig | None, seeds: int, length: int = 1024) -> int:
-    """Returns in how many of `seeds` prompts of `length` tokens the hidden number is found.
-
-    The number stands at a random depth of a text; the question comes after the prefill, token by token through the
-    sparse steps, and so does the answer.
-    """
+def passkey(model: Model, book: str, hshare: HShareConfig | None, seeds: int) -> int:
+    """Returns in how many of `seeds` texts of 1,024 tokens the number is found, the question decoded sparsely."""
     assert model.tokenizer is not None
-    encode = lambda text: model.tokenizer(text)["input_ids"]  # noqa: E731  # pyright: ignore[reportOptionalCall]
-    filler = encode(path.read_text(encoding="utf-8")[50_000:80_000])
-    question = encode("\n\nWhat is the pass key? The pass key is")
-    prompts, keys = [], []
-    for seed in range(seeds):
-        rng = np.random.default_rng(seed)
-        key = str(rng.integers(10_000, 100_000))
-        needle = encode(f"\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n")
-        start, depth = int(rng.integers(0, len(filler) - length)), rng.random()
-        rest = filler[start : start + length - len(needle) - len(question)]
-        cut = int(depth * len(rest))
-        prompts.append(rest[:cut] + needle + rest[cut:])
-        keys.append(key)
-    tokens, lengths = pad_prompts(prompts)
-    state = init_state(model.config, seeds, length + 16, method=hshare)
-    logits, state = prefill(model.params, jnp.asarray(tokens), jnp.asarray(lengths), state, config=model.config)
-    for token in question:
-        logits, state = decode_step(model.params, jnp.full((seeds,), token), state, config=model.config)
-    answers = []
-    for _ in range(8):
-        token = jnp.argmax(logits, axis=-1)
-        answers.append(np.asarray(token))
-        logits, state = decode_step(model.params, token, state, config=model.config)
-    texts = [model.tokenizer.decode(answer) for answer in np.stack(answers, axis=1)]
-    return sum(str(text).strip().startswith(key) for text, key in zip(texts, keys, strict=True))
+    found = 0
+    for start in range(0, seeds, PASSKEY_BATCH):
+        batch = make_passkeys(model.tokenizer, book, 1024, range(start, min(start + PASSKEY_BATCH, seeds)))
+        tokens = jnp.asarray([passkey.text for passkey in batch], jnp.int32)
+        lengths = jnp.full((len(batch),), tokens.shape[1], jnp.int32)
+        prefilled = prefill_for(model, tokens, lengths, 1024 + ANSWER_TOKENS, [hshare])
+        answers = ask(model.params, batch[0].question, prefilled.start(hshare), config=model.config)
+        texts = map(str, model.tokenizer.batch_decode(answers))
+        found += sum(is_found(passkey, text) for passkey, text in zip(batch, texts, strict=True))
+    return found
 
 
 def passkey_settings() -> Iterator[tuple[str, HShareConfig | None]]:
@@ -312,10 +213,11 @@ def report(results: dict[str, dict], header: str) -> str:
             kl, agrees = np.array(result["divergence"]), np.array(result["agrees"])
             ratio = "-"
             if base is not None and base is not result:
-                low, high = _interval(lambda a, b: a.mean() / b.mean(), kl, np.array(base["divergence"]))
-                ratio = f"{kl.mean() / np.mean(base['divergence']):.2f} ({low:.2f}-{high:.2f})"
-            kl_low, kl_high = _interval(np.mean, kl)
-            low, high = _interval(np.mean, agrees)
+                of_base = np.array(base["divergence"])
+                low, high = interval(mean_ratio, kl, of_base)
+                ratio = f"{mean_ratio(kl, of_base):.2f} ({low:.2f}-{high:.2f})"
+            kl_low, kl_high = interval(np.mean, kl)
+            low, high = interval(np.mean, agrees)
             lines.append(
                 f"| {cell.name} | {kl.mean():.4f} ({kl_low:.4f}-{kl_high:.4f}) | {np.median(kl):.4f} "
                 f"| {agrees.mean():.1%} ({low:.1%}-{high:.1%}) | {ratio} "
@@ -326,28 +228,6 @@ def report(results: dict[str, dict], header: str) -> str:
         lines += ["\n### Passkey, 1k, 128 tokens, question decoded sparsely\n", "| setting | found |", "|---|---|"]
         lines += [f"| {name} | {result['found']} of {result['seeds']} |" for name, result in found]
     return "\n".join(lines) + "\n"
-
-
-def _interval(statistic, *arrays: np.ndarray, draws: int = 2000) -> tuple[float, float]:
-    """Returns the 95 % interval over windows and blocks of neighbouring positions, the same ones of all arrays."""
-    blocks = [array.reshape(-1, BLOCK, array.shape[1]).swapaxes(1, 2).reshape(-1, BLOCK) for array in arrays]
-    rng = np.random.default_rng(0)
-    found = []
-    for _ in range(draws):
-        drawn = rng.integers(0, len(blocks[0]), len(blocks[0]))
-        found.append(statistic(*(block[drawn] for block in blocks)))
-    low, high = np.percentile(found, [2.5, 97.5])
-    return float(low), float(high)
-
-
-def _read_results(path: Path) -> dict[str, dict]:
-    """Returns the lines of a results file by key; a last line that a kill cut short is cut off the file."""
-    if not path.exists():
-        return {}
-    whole, _, rest = path.read_text(encoding="utf-8").rpartition("\n")
-    if rest:
-        path.write_text(whole + "\n" if whole else "", encoding="utf-8")
-    return {line["key"]: line for line in map(json.loads, whole.splitlines())}
 
 
 def main() -> None:
@@ -363,15 +243,11 @@ def main() -> None:
     parser.add_argument("--tables", nargs="+", help="measure only tables that begin so")
     parser.add_argument("--core", action="store_true", help="measure only what the advice in docs/quality.md rests on")
     options = parser.parse_args()
-    if options.steps % BLOCK:
-        parser.error(f"--steps {options.steps} must be a multiple of {BLOCK}")
     study = {
-        "key": "study", "model": options.model, "texts": [path.name for path in options.text],
+        "model": options.model, "texts": [path.name for path in options.text],
         "context": options.context, "steps": options.steps, "seeds": options.seeds,
     }  # fmt: skip
-    results = _read_results(options.results)
-    if results.setdefault("study", study) != study:
-        parser.error(f"--results {options.results} holds another study, {results['study']}; name another file")
+    records = Records(options.results, study, keys=("key",))
 
     def is_wanted(table: str) -> bool:
         return not options.tables or table.startswith(tuple(options.tables))
@@ -379,34 +255,35 @@ def main() -> None:
     wanted = [cell for cell in cells() if is_wanted(cell.table)]
     core = [cell for cell in wanted if cell.name in CORE.get(cell.table, ())]
     wanted = core if options.core else core + wanted
-    todo = list({cell.key: cell for cell in wanted if cell.key not in results}.values())
-    with options.results.open("a", encoding="utf-8") as file:
-
-        def keep(line: dict) -> None:
-            results[line["key"]] = line
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-
-        if options.results.stat().st_size == 0:
-            keep(study)
-        model = load_model(options.model)
-        if todo:
-            windows = Windows(model, options.text, options.context, options.steps)
-            for cell in tqdm(todo, desc="cells", disable=None):
-                keep(measure(windows, cell))
-                jax.clear_caches()  # every cell has programs of its own, and they are large
-            del windows
-        for name, hshare in passkey_settings() if is_wanted("Passkey") else ():
-            if f"passkey {name}" not in results:
-                found = passkey(model, options.text[0], hshare, options.seeds)
-                keep({"key": f"passkey {name}", "found": found, "seeds": options.seeds})
-    count = len(PLACES) * len(options.text)
+    todo = list({cell.key: cell for cell in wanted if {"key": cell.key} not in records}.values())
+    model = load_model(options.model)
+    texts = {path.name: read_text(path) for path in options.text}
+    if todo:
+        windows: list[Window] = []
+        for name, text in texts.items():
+            count = WINDOWS // len(texts)
+            windows += cut_windows(model, name, text, context=options.context, count=count, skip=SKIP)
+        scorer = Scorer(model, windows, options.steps, [cell.hshare for cell in todo])
+        ranked = None
+        if any(cell.channels == "calibrated" for cell in todo):
+            beginnings = [text[: int(len(text) * SKIP)] for text in texts.values()]
+            ranked = calibrate(model, beginnings, hshare=HShareConfig(), max_blocks=8).channels
+        for cell in tqdm(todo, desc="cells", disable=None):
+            records.append(measure(scorer, cell, ranked))
+            jax.clear_caches()  # every cell has programs of its own, and they are large
+        del scorer
+    book = next(iter(texts.values()))
+    for name, hshare in passkey_settings() if is_wanted("Passkey") else ():
+        if {"key": f"passkey {name}"} not in records:
+            found = passkey(model, book[int(len(book) * SKIP) :], hshare, options.seeds)
+            records.append({"key": f"passkey {name}", "found": found, "seeds": options.seeds})
+    results = {line["key"]: line for line in records.lines}
     names = ", ".join(path.name for path in options.text)
     header = (
         f"{date.today()}, {model.name}, float32, jax {jax.__version__}, Python {platform.python_version()}, "
-        f"{jax.devices()[0].device_kind}. {count} windows of {options.context} tokens from {names}; the last "
-        f"{options.steps} of each scored: {count * options.steps} positions. Intervals: bootstrap over windows and "
-        f"blocks of {BLOCK} positions.\n\n    python {' '.join(sys.argv)}"
+        f"{jax.devices()[0].device_kind}. {WINDOWS} windows of {options.context} tokens from {names}; the last "
+        f"{options.steps} of each scored: {WINDOWS * options.steps} positions. Intervals: bootstrap over blocks of "
+        f"neighbouring positions.\n\n    python {' '.join(sys.argv)}"
     )
     text = report(results, header)
     if options.report:

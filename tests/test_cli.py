@@ -11,7 +11,7 @@ import pytest
 from random_weights import random_params
 from tiny_tokenizer import LETTERS, byte_tokenizer
 
-from hshare_jax import cli
+from hshare_jax import cli, cli_options
 from hshare_jax.config import HShareConfig
 from hshare_jax.models import pretrained
 from hshare_jax.models.config import ModelConfig, RopeConfig
@@ -20,7 +20,7 @@ from hshare_jax.models.config import ModelConfig, RopeConfig
 @pytest.fixture(autouse=True)
 def no_compile_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keeps the command line's compile cache out of the other tests of this process."""
-    monkeypatch.setattr(cli, "_keep_compiled_programs", lambda directory: None)
+    monkeypatch.setattr(cli_options, "keep_compiled_programs", lambda directory: None)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -189,7 +189,7 @@ def test_prompts_from_everywhere_form_one_json_batch(
 
 
 def settings(*arguments: str) -> HShareConfig:
-    return cli._settings(cli._parser().parse_args(["generate", "a", *arguments]))
+    return cli_options.read_settings(cli._parser().parse_args(["generate", "a", *arguments]))
 
 
 def test_without_options_the_settings_are_the_defaults() -> None:

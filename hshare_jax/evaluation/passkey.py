@@ -34,17 +34,17 @@ class Passkey:
 def make_passkeys(
     tokenizer: PreTrainedTokenizerBase,
     book: str,
-    length: int,
+    context: int,
     seeds: Sequence[int],
     *,
     depth: float | None = None,
 ) -> list[Passkey]:
-    """Returns a passkey for each seed: a stretch of the book, question included `length` tokens long.
+    """Returns a passkey for each seed: a stretch of the book, question included `context` tokens long.
 
     Stretch, number and depth are drawn by the seed, depths evenly from 0 to 1 unless one is given.
 
     Raises:
-        ValueError: a book or a length too short.
+        ValueError: a book or a context too short.
     """
     filler = tokenizer(book)["input_ids"]
     question = tuple(tokenizer(QUESTION, add_special_tokens=False)["input_ids"])
@@ -53,11 +53,11 @@ def make_passkeys(
         rng = np.random.default_rng(seed)
         key = str(rng.integers(10_000, 100_000))
         needle = tokenizer(NEEDLE.format(key=key), add_special_tokens=False)["input_ids"]
-        room = length - len(needle) - len(question)
+        room = context - len(needle) - len(question)
         if not 0 < room < len(filler):
             raise ValueError(
-                f"length={length} must lie between {length - room + 1} tokens, for the number and its question, and "
-                f"{len(filler) + length - room - 1}, for which the book has text"
+                f"context={context} must lie between {context - room + 1} tokens, for the number and its question, and "
+                f"{len(filler) + context - room - 1}, for which the book has text"
             )
         start, where = int(rng.integers(0, len(filler) - room)), rng.random()
         where = where if depth is None else depth

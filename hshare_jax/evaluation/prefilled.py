@@ -1,6 +1,7 @@
 """One dense prefill that serves all methods: what each of them asks of a prompt is kept once, for all."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -44,13 +45,15 @@ class Prefilled:
         assert self.queries is not None
         starts = jnp.zeros_like(cache.lengths)
         positions = np.asarray(selection.probe_positions(starts, cache.lengths, int(cache.lengths.max())))
-        index = np.stack([np.searchsorted(kept, asked) for kept, asked in zip(self.positions, positions, strict=True)])
-        index = np.minimum(index, max(self.positions.shape[1] - 1, 0))
-        found = np.take_along_axis(self.positions, index, axis=1) if index.size else positions
-        if (found != positions)[positions >= 0].any():
+        kept = np.pad(self.positions, ((0, 0), (0, 1)), constant_values=cache.capacity)
+        index = np.stack([np.searchsorted(of_row, asked) for of_row, asked in zip(kept, positions, strict=True)])
+        index = np.minimum(index, self.positions.shape[1])
+        if (np.take_along_axis(kept, index, axis=1) != positions)[positions >= 0].any():
             raise ValueError(f"the prefill was not made for {method}: name it among its methods")
-        index = jnp.asarray(index)[:, :, None, None]
-        probes = tuple(jnp.take_along_axis(kept, index, axis=1) for kept in self.queries.probes)
+        # A query that is not asked for is zero, as after a prefill of the method's own.
+        index = jnp.asarray(np.where(positions >= 0, index, cache.capacity))[:, :, None, None]
+        take = functools.partial(jnp.take_along_axis, indices=index, axis=1, mode="fill", fill_value=0)
+        probes = tuple(map(take, self.queries.probes))
         received = self.queries.received if selection.wants_received else None
         queries = PromptQueries(probes, self.queries.sizes, received)
         selection = after_prefill(selection, queries, jnp.asarray(positions), cache, config=config)

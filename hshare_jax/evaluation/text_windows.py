@@ -10,6 +10,7 @@ from jax import Array
 
 from hshare_jax.agreement import forced_logits, score_steps
 from hshare_jax.config import HShareConfig
+from hshare_jax.decode_state import DecodeState
 from hshare_jax.evaluation.prefilled import Prefilled, prefill_for
 from hshare_jax.evaluation.recall import measure_recall, recall_of
 from hshare_jax.models.pretrained import Model, ModelFiles
@@ -84,19 +85,27 @@ class Scorer:
     def score(
         self, method: HShareConfig | Method | None, *, recall_every: int = 8, **given: Any
     ) -> dict[str, np.ndarray]:
+        """Returns the scores of a method: those of `score_state` from where it starts.
+
+        Args:
+            method: the settings; None is dense decoding.
+            recall_every: as for `score_state`.
+            given: a plan or channels, as for `Prefilled.start`.
+        """
+        return self.score_state(self.prefilled.start(method, **given), recall_every=recall_every)
+
+    def score_state(self, state: DecodeState, *, recall_every: int = 8) -> dict[str, np.ndarray]:
         """Returns the scores of every step by name, each [B, T]; one dispatch.
 
         `loss` (nats), `divergence` (KL from dense decoding, nats), `agrees` (0 or 1), `reads` (tokens) and `recall` (of
         the true attention mass; NaN on the steps between those it is taken on).
 
         Args:
-            method: the settings; None is dense decoding.
+            state: from `Prefilled.start`; it is donated.
             recall_every: recall is taken on the first of so many steps.
-            given: a plan or channels, as for `Prefilled.start`.
         """
-        state = measure_recall(self.prefilled.start(method, **given), recall_every)
         scores = score_steps(
-            self._model.params, self._scored, state,
+            self._model.params, self._scored, measure_recall(state, recall_every),
             config=self._model.config, reference=self._reference, impl=self._impl, observe=recall_of,
         )  # fmt: skip
         recall = _by_row(scores.observed)

@@ -1,0 +1,134 @@
+"""Log-likelihoods of given continuations, as decode steps of the method that is measured."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from hshare_jax.agreement import score_steps
+from hshare_jax.config import HShareConfig
+from hshare_jax.decode_state import init_state
+from hshare_jax.generate import choose_capacity, pad_prompts
+from hshare_jax.kernels.api import check_impl
+from hshare_jax.models.pretrained import Model
+from hshare_jax.prefill import prefill
+from hshare_jax.selection import Method
+from hshare_jax.shapes import Logits, PerRow
+
+Request = tuple[Sequence[int], Sequence[int]]  # token ids of a context and of its continuation
+
+
+def log_likelihoods(
+    model: Model,
+    requests: Sequence[Request],
+    *,
+    method: HShareConfig | Method | None,
+    batch_size: int,
+    impl: str = "auto",
+    progress: Callable[[int], object] | None = None,
+) -> list[tuple[float, bool]]:
+    """Returns, for each request, its continuation's log-likelihood in nats and whether greedy decoding would choose it.
+
+    One forward pass over context and continuation would never decode, and so never use a sparse method. Here only the
+    context without its last token is prefilled, densely. Decode steps then read that last token and the continuation's
+    own tokens (teacher forcing), so that every token is predicted by a step of `method`. A context of a single token
+    has nothing before it: it is prefilled, and its logits predict the first token.
+
+    Args:
+        model: from `load_model`.
+        requests: contexts and continuations of any lengths, each of at least one token. Rows of a batch are of similar
+            lengths; a result does not depend on its batch (but see `HShareConfig.plan_scope`).
+        method: the settings to measure; None measures dense decoding.
+        batch_size: requests that are computed together.
+        impl: what computes decode steps, as for `decode_step`.
+        progress: called with the number of requests in each batch, once it is computed.
+
+    Raises:
+        ValueError: a request with an empty part, an id outside the vocabulary or more tokens than the model has
+            positions, or an `impl` that cannot run here; before anything is computed.
+    """
+    check_impl(impl)
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    for index, request in enumerate(requests):
+        _check_request(model, index, request)
+    # Alike in steps, then in context; the largest first, so that memory runs out at once or never.
+    order = sorted(
+        range(len(requests)),
+        key=lambda index: (_pad_steps(len(requests[index][1])), len(requests[index][0])),
+        reverse=True,
+    )
+    found: dict[int, tuple[float, bool]] = {}
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        scores = _score_batch(model, [requests[index] for index in batch], method, impl)
+        found.update(zip(batch, scores, strict=True))
+        if progress is not None:
+            progress(len(batch))
+    return [found[index] for index in range(len(requests))]
+
+
+def _check_request(model: Model, index: int, request: Request) -> None:
+    (context, continuation), config = request, model.config
+    if len(context) == 0 or len(continuation) == 0:
+        part = "context" if len(context) == 0 else "continuation"
+        raise ValueError(f"requests[{index}] has an empty {part}; it must hold at least one token")
+    needed = len(context) + len(continuation) - 1  # the last token is only predicted
+    if needed > config.max_positions:
+        raise ValueError(
+            f"requests[{index}] has {len(context)} tokens of context and {len(continuation)} of continuation; that is "
+            f"beyond the model's {config.max_positions} positions; shorten either"
+        )
+    ids = (*context, *continuation)
+    if not 0 <= min(ids) <= max(ids) < config.vocab_size:
+        outside = min(ids) if min(ids) < 0 else max(ids)
+        raise ValueError(
+            f"requests[{index}] holds token id {outside}; ids must lie in [0, vocab_size={config.vocab_size})"
+        )
+
+
+def _pad_steps(num_steps: int) -> int:
+    """Returns the steps that are computed for so many: few different numbers, so that few programs are compiled."""
+    if num_steps <= 64:
+        return max(1 << (num_steps - 1).bit_length(), 4)
+    step = max(64, 1 << (num_steps.bit_length() - 3))  # at most a quarter too many beyond 256
+    return -(-num_steps // step) * step
+
+
+def _score_batch(
+    model: Model, requests: Sequence[Request], method: HShareConfig | Method | None, impl: str
+) -> list[tuple[float, bool]]:
+    config = model.config
+    prompts = [list(context[:-1]) or list(context) for context, _ in requests]
+    texts = [
+        [*context[len(prompt) :], *continuation]
+        for (context, continuation), prompt in zip(requests, prompts, strict=True)
+    ]
+    tokens, lengths = pad_prompts(prompts)
+    forced, sizes = pad_prompts(texts)
+    T = _pad_steps(max(int(sizes.max()) - 1, 1))
+    forced = np.pad(forced, ((0, 0), (0, T + 1 - forced.shape[1])))
+    # Steps beyond a row's own come last and are not looked at. They fit into the cache where the model has positions
+    # for them; otherwise their tokens are dropped.
+    capacity = choose_capacity(config, prompts, min(T, config.max_positions - int(lengths.max())), None)
+    state = init_state(config, len(requests), capacity, method=method, dtype=jnp.dtype(model.dtype))
+    logits, state = prefill(model.params, jnp.asarray(tokens), jnp.asarray(lengths), state, config=config)
+    first_loss, first_chosen = _score_first(logits, jnp.asarray(forced[:, 0]))
+    scores = score_steps(model.params, jnp.asarray(forced), state, config=config, impl=impl)
+    loss = np.concatenate([np.asarray(first_loss)[None], scores.loss])  # [T + 1, B], of each token of `forced`
+    chosen = np.concatenate([np.asarray(first_chosen)[None], scores.chosen])
+    starts = sizes - [len(continuation) for _, continuation in requests]  # behind the context's last token
+    places = np.arange(T + 1)[:, None]
+    is_scored = (places >= starts) & (places < sizes)
+    totals = -np.where(is_scored, loss, 0).sum(axis=0, dtype=np.float64)
+    is_greedy = ((chosen == forced.T) | ~is_scored).all(axis=0)
+    return list(zip(totals.tolist(), is_greedy.tolist(), strict=True))
+
+
+@jax.jit
+def _score_first(logits: Logits, tokens: PerRow) -> tuple[Array, Array]:
+    """Returns (negative log-likelihood of each row's next token [B], the likeliest one [B])."""
+    log_p = jax.nn.log_softmax(logits, axis=-1)
+    return -jnp.take_along_axis(log_p, tokens[:, None], axis=1)[:, 0], jnp.argmax(logits, axis=-1)

@@ -1,0 +1,286 @@
+#!/usr/bin/env python3
+"""Measures every method at every budget on real text and writes docs/results.md, its tables and its plots.
+
+Dense decoding is the yardstick: windows of each text are prefilled once, then every method decodes the last tokens of
+each window, reading the text's own tokens. Each finished cell is a line of the results file, so a killed run goes on;
+the cells that matter most come first, and the report holds what is there.
+
+    python scripts/study_methods.py --text A.txt B.txt C.txt D.jsonl --results methods.jsonl --report docs/results.md
+"""
+
+import argparse
+import dataclasses
+import gc
+import json
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from hshare_jax.config import HShareConfig
+from hshare_jax.evaluation.bootstrap import interval, mean_ratio
+from hshare_jax.evaluation.methods import method_named
+from hshare_jax.evaluation.passkey import ANSWER_TOKENS, ask, is_found, make_passkeys
+from hshare_jax.evaluation.prefilled import prefill_for
+from hshare_jax.evaluation.records import Records
+from hshare_jax.evaluation.text_windows import Scorer, Window, cut_windows
+from hshare_jax.models.pretrained import Model, load_model
+from hshare_jax.selection import Method
+
+SKIP = 0.25  # of a text, title pages and licences
+BUDGETS = {64: (4, 44, 16), 128: (8, 88, 32), 256: (8, 200, 48), 512: (16, 432, 64)}  # sinks, critical, recent
+RATIOS = ("7/8-3/4-1/2", "3/4-3/4-1/2", "1/2-1/2-1/2")
+OURS = ("hshare 1-1-1", "hshare 1/2-1-1", "hshare 1/3-1-1", "hshare 1/8-1-1")
+NAMES = (
+    "dense", "exact_topk", "double_sparsity", *OURS, *(f"published {ratio}" for ratio in RATIOS),
+    "streaming_llm", "h2o", "quest", "quest_window", "snapkv", "snapkv_fixed",
+)  # fmt: skip
+PLANS = ("anchors 1/2-1-1", "anchors 1/3-1-1")
+DEFAULT, COMPARED = "hshare 1/2-1-1", "hshare 1/3-1-1"
+ROWS = {1024: 8, 4096: 8, 8192: 4}  # windows scored together: an 8k study fits into 8 GB
+WINDOWS = 8
+PASSKEY_BATCH = 10
+ROOM = 256  # decode steps that SnapKV makes room for
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One method at one budget and context."""
+
+    context: int
+    budget: int
+    name: str
+
+    @property
+    def method(self) -> HShareConfig | Method | None:
+        """Returns the settings; layer 0 is dense in all."""
+        sinks, critical, recent = BUDGETS[self.budget]
+        ours = HShareConfig(num_sinks=sinks, num_critical=critical, num_recent=recent)
+        kind, _, ratio = self.name.partition(" ")
+        if kind == "hshare":
+            return ours.with_sharing_ratio(ratio)
+        if kind == "anchors":
+            return dataclasses.replace(ours, plan="anchors").with_sharing_ratio(ratio)
+        if kind == "published":
+            changes = {"num_probes": ours.num_probes, "dense_layers": ours.dense_layers}
+            split = {"num_sinks": sinks, "num_critical": critical, "num_recent": recent}
+            return dataclasses.replace(HShareConfig.published().with_sharing_ratio(ratio), **changes, **split)
+        return method_named(self.name, ours, max_new_tokens=ROOM)
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """Returns the fields that tell this cell's line."""
+        return {"kind": "text", "context": self.context, "budget": self.budget, "name": self.name}
+
+
+def cells(contexts: Sequence[int]) -> Iterator[Cell]:
+    """Yields the study, the cells that matter most first; dense decoding once for each context.
+
+    At 8k two budgets of the four: more would take the whole beyond two hours on two cores.
+    """
+    order = [(4096, 512), (4096, 128), (1024, 128), (8192, 512), (1024, 64), (4096, 256), (4096, 64)]
+    order += [(1024, 256), (1024, 512), (8192, 128)]
+    for context, budget in order:
+        if context not in contexts:
+            continue
+        for name in (*NAMES, *(PLANS if (context, budget) == (4096, 512) else ())):
+            if name != "dense" or (context, budget) == next(pair for pair in order if pair[0] == context):
+                yield Cell(context, budget, name)
+
+
+def read_text(path: Path) -> str:
+    """Returns a file's text; of .jsonl the field `prompt` of all lines."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".jsonl":
+        text = "\n\n".join(json.loads(line)["prompt"] for line in text.splitlines() if line.strip())
+    return text
+
+
+def measure_context(
+    model: Model, context: int, todo: list[Cell], texts: dict[str, str], steps: int, keep: Records
+) -> None:
+    """Scores the cells of one context on all windows."""
+    per_text = WINDOWS // len(texts)
+    windows: list[Window] = []
+    for name, text in texts.items():
+        windows += cut_windows(model, name, text, context=context, count=per_text, skip=SKIP)
+    batches = [windows[start : start + ROWS[context]] for start in range(0, len(windows), ROWS[context])]
+    methods = [cell.method for cell in todo]
+    with tqdm(total=len(batches) * (context - steps), desc=f"prefill {context}", unit="token", disable=None) as bar:
+        scorers = [Scorer(model, batch, steps, methods, progress=bar.update) for batch in batches]
+    for cell in tqdm(todo, desc=f"cells at {context}", disable=None):
+        scores = [scorer.score(cell.method) for scorer in scorers]
+        rows = {name: np.concatenate([score[name] for score in scores]) for name in scores[0]}
+        keep.append(
+            cell.key
+            | {
+                "settings": repr(cell.method),
+                "reads": round(float(rows["reads"].mean()), 1),
+                "recall": round(float(np.nanmean(rows["recall"])), 4),
+                "loss": round(float(rows["loss"].mean()), 5),
+                "divergence": rows["divergence"].round(6).tolist(),
+                "agrees": rows["agrees"].astype(int).tolist(),
+            }
+        )
+        jax.clear_caches()  # every cell has programs of its own, and they are large
+        gc.collect()
+
+
+def measure_passkeys(model: Model, book: str, names: Sequence[str], budget: int, seeds: int, keep: Records) -> None:
+    """Asks every method for the numbers hidden in 1,024-token texts; a line a method."""
+    assert model.tokenizer is not None
+    cells = [Cell(1024, budget, name) for name in names]
+    todo = [cell for cell in cells if {"kind": "passkey", "budget": budget, "name": cell.name} not in keep]
+    if not todo:
+        return
+    length, tokenizer = 1024, model.tokenizer
+    skipped = book[int(len(book) * SKIP) :]
+    passkeys = make_passkeys(tokenizer, skipped, length, range(seeds))
+    found = {cell.name: [] for cell in todo}
+    batches = range(0, seeds, PASSKEY_BATCH)
+    with tqdm(total=len(batches) * len(todo), desc="passkeys", disable=None) as bar:
+        for start in batches:
+            batch = passkeys[start : start + PASSKEY_BATCH]
+            tokens = jnp.asarray([passkey.text for passkey in batch], jnp.int32)
+            lengths = jnp.full((len(batch),), tokens.shape[1], jnp.int32)
+            prefilled = prefill_for(model, tokens, lengths, length + ANSWER_TOKENS, [cell.method for cell in todo])
+            for cell in todo:
+                answers = ask(model.params, batch[0].question, prefilled.start(cell.method), config=model.config)
+                texts = map(str, tokenizer.batch_decode(answers))
+                found[cell.name] += [int(is_found(p, text)) for p, text in zip(batch, texts, strict=True)]
+                bar.update()
+    for cell in todo:
+        keep.append({"kind": "passkey", "budget": budget, "name": cell.name, "found": found[cell.name]})
+    jax.clear_caches()
+
+
+def report(lines: list[dict[str, Any]], header: str) -> str:
+    """Returns the tables in Markdown."""
+    text = {(line["context"], line["budget"], line["name"]): line for line in lines if line["kind"] == "text"}
+    out = [header]
+    for context in sorted({key[0] for key in text}):
+        for budget in BUDGETS:
+            names = [name for name in (*NAMES, *PLANS) if (context, budget, name) in text]
+            if names and names != ["dense"]:
+                out += _table(context, budget, {name: text[context, budget, name] for name in names})
+    passkeys = [line for line in lines if line["kind"] == "passkey"]
+    if passkeys:
+        out += ["\n### Passkey, 1,024 tokens, the question decoded by sparse steps\n", "| method | tokens | found |"]
+        out += ["|---|---|---|"]
+        for line in passkeys:
+            out.append(f"| {line['name']} | {line['budget']} | {sum(line['found'])} of {len(line['found'])} |")
+    out += ["\n### Where a cheaper or simpler method does better\n", *(_surprises(text) or ["None."])]
+    return "\n".join(out) + "\n"
+
+
+def _table(context: int, budget: int, lines: dict[str, dict[str, Any]]) -> list[str]:
+    base = np.array(lines[DEFAULT]["divergence"]) if DEFAULT in lines else None
+    out = [
+        f"\n### {budget} of {context} tokens\n",
+        "| method | KL to dense, mean (95 %) | median | over the default's (95 %) | top-1 agreement (95 %) | "
+        "recall of attention | perplexity | tokens read |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, line in lines.items():
+        kl, agrees = np.array(line["divergence"]), np.array(line["agrees"])
+        ratio = "-"
+        if base is not None and name not in (DEFAULT, "dense"):
+            low, high = interval(mean_ratio, kl, base)
+            ratio = f"{mean_ratio(kl, base):.2f} ({low:.2f}-{high:.2f})"
+        kl_low, kl_high = interval(np.mean, kl)
+        low, high = interval(np.mean, agrees)
+        out.append(
+            f"| {name} | {kl.mean():.4f} ({kl_low:.4f}-{kl_high:.4f}) | {np.median(kl):.4f} | {ratio} "
+            f"| {agrees.mean():.1%} ({low:.1%}-{high:.1%}) | {line['recall']:.1%} | {np.exp(line['loss']):.2f} "
+            f"| {line['reads']:.0f} |"
+        )
+    return out
+
+
+def _surprises(text: dict[tuple[int, int, str], dict[str, Any]]) -> list[str]:
+    """Returns the cells in which a method that shares nothing and computes no label beats one of ours."""
+    out = []
+    for (context, budget, name), line in text.items():
+        if name not in ("streaming_llm", "h2o", "quest", "quest_window", "snapkv", "snapkv_fixed"):
+            continue
+        for ours in (DEFAULT, COMPARED, "hshare 1/8-1-1", *(f"published {ratio}" for ratio in RATIOS)):
+            if (mine := text.get((context, budget, ours))) is None:
+                continue
+            theirs, kl = np.array(line["divergence"]), np.array(mine["divergence"])
+            ways = [w for w, pick in (("mean", np.mean), ("median", np.median)) if pick(theirs) < pick(kl)]
+            if ways:
+                out.append(
+                    f"- {budget} of {context}: {name} ({theirs.mean():.4f} / {np.median(theirs):.4f}, reads "
+                    f"{line['reads']:.0f}) below {ours} ({kl.mean():.4f} / {np.median(kl):.4f}, reads "
+                    f"{mine['reads']:.0f}) by {' and '.join(ways)}"
+                )
+    return out
+
+
+def main() -> None:
+    """Measures the cells that the results lack, and writes the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, nargs="+", required=True, help="text files; of .jsonl the field `prompt`")
+    parser.add_argument("--results", type=Path, required=True, help="JSONL to write to and to go on from")
+    parser.add_argument("--report", type=Path, help="Markdown to write; default: standard output")
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--contexts", type=int, nargs="+", default=sorted(ROWS), choices=sorted(ROWS))
+    parser.add_argument("--steps", type=int, default=256, help="positions scored of each window; eight windows in all")
+    parser.add_argument("--seeds", type=int, default=50, help="passkey prompts")
+    parser.add_argument("--report-only", action="store_true", help="measure nothing")
+    options = parser.parse_args()
+    if WINDOWS % len(options.text):
+        parser.error(f"--text names {len(options.text)} files; {WINDOWS} windows must divide evenly among them")
+    if options.steps > ROOM:
+        parser.error(f"--steps {options.steps} must be at most {ROOM}")
+    study = {
+        "model": options.model, "texts": [path.name for path in options.text], "steps": options.steps,
+        "seeds": options.seeds,
+    }  # fmt: skip
+    keep = Records(options.results, study, keys=("kind", "context", "budget", "name"))
+    todo = [] if options.report_only else [cell for cell in cells(options.contexts) if cell.key not in keep]
+    if not options.report_only:
+        texts = {path.name: read_text(path) for path in options.text}
+        model = load_model(options.model)
+        stages = [list(group) for group in _stages(todo)]
+        for number, stage in enumerate(stages or [[]]):
+            if stage:
+                measure_context(model, stage[0].context, stage, texts, options.steps, keep)
+            if number == 0:
+                for budget in (128, 512):
+                    measure_passkeys(model, next(iter(texts.values())), NAMES, budget, options.seeds, keep)
+    header = (
+        f"{date.today()}, {options.model}, float32, jax {jax.__version__}, Python {platform.python_version()}, "
+        f"{jax.devices()[0].device_kind}. {WINDOWS} windows of {', '.join(path.name for path in options.text)}; "
+        f"the last {options.steps} positions of each scored, {WINDOWS * options.steps} in all. Intervals: paired "
+        f"bootstrap over blocks of neighbouring positions. Layer 0 is dense in every method.\n\n    python "
+        + " ".join(sys.argv)
+    )
+    text = report(keep.lines, header)
+    if options.report:
+        options.report.write_text(text, encoding="utf-8")
+    else:
+        print(text)
+
+
+def _stages(todo: list[Cell]) -> Iterator[list[Cell]]:
+    """Yields runs of cells of one context, which share a prefill."""
+    stage: list[Cell] = []
+    for cell in todo:
+        if stage and stage[0].context != cell.context:
+            yield stage
+            stage = []
+        stage.append(cell)
+    if stage:
+        yield stage
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""`hshare-jax eval`: what it writes, that it goes on where it was stopped, and one clear line for every mistake."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from random_weights import random_params
+from tiny_tokenizer import byte_tokenizer
+
+from hshare_jax import cli, cli_options
+from hshare_jax.models import pretrained
+from hshare_jax.models.config import ModelConfig, RopeConfig
+
+TINY = ModelConfig(
+    vocab_size=261, width=32, mlp_width=48, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, max_positions=512,
+    windows=(None,) * 3, rope=RopeConfig(theta=100.0),
+)  # fmt: skip
+SMALL = ["--num-sinks", "4", "--num-critical", "24", "--num-recent", "8", "--label-channels", "4"]
+TEXT = "The rain in Spain stays mainly in the plain, or so it is said by those who have not seen it. " * 12
+QUESTIONS = [{"question": f"What is {n} and {n}?", "answer": f"It is {2 * n}.\n#### {2 * n}"} for n in range(2, 8)]
+STORY = {
+    "id": "rain", "story": "It rained in Spain.", "questions": [{"turn_id": 1, "input_text": "Where?"}],
+    "answers": [{"turn_id": 1, "input_text": "Spain"}], "additional_answers": {},
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_compile_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeps the command line's compile cache out of the other tests of this process."""
+    monkeypatch.setattr(cli_options, "keep_compiled_programs", lambda directory: None)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    pretrained.save_model(pretrained.Model(TINY, random_params(TINY), byte_tokenizer(), (), "tiny", ""), path)
+    return str(path)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    rendered = [
+        {"task": "trec", "prompt": f"Q: {n}\nType:", "answers": ["Number"], "all_classes": ["Number", "Place"]}
+        for n in range(2)
+    ] + [{"task": "lcc", "prompt": "x = " * 200 + "\n", "answers": ["x = 1"], "all_classes": None}]
+    for name, lines in (("questions.jsonl", QUESTIONS), ("rendered.jsonl", rendered)):
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "coqa.json").write_text(json.dumps({"version": "1.0", "data": [STORY]}))
+    (tmp_path / "rain.txt").write_text(TEXT)
+    return tmp_path
+
+
+def call(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    try:
+        status = cli.main(arguments)
+    except SystemExit as exit:
+        status = int(exit.code or 0)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def evaluate(tiny: str, data: Path, *more: str) -> list[str]:
+    arguments = [part.replace("{data}", str(data)) for part in more]
+    return ["eval", "--model", tiny, "--output", str(data / "out.jsonl"), *SMALL, *arguments]
+
+
+def lines_of(data: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (data / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+TASKS = {
+    "gsm8k": (["--data", "{data}/questions.jsonl", "--max-new-tokens", "5"], ("strict", "flexible"), 6),
+    "coqa": (["--data", "{data}/coqa.json", "--max-new-tokens", "5"], ("em", "f1"), 1),
+    "longbench": (["--data", "{data}/rendered.jsonl"], ("score",), 3),
+    "passkey": (["--data", "{data}/rain.txt", "--context", "120", "--limit", "3"], ("found",), 3),
+    "perplexity": (
+        ["--data", "{data}/rain.txt", "--context", "120", "--steps", "8", "--limit", "2"],
+        ("loss", "divergence", "agrees", "recall", "perplexity"), 2,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_scores_every_item_with_every_method(
+    task: str, tiny: str, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, scores, count = TASKS[task]
+    command = evaluate(tiny, data, "--task", task, *arguments, "--method", "hshare", "dense", "--json")
+    status, out, err = call(command, capsys)
+    assert (status, err) == (0, "")
+    summary = json.loads(out)
+    assert (summary["task"], summary["model"], summary["bad"]) == (task, "tiny", 0)
+    for method in ("hshare", "dense"):
+        assert summary["methods"][method]["items"] == count
+        assert set(scores) <= set(summary["methods"][method])
+    study, *lines = lines_of(data)
+    assert (study["task"], study["settings"]["num_critical"]) == (task, "24")
+    assert len({(line["id"], line["method"]) for line in lines}) == len(lines) == 2 * count
+    again = (data / "out.jsonl").read_bytes()
+    assert call(command, capsys)[1] == out, "nothing is left to do, and the summary is the same"
+    assert (data / "out.jsonl").read_bytes() == again
+
+
+def test_longbench_prompts_that_are_too_long_are_cut_in_the_middle(
+    tiny: str, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = evaluate(tiny, data, "--task", "longbench", "--data", "{data}/rendered.jsonl", "--subset", "lcc")
+    assert call(command, capsys)[0] == 0
+    (line,) = lines_of(data)[1:]
+    assert line["prompt_tokens"] == 512 - 64
+
+
+def test_a_run_that_was_killed_goes_on_and_writes_the_same_bytes(
+    tiny: str, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--task", "gsm8k", "--data", "{data}/questions.jsonl", "--max-new-tokens", "6", "--batch-size", "2"]
+    command = evaluate(tiny, data, *arguments, "--method", "hshare", "streaming_llm")
+    output = data / "out.jsonl"
+    code = f"import sys; from hshare_jax import cli; sys.exit(cli.main({command!r}))"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "HSHARE_JAX_CACHE": str(data / "cache")}
+    child = subprocess.Popen([sys.executable, "-c", code], env=environment)
+    while not output.exists() or output.read_bytes().count(b"\n") < 4:
+        assert child.poll() is None
+        time.sleep(0.01)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert call(command, capsys)[0] == 0
+    resumed = output.read_bytes()
+    # Cut off in the middle of a batch, and of a line.
+    for share in (0.35, 0.8):
+        output.write_bytes(resumed[: round(share * len(resumed))])
+        assert call(command, capsys)[0] == 0
+        assert output.read_bytes() == resumed
+    output.unlink()
+    assert call(command, capsys)[0] == 0
+    assert output.read_bytes() == resumed
+
+
+def test_bad_examples_are_left_out_and_counted(tiny: str, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [json.dumps(QUESTIONS[0]), "{broken", json.dumps({"question": "long " * 300, "answer": "#### 1"})]
+    (data / "bad.jsonl").write_text("\n".join(lines) + "\n")
+    command = evaluate(tiny, data, "--task", "gsm8k", "--data", "{data}/bad.jsonl", "--max-new-tokens", "3")
+    status, _, err = call(command, capsys)
+    assert status == 2
+    assert "bad.jsonl:2: not JSON" in err
+    assert "--skip-bad leaves such examples out" in err
+    assert not (data / "out.jsonl").exists()
+    status, out, _ = call([*command, "--skip-bad", "--json"], capsys)
+    assert status == 0
+    assert (json.loads(out)["bad"], json.loads(out)["methods"]["hshare"]["items"]) == (2, 1)
+
+
+MISTAKES = {
+    "no file": (["--task", "gsm8k", "--data", "no/questions.jsonl"], "no/questions.jsonl: No such file"),
+    "missing key": (["--task", "gsm8k", "--data", "{data}/rendered.jsonl"], "rendered.jsonl:1: key 'question' is mis"),
+    "not the task's file": (["--task", "coqa", "--data", "{data}/rain.txt"], "rain.txt"),
+    "unknown task": (["--task", "magic", "--data", "{data}/rain.txt"], "invalid choice: 'magic'"),
+    "unknown method": (["--task", "passkey", "--data", "{data}/rain.txt", "--method", "magic"], "invalid choice"),
+    "option of another task": (
+        ["--task", "gsm8k", "--data", "{data}/questions.jsonl", "--steps", "3"], "--steps is for --task perplexity",
+    ),
+    "two files": (["--task", "gsm8k", "--data", "a", "b"], "--data names 2 files; --task gsm8k reads one"),
+    "no items": (["--task", "passkey", "--data", "{data}/rain.txt", "--limit", "0"], "--limit 0 must be at least 1"),
+    "steps beyond context": (
+        ["--task", "perplexity", "--data", "{data}/rain.txt", "--context", "20", "--steps", "20"],
+        "--steps 20 must be less than --context 20",
+    ),
+    "context beyond model": (
+        ["--task", "perplexity", "--data", "{data}/rain.txt", "--context", "600"],
+        "--context 600 must lie between 2 and the model's 512",
+    ),
+    "no room for the answer": (
+        ["--task", "passkey", "--data", "{data}/rain.txt", "--context", "510"], "--context 510 must be at most 504",
+    ),
+    "depth": (["--task", "passkey", "--data", "{data}/rain.txt", "--context", "120", "--depth", "3/2"], "in [0, 1]"),
+    "settings of dense": (
+        ["--task", "passkey", "--data", "{data}/rain.txt", "--method", "dense"], "--num-sinks is for sparse decoding",
+    ),
+    "tiny budget": (
+        ["--task", "gsm8k", "--data", "{data}/questions.jsonl", "--method", "quest", "--num-critical", "1",
+         "--num-recent", "1"],
+        "too small for quest",
+    ),
+    "prompt longer than the model": (["--task", "gsm8k", "--data", "{data}/long.jsonl"], "long.jsonl:1: the prompt"),
+    "no such longbench task": (
+        ["--task", "longbench", "--data", "{data}/rendered.jsonl", "--subset", "magic"], "magic",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_told_before_the_model_is_loaded(
+    name: str, tiny: str, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (data / "long.jsonl").write_text(json.dumps({"question": "long " * 300, "answer": "#### 1"}) + "\n")
+    monkeypatch.setattr(pretrained.ModelFiles, "load", None)
+    arguments, message = MISTAKES[name]
+    status, out, err = call(evaluate(tiny, data, *arguments), capsys)
+    assert (status, out) == (2, "")
+    assert err.count("\n") == 1
+    assert message in err
+    assert not (data / "out.jsonl").exists()
+
+
+def test_results_of_another_run_are_refused_and_kept(tiny: str, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--task", "passkey", "--data", "{data}/rain.txt", "--context", "120", "--limit", "1"]
+    assert call(evaluate(tiny, data, *arguments), capsys)[0] == 0
+    before = (data / "out.jsonl").read_bytes()
+    status, _, err = call(evaluate(tiny, data, *arguments, "--seed", "3"), capsys)
+    assert status == 2
+    assert "out.jsonl holds results for seed=None, and this run has seed='3'; name another file" in err
+    assert (data / "out.jsonl").read_bytes() == before
+    # More items, or another method, go on in the same file.
+    arguments[-1] = "2"
+    assert call(evaluate(tiny, data, *arguments, "--method", "hshare", "dense"), capsys)[0] == 0
+    assert (data / "out.jsonl").read_bytes().startswith(before)
+    assert len(lines_of(data)) == 1 + 4
