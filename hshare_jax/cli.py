@@ -25,7 +25,9 @@ from hshare_jax.cli_options import (
     add_settings,
     apply_chat_template,
     as_usage_error,
+    check_method,
     check_not_empty,
+    choose_method,
     open_named,
     option_name,
     read_constants,
@@ -35,11 +37,13 @@ from hshare_jax.cli_options import (
     setting_names,
     whole,
 )
+from hshare_jax.evaluation.methods import METHODS
 
 if TYPE_CHECKING:
     import numpy as np
 
     from hshare_jax.config import HShareConfig
+    from hshare_jax.evaluation.run import Settings
     from hshare_jax.generate import Generation
     from hshare_jax.models.pretrained import Model, ModelFiles
     from hshare_jax.sampling import SamplingConfig
@@ -111,7 +115,10 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     drawing.add_argument("--repetition-penalty", type=real, default=1.0, help="make what was seen less likely")
     drawing.add_argument("--seed", type=whole, default=0, help="of the first prompt; the next ones count up")
     sharing = add_settings(parser)
-    sharing.add_argument("--method", choices=("hshare", "dense"), default="hshare")
+    sharing.add_argument(
+        "--method", choices=METHODS, default="hshare", metavar="NAME",
+        help=f"{', '.join(METHODS)}: all at HShare's budget (hshare)",
+    )  # fmt: skip
     sharing.add_argument("--channels-file", metavar="FILE", help="label channels, from calibrate or as published")
     sharing.add_argument("--plan-file", metavar="FILE", help="a plan, from calibrate or as published")
 
@@ -157,23 +164,21 @@ def _generate(options: argparse.Namespace) -> int:
     if options.seed < 0 or options.seed >= 2**31:
         raise UsageError(f"--seed {options.seed} must lie between 0 and {2**31 - 1}")
     if options.compare_dense and options.method == "dense":
-        raise UsageError("--compare-dense compares with dense decoding; it needs --method hshare")
+        raise UsageError("--compare-dense compares with dense decoding; choose another --method")
     hshare, sampling = read_settings(options), _sampling(options)
-    if options.method == "dense":
-        if given := [name for name in setting_names() if hasattr(options, name)]:
-            raise UsageError(f"{option_name(given[0])} is for sparse decoding; leave it or --method dense out")
-        hshare = None
+    check_method(options, [options.method], hshare)
     files = open_named(options)
     texts = apply_chat_template(files, prompts, options)
     _check_fit(files, texts, options, hshare)
     model = files.load(options.dtype)
-    constants = read_constants(options, model, hshare)
+    method = choose_method(options.method, hshare, max_new_tokens=options.max_new_tokens)
+    constants = read_constants(options, model, hshare) if options.method == "hshare" else (None, None)
     seeds = [options.seed + row for row in range(len(texts))]
     is_streamed = len(texts) == 1 and not options.json and not options.no_stream
-    result = _decode(model, texts, hshare, constants, sampling, seeds, options, is_streamed)
-    statistics = _statistics(result, model, hshare, constants[0])
+    result = _decode(model, texts, method, constants, sampling, seeds, options, is_streamed)
+    statistics = _statistics(result, model, options.method, method, constants[0])
     if options.compare_dense:
-        statistics |= _compare(model, texts, hshare, constants, statistics, options)
+        statistics |= _compare(model, texts, method, constants, statistics, options)
     if options.json:
         _print_json(model, result, statistics)
     elif not is_streamed:
@@ -227,7 +232,7 @@ def _check_fit(
 def _decode(
     model: "Model",
     prompts: list[list[int]],
-    hshare: "HShareConfig | None",
+    method: "Settings",
     constants: "tuple[SharePlan | None, np.ndarray | None]",
     sampling: "SamplingConfig",
     seeds: list[int],
@@ -238,7 +243,7 @@ def _decode(
 
     decode = functools.partial(
         stream if is_streamed else generate,
-        max_new_tokens=options.max_new_tokens, method=hshare, plan=constants[0], channels=constants[1],
+        max_new_tokens=options.max_new_tokens, method=method, plan=constants[0], channels=constants[1],
         sampling=sampling, seeds=seeds, stop=options.stop, impl=options.impl,
     )  # fmt: skip
     pieces = decode(model, prompts)
@@ -253,11 +258,13 @@ def _decode(
 
 
 def _statistics(
-    result: "Generation", model: "Model", hshare: "HShareConfig | None", plan: "SharePlan | None"
+    result: "Generation", model: "Model", name: str, hshare: "Settings", plan: "SharePlan | None"
 ) -> dict[str, Any]:
+    from hshare_jax.config import HShareConfig
+
     timing, usage = result.timing, result.usage
-    statistics: dict[str, Any] = {"method": "dense" if hshare is None else "hshare"}
-    if hshare is not None:
+    statistics: dict[str, Any] = {"method": name}
+    if isinstance(hshare, HShareConfig):
         # What was computed and not what was asked for: a prompt too short for a plan shares nothing.
         computed = usage.selections / max(usage.refreshes, 1)
         statistics |= {
@@ -286,7 +293,7 @@ def _statistics(
 def _compare(
     model: "Model",
     prompts: list[list[int]],
-    hshare: "HShareConfig | None",
+    method: "Settings",
     constants: "tuple[SharePlan | None, np.ndarray | None]",
     statistics: dict[str, Any],
     options: argparse.Namespace,
@@ -301,7 +308,7 @@ def _compare(
     continuations = [dense.tokens[row] for row in rows]
     agreements = token_agreement(
         model, [prompts[row] for row in rows], continuations,
-        method=hshare, plan=constants[0], channels=constants[1], impl=options.impl,
+        method=method, plan=constants[0], channels=constants[1], impl=options.impl,
     )  # fmt: skip
     sizes = [len(tokens) - 1 for tokens in continuations]
     agreement = sum(a * size for a, size in zip(agreements, sizes, strict=True)) / sum(sizes)
@@ -332,15 +339,17 @@ def _print_json(model: "Model", result: "Generation", statistics: dict[str, obje
 
 
 def _statistics_line(s: dict[str, Any]) -> str:
-    parts = [s["method"]]
-    if s["method"] == "hshare":
+    parts, is_hshare = [s["method"]], "sharing_ratio" in s
+    if is_hshare:
         every = "every step" if s["refresh_interval"] == 1 else f"every {s['refresh_interval']} steps"
         parts = [
-            f"hshare {s['sharing_ratio'] or 'plan from a file'} budget {s['budget']}",
+            f"{s['method']} {s['sharing_ratio'] or 'plan from a file'} budget {s['budget']}",
             f"computes {s['computed_lists']:g} of {s['lists']} lists {every}",
-            f"reads {s['mean_tokens_read']} of {s['mean_length']} tokens",
-            f"{s['refreshes']} refreshes, {s['selections']} of {s['possible_selections']} selections",
         ]
+    if s["method"] != "dense":
+        parts.append(f"reads {s['mean_tokens_read']} of {s['mean_length']} tokens")
+    if is_hshare:
+        parts.append(f"{s['refreshes']} refreshes, {s['selections']} of {s['possible_selections']} selections")
     parts += [
         f"prompt {s['prompt_tokens']} tokens, {s['prompt_tokens_per_second']} tokens/s",
         f"new {s['new_tokens']} tokens, {s['decode_tokens_per_second']} tokens/s",

@@ -12,15 +12,17 @@ from hshare_jax.cli_options import (
     add_named_model,
     add_settings,
     as_usage_error,
+    check_method,
+    choose_method,
     fraction,
     open_named,
     option_name,
     read_constants,
     read_settings,
     read_text,
-    setting_names,
     whole,
 )
+from hshare_jax.evaluation.methods import METHODS
 
 if TYPE_CHECKING:
     from hshare_jax.config import HShareConfig
@@ -29,18 +31,6 @@ if TYPE_CHECKING:
     from hshare_jax.models.pretrained import ModelFiles
 
 READERS = ("gsm8k", "coqa", "longbench")  # tasks whose examples are read from a file of their own
-METHODS = (
-    "hshare",
-    "dense",
-    "exact_topk",
-    "streaming_llm",
-    "h2o",
-    "quest",
-    "quest_window",
-    "snapkv",
-    "snapkv_fixed",
-    "double_sparsity",
-)  # fmt: skip  (those of evaluation.methods, which is imported once the arguments are checked)
 
 
 def add_eval(parser: argparse.ArgumentParser) -> None:
@@ -101,13 +91,13 @@ def run_eval(options: argparse.Namespace) -> int:
     if task != "perplexity" and len(options.data) > 1:
         raise UsageError(f"--data names {len(options.data)} files; --task {task} reads one")
     hshare = read_settings(options)
-    if list(options.method) == ["dense"] and (given := [n for n in setting_names() if hasattr(options, n)]):
-        raise UsageError(f"{option_name(given[0])} is for sparse decoding; leave it or --method dense out")
+    check_method(options, options.method, hshare)
     items, num_bad = _read_items(options)
     files = open_named(options)
     from hshare_jax.evaluation.run import summarise
 
-    methods = _methods(options, hshare)
+    room = {"perplexity": getattr(options, "steps", 256), "passkey": 64}.get(task)
+    methods = {name: choose_method(name, hshare, max_new_tokens=room) for name in options.method}
     items, too_long = _fit_items(options, files, items)
     num_bad += too_long
     try:
@@ -153,16 +143,6 @@ def _read_items(options: argparse.Namespace) -> tuple[Any, int]:
     if hasattr(options, "max_new_tokens"):
         items = [dataclasses.replace(item, max_new_tokens=options.max_new_tokens) for item in items]
     return items, num_bad
-
-
-def _methods(options: argparse.Namespace, hshare: "HShareConfig") -> "dict[str, Settings]":
-    from hshare_jax.evaluation.methods import method_named
-
-    room = {"perplexity": getattr(options, "steps", 256), "passkey": 64}.get(options.task)
-    try:
-        return {name: method_named(name, hshare, max_new_tokens=room) for name in options.method}
-    except ValueError as error:
-        raise as_usage_error(error) from error
 
 
 def _fit_items(options: argparse.Namespace, files: "ModelFiles", items: Any) -> tuple[Any, int]:

@@ -9,10 +9,13 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from hshare_jax.evaluation.methods import method_named
+
 if TYPE_CHECKING:
     import numpy as np
 
     from hshare_jax.config import HShareConfig
+    from hshare_jax.evaluation.run import Settings
     from hshare_jax.models.pretrained import Model, ModelFiles
     from hshare_jax.share_plan import SharePlan
 
@@ -236,3 +239,21 @@ def apply_chat_template(model: "ModelFiles", prompts: list[str], options: argpar
     texts = model.tokenizer.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
     # The template writes the special tokens itself.
     return [model.tokenizer(str(text), add_special_tokens=False)["input_ids"] for text in texts]
+
+
+def check_method(options: argparse.Namespace, names: Sequence[str], hshare: "HShareConfig") -> None:
+    """Raises UsageError for settings that none of the methods has a use for, or a budget too small for one."""
+    if list(names) == ["dense"] and (given := [name for name in setting_names() if hasattr(options, name)]):
+        raise UsageError(f"{option_name(given[0])} is for sparse decoding; leave it or --method dense out")
+    if "hshare" not in names and (given := [name for name in ("plan_file", "channels_file") if hasattr(options, name)]):
+        raise UsageError(f"{option_name(given[0])} is for --method hshare, not {names[0]}")
+    for name in names:
+        choose_method(name, hshare)
+
+
+def choose_method(name: str, hshare: "HShareConfig", *, max_new_tokens: int | None = None) -> "Settings":
+    """Returns a method's settings by its name; UsageError for a budget that is too small for it."""
+    try:
+        return method_named(name, hshare, max_new_tokens=max_new_tokens)
+    except ValueError as error:
+        raise as_usage_error(error) from error

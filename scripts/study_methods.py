@@ -14,6 +14,7 @@ import gc
 import json
 import platform
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from datetime import date
 from pathlib import Path
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from hshare_jax.agreement import forced_logits
 from hshare_jax.config import HShareConfig
 from hshare_jax.evaluation.bootstrap import interval, mean_ratio
 from hshare_jax.evaluation.methods import method_named
@@ -43,10 +45,12 @@ NAMES = (
     "streaming_llm", "h2o", "quest", "quest_window", "snapkv", "snapkv_fixed",
 )  # fmt: skip
 PLANS = ("anchors 1/2-1-1", "anchors 1/3-1-1")
+MARK = "<!-- What follows is written by scripts/study_methods.py. -->"
 DEFAULT, COMPARED = "hshare 1/2-1-1", "hshare 1/3-1-1"
 ROWS = {1024: 8, 4096: 8, 8192: 4}  # windows scored together: an 8k study fits into 8 GB
 WINDOWS = 8
 PASSKEY_BATCH = 10
+SPEED, SPEED_STEPS = ((4096, 512), (4096, 128)), 24
 ROOM = 256  # decode steps that SnapKV makes room for
 
 
@@ -85,8 +89,8 @@ def cells(contexts: Sequence[int]) -> Iterator[Cell]:
 
     At 8k two budgets of the four: more would take the whole beyond two hours on two cores.
     """
-    order = [(4096, 512), (4096, 128), (1024, 128), (8192, 512), (1024, 64), (4096, 256), (4096, 64)]
-    order += [(1024, 256), (1024, 512), (8192, 128)]
+    order = [(4096, 512), (4096, 128), (1024, 128), (1024, 512), (8192, 512), (4096, 256), (4096, 64)]
+    order += [(1024, 64), (1024, 256), (8192, 128)]
     for context, budget in order:
         if context not in contexts:
             continue
@@ -161,6 +165,27 @@ def measure_passkeys(model: Model, book: str, names: Sequence[str], budget: int,
     jax.clear_caches()
 
 
+def measure_speed(model: Model, context: int, todo: list[Cell], text: str, keep: Records) -> None:
+    """Times decode steps of the cells, all rows at once, on one text; a line a cell. The machine must be idle."""
+    windows = cut_windows(model, "speed", text, context=context, count=ROWS[context], skip=SKIP)
+    tokens = jnp.asarray([window.tokens for window in windows], jnp.int32)
+    length = context - SPEED_STEPS
+    lengths = jnp.full((len(windows),), length, jnp.int32)
+    methods = [cell.method for cell in todo]
+    prefilled = prefill_for(model, tokens[:, :length], lengths, context, methods)
+    for cell in tqdm(todo, desc=f"speed at {context}", disable=None):
+        seconds = []
+        for _ in range(3):  # the first one compiles
+            state = jax.block_until_ready(prefilled.start(cell.method))
+            began = time.perf_counter()
+            logits = forced_logits(model.params, tokens[:, length:-1], state, config=model.config)
+            jax.block_until_ready(logits)
+            seconds.append(time.perf_counter() - began)
+        milliseconds = round(1000 * min(seconds[1:]) / SPEED_STEPS, 2)
+        keep.append({**cell.key, "kind": "speed", "batch": len(windows), "milliseconds": milliseconds})
+        jax.clear_caches()
+
+
 def report(lines: list[dict[str, Any]], header: str) -> str:
     """Returns the tables in Markdown."""
     text = {(line["context"], line["budget"], line["name"]): line for line in lines if line["kind"] == "text"}
@@ -176,6 +201,8 @@ def report(lines: list[dict[str, Any]], header: str) -> str:
         out += ["|---|---|---|"]
         for line in passkeys:
             out.append(f"| {line['name']} | {line['budget']} | {sum(line['found'])} of {len(line['found'])} |")
+    if speed := [line for line in lines if line["kind"] == "speed"]:
+        out += _speed_table(speed)
     out += ["\n### Where a cheaper or simpler method does better\n", *(_surprises(text) or ["None."])]
     return "\n".join(out) + "\n"
 
@@ -200,6 +227,23 @@ def _table(context: int, budget: int, lines: dict[str, dict[str, Any]]) -> list[
             f"| {name} | {kl.mean():.4f} ({kl_low:.4f}-{kl_high:.4f}) | {np.median(kl):.4f} | {ratio} "
             f"| {agrees.mean():.1%} ({low:.1%}-{high:.1%}) | {line['recall']:.1%} | {np.exp(line['loss']):.2f} "
             f"| {line['reads']:.0f} |"
+        )
+    return out
+
+
+def _speed_table(lines: list[dict[str, Any]]) -> list[str]:
+    dense = {(line["context"], line["budget"]): line["milliseconds"] for line in lines if line["name"] == "dense"}
+    out = [
+        "\n### Speed of decode steps\n",
+        "| method | tokens | batch | ms a step | times dense |",
+        "|---|---|---|---|---|",
+    ]
+    for line in lines:
+        base = dense.get((line["context"], line["budget"]))
+        times = "-" if base is None else f"{base / line['milliseconds']:.2f}"
+        out.append(
+            f"| {line['name']} | {line['budget']} of {line['context']} | {line['batch']} | {line['milliseconds']:.1f} "
+            f"| {times} |"
         )
     return out
 
@@ -234,6 +278,7 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=sorted(ROWS), choices=sorted(ROWS))
     parser.add_argument("--steps", type=int, default=256, help="positions scored of each window; eight windows in all")
     parser.add_argument("--seeds", type=int, default=50, help="passkey prompts")
+    parser.add_argument("--speed", action="store_true", help="time decode steps and nothing else, on an idle machine")
     parser.add_argument("--report-only", action="store_true", help="measure nothing")
     options = parser.parse_args()
     if WINDOWS % len(options.text):
@@ -245,8 +290,13 @@ def main() -> None:
         "seeds": options.seeds,
     }  # fmt: skip
     keep = Records(options.results, study, keys=("kind", "context", "budget", "name"))
-    todo = [] if options.report_only else [cell for cell in cells(options.contexts) if cell.key not in keep]
-    if not options.report_only:
+    if options.speed:
+        for context, budget in SPEED:
+            timed = [Cell(context, budget, name) for name in NAMES]
+            if timed := [cell for cell in timed if {**cell.key, "kind": "speed"} not in keep]:
+                measure_speed(load_model(options.model), context, timed, read_text(options.text[0]), keep)
+    elif not options.report_only:
+        todo = [cell for cell in cells(options.contexts) if cell.key not in keep]
         texts = {path.name: read_text(path) for path in options.text}
         model = load_model(options.model)
         stages = [list(group) for group in _stages(todo)]
@@ -265,6 +315,9 @@ def main() -> None:
     )
     text = report(keep.lines, header)
     if options.report:
+        # What a person wrote above the mark stays.
+        written = options.report.read_text(encoding="utf-8") if options.report.exists() else "# Results\n\n"
+        text = written.partition(MARK)[0] + MARK + "\n\n" + text
         options.report.write_text(text, encoding="utf-8")
     else:
         print(text)

@@ -61,6 +61,14 @@ USAGE_MISTAKES = {
     "empty stop": (["a", "--stop", ""], "--stop is empty"),
     "unknown dtype": (["a", "--dtype", "int8"], "invalid choice: 'int8'"),
     "unknown method": (["a", "--method", "magic"], "invalid choice: 'magic'"),
+    "plan of another method": (
+        ["a", "--method", "h2o", "--plan-file", "p"],
+        "--plan-file is for --method hshare, not h2o",
+    ),
+    "budget below a page": (
+        ["a", "--method", "quest", "--num-sinks", "1", "--num-critical", "1", "--num-recent", "1"],
+        "a budget of 3 tokens is too small for quest; it needs at least 16",
+    ),
     "no critical tokens": (["a", "--num-critical", "0"], "--num-critical 0 must be at least 1"),
     "no recent tokens": (["a", "--num-recent", "0"], "--num-recent 0 must be at least 1"),
     "negative sinks": (["a", "--num-sinks", "-1"], "--num-sinks -1 must be at least 0"),
@@ -111,7 +119,7 @@ USAGE_MISTAKES = {
     "plan file not JSON": (["a", "--plan-file", "{tmp}/empty.txt"], "empty.txt is not JSON"),
     "channels file of another shape": (["a", "--channels-file", "{tmp}/channels.json"], "key model.layers.1.self_attn"),
     "plan file of another shape": (["a", "--plan-file", "{tmp}/plan.json"], "must be a list of 30 layer numbers"),
-    "dense against dense": (["a", "--compare-dense", "--method", "dense"], "needs --method hshare"),
+    "dense against dense": (["a", "--compare-dense", "--method", "dense"], "choose another --method"),
 }
 
 

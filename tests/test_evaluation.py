@@ -16,7 +16,7 @@ import hshare_jax.evaluation.passkey as passkey_module
 from hshare_jax.agreement import score_steps
 from hshare_jax.decode_state import start_method
 from hshare_jax.evaluation.bootstrap import interval, mean_ratio
-from hshare_jax.evaluation.methods import METHODS, describe, method_named
+from hshare_jax.evaluation.methods import METHODS, method_named
 from hshare_jax.evaluation.passkey import ANSWER_TOKENS, ask, is_found, make_passkeys
 from hshare_jax.evaluation.prefilled import prefill_for
 from hshare_jax.evaluation.recall import measure_recall, recall_of
@@ -106,7 +106,8 @@ def test_windows_are_spread_over_the_text_and_scored_as_decode_steps():
     ids = TINY.tokenizer(TEXT)["input_ids"]
     starts = [int(window.id.split(":")[1]) for window in windows]
     assert starts[0] == int(len(ids) * 0.1)
-    assert starts[-1] == len(ids) - 101
+    assert starts[1] - starts[0] == pytest.approx((len(ids) - starts[0] - 101) / 3, abs=1)
+    assert starts[2] - starts[1] == pytest.approx((len(ids) - starts[0] - 101) / 3, abs=1)
     assert all(list(window.tokens) == ids[start : start + 101] for window, start in zip(windows, starts, strict=True))
     scorer = Scorer(TINY, windows, 8, [None, HSHARE])
     dense, sparse = scorer.score(None), scorer.score(HSHARE)
@@ -214,7 +215,6 @@ def test_methods_by_name_read_no_more_than_the_budget(name):
         most = 201 if layer < hshare.dense_layers else hshare.budget + (name == "snapkv")
         assert (reads <= most).all()
         assert (reads >= most - 16).all()
-    assert describe(method) != describe(None)
 
 
 def test_names_and_budgets_that_are_none_are_refused():

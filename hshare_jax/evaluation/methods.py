@@ -1,7 +1,5 @@
 """The methods by their names, each at the same budget of tokens."""
 
-import dataclasses
-
 from hshare_jax.config import HShareConfig
 from hshare_jax.selection import Method
 from hshare_jax.selectors import H2O, Quest, SnapKV, StreamingLLM, double_sparsity, exact_topk
@@ -55,12 +53,3 @@ def method_named(name: str, hshare: HShareConfig, *, max_new_tokens: int | None 
     if name not in settings:
         raise ValueError(f"method={name!r} must be one of {', '.join(METHODS)}")
     return settings[name]
-
-
-def describe(method: HShareConfig | Method | None) -> str:
-    """Returns settings as one line that tells them from all others: the key of what was measured with them."""
-    if method is None:
-        return "dense"
-    assert dataclasses.is_dataclass(method)
-    fields = (f"{f.name}={getattr(method, f.name)}" for f in dataclasses.fields(method))
-    return f"{type(method).__name__}({', '.join(fields)})"

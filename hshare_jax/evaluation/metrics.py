@@ -8,6 +8,7 @@ import string
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from rapidfuzz import fuzz
 from rouge import Rouge
@@ -80,7 +81,8 @@ def rouge_l(prediction: str, reference: str) -> float:
     # The library recurses once a word of a sentence, and generated text may never come to a full stop.
     sys.setrecursionlimit(limit + 2 * (len(prediction.split()) + len(reference.split())))
     try:
-        return float(Rouge(metrics=["rouge-l"]).get_scores(prediction, reference)[0]["rouge-l"]["f"])
+        scores: Any = Rouge(metrics=["rouge-l"]).get_scores(prediction, reference)
+        return float(scores[0]["rouge-l"]["f"])
     finally:
         sys.setrecursionlimit(limit)
 

@@ -30,6 +30,8 @@ def cut_windows(
 ) -> list[Window]:
     """Returns windows of `context` + 1 tokens of a text, evenly spread from the share `skip` of it on.
 
+    The last one ends well before the text: a book's end is often a licence.
+
     Args:
         model: whose tokeniser reads the text.
         name: of the text, for the windows' ids.
@@ -51,7 +53,7 @@ def cut_windows(
     if room < 0:
         raise ValueError(f"{name} has {len(ids) - first} tokens to cut from; a window needs context={context} and one")
     count = (len(ids) - first) // (context + 1) if count is None else count
-    starts = [first + room * index // max(count - 1, 1) for index in range(count)]
+    starts = [first + room * index // count for index in range(count)]
     return [Window(f"{name}:{start}", tuple(map(int, ids[start : start + context + 1]))) for start in starts]
 
 
@@ -69,7 +71,8 @@ class Scorer:
         progress: Callable[[int], object] | None = None,
     ) -> None:
         """Prefills all but the last `steps` tokens of each window, and decodes these densely as the reference."""
-        self.windows, self.steps, self._model, self._impl = windows, steps, model, impl
+        self.windows, self.steps, self.methods = windows, steps, methods
+        self._model, self._impl = model, impl
         tokens = jnp.asarray([window.tokens for window in windows], jnp.int32)
         length = tokens.shape[1] - 1 - steps
         if length < 1:
