@@ -37,6 +37,7 @@ from hshare_jax.cli_options import (
     setting_names,
     whole,
 )
+from hshare_jax.cli_plot import add_plot
 from hshare_jax.evaluation.methods import METHODS
 
 if TYPE_CHECKING:
@@ -83,6 +84,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_calibrate(commands.add_parser("calibrate", help="make label channels and a plan for all prompts from texts"))
     _add_convert(commands.add_parser("convert", help="write a model as an Orbax checkpoint that loads fast"))
     add_eval(commands.add_parser("eval", help="measure what sparse decoding costs, on tasks and on any text"))
+    add_plot(
+        commands.add_parser("plot", help="draw how alike the choices are, a plan, and quality against reads or time")
+    )
     _add_info(commands.add_parser("info", help="show a model's shape and what its cache takes"))
     return parser
 

@@ -41,11 +41,11 @@ class HShareConfig:
             ("num_sinks", 0), ("num_critical", 1), ("num_recent", 1), ("refresh_interval", 1),
             ("dense_layers", 0), ("min_length", 0),
         ):  # fmt: skip
-            _check_whole(name, getattr(self, name), least)
+            check_whole(name, getattr(self, name), least)
         if self.num_probes != "all":
-            _check_whole("num_probes", self.num_probes, 1)
+            check_whole("num_probes", self.num_probes, 1)
         if self.label_channels is not None:
-            _check_whole("label_channels", self.label_channels, 1)
+            check_whole("label_channels", self.label_channels, 1)
         for name in ("layer_ratio", "head_ratio", "budget_ratio"):
             ratio = getattr(self, name)
             if ratio is None and name == "budget_ratio":
@@ -160,7 +160,8 @@ class HShareConfig:
         return Fraction(self.num_computed_lists(model), max(lists, 1)) / self.refresh_interval
 
 
-def _check_whole(name: str, value: object, least: int) -> None:
+def check_whole(name: str, value: object, least: int) -> None:
+    """Raises ValueError, with the argument's name, unless its value is a whole number of at least `least`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name}={value!r} must be at least {least}, a whole number")
 

@@ -55,6 +55,7 @@ ORDER = (
     "hshare_jax",
     "hshare_jax.cli_options",
     "hshare_jax.cli_eval",
+    "hshare_jax.cli_plot",
     "hshare_jax.cli",
     "hshare_jax.__main__",
     "scripts.*",

@@ -164,3 +164,21 @@ def test_a_step_is_traced_once_and_the_state_is_donated(name):
         _, state = decode_step(params(), jnp.full((2,), token), state, config=MODEL)
         assert held.cache.keys[0].is_deleted()
     assert decode_step._cache_size() == before + 1  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (lambda: StreamingLLM(-1), "num_sinks=-1 must be at least 0"),
+        (lambda: StreamingLLM(num_recent=0), "num_recent=0 must be at least 1"),
+        (lambda: H2O(num_heavy=0), "num_heavy=0 must be at least 1"),
+        (lambda: Quest(page_size=0), "page_size=0 must be at least 1"),
+        (lambda: SnapKV(num_critical=2.5), "num_critical=2.5 must be at least 1, a whole number"),
+        (lambda: SnapKV(max_new_tokens=0), "max_new_tokens=0 must be at least 1"),
+        (lambda: SnapKV(kernel_size=4), "kernel_size=4 must be odd"),
+        (lambda: Quest(lists_per="layer"), "lists_per='layer' must be one of"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings, message, unchecked):
+    with pytest.raises(ValueError, match=message):
+        settings()

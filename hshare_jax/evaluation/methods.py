@@ -34,22 +34,27 @@ def method_named(name: str, hshare: HShareConfig, *, max_new_tokens: int | None 
     least = {"streaming_llm": 5, "h2o": 2, "quest": page, "quest_window": page + hshare.num_sinks + hshare.num_recent}
     if budget < least.get(name, 1):
         raise ValueError(f"a budget of {budget} tokens is too small for {name}; it needs at least {least[name]}")
-    settings = {
-        "hshare": hshare,
-        "dense": None,
-        "exact_topk": exact_topk(*split, dense_layers=dense),
-        "streaming_llm": StreamingLLM(4, dense, num_recent=budget - 4),
-        "h2o": H2O(0, dense, num_heavy=budget // 2, num_recent=budget - budget // 2),
-        "quest": Quest(0, dense, num_pages=budget // page - 1),
-        "quest_window": Quest(
-            hshare.num_sinks, dense, num_recent=hshare.num_recent, num_pages=-(-hshare.num_critical // page)
-        ),
-        "snapkv": SnapKV(
-            0, dense, num_critical=budget - observed, num_observed=observed, max_new_tokens=max_new_tokens
-        ),
-        "snapkv_fixed": SnapKV(0, dense, num_critical=budget - observed, num_observed=observed, keeps_generated=False),
-        "double_sparsity": double_sparsity(*split, dense_layers=dense),
-    }
-    if name not in settings:
-        raise ValueError(f"method={name!r} must be one of {', '.join(METHODS)}")
-    return settings[name]
+    match name:
+        case "hshare":
+            return hshare
+        case "dense":
+            return None
+        case "exact_topk":
+            return exact_topk(*split, dense_layers=dense)
+        case "double_sparsity":
+            return double_sparsity(*split, dense_layers=dense)
+        case "streaming_llm":
+            return StreamingLLM(4, dense, num_recent=budget - 4)
+        case "h2o":
+            return H2O(0, dense, num_heavy=budget // 2, num_recent=budget - budget // 2)
+        case "quest":
+            return Quest(0, dense, num_pages=budget // page - 1)
+        case "quest_window":
+            pages = -(-hshare.num_critical // page)
+            return Quest(hshare.num_sinks, dense, num_pages=pages, num_recent=hshare.num_recent)
+        case "snapkv" | "snapkv_fixed":
+            return SnapKV(
+                0, dense, num_critical=budget - observed, num_observed=observed,
+                keeps_generated=name == "snapkv", max_new_tokens=max_new_tokens,
+            )  # fmt: skip
+    raise ValueError(f"method={name!r} must be one of {', '.join(METHODS)}")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from hshare_jax.config import check_whole
 from hshare_jax.kernels.api import dense_decode, shared_decode
 from hshare_jax.kernels.reference import EMPTY
 from hshare_jax.kv_cache import KVCache
@@ -55,6 +56,15 @@ class ListMethod:
     num_sinks: int = 0  # first tokens always read
     dense_layers: int = 0  # the first layers read everything
     lists_per: Literal["kv_head", "query_head"] = "query_head"
+
+    def __post_init__(self) -> None:
+        may_be_zero = ("num_sinks", "dense_layers", "num_pages")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type in (int, "int") or (value is not None and field.type == int | None):
+                check_whole(field.name, value, 0 if field.name in may_be_zero else 1)
+        if self.lists_per not in ("kv_head", "query_head"):
+            raise ValueError(f"lists_per={self.lists_per!r} must be one of 'kv_head', 'query_head'")
 
     wants_received = False  # whether prefill is to add up the attention that each slot receives
 

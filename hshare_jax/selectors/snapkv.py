@@ -28,6 +28,11 @@ class SnapKV(ListMethod):
     keeps_generated: bool = True
     max_new_tokens: int | None = None  # how far an answer may grow; None: to the cache's end
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size={self.kernel_size} must be odd: as many neighbours on either side")
+
     @property
     def list_size(self) -> int:
         """Returns the tokens kept of the prompt before its last ones."""

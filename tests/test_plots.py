@@ -1,0 +1,458 @@
+"""Figures: they hold what they were given, are written whole or not at all, and the command that draws them."""
+
+import json
+import struct
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from random_weights import random_params
+from tiny_tokenizer import LETTERS, byte_tokenizer
+
+from hshare_jax import cli_plot
+from hshare_jax.cli_options import Parser, UsageError
+from hshare_jax.cli_plot import add_plot
+from hshare_jax.config import HShareConfig
+from hshare_jax.evaluation import plots
+from hshare_jax.evaluation.plots import (
+    plot_head_similarity,
+    plot_layer_similarity,
+    plot_plan,
+    plot_quality,
+    plot_speed,
+    plot_step_similarity,
+    read_results,
+    save,
+)
+from hshare_jax.models import pretrained
+from hshare_jax.models.config import ModelConfig, RopeConfig
+from hshare_jax.share_plan import SharePlan
+
+RNG = np.random.default_rng(3)
+
+
+def squares(num_layers: int, n: int) -> np.ndarray:
+    """Returns symmetric similarities with ones on the diagonal; layer 0 has none."""
+    half = RNG.uniform(0.1, 0.55, (num_layers, n, n)).astype(np.float32)
+    found = (half + half.swapaxes(1, 2)) / 2
+    found[:, range(n), range(n)] = 1
+    found[0] = 0
+    return found
+
+
+def texts(figure: Figure) -> str:
+    """Returns all that a figure says, a line each."""
+    figure.draw_without_rendering()
+    return "\n".join(found.get_text() for found in figure.findobj(lambda artist: hasattr(artist, "get_text")))  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def points(line: Line2D) -> np.ndarray:
+    return np.array(line.get_xydata(), np.float64)
+
+
+def text_line(name: str, budget: int, reads: float, divergence: Any, context: int = 1024) -> dict[str, Any]:
+    return {
+        "kind": "text", "context": context, "budget": budget, "name": name, "reads": reads, "divergence": divergence,
+    }  # fmt: skip
+
+
+def speed_line(name: str, budget: int, milliseconds: float, batch: int = 8) -> dict[str, Any]:
+    return {
+        "kind": "speed", "context": 1024, "budget": budget, "name": name, "batch": batch, "milliseconds": milliseconds,
+    }  # fmt: skip
+
+
+def test_the_lists_of_every_layer_have_a_square_of_one_scale() -> None:
+    similarity = squares(6, 3)
+    similarity[3, 1, 2] = similarity[3, 2, 1] = 0.6
+    figure = plot_head_similarity(similarity, subject="a model, 700 tokens")
+    *panels, bar = figure.axes
+    assert [panel.get_title() for panel in panels] == [f"layer {layer}" for layer in range(1, 6)]
+    for layer, panel in enumerate(panels, start=1):
+        (image,) = panel.get_images()
+        np.testing.assert_array_equal(image.get_array(), similarity[layer])
+        assert image.get_clim() == (0, 0.6)  # up to the greatest of two different lists
+        assert f"{similarity[layer, 2, 0]:.2f}" in [text.get_text() for text in panel.texts]
+    assert "in common" in bar.get_ylabel()
+    assert "a model, 700 tokens" in texts(figure)
+
+
+def test_many_lists_have_no_numbers_and_one_list_has_a_figure_too() -> None:
+    figure = plot_head_similarity(squares(3, 12))
+    assert not any(panel.texts for panel in figure.axes)
+    (panel, _) = plot_head_similarity(squares(2, 1)).axes
+    assert panel.get_images()[0].get_clim() == (0, 1)
+
+
+def test_layers_without_lists_are_masked() -> None:
+    similarity = squares(2, 5)[1]
+    similarity[0] = similarity[:, 0] = 0
+    figure = plot_layer_similarity(similarity)
+    axes, bar = figure.axes
+    shown = axes.get_images()[0].get_array()
+    assert isinstance(shown, np.ma.MaskedArray)
+    np.testing.assert_array_equal(shown.mask, similarity == 0)
+    np.testing.assert_array_equal(shown[1:, 1:].filled(-1), similarity[1:, 1:])
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("layer", "layer")
+    assert "dense" in texts(figure)
+
+
+@pytest.mark.parametrize("D", [1, 2, 5])
+def test_steps_have_a_line_a_layer_and_their_mean(D: int) -> None:
+    overlap = RNG.uniform(0.2, 1, (D, 4)).astype(np.float32)
+    overlap[:, 0] = 0
+    axes, bar = plot_step_similarity(overlap).axes
+    *layers, mean = axes.get_lines()
+    assert [line.get_label() for line in layers] == ["layer 1", "layer 2", "layer 3"]
+    assert len({to_hex(line.get_color()) for line in layers}) == 3
+    for layer, line in enumerate(layers, start=1):
+        np.testing.assert_array_equal(line.get_xdata(), np.arange(1, D + 1))
+        np.testing.assert_array_equal(line.get_ydata(), overlap[:, layer])
+    np.testing.assert_allclose(points(mean)[:, 1], overlap[:, 1:].mean(axis=1), rtol=1e-6)
+    assert mean.get_linewidth() > 2 * layers[0].get_linewidth()
+    assert "decode steps" in axes.get_xlabel()
+    assert bar.get_ylabel() == "layer"
+
+
+def test_a_plan_shows_what_is_computed_copied_and_dense() -> None:
+    plan = SharePlan(((0, 1), (2, 3), (2, 5), (2, 7)))
+    figure = plot_plan(plan, 1)
+    axes, _ = figure.axes
+    shown = axes.get_images()[0].get_array()
+    assert isinstance(shown, np.ma.MaskedArray)
+    np.testing.assert_array_equal(shown.filled(-1), [[-1, -1], [1, 1], [1, 2], [1, 3]])
+    cells = {text.get_position(): text.get_text() for text in axes.texts}
+    own = dict.fromkeys([(0, 1), (1, 1), (1, 2), (1, 3)], "own")
+    assert cells == own | {(0, 2): "1.0", (0, 3): "1.0"}  # (list, layer)
+    said = texts(figure)
+    assert "4 of 6 lists are computed" in said
+    assert "dense" in said
+    assert "dense" not in texts(plot_plan(SharePlan(((0, 0), (2, 2))), 0))
+
+
+@pytest.mark.parametrize("draw", [plot_head_similarity, plot_layer_similarity, plot_step_similarity])
+def test_without_lists_there_is_no_figure(draw: Any) -> None:
+    shape = (2, 2, 2) if draw is plot_head_similarity else (2, 2)
+    with pytest.raises(ValueError, match="no layer has lists"):
+        draw(np.zeros(shape, np.float32))
+
+
+def test_without_steps_there_is_no_figure() -> None:
+    with pytest.raises(ValueError, match="no steps"):
+        plot_step_similarity(np.zeros((0, 2), np.float32))
+
+
+def test_quality_is_a_curve_a_method_over_budgets_and_a_panel_a_context() -> None:
+    lines = [
+        text_line("dense", 64, 960, [[0.0, 0.0]]),
+        text_line("quest", 128, 160.5, [[0.1, 0.3], [0.2, 0.2]]),
+        text_line("quest", 64, 100, [[0.4]]),
+        text_line(plots.DEFAULT, 64, 90, 0.02),
+        text_line(plots.DEFAULT, 64, 110, 0.04),  # another window: their mean
+        text_line("mine", 64, 300, [[0.5]], context=4096),
+        text_line("h2o", 512, 1024, [[0.0]]),  # it read everything
+        {"kind": "passkey", "budget": 64, "name": "quest", "found": [1]},
+    ]
+    figure = plot_quality(lines, subject="a model")
+    short, long = figure.axes
+    curves = {str(line.get_label()): line for line in short.get_lines()}
+    assert set(curves) == {"quest", plots.DEFAULT}
+    np.testing.assert_allclose(points(curves["quest"]), [[100, 0.4], [160.5, 0.2]])
+    np.testing.assert_allclose(points(curves[plots.DEFAULT]), [[100, 0.03]])
+    assert [str(line.get_label()) for line in long.get_lines()] == ["mine"]
+    assert curves[plots.DEFAULT].get_linewidth() > curves["quest"].get_linewidth()
+    assert short.get_yscale() == long.get_yscale() == "log"
+    assert "1,024 tokens" in short.get_title()
+    assert "reads 960" in short.get_title()
+    assert "dense" not in long.get_title()
+    assert "KL divergence" in short.get_ylabel()
+    assert "tokens read" in short.get_xlabel()
+    (legend,) = figure.legends
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names == ["mine", "quest", plots.DEFAULT]  # from the farthest to the nearest
+    assert [text.get_fontweight() for text in legend.get_texts()] == ["normal", "normal", "bold"]
+
+
+def test_methods_of_a_whole_study_are_told_apart() -> None:
+    names = [
+        "exact_topk", "double_sparsity", "hshare 1-1-1", plots.DEFAULT, "hshare 1/3-1-1", "hshare 1/8-1-1",
+        "published 7/8-3/4-1/2", "published 3/4-3/4-1/2", "published 1/2-1/2-1/2", "streaming_llm", "h2o", "quest",
+        "quest_window", "snapkv", "snapkv_fixed", "anchors 1/2-1-1", "anchors 1/3-1-1", "a stranger",
+    ]  # fmt: skip
+    figure = plot_quality([text_line(name, 64, 90, 0.1 * (i + 1)) for i, name in enumerate(names)])
+    (axes,) = figure.axes
+    lines = {str(line.get_label()): line for line in axes.get_lines()}
+    assert set(lines) == set(names)
+    assert len({str(line.get_marker()) for line in lines.values()}) == len(names)
+    boldest = max(lines, key=lambda name: lines[name].get_linewidth())
+    assert boldest == plots.DEFAULT
+
+
+def test_values_that_nearly_agree_still_have_a_tick() -> None:
+    figure = plot_quality([text_line("quest", 64, 90, 0.0300), text_line("h2o", 64, 95, 0.0301)])
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    low, high = axes.get_ylim()
+    assert [tick for tick in axes.get_yticks() if low < tick < high]
+
+
+def test_speed_joins_times_with_divergences() -> None:
+    lines = [
+        text_line("quest", 64, 100, [[0.4]]),
+        text_line("quest", 128, 100, [[0.1]]),
+        text_line("h2o", 64, 100, [[0.3]]),  # not timed
+        text_line(plots.DEFAULT, 64, 90, 0.02),
+        text_line(plots.DEFAULT, 64, 90, 0.02, context=4096),  # not timed there
+        speed_line("quest", 128, 2.5),
+        speed_line("quest", 64, 2.0),
+        speed_line("snapkv", 64, 1.0),  # of unknown divergence
+        speed_line(plots.DEFAULT, 64, 1.5),
+        speed_line("dense", 64, 7.0),
+        speed_line("quest", 64, 1.75, batch=1),
+    ]
+    figure = plot_speed(lines)
+    one, eight = figure.axes
+    curves = {str(line.get_label()): line for line in eight.get_lines()}
+    np.testing.assert_allclose(points(curves["quest"]), [[2.0, 0.4], [2.5, 0.1]])
+    np.testing.assert_allclose(points(curves[plots.DEFAULT]), [[1.5, 0.02]])
+    (dense,) = set(curves) - {"quest", plots.DEFAULT}
+    np.testing.assert_array_equal(curves[dense].get_xdata(), [7.0, 7.0])
+    assert [text.get_text() for text in eight.texts] == ["64 tokens", "dense 7 ms"]
+    np.testing.assert_allclose(points(one.get_lines()[0]), [[1.75, 0.4]])
+    assert one.get_title().endswith("1 row")
+    assert eight.get_title().endswith("8 rows")
+    assert "(ms)" in one.get_xlabel()
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["quest", plots.DEFAULT]
+
+
+def test_lines_without_anything_to_show_are_an_error() -> None:
+    with pytest.raises(ValueError, match="no line has a divergence"):
+        plot_quality([text_line("dense", 64, 960, 0.0)])
+    with pytest.raises(ValueError, match="no method has both"):
+        plot_speed([text_line("quest", 64, 90, 0.1), speed_line("quest", 128, 1.0)])
+
+
+STUDY = {"model": "tiny", "texts": ["a.txt"], "steps": 256, "seeds": 50}
+EVAL = {
+    "task": "perplexity", "model": "tiny", "data": ["a.txt"], "batch_size": 8, "context": "512",
+    "settings": {
+        "num_sinks": "8", "num_critical": "88", "num_recent": "32", "plan": "units", "layer_ratio": "1/2",
+        "head_ratio": "1", "refresh_interval": "1",
+    },
+}  # fmt: skip
+
+
+def eval_line(method: str, divergence: float, window: str = "a.txt:0", **changes: object) -> dict[str, Any]:
+    scores = {"loss": 2.0, "divergence": divergence}
+    return {
+        "id": window,
+        "method": method,
+        "task": "perplexity",
+        "steps": 64,
+        "reads": 140.0,
+        "scores": scores,
+    } | changes
+
+
+def write(path: Path, *lines: dict[str, Any], end: str = "") -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + end)
+    return path
+
+
+def test_results_of_studies_and_evaluations_become_one(tmp_path: Path) -> None:
+    line = text_line("quest", 64, 100, [[0.4]])
+    passkey = {"kind": "passkey", "budget": 64, "name": "quest", "found": [1]}
+    study = write(tmp_path / "study.jsonl", STUDY, line | {"recall": 0.9, "settings": "Quest()"}, passkey, end='{"kin')
+    published = EVAL | {"settings": EVAL["settings"] | {"plan": "published", "refresh_interval": "2"}}
+    files = [
+        study,
+        write(tmp_path / "eval.jsonl", EVAL, eval_line("hshare", 0.02), eval_line("h2o", 0.2)),
+        write(tmp_path / "more.jsonl", EVAL | {"data": ["b.txt"]}, eval_line("hshare", 0.04, "b.txt:0")),
+        write(tmp_path / "published.jsonl", published, eval_line("hshare", 0.5)),
+        write(tmp_path / "plan.jsonl", EVAL | {"plan_file": "made/plan.json"}, eval_line("hshare", 0.6)),
+        write(tmp_path / "task.jsonl", {"model": "tiny", "task": "gsm8k"}, {"task": "gsm8k", "scores": {}}),
+    ]
+    lines, model = read_results(files)
+    assert model == "tiny"
+    of_eval = {"kind": "text", "context": 512, "budget": 128, "reads": 140.0}
+    assert lines == [
+        line,
+        of_eval | {"name": f"hshare {HShareConfig().sharing_ratio}", "divergence": 0.02},
+        of_eval | {"name": "h2o", "divergence": 0.2},
+        of_eval | {"name": f"hshare {HShareConfig().sharing_ratio}", "divergence": 0.04},
+        of_eval | {"name": "published 1/2-1-1/2", "divergence": 0.5},
+        of_eval | {"name": "hshare plan.json", "divergence": 0.6},
+    ]
+    curves = {str(line.get_label()): line for line in plot_quality(lines).axes[0].get_lines()}
+    np.testing.assert_allclose(points(curves[plots.DEFAULT]), [[140, 0.03]])
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([], "does not begin with a line that names the model"),
+        ([{"text": "a story"}], "does not begin with a line that names the model"),
+        ([STUDY, {"kind": "text", "context": 1024}], "has a line without 'budget'"),
+        ([STUDY | {"model": "other"}], "first.jsonl is about tiny and .*second.jsonl about other"),
+        (
+            [STUDY | {"steps": 64}, text_line("quest", 64, 100, [[0.4]])],
+            "both hold quest at 64 of 1024 tokens, but differ in steps, 256 and 64; plot them apart",
+        ),
+    ],
+)
+def test_results_that_cannot_stand_together_are_refused(
+    lines: list[dict[str, Any]], message: str, tmp_path: Path
+) -> None:
+    first = write(tmp_path / "first.jsonl", STUDY, text_line("quest", 64, 90, [[0.3]]))
+    with pytest.raises(ValueError, match=message):
+        read_results([first, write(tmp_path / "second.jsonl", *lines)])
+
+
+def test_what_is_no_json_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "prose.jsonl"
+    path.write_text(json.dumps(STUDY) + "\nIt is a truth\n")
+    with pytest.raises(ValueError, match=r"prose.jsonl:2 is not JSON"):
+        read_results([path])
+
+
+@pytest.fixture(scope="module")
+def figure() -> Figure:
+    return plot_quality([text_line("quest", 64, 100, 0.4), text_line("h2o", 64, 90, 0.5)])
+
+
+def test_png_and_svg_are_whole_and_the_same_every_time(figure: Figure, tmp_path: Path) -> None:
+    png, svg = tmp_path / "new" / "a.png", tmp_path / "new" / "a.SVG"
+    for path in (png, svg):
+        save(figure, path)
+    data = png.read_bytes()
+    assert data.startswith(b"\x89PNG\r\n\x1a\n")
+    assert data.endswith(b"IEND\xaeB`\x82")
+    width, height = struct.unpack(">II", data[16:24])
+    assert min(width, height) > 500
+    assert ElementTree.parse(svg).getroot().tag == "{http://www.w3.org/2000/svg}svg"
+    first = svg.read_bytes()
+    save(figure, svg)
+    assert svg.read_bytes() == first
+    assert sorted(path.name for path in png.parent.iterdir()) == ["a.SVG", "a.png"]
+
+
+def test_a_failure_leaves_what_was_there(figure: Figure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(b"before")
+
+    def fail(draft: Path, **_: object) -> None:
+        draft.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(figure, "savefig", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save(figure, path)
+    assert [found.name for found in tmp_path.iterdir()] == ["a.png"]
+    assert path.read_bytes() == b"before"
+
+
+@pytest.mark.parametrize("name", ["a.pdf", "a", "png"])
+def test_other_suffixes_are_refused(name: str, figure: Figure, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"{name} must end in .png or .svg"):
+        save(figure, tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+TINY = ModelConfig(
+    vocab_size=len(dict.fromkeys(LETTERS)) + 5, width=32, mlp_width=48, num_layers=3, num_heads=4, num_kv_heads=2,
+    head_dim=8, max_positions=256, windows=(None,) * 3, rope=RopeConfig(theta=100.0),
+)  # fmt: skip
+BUDGET = ["--num-sinks", "1", "--num-critical", "6", "--num-recent", "3"]
+
+
+def call(*arguments: str) -> int:
+    parser = Parser(prog="hshare-jax plot")
+    add_plot(parser)
+    options = parser.parse_args(arguments)
+    return options.run(options)
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Replaces the built-in model by a tiny one, and returns a folder with a prompt and with results."""
+    model = pretrained.Model(TINY, random_params(TINY), byte_tokenizer(LETTERS), (), "tiny", "")
+    files = pretrained.ModelFiles(TINY, model.tokenizer, (), "tiny", "float32", lambda dtype: iter(()))
+    monkeypatch.setattr(cli_plot, "open_named", lambda options: files)
+    monkeypatch.setattr(pretrained.ModelFiles, "load", lambda self, dtype=None: model)
+    (tmp_path / "prompt.txt").write_text("it is a truth that is known to all, that a man in want of a wife is in luck.")
+    (tmp_path / "short.txt").write_text("too short")
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "there.png").touch()
+    write(tmp_path / "eval.jsonl", EVAL, eval_line("hshare", 0.02))
+    write(tmp_path / "dense.jsonl", EVAL, eval_line("dense", 0.0))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_text_is_drawn_in_every_way(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in cli_plot.OF_TEXT:
+        steps = ["--steps", "3"] if name == "steps" else []
+        assert call(name, "-f", "prompt.txt", *BUDGET, *steps, "--output", f"{name}.svg") == 0
+        assert (tiny / f"{name}.svg").read_text().endswith("</svg>\n")
+    assert "wrote plan.svg" in capsys.readouterr().err
+
+
+def test_results_are_drawn_in_several_files(tiny: Path) -> None:
+    arguments = ["quality", "--results", "eval.jsonl", "--output", "q.png", "there.png"]
+    assert call(*arguments, "--overwrite") == 0
+    assert (tiny / "q.png").read_bytes() == (tiny / "there.png").read_bytes() != b""
+
+
+MISTAKES = {
+    "no prompt": ("heads --output a.png", "no prompt: give one with --prompt-file"),
+    "two prompts": ("heads -f prompt.txt -f prompt.txt --output a.png", "--prompt-file is given 2 times"),
+    "no such prompt": ("plan -f no.txt --output a.png", "--prompt-file no.txt: No such file"),
+    "empty prompt": ("plan -f empty.txt --output a.png", "empty.txt is empty"),
+    "short prompt": ("layers -f short.txt --output a.png", "it needs 216, with twice as many"),
+    "no steps": ("steps -f prompt.txt --steps 0 --output a.png", "--steps 0 must be at least 1"),
+    "too many steps": (
+        "steps -f prompt.txt --steps 99 --output a.png --num-critical 4 --num-recent 2 --num-sinks 0",
+        "and 2 * 99 that are decoded",
+    ),
+    "all dense": ("plan -f prompt.txt --dense-layers 3 --output a.png", "--dense-layers 3 leaves none"),
+    "no critical tokens": ("plan -f prompt.txt --num-critical 0 --output a.png", "--num-critical 0 must be at least 1"),
+    "too many channels": (
+        "plan -f prompt.txt --label-channels 9 --output a.png",
+        "--label-channels 9 must be at most the model's head_dim=8",
+    ),
+    "no channels file": (
+        "plan -f prompt.txt --channels-file no.json --output a.png --num-critical 4 --num-recent 2",
+        "no.json: No such file",
+    ),
+    "another suffix": ("heads -f prompt.txt --output a.pdf", "--output a.pdf must end in .png or .svg"),
+    "an output twice": ("heads -f prompt.txt --output a.png a.png", "--output names a.png twice"),
+    "a file that is there": ("heads -f prompt.txt --output there.png", "there.png exists; give --overwrite"),
+    "no such results": ("quality --results no.jsonl --output a.png", "--results no.jsonl: No such file"),
+    "prose for results": ("quality --results prompt.txt --output a.png", "does not begin with a line that names"),
+    "dense results": ("quality --results dense.jsonl --output a.png", "no line has a divergence to plot"),
+    "no times": ("speed --results eval.jsonl --output a.png", "no method has both"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_told_before_the_model_is_loaded(name: str, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(pretrained.ModelFiles, "load", load)
+    arguments, expected = MISTAKES[name]
+    with pytest.raises(UsageError) as error:
+        call(*arguments.split())
+    assert expected in str(error.value)
+    assert not (tiny / "a.png").exists()
+
+
+def test_without_matplotlib_the_command_says_how_to_get_it(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(cli_plot.sys.modules, "matplotlib", None)  # what Python keeps for a module that is not there
+    with pytest.raises(UsageError, match=r"pip install 'hshare-jax\[eval\]'"):
+        call("quality", "--results", "eval.jsonl", "--output", "a.png")
