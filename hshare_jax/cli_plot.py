@@ -140,7 +140,7 @@ def _draw_text(options: argparse.Namespace) -> "Figure":
 
 def _draw_results(options: argparse.Namespace) -> "Figure":
     """Returns a figure of what methods cost, from files of results."""
-    from hshare_jax.evaluation.plots import plot_quality, plot_speed, read_results
+    from hshare_jax.evaluation.result_plots import plot_quality, plot_speed, read_results
 
     draw = plot_quality if options.figure == "quality" else plot_speed
     try:
