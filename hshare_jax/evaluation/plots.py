@@ -20,6 +20,9 @@ from hshare_jax.share_plan import SharePlan
 SUFFIXES = (".png", ".svg")
 NO_LISTS = "#d9d9d9"
 
+# Okabe and Ito's colours, which colour-blind readers tell apart too; without yellow, which is faint on white.
+BLACK, BLUE, SKY, GREEN = "#000000", "#0072B2", "#56B4E9", "#009E73"
+ORANGE, VERMILION, PURPLE, GREY = "#E69F00", "#D55E00", "#CC79A7", "#7F7F7F"
 _FAINT = 0.55  # how opaque a copied list is drawn
 
 
@@ -191,8 +194,8 @@ def plot_plan(plan: SharePlan, dense_layers: int, *, subject: str = "") -> Figur
     bar.ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     set_title(figure, f"The plan: {num_own} of {num_lists} lists are computed", subject)
     handles = [
-        Patch(facecolor=_GREEN, label="own: computed there"),
-        Patch(facecolor=to_rgba(_GREEN, _FAINT), label="4.1: copied from layer 4, list 1"),
+        Patch(facecolor=GREEN, label="own: computed there"),
+        Patch(facecolor=to_rgba(GREEN, _FAINT), label="4.1: copied from layer 4, list 1"),
     ]
     if dense_layers:
         handles.append(Patch(facecolor=NO_LISTS, edgecolor="0.4", label="dense: reads everything, no lists"))

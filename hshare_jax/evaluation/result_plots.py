@@ -12,25 +12,33 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from hshare_jax.config import HShareConfig
-from hshare_jax.evaluation.plots import blank_figure, set_title
+from hshare_jax.evaluation.plots import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILION,
+    blank_figure,
+    set_title,
+)
 
 DEFAULT = f"hshare {HShareConfig().sharing_ratio}"  # the package's default, as results name it
 
-# Okabe and Ito's colours, which colour-blind readers tell apart too; without yellow, which is faint on white.
-_BLACK, _BLUE, _SKY, _GREEN = "#000000", "#0072B2", "#56B4E9", "#009E73"
-_ORANGE, _VERMILION, _PURPLE, _GREY = "#E69F00", "#D55E00", "#CC79A7", "#7F7F7F"
 _COLOURS = {
-    "hshare": _BLUE,
-    "anchors": _SKY,
-    "published": _VERMILION,
-    "exact_topk": _BLACK,
-    "double_sparsity": _BLACK,
-    "streaming_llm": _ORANGE,
-    "h2o": _PURPLE,
-    "quest": _GREEN,
-    "quest_window": _GREEN,
-    "snapkv": _GREY,
-    "snapkv_fixed": _GREY,
+    "hshare": BLUE,
+    "anchors": SKY,
+    "published": VERMILION,
+    "exact_topk": BLACK,
+    "double_sparsity": BLACK,
+    "streaming_llm": ORANGE,
+    "h2o": PURPLE,
+    "quest": GREEN,
+    "quest_window": GREEN,
+    "snapkv": GREY,
+    "snapkv_fixed": GREY,
 }  # fmt: skip  (a colour for a family; its members differ by their markers)
 _MARKERS = "osD^vPpX*<>dx+12h8H"
 
@@ -278,7 +286,7 @@ def _styles(names: list[str], highlight: str) -> dict[str, dict[str, Any]]:
     """Returns how each method is drawn: a colour for its family, a marker of its own, and one that stands out."""
     order = sorted(names, key=lambda name: (name != highlight, name))
     markers = {name: _MARKERS[index % len(_MARKERS)] for index, name in enumerate(order)}
-    spare = (_ORANGE, _PURPLE, _GREEN, _SKY, _VERMILION, _GREY)
+    spare = (ORANGE, PURPLE, GREEN, SKY, VERMILION, GREY)
     strangers = sorted({name.partition(" ")[0] for name in names} - set(_COLOURS))
     colours = _COLOURS | {family: spare[index % len(spare)] for index, family in enumerate(strangers)}
     styles = {}
