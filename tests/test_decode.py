@@ -415,7 +415,7 @@ def random_state(rng, lengths, hshare):
     cache = dataclasses.replace(
         cache, keys=fill(cache.keys), values=fill(cache.values), lengths=jnp.asarray(lengths, jnp.int32)
     )
-    if shared is not None:
+    if isinstance(shared, SharedLists):
         plan = np.asarray(shared.source).copy()
         plan[rng.integers(len(lengths)), 1] = plan[0, 0, rng.integers(3)]
         lists = np.sort(rng.integers(2, min(lengths), shared.token_indices.shape), axis=-1)

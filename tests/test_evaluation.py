@@ -1,6 +1,7 @@
 """Evaluation loops: one prefill serves every method exactly, scores equal their definitions, passkeys are asked."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,9 +55,8 @@ def test_what_starts_from_the_shared_prefill_is_what_its_own_prefill_gives(name)
     state = held.start(ALL[name])
     np.testing.assert_allclose(held.logits, logits, atol=SAME, rtol=0)
     assert jax.tree.structure(state) == jax.tree.structure(expected)
-    rounding = {"atol": 1e-4, "rtol": 1e-4}
     for found, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(np.asarray(found, np.float64), np.asarray(wanted, np.float64), **rounding)
+        np.testing.assert_allclose(np.asarray(found, np.float64), np.asarray(wanted, np.float64), atol=1e-4, rtol=1e-4)
     assert held.start(ALL[name]) is not state, "a state of its own each time"
 
 
@@ -103,7 +103,7 @@ TEXT = "the rain in spain stays mainly in the plain, or so it is said. " * 30
 
 def test_windows_are_spread_over_the_text_and_scored_as_decode_steps():
     windows = cut_windows(TINY, "rain.txt", TEXT, context=100, count=3, skip=0.1)
-    ids = TINY.tokenizer(TEXT)["input_ids"]
+    ids = byte_tokenizer(LETTERS)(TEXT)["input_ids"]
     starts = [int(window.id.split(":")[1]) for window in windows]
     assert starts[0] == int(len(ids) * 0.1)
     assert starts[1] - starts[0] == pytest.approx((len(ids) - starts[0] - 101) / 3, abs=1)
@@ -129,13 +129,13 @@ def test_one_dispatch_scores_a_chunk(monkeypatch):
     windows = cut_windows(TINY, "rain.txt", TEXT, context=100, count=2)
     scorer = Scorer(TINY, windows, 8, [HSHARE])
     calls = []
-    scored = hshare_jax.agreement._score_steps
+    scored: Any = hshare_jax.agreement._score_steps
     monkeypatch.setattr(hshare_jax.agreement, "_score_steps", lambda *a, **k: calls.append(0) or scored(*a, **k))
-    before = scored._cache_size()  # pyright: ignore[reportFunctionMemberAccess]
+    before = scored._cache_size()
     scorer.score(HSHARE)
     scorer.score(HSHARE)
     assert len(calls) == 2
-    assert scored._cache_size() == before + 1  # pyright: ignore[reportFunctionMemberAccess]
+    assert scored._cache_size() == before + 1
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_passkeys_hide_a_number_at_every_depth_and_a_seed_repeats_them():
     assert len({passkey.key for passkey in passkeys}) == 20
     for passkey in passkeys:
         assert len(passkey.text) + len(passkey.question) == 400
-        text = byte_tokenizer().decode(passkey.text)
+        text = str(byte_tokenizer().decode(list(passkey.text)))
         assert text.count(passkey.key) == 2
         room = 400 - len(passkey.question) - len(encode(passkey_module.NEEDLE.format(key=passkey.key)))
         found = len(encode(text[: text.index("\n\nThe pass key is")]))
@@ -174,7 +174,7 @@ def test_passkeys_hide_a_number_at_every_depth_and_a_seed_repeats_them():
     assert max(p.depth for p in passkeys) > 0.8
     assert min(p.depth for p in passkeys) < 0.2
     (deep,) = make_passkeys(byte_tokenizer(), TEXT * 3, 400, [0], depth=1.0)
-    assert byte_tokenizer().decode(deep.text).endswith("is the pass key.\n\n")
+    assert str(byte_tokenizer().decode(list(deep.text))).endswith("is the pass key.\n\n")
 
 
 @pytest.mark.parametrize("context", [60, 100_000])

@@ -23,6 +23,7 @@ from hshare_jax.models.pretrained import Model
 from hshare_jax.prefill import prefill
 from hshare_jax.sampling import SamplingConfig
 from hshare_jax.share_plan import SharePlan
+from hshare_jax.shared_lists import SharedLists
 
 SHALLOW = dataclasses.replace(MODEL, num_layers=2, windows=(None,) * 2)
 TOKENIZER = byte_tokenizer(LETTERS)
@@ -318,8 +319,10 @@ def test_the_compiled_loop_updates_its_buffers_in_place(hshare, batch):
     finally:
         jaxtyping.config.update("jaxtyping_disable", False)
     # All but the labels' scales, [B, K, 2, S]: a dense layer's scores, [B, K, G, S], cannot be told from them here.
-    labels = [] if state.selection is None else [label.codes for label in state.selection.labels if label is not None]
-    shared = [] if state.selection is None else [state.selection.token_indices, *labels]
+    shared = []
+    if isinstance(state.selection, SharedLists):
+        labels = [label.codes for label in state.selection.labels if label is not None]
+        shared = [state.selection.token_indices, *labels]
     buffers = [*state.cache.keys, *state.cache.values, *shared]
     text = compiled.as_text()
     assert text is not None

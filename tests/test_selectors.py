@@ -13,6 +13,7 @@ from hshare_jax.decode import decode_step
 from hshare_jax.decode_state import DecodeState, count_reads, init_state
 from hshare_jax.prefill import prefill
 from hshare_jax.selectors import H2O, Quest, SnapKV, StreamingLLM, double_sparsity, exact_topk
+from hshare_jax.selectors.listed import Listed
 
 F32 = 1e-4  # absolute, on float32 logits of about 5 after four layers, against float64
 SAME = 1e-5  # between two float32 programs of the same model
@@ -139,6 +140,8 @@ def test_the_attention_that_slots_receive_does_not_depend_on_chunks():
     _, state = prefill_rows([row[:64]], hshare=method, capacity=256)
     tokens, lengths = jnp.asarray(row[None, 64:]), jnp.asarray([36], jnp.int32)
     _, parts = prefill(params(), tokens, lengths, state, config=MODEL)
+    assert isinstance(whole.selection, Listed)
+    assert isinstance(parts.selection, Listed)
     for one, other in zip(whole.selection.memory, parts.selection.memory, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-4)
     # Every query hands out a total of one.
@@ -173,10 +176,16 @@ def test_a_step_is_traced_once_and_the_state_is_donated(name):
         (lambda: StreamingLLM(num_recent=0), "num_recent=0 must be at least 1"),
         (lambda: H2O(num_heavy=0), "num_heavy=0 must be at least 1"),
         (lambda: Quest(page_size=0), "page_size=0 must be at least 1"),
-        (lambda: SnapKV(num_critical=2.5), "num_critical=2.5 must be at least 1, a whole number"),
+        (
+            lambda: SnapKV(num_critical=2.5),  # pyright: ignore[reportArgumentType]
+            "num_critical=2.5 must be at least 1, a whole number",
+        ),
         (lambda: SnapKV(max_new_tokens=0), "max_new_tokens=0 must be at least 1"),
         (lambda: SnapKV(kernel_size=4), "kernel_size=4 must be odd"),
-        (lambda: Quest(lists_per="layer"), "lists_per='layer' must be one of"),
+        (
+            lambda: Quest(lists_per="layer"),  # pyright: ignore[reportArgumentType]
+            "lists_per='layer' must be one of",
+        ),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings, message, unchecked):

@@ -15,6 +15,7 @@ from hshare_jax.config import HShareConfig
 from hshare_jax.decode_state import DecodeState, init_state
 from hshare_jax.models.config import ModelConfig, RopeConfig
 from hshare_jax.prefill import prefill
+from hshare_jax.selection import Method
 
 MODEL = ModelConfig(
     vocab_size=48, width=32, mlp_width=48, num_layers=4, num_heads=6, num_kv_heads=3, head_dim=8, max_positions=1024,
@@ -50,7 +51,7 @@ def random_rows(seed: int, lengths: Sequence[int] = LENGTHS, more: int = 0) -> l
 def prefill_rows(
     rows: Sequence[np.ndarray],
     *,
-    hshare: HShareConfig | None,
+    hshare: HShareConfig | Method | None,
     config: ModelConfig = MODEL,
     capacity: int = CAPACITY,
     dtype: str = "float32",
