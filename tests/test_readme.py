@@ -15,6 +15,6 @@ def test_readme_code_runs(capsys, tmp_path: Path, monkeypatch) -> None:
         exec(compile(block, "README.md", "exec"), namespace)
     printed = capsys.readouterr().out
     assert "blue" in printed  # the primary colours
-    assert "H2O" in printed
+    assert "StreamingLLM" in printed
     scores = namespace["log_likelihood"]
     assert callable(scores)
