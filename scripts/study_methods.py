@@ -13,7 +13,6 @@ import dataclasses
 import gc
 import json
 import platform
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from datetime import date
@@ -40,9 +39,10 @@ SKIP = 0.25  # of a text, title pages and licences
 BUDGETS = {64: (4, 44, 16), 128: (8, 88, 32), 256: (8, 200, 48), 512: (16, 432, 64)}  # sinks, critical, recent
 RATIOS = ("7/8-3/4-1/2", "3/4-3/4-1/2", "1/2-1/2-1/2")
 OURS = ("hshare 1-1-1", "hshare 1/2-1-1", "hshare 1/3-1-1", "hshare 1/8-1-1")
+SIMPLER = ("streaming_llm", "h2o", "quest", "quest_window", "snapkv", "snapkv_fixed")  # no labels, no plan
 NAMES = (
     "dense", "exact_topk", "double_sparsity", *OURS, *(f"published {ratio}" for ratio in RATIOS),
-    "streaming_llm", "h2o", "quest", "quest_window", "snapkv", "snapkv_fixed",
+    *SIMPLER,
 )  # fmt: skip
 PLANS = ("anchors 1/2-1-1", "anchors 1/3-1-1")
 MARK = "<!-- What follows is written by scripts/study_methods.py. -->"
@@ -193,7 +193,7 @@ def report(lines: list[dict[str, Any]], header: str) -> str:
     for context in sorted({key[0] for key in text}):
         for budget in BUDGETS:
             names = [name for name in (*NAMES, *PLANS) if (context, budget, name) in text]
-            if names and names != ["dense"]:
+            if DEFAULT in names:  # what the others are compared with
                 out += _table(context, budget, {name: text[context, budget, name] for name in names})
     passkeys = [line for line in lines if line["kind"] == "passkey"]
     if passkeys:
@@ -252,7 +252,7 @@ def _surprises(text: dict[tuple[int, int, str], dict[str, Any]]) -> list[str]:
     """Returns the cells in which a method that shares nothing and computes no label beats one of ours."""
     out = []
     for (context, budget, name), line in text.items():
-        if name not in ("streaming_llm", "h2o", "quest", "quest_window", "snapkv", "snapkv_fixed"):
+        if name not in SIMPLER:
             continue
         for ours in (DEFAULT, COMPARED, "hshare 1/8-1-1", *(f"published {ratio}" for ratio in RATIOS)):
             if (mine := text.get((context, budget, ours))) is None:
@@ -310,8 +310,9 @@ def main() -> None:
         f"{date.today()}, {options.model}, float32, jax {jax.__version__}, Python {platform.python_version()}, "
         f"{jax.devices()[0].device_kind}. {WINDOWS} windows of {', '.join(path.name for path in options.text)}; "
         f"the last {options.steps} positions of each scored, {WINDOWS * options.steps} in all. Intervals: paired "
-        f"bootstrap over blocks of neighbouring positions. Layer 0 is dense in every method.\n\n    python "
-        + " ".join(sys.argv)
+        f"bootstrap over blocks of neighbouring positions. Layer 0 is dense in every method.\n\n"
+        f"    python scripts/study_methods.py --text {' '.join(path.name for path in options.text)} "
+        f"--results {options.results.name} --report docs/results.md"
     )
     text = report(keep.lines, header)
     if options.report:
