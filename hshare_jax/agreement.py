@@ -129,16 +129,20 @@ def score_steps(
     return _score_steps(params, tokens, state, reference, config=config, impl=impl, observe=observe)[0]
 
 
-@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
-def _force(params: dict, tokens: Array, state: DecodeState, *, config: ModelConfig) -> tuple[Array, DecodeState]:
+@functools.partial(jax.jit, static_argnames=("config", "impl"), donate_argnames=("state",))
+def _force(
+    params: dict, tokens: Array, state: DecodeState, *, config: ModelConfig, impl: str
+) -> tuple[Array, DecodeState]:
     def step(state: DecodeState, token: Array) -> tuple[DecodeState, Array]:
-        logits, state = decode_step(params, token, state, config=config)
+        logits, state = decode_step(params, token, state, config=config, impl=impl)
         return state, logits
 
     state, logits = lax.scan(step, state, tokens.T)
     return logits, state
 
 
-def forced_logits(params: dict, tokens: Tokens, state: DecodeState, *, config: ModelConfig) -> Float[Array, "T B V"]:
+def forced_logits(
+    params: dict, tokens: Tokens, state: DecodeState, *, config: ModelConfig, impl: str = "auto"
+) -> Float[Array, "T B V"]:
     """Returns the logits of decode steps that read a given text [B, T]; the state is donated."""
-    return _force(params, tokens, state, config=config)[0]
+    return _force(params, tokens, state, config=config, impl=impl)[0]

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from hshare_jax.sampling import SamplingConfig
     from hshare_jax.share_plan import SharePlan
 
-# JAX and transformers are imported by the commands, after the arguments have been checked: a mistake is told at once.
+# What only one command needs is imported by it: a start stays short.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -176,7 +176,7 @@ def _generate(options: argparse.Namespace) -> int:
     _check_fit(files, texts, options, hshare)
     model = files.load(options.dtype)
     method = choose_method(options.method, hshare, max_new_tokens=options.max_new_tokens)
-    constants = read_constants(options, model, hshare) if options.method == "hshare" else (None, None)
+    constants = read_constants(options, model, hshare)
     seeds = [options.seed + row for row in range(len(texts))]
     is_streamed = len(texts) == 1 and not options.json and not options.no_stream
     result = _decode(model, texts, method, constants, sampling, seeds, options, is_streamed)

@@ -1,7 +1,8 @@
-"""`hshare-jax eval` and `hshare-jax plot`: what sparse decoding costs on a user's own model and text."""
+"""`hshare-jax eval`: what sparse decoding costs on a user's own model and text."""
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -45,7 +46,10 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
                         help=f"one or more of {', '.join(METHODS)}, all at HShare's budget (hshare)")  # fmt: skip
     parser.add_argument("--output", type=Path, required=True, metavar="JSONL",
                         help="a line for each item and method; a run that was stopped goes on here")  # fmt: skip
-    parser.add_argument("--limit", type=whole, metavar="N", help="only the first N examples, seeds or windows")
+    parser.add_argument(
+        "--limit", type=whole, metavar="N",
+        help="only the first N examples, N passkeys (50), or N windows spread over each text",
+    )  # fmt: skip
     parser.add_argument("--skip-bad", action="store_true", help="leave bad examples out and count them")
     parser.add_argument("--batch-size", type=whole, default=8, metavar="N", help="items computed together (8)")
     parser.add_argument("--impl", choices=("auto", "pallas", "reference", "interpret"), default="auto",
@@ -72,16 +76,17 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
 
 
 _OF_TASK = {
-    "max_new_tokens": ("gsm8k", "coqa"), "turns": ("coqa",), "subset": ("longbench",),
-    "context": ("passkey", "perplexity"), "steps": ("perplexity",), "skip_start": ("passkey", "perplexity"),
-    "depth": ("passkey",), "seed": ("passkey",),
+    # the tasks that an option is for, and its default as results have it
+    "max_new_tokens": (("gsm8k", "coqa"), None), "turns": (("coqa",), "last"), "subset": (("longbench",), None),
+    "context": (("passkey", "perplexity"), "1024"), "steps": (("perplexity",), "256"),
+    "skip_start": (("passkey", "perplexity"), "0"), "depth": (("passkey",), None), "seed": (("passkey",), "0"),
 }  # fmt: skip
 
 
 def run_eval(options: argparse.Namespace) -> int:
     """Runs `hshare-jax eval`."""
     task = options.task
-    for name, tasks in _OF_TASK.items():
+    for name, (tasks, _) in _OF_TASK.items():
         if hasattr(options, name) and task not in tasks:
             raise UsageError(f"{option_name(name)} is for --task {' or '.join(tasks)}, not {task}")
     for name in ("limit", "batch_size", "max_new_tokens", "context", "steps"):
@@ -90,17 +95,25 @@ def run_eval(options: argparse.Namespace) -> int:
             raise UsageError(f"{option_name(name)} {value} must be at least 1")
     if task != "perplexity" and len(options.data) > 1:
         raise UsageError(f"--data names {len(options.data)} files; --task {task} reads one")
+    if len({path.name for path in options.data}) < len(options.data):
+        raise UsageError("--data names two files of one name, which results could not tell apart; rename one")
+    if getattr(options, "seed", 0) < 0:
+        raise UsageError(f"--seed {options.seed} must be at least 0")
     hshare = read_settings(options)
     check_method(options, options.method, hshare)
     items, num_bad = _read_items(options)
     files = open_named(options)
     from hshare_jax.evaluation.run import summarise
+    from hshare_jax.kernels.api import check_impl
 
-    room = {"perplexity": getattr(options, "steps", 256), "passkey": 64}.get(task)
-    methods = {name: choose_method(name, hshare, max_new_tokens=room) for name in options.method}
     items, too_long = _fit_items(options, files, items)
     num_bad += too_long
+    # What SnapKV makes room for: the answer, with a passkey's question before it.
+    room = {"perplexity": getattr(options, "steps", 256), "passkey": 64}.get(task)
+    room = room or max((example.max_new_tokens for example, _ in items), default=1)
+    methods = {name: choose_method(name, hshare, max_new_tokens=room) for name in options.method}
     try:
+        check_impl(options.impl)
         hshare.num_label_channels(files.config)
         read_constants(options, files, hshare)
         records = _open_records(options, files, hshare)
@@ -109,13 +122,19 @@ def run_eval(options: argparse.Namespace) -> int:
     except OSError as error:
         raise UsageError(f"{error.filename}: {error.strerror}") from error
     _evaluate(options, files, methods, items, records)
-    wanted = [line for line in records.lines if line["method"] in methods]
+    ids = set(map(_id_of, items))
+    wanted = [line for line in records.lines if line["method"] in methods and line["id"] in ids]
     summary = {"task": task, "model": files.name, "bad": num_bad, "methods": summarise(wanted)}
     if options.json:
         print(json.dumps(summary))
     else:
         _print_summary(summary)
     return 0
+
+
+def _id_of(item: Any) -> str:
+    """Returns what tells an item of a task from the others: an example with its tokens, a passkey or a window."""
+    return item[0].id if isinstance(item, tuple) else item.id
 
 
 def _read_items(options: argparse.Namespace) -> tuple[Any, int]:
@@ -196,13 +215,16 @@ def _open_records(options: argparse.Namespace, files: "ModelFiles", hshare: "HSh
         "task": options.task,
         "model": files.name,
         "data": [path.name for path in options.data],
+        "data_sha256": [hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in options.data],
         "settings": {field.name: str(getattr(hshare, field.name)) for field in dataclasses.fields(hshare)},
         "batch_size": options.batch_size,
+        "impl": options.impl,
     }
-    names = ("dtype", "plan_file", "channels_file", *_OF_TASK)
+    study |= {name: default for name, (tasks, default) in _OF_TASK.items() if options.task in tasks}
+    names = ("dtype", "revision", "plan_file", "channels_file", *_OF_TASK)
     study |= {name: str(value) for name in names if (value := getattr(options, name, None)) is not None}
-    if options.task == "perplexity":
-        study["limit"] = options.limit  # windows are spread over the text
+    if options.task == "perplexity" or hshare.plan_scope == "batch":
+        study["limit"] = options.limit  # it changes where windows stand, or which rows share a plan
     return Records(options.output, study, keys=KEYS)
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from hshare_jax.models.pretrained import Model, ModelFiles
     from hshare_jax.share_plan import SharePlan
 
-# JAX and transformers are imported by the functions, after the arguments have been checked: a mistake is told at once.
+# What only one command needs is imported by it: a start stays short.
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 USAGE, FAILURE = 2, 1
@@ -241,12 +241,22 @@ def apply_chat_template(model: "ModelFiles", prompts: list[str], options: argpar
     return [model.tokenizer(str(text), add_special_tokens=False)["input_ids"] for text in texts]
 
 
+_OF_BUDGET = ("num_sinks", "num_critical", "num_recent", "dense_layers")
+_OF_METHOD = {
+    "hshare": None,  # all
+    "dense": (),
+    "exact_topk": (*_OF_BUDGET, "budget_ratio", "min_length"),
+    "double_sparsity": (*_OF_BUDGET, "budget_ratio", "min_length", "label_channels", "label_bits", "channels_file"),
+}
+
+
 def check_method(options: argparse.Namespace, names: Sequence[str], hshare: "HShareConfig") -> None:
     """Raises UsageError for settings that none of the methods has a use for, or a budget too small for one."""
-    if list(names) == ["dense"] and (given := [name for name in setting_names() if hasattr(options, name)]):
-        raise UsageError(f"{option_name(given[0])} is for sparse decoding; leave it or --method dense out")
-    if "hshare" not in names and (given := [name for name in ("plan_file", "channels_file") if hasattr(options, name)]):
-        raise UsageError(f"{option_name(given[0])} is for --method hshare, not {names[0]}")
+    used = [_OF_METHOD.get(name, _OF_BUDGET) for name in names]
+    for name in setting_names():
+        if hasattr(options, name) and not any(of is None or name in of for of in used):
+            whom = "sparse decoding" if list(names) == ["dense"] else "--method hshare"
+            raise UsageError(f"{option_name(name)} is for {whom}, not {' or '.join(names)}; leave it out")
     for name in names:
         choose_method(name, hshare)
 

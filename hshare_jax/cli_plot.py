@@ -25,7 +25,7 @@ from hshare_jax.cli_options import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# matplotlib and JAX are imported by the functions, after the arguments have been checked: a mistake is told at once.
+# matplotlib, which the extra `eval` brings, is imported where a figure is drawn.
 
 OF_TEXT = {
     "heads": "how far the lists of each layer choose the same tokens",

@@ -58,9 +58,6 @@ def init_state(
     name = str(getattr(dtype, "__name__", dtype))
     if name not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype={name} must be float32, bfloat16 or float16")
-    if not isinstance(method, HShareConfig) and (plan is not None or channels is not None):
-        name = "dense decoding" if method is None else type(method).__name__
-        raise ValueError(f"a plan or channels were given, but method={method!r}: {name} uses neither")
     cache = init_cache(config, batch_size, capacity, jnp.dtype(dtype))
     return DecodeState(cache, start_method(method, config, cache, plan=plan, channels=channels))
 
@@ -73,7 +70,10 @@ def start_method(
     plan: SharePlan | None = None,
     channels: Int[Array | np.ndarray, "L K ranks"] | None = None,
 ) -> Selection | None:
-    """Returns what a method carries beside an empty cache; arguments are those of `init_state`."""
+    """Returns what a method carries beside an empty cache; arguments and errors are those of `init_state`."""
+    if not isinstance(method, HShareConfig) and (plan is not None or channels is not None):
+        name = "dense decoding" if method is None else type(method).__name__
+        raise ValueError(f"a plan or channels were given, but method={method!r}: {name} uses neither")
     if isinstance(method, HShareConfig):
         return init_lists(config, method, plan, channels, cache)
     return None if method is None else method.start(config, cache)

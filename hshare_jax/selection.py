@@ -103,11 +103,11 @@ def count_dense(cache: KVCache, model: ModelConfig) -> Int[Array, "L B"]:
     return jnp.stack([lengths if window is None else jnp.minimum(lengths, window) for window in model.windows])
 
 
-def mark_dense(layer: int, cache: KVCache, model: ModelConfig) -> Bool[Array, "B S"]:
-    """Returns the slots that dense attention reads in this layer."""
-    slots, window = jnp.arange(cache.capacity)[None, :], model.windows[layer]
-    is_read = slots < cache.lengths[:, None]
-    return is_read if window is None else is_read & (slots >= cache.lengths[:, None] - window)
+def mark_dense(lengths: Int[Array, "B"], num_slots: int, window: int | None) -> Bool[Array, "B S"]:
+    """Returns the slots that dense attention reads in a layer."""
+    slots = jnp.arange(num_slots)[None, :]
+    is_read = slots < lengths[:, None]
+    return is_read if window is None else is_read & (slots >= lengths[:, None] - window)
 
 
 def count_listed(

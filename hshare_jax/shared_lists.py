@@ -177,7 +177,7 @@ class SharedLists:
     def mark_reads(self, layer: int, cache: KVCache, model: ModelConfig) -> Bool[Array, "B J S"]:
         """Returns the slots that the last step read in this layer, by list."""
         unit, rows, J = self.source[:, layer], jnp.arange(self.source.shape[0])[:, None], self.source.shape[2]
-        dense = mark_dense(layer, cache, model)[:, None, :]
+        dense = mark_dense(cache.lengths, cache.capacity, model.windows[layer])[:, None, :]
         marks = mark_listed(
             self.token_indices[unit // J, rows, unit % J], self.recent_start, self.config.num_sinks, cache.capacity
         )

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measures every method at every budget on real text and writes docs/results.md, its tables and its plots.
+"""Measures every method at every budget on real text and writes the tables of docs/results.md.
 
 Dense decoding is the yardstick: windows of each text are prefilled once, then every method decodes the last tokens of
 each window, reading the text's own tokens. Each finished cell is a line of the results file, so a killed run goes on;
@@ -13,6 +13,7 @@ import dataclasses
 import gc
 import json
 import platform
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from datetime import date
@@ -107,6 +108,24 @@ def read_text(path: Path) -> str:
     return text
 
 
+def is_measured(cell: Cell, keep: Records) -> bool:
+    """Returns whether the results hold this cell; ends the run where they hold it with other settings."""
+    for line in keep.lines:
+        if cell.key.items() <= line.items():
+            if line["settings"] != repr(cell.method):
+                sys.exit(
+                    f"{keep.path} holds {cell.key} with settings that are no longer this script's; name another file"
+                )
+            return True
+    return False
+
+
+def made() -> str:
+    """Returns when and with what a line was measured."""
+    versions = f"jax {jax.__version__}, Python {platform.python_version()}"
+    return f"{date.today()}, {versions}, {jax.devices()[0].device_kind}"
+
+
 def measure_context(
     model: Model, context: int, todo: list[Cell], texts: dict[str, str], steps: int, keep: Records
 ) -> None:
@@ -125,6 +144,7 @@ def measure_context(
         keep.append(
             cell.key
             | {
+                "made": made(),
                 "settings": repr(cell.method),
                 "reads": round(float(rows["reads"].mean()), 1),
                 "recall": round(float(np.nanmean(rows["recall"])), 4),
@@ -161,7 +181,7 @@ def measure_passkeys(model: Model, book: str, names: Sequence[str], budget: int,
                 found[cell.name] += [int(is_found(p, text)) for p, text in zip(batch, texts, strict=True)]
                 bar.update()
     for cell in todo:
-        keep.append({"kind": "passkey", "budget": budget, "name": cell.name, "found": found[cell.name]})
+        keep.append({"kind": "passkey", "budget": budget, "name": cell.name, "made": made(), "found": found[cell.name]})
     jax.clear_caches()
 
 
@@ -182,7 +202,7 @@ def measure_speed(model: Model, context: int, todo: list[Cell], text: str, keep:
             jax.block_until_ready(logits)
             seconds.append(time.perf_counter() - began)
         milliseconds = round(1000 * min(seconds[1:]) / SPEED_STEPS, 2)
-        keep.append({**cell.key, "kind": "speed", "batch": len(windows), "milliseconds": milliseconds})
+        keep.append({**cell.key, "kind": "speed", "made": made(), "batch": len(windows), "milliseconds": milliseconds})
         jax.clear_caches()
 
 
@@ -296,7 +316,7 @@ def main() -> None:
             if timed := [cell for cell in timed if {**cell.key, "kind": "speed"} not in keep]:
                 measure_speed(load_model(options.model), context, timed, read_text(options.text[0]), keep)
     elif not options.report_only:
-        todo = [cell for cell in cells(options.contexts) if cell.key not in keep]
+        todo = [cell for cell in cells(options.contexts) if not is_measured(cell, keep)]
         texts = {path.name: read_text(path) for path in options.text}
         model = load_model(options.model)
         stages = [list(group) for group in _stages(todo)]
@@ -306,12 +326,12 @@ def main() -> None:
             if number == 0:
                 for budget in (128, 512):
                     measure_passkeys(model, next(iter(texts.values())), NAMES, budget, options.seeds, keep)
+    names = [path.name for path in options.text]
+    runs = "; ".join(dict.fromkeys(line["made"] for line in keep.lines))
     header = (
-        f"{date.today()}, {options.model}, float32, jax {jax.__version__}, Python {platform.python_version()}, "
-        f"{jax.devices()[0].device_kind}. {WINDOWS} windows of {', '.join(path.name for path in options.text)}; "
-        f"the last {options.steps} positions of each scored, {WINDOWS * options.steps} in all. Intervals: paired "
-        f"bootstrap over blocks of neighbouring positions. Layer 0 is dense in every method.\n\n"
-        f"    python scripts/study_methods.py --text {' '.join(path.name for path in options.text)} "
+        f"{options.model}, float32; {runs}. {WINDOWS} windows of {', '.join(names)}; the last {options.steps} positions "
+        f"of each scored, {WINDOWS * options.steps} in all. Intervals: paired bootstrap over blocks of neighbouring "
+        f"positions. Layer 0 is dense in every method.\n\n    python scripts/study_methods.py --text {' '.join(names)} "
         f"--results {options.results.name} --report docs/results.md"
     )
     text = report(keep.lines, header)

@@ -56,7 +56,7 @@ class HeavyHitters:
         for layer, sums in enumerate(self.sums):
             for position in range(n):
                 sums[:, :n] += weights(row, layer, position)
-            old = set(range(self.num_sinks, n - self.num_recent))
+            old = set(range(self.num_sinks, n - self.num_recent)) & oracle.dense_reads(n, row.windows[layer])
             self.kept.append([oracle.select(of_list, old, self.num_heavy) for of_list in by_list(sums, self.J)])
 
     def reads(self, row, layer, length):
@@ -67,7 +67,8 @@ class HeavyHitters:
             for j, of_list in enumerate(by_list(sums, self.J)):
                 held = [*self.kept[layer][j], leaving]
                 if len(held) > self.num_heavy:
-                    held.remove(min(held, key=lambda slot: (of_list[slot], slot)))
+                    seen = oracle.dense_reads(length, row.windows[layer])
+                    held.remove(min(held, key=lambda slot: (of_list[slot] if slot in seen else -np.inf, slot)))
                 self.kept[layer][j] = held
         window = row.windows[layer]
         reads = [oracle.shared_reads(held, self.num_sinks, start, length, window) for held in self.kept[layer]]

@@ -65,6 +65,18 @@ USAGE_MISTAKES = {
         ["a", "--method", "h2o", "--plan-file", "p"],
         "--plan-file is for --method hshare, not h2o",
     ),
+    "plan of Double Sparsity": (
+        ["a", "--method", "double_sparsity", "--plan-file", "p"],
+        "--plan-file is for --method",
+    ),
+    "scoring of Quest": (
+        ["a", "--method", "quest", "--scoring", "exact"],
+        "--scoring is for --method hshare",
+    ),
+    "ratio of H2O": (
+        ["a", "--method", "h2o", "--budget-ratio", "1/8"],
+        "--budget-ratio is for --method hshare",
+    ),
     "budget below a page": (
         ["a", "--method", "quest", "--num-sinks", "1", "--num-critical", "1", "--num-recent", "1"],
         "a budget of 3 tokens is too small for quest; it needs at least 16",

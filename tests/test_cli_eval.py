@@ -161,6 +161,18 @@ MISTAKES = {
     "missing key": (["--task", "gsm8k", "--data", "{data}/rendered.jsonl"], "rendered.jsonl:1: key 'question' is mis"),
     "not the task's file": (["--task", "coqa", "--data", "{data}/rain.txt"], "rain.txt"),
     "unknown task": (["--task", "magic", "--data", "{data}/rain.txt"], "invalid choice: 'magic'"),
+    "two files of one name": (
+        ["--task", "perplexity", "--data", "{data}/rain.txt", "other/rain.txt"], "--data names two files of one name",
+    ),
+    "negative seed": (["--task", "passkey", "--data", "{data}/rain.txt", "--seed", "-1"], "--seed -1 must be at least"),
+    "kernels without a GPU": (
+        ["--task", "passkey", "--data", "{data}/rain.txt", "--context", "120", "--impl", "pallas"],
+        "--impl 'pallas' runs on NVIDIA GPUs",
+    ),
+    "gate of a method without": (
+        ["--task", "passkey", "--data", "{data}/rain.txt", "--method", "hshare", "h2o", "--min-length", "50"],
+        "--min-length 50 is for methods that list by score; h2o has no such gate",
+    ),
     "unknown method": (["--task", "passkey", "--data", "{data}/rain.txt", "--method", "magic"], "invalid choice"),
     "option of another task": (
         ["--task", "gsm8k", "--data", "{data}/questions.jsonl", "--steps", "3"], "--steps is for --task perplexity",
@@ -183,7 +195,7 @@ MISTAKES = {
         ["--task", "passkey", "--data", "{data}/rain.txt", "--method", "dense"], "--num-sinks is for sparse decoding",
     ),
     "tiny budget": (
-        ["--task", "gsm8k", "--data", "{data}/questions.jsonl", "--method", "quest", "--num-critical", "1",
+        ["--task", "gsm8k", "--data", "{data}/questions.jsonl", "--method", "hshare", "quest", "--num-critical", "1",
          "--num-recent", "1"],
         "too small for quest",
     ),
@@ -214,10 +226,14 @@ def test_results_of_another_run_are_refused_and_kept(tiny: str, data: Path, caps
     before = (data / "out.jsonl").read_bytes()
     status, _, err = call(evaluate(tiny, data, *arguments, "--seed", "3"), capsys)
     assert status == 2
-    assert "out.jsonl holds results for seed=None, and this run has seed='3'; name another file" in err
+    assert "out.jsonl holds results for seed='0', and this run has seed='3'; name another file" in err
     assert (data / "out.jsonl").read_bytes() == before
     # More items, or another method, go on in the same file.
     arguments[-1] = "2"
     assert call(evaluate(tiny, data, *arguments, "--method", "hshare", "dense"), capsys)[0] == 0
     assert (data / "out.jsonl").read_bytes().startswith(before)
     assert len(lines_of(data)) == 1 + 4
+    # The summary is of what was asked for, whatever else the file holds.
+    arguments[-1] = "1"
+    status, out, _ = call(evaluate(tiny, data, *arguments, "--json"), capsys)
+    assert (status, json.loads(out)["methods"]["hshare"]["items"]) == (0, 1)

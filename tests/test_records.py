@@ -33,7 +33,7 @@ def whole(tmp_path: Path) -> bytes:
 
 def test_a_file_is_a_line_for_the_study_and_one_for_each_item(whole: bytes) -> None:
     lines = [json.loads(line) for line in whole.decode().split("\n")[:-1]]
-    assert lines == [STUDY, *LINES]
+    assert lines == [{"results": "hshare_jax", **STUDY}, *LINES]
 
 
 @hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
@@ -62,7 +62,13 @@ def test_another_study_is_refused_and_the_file_kept(whole: bytes, tmp_path: Path
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("prose\n", ":1 is not JSON"), ("[1]\n", ":1 is not a JSON object"), (json.dumps(STUDY) + "\n{\n", ":2 is not")],
+    [
+        ("prose\n", "other.txt is no results file"),
+        ("my only copy", "other.txt is no results file"),
+        (json.dumps({"x": 1}) + "\n", "other.txt is no results file"),
+        (json.dumps({"results": "hshare_jax", **STUDY}) + "\n{\n", ":2 is not JSON"),
+        (json.dumps({"results": "hshare_jax", **STUDY}) + "\n[1]\n", ":2 is not a JSON object"),
+    ],
 )
 def test_a_file_that_holds_no_results_is_refused_and_kept(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "other.txt"
@@ -95,3 +101,20 @@ def test_a_killed_run_resumed_equals_an_uninterrupted_one(wait: float, whole: by
     child.send_signal(signal.SIGKILL)
     child.wait()
     assert write_all(path) == whole
+
+
+def test_a_first_line_without_results_gives_way_to_another_study(whole: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "begun.jsonl"
+    Records(path, {**STUDY, "limit": 3}, keys=KEYS)
+    assert not path.exists(), "nothing is written before the first result"
+    path.write_bytes(json.dumps({"results": "hshare_jax", **STUDY, "limit": 3}).encode() + b"\n" + whole[-20:-1])
+    assert write_all(path) == whole
+
+
+def test_what_differs_is_named_setting_by_setting(tmp_path: Path) -> None:
+    path = tmp_path / "settings.jsonl"
+    Records(path, {"settings": {"a": 1, "b": 2}}, keys=("id",)).append({"id": 1})
+    with pytest.raises(ValueError, match="holds results for b=2, and this run has b=3;"):
+        Records(path, {"settings": {"a": 1, "b": 3}}, keys=("id",))
+    with pytest.raises(ValueError, match="holds results for no such setting, and this run has c=None;"):
+        Records(path, {"settings": {"a": 1, "b": 2}, "c": None}, keys=("id",))

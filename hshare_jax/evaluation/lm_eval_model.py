@@ -69,7 +69,7 @@ class HShareLM(TemplateLM):
 
         Args:
             pretrained: a name or path as for `load_model`, or the model itself.
-            method: `hshare`, or `dense`, which takes no settings.
+            method: one of `evaluation.methods.METHODS`; `dense` takes no settings, the others the budget's.
             preset: `hshare-paper`, the paper's method instead of the defaults; the settings change it.
             sharing_ratio: layer-head-query, such as `7/8-3/4-1/2`.
             dtype, revision, cache_dir: as for `load_model`.

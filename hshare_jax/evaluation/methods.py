@@ -1,5 +1,7 @@
 """The methods by their names, each at the same budget of tokens."""
 
+import dataclasses
+
 from hshare_jax.config import HShareConfig
 from hshare_jax.selection import Method
 from hshare_jax.selectors import H2O, Quest, SnapKV, StreamingLLM, double_sparsity, exact_topk
@@ -8,6 +10,7 @@ METHODS = (
     "hshare", "dense", "exact_topk", "streaming_llm", "h2o", "quest", "quest_window", "snapkv", "snapkv_fixed",
     "double_sparsity",
 )  # fmt: skip
+WITHOUT_GATES = ("streaming_llm", "h2o", "quest", "quest_window", "snapkv", "snapkv_fixed")
 
 
 def method_named(name: str, hshare: HShareConfig, *, max_new_tokens: int | None = None) -> HShareConfig | Method | None:
@@ -17,7 +20,7 @@ def method_named(name: str, hshare: HShareConfig, *, max_new_tokens: int | None 
     split the budget as their papers do: StreamingLLM 4 sinks and the rest recent; H2O half heavy, half recent; Quest
     whole pages of 16, or as many, rounded up, beside HShare's own sinks and recent tokens (`quest_window`); SnapKV its
     last 32 queries and the rest chosen, and what is generated on top (`snapkv`) or within it (`snapkv_fixed`). Exact
-    top-k and Double Sparsity keep HShare's own sinks and recent tokens.
+    top-k and Double Sparsity keep HShare's own sinks and recent tokens, gates and labels.
 
     Args:
         name: one of `METHODS`.
@@ -25,24 +28,31 @@ def method_named(name: str, hshare: HShareConfig, *, max_new_tokens: int | None 
         max_new_tokens: what decoding will add at most, which SnapKV makes room for; None: whatever the cache holds.
 
     Raises:
-        ValueError: a name that is none, or a budget too small for the method.
+        ValueError: a name that is none, a budget too small for the method, or a gate that it does not have.
     """
     budget, dense = hshare.budget, hshare.dense_layers
     split = (hshare.num_sinks, hshare.num_critical, hshare.num_recent)
     page = Quest().page_size
+    gates = {"budget_ratio": hshare.budget_ratio, "min_length": hshare.min_length}
     observed = min(SnapKV().num_observed, budget // 2)
     least = {"streaming_llm": 5, "h2o": 2, "quest": page, "quest_window": page + hshare.num_sinks + hshare.num_recent}
     if budget < least.get(name, 1):
         raise ValueError(f"a budget of {budget} tokens is too small for {name}; it needs at least {least[name]}")
+    for gate, off in (("budget_ratio", None), ("min_length", 0)):
+        if name in WITHOUT_GATES and getattr(hshare, gate) != off:
+            raise ValueError(
+                f"{gate}={getattr(hshare, gate)} is for methods that list by score; {name} has no such gate"
+            )
     match name:
         case "hshare":
             return hshare
         case "dense":
             return None
         case "exact_topk":
-            return exact_topk(*split, dense_layers=dense)
+            return dataclasses.replace(exact_topk(*split, dense_layers=dense), **gates)
         case "double_sparsity":
-            return double_sparsity(*split, dense_layers=dense)
+            labels = {"label_channels": hshare.label_channels, "label_bits": hshare.label_bits}
+            return dataclasses.replace(double_sparsity(*split, dense_layers=dense), **gates, **labels)
         case "streaming_llm":
             return StreamingLLM(4, dense, num_recent=budget - 4)
         case "h2o":
@@ -52,9 +62,10 @@ def method_named(name: str, hshare: HShareConfig, *, max_new_tokens: int | None 
         case "quest_window":
             pages = -(-hshare.num_critical // page)
             return Quest(hshare.num_sinks, dense, num_pages=pages, num_recent=hshare.num_recent)
-        case "snapkv" | "snapkv_fixed":
+        case "snapkv":
             return SnapKV(
-                0, dense, num_critical=budget - observed, num_observed=observed,
-                keeps_generated=name == "snapkv", max_new_tokens=max_new_tokens,
-            )  # fmt: skip
+                0, dense, num_critical=budget - observed, num_observed=observed, max_new_tokens=max_new_tokens
+            )
+        case "snapkv_fixed":
+            return SnapKV(0, dense, num_critical=budget - observed, num_observed=observed, keeps_generated=False)
     raise ValueError(f"method={name!r} must be one of {', '.join(METHODS)}")

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hshare_jax.decode import decode_step
 from hshare_jax.decode_state import DecodeState
+from hshare_jax.evaluation.text_windows import encode_text
 from hshare_jax.models.config import ModelConfig
 
 NEEDLE = "\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n"
@@ -30,6 +31,11 @@ class Passkey:
     key: str
     depth: float  # where the number stands in the text, from 0 to 1
 
+    @property
+    def id(self) -> str:
+        """Returns what tells it from others of its book."""
+        return f"seed {self.seed}, {len(self.text) + len(self.question)} tokens"
+
 
 def make_passkeys(
     tokenizer: PreTrainedTokenizerBase,
@@ -46,14 +52,14 @@ def make_passkeys(
     Raises:
         ValueError: a book or a context too short.
     """
-    filler = tokenizer(book)["input_ids"]
+    filler, prefix = encode_text(tokenizer, book)
     question = tuple(tokenizer(QUESTION, add_special_tokens=False)["input_ids"])
     passkeys = []
     for seed in seeds:
         rng = np.random.default_rng(seed)
         key = str(rng.integers(10_000, 100_000))
         needle = tokenizer(NEEDLE.format(key=key), add_special_tokens=False)["input_ids"]
-        room = context - len(needle) - len(question)
+        room = context - len(prefix) - len(needle) - len(question)
         if not 0 < room < len(filler):
             raise ValueError(
                 f"context={context} must lie between {context - room + 1} tokens, for the number and its question, and "
@@ -63,7 +69,7 @@ def make_passkeys(
         where = where if depth is None else depth
         rest = filler[start : start + room]
         cut = round(where * room)
-        text = (*rest[:cut], *needle, *rest[cut:])
+        text = (*prefix, *rest[:cut], *needle, *rest[cut:])
         passkeys.append(Passkey(seed, tuple(map(int, text)), question, key, float(where)))
     return passkeys
 

@@ -42,7 +42,8 @@ class Prefilled:
         selection = start_method(method, config, cache, plan=plan, channels=channels)
         if selection is None:
             return DecodeState(cache, None)
-        assert self.queries is not None
+        if self.queries is None or (selection.wants_received and self.queries.received is None):
+            raise ValueError(f"the prefill was not made for {method}: name it among its methods")
         starts = jnp.zeros_like(cache.lengths)
         positions = np.asarray(selection.probe_positions(starts, cache.lengths, int(cache.lengths.max())))
         kept = np.pad(self.positions, ((0, 0), (0, 1)), constant_values=cache.capacity)

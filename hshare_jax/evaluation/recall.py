@@ -59,11 +59,12 @@ class Measured:
     ) -> tuple[Float[Array, "B N H"], "Measured"]:
         """Returns (the method's attention, the sum with this layer's recall)."""
         out, selection = self.selection.attend(layer, q, k, keys, values, step)
-        cache = KVCache((keys,) * step.model.num_layers, (values,) * step.model.num_layers, step.lengths)
 
         def measure() -> Float[Array, "B"]:
-            weights = softmax_over(mark_dense(layer, cache, step.model), score_keys(q, keys))
-            marks = selection.mark_reads(layer, cache, step.model)
+            is_seen = mark_dense(step.lengths, keys.shape[2], step.model.windows[layer])
+            weights = softmax_over(is_seen, score_keys(q, keys))
+            now = KVCache((keys,), (values,), step.lengths)  # as this layer has it: the new token included
+            marks = selection.mark_reads(layer, now, step.model)
             B, N, S = weights.shape
             grouped = weights.reshape(B, marks.shape[1], -1, S)
             return jnp.where(marks[:, :, None, :], grouped, 0).sum(axis=-1).mean(axis=(1, 2))

@@ -6,16 +6,18 @@ from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
+_MARK = {"results": "hshare_jax"}  # how the first line of every results file begins
+
 
 class Records:
     """A results file: a first line that says what is measured, then one line for each finished item.
 
     A line that was only half written when a run was killed is cut off again, and its item done anew; so a resumed file
-    equals an uninterrupted one byte for byte.
+    equals an uninterrupted one byte for byte. Nothing is written before the first item is finished.
     """
 
     def __init__(self, path: str | os.PathLike[str], study: dict[str, Any], *, keys: tuple[str, ...]) -> None:
-        """Opens or makes the file.
+        """Reads the file, if it is there.
 
         Args:
             path: the file.
@@ -23,23 +25,25 @@ class Records:
             keys: the fields of a line that tell items apart.
 
         Raises:
-            ValueError: the file holds another study, or is no results file.
+            ValueError: the file holds results of another study, or is no results file.
         """
         self.path, self._keys = Path(path), keys
-        self._done: dict[Hashable, dict[str, Any]] = {}
-        study = json.loads(json.dumps(study))
+        self._study: dict[str, Any] = json.loads(json.dumps(_MARK | study))
         text = self.path.read_bytes() if self.path.exists() else b""
+        mark = json.dumps(_MARK)[:-1].encode()
+        if not text.startswith(mark[: len(text)]):
+            raise ValueError(f"{self.path} is no results file; name another one")
         whole, _, torn = text.rpartition(b"\n")
         lines = [self._parse(number, line) for number, line in enumerate(whole.split(b"\n"), start=1) if whole]
-        if lines and lines[0] != study:
-            raise ValueError(f"{self.path} {self._difference(lines[0], study)}; name another file or remove it")
-        for line in lines[1:]:
-            self._done[self._key(line)] = line
-        if torn:
+        self._done = {self._key(line): line for line in lines[1:]}
+        # A first line alone is of no results: it may be replaced.
+        if self._done and lines[0] != self._study:
+            raise ValueError(
+                f"{self.path} holds results {_difference(lines[0], self._study)}; name another file or remove it"
+            )
+        if torn and self._done:
             with open(self.path, "r+b") as file:
                 file.truncate(len(text) - len(torn))
-        if not lines:
-            self._write(study)
 
     def _parse(self, number: int, line: bytes) -> dict[str, Any]:
         try:
@@ -49,13 +53,6 @@ class Records:
         if not isinstance(parsed, dict):
             raise ValueError(f"{self.path}:{number} is not a JSON object; this is no results file")
         return parsed
-
-    @staticmethod
-    def _difference(found: dict[str, Any], study: dict[str, Any]) -> str:
-        for key in {**study, **found}:
-            if found.get(key) != study.get(key):
-                return f"holds results for {key}={found.get(key)!r}, and this run has {key}={study.get(key)!r}"
-        raise AssertionError("equal studies have no difference")
 
     def _key(self, line: dict[str, Any]) -> Hashable:
         return tuple(line.get(key) for key in self._keys)
@@ -71,13 +68,25 @@ class Records:
 
     def append(self, line: dict[str, Any]) -> None:
         """Writes the line of an item that is finished now; nothing where it was finished before."""
-        if line not in self:
-            self._write(line)
-            self._done[self._key(line)] = json.loads(json.dumps(line))
-
-    def _write(self, line: dict[str, Any]) -> None:
+        if line in self:
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "ab") as file:
-            file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        new = [line] if self._done else [self._study, line]
+        with open(self.path, "ab" if self._done else "wb") as file:
+            file.write(b"".join(json.dumps(one, ensure_ascii=False).encode() + b"\n" for one in new))
             file.flush()
             os.fsync(file.fileno())
+        self._done[self._key(line)] = json.loads(json.dumps(line))
+
+
+def _difference(found: dict[str, Any], study: dict[str, Any]) -> str:
+    """Returns the first thing that differs, the words of a message; settings are compared one by one."""
+    absent = object()
+    for key in {**study, **found}:
+        old, new = found.get(key, absent), study.get(key, absent)
+        if isinstance(old, dict) and isinstance(new, dict) and old != new:
+            return _difference(old, new)
+        if old != new:
+            old, new = ("no such setting" if value is absent else f"{key}={value!r}" for value in (old, new))
+            return f"for {old}, and this run has {new}"
+    raise AssertionError("equal studies have no difference")

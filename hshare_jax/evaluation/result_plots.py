@@ -155,8 +155,10 @@ def read_results(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[dict[str
 
 
 _SAME_WHATEVER = (
+    "results",
     "task",
     "data",
+    "data_sha256",
     "texts",
     "limit",
     "skip_start",

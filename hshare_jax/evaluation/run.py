@@ -41,13 +41,14 @@ def encode_example(
     assert tokenizer is not None
     if most < 1:
         raise ValueError(f"max_new_tokens={example.max_new_tokens} must be below the model's positions")
-    ids = tokenizer(example.prompt)["input_ids"]
-    if shorten is not None:  # the text and not its template, as published
-        room = len(_in_template(tokenizer, "")) if example.wants_chat else 0
-        if len(ids) + room > most:
-            ids = shorten(ids, most - room)
-    if example.wants_chat and tokenizer.chat_template:
-        ids = _in_template(tokenizer, str(tokenizer.decode(ids, skip_special_tokens=True)))
+    text, has_template = example.prompt, bool(example.wants_chat and tokenizer.chat_template)
+    ids = _encode(tokenizer, text, has_template)
+    if len(ids) > most and shorten is not None:  # the text and not its template, as published
+        room, cut = len(_encode(tokenizer, "", has_template)) if has_template else 0, most
+        plain = tokenizer(text, add_special_tokens=False)["input_ids"]
+        while len(ids) > most and cut > room:  # what is cut and encoded again may be some tokens longer
+            text = str(tokenizer.decode(shorten(plain, cut - room), clean_up_tokenization_spaces=False))
+            ids, cut = _encode(tokenizer, text, has_template), cut - 8
     if len(ids) > most:
         raise DataError(
             f"{example.id}: the prompt has {len(ids)} tokens; with max_new_tokens={example.max_new_tokens} the model's "
@@ -56,9 +57,9 @@ def encode_example(
     return list(map(int, ids))
 
 
-def _in_template(tokenizer: Any, text: str) -> list[int]:
-    if not tokenizer.chat_template:
-        return []
+def _encode(tokenizer: Any, text: str, has_template: bool) -> list[int]:
+    if not has_template:
+        return tokenizer(text)["input_ids"]
     message = [{"role": "user", "content": text}]
     rendered = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
     return tokenizer(rendered, add_special_tokens=False)["input_ids"]  # the template writes the special tokens itself
@@ -106,7 +107,8 @@ def run_generation(
         score: the task's own.
         records: where lines go, keyed by `KEYS`.
         batch_size: examples decoded together, those of similar length.
-        given: a plan, channels or impl, for `generate`; a plan and channels go to HShare alone.
+        given: a plan, channels or impl, for `generate`; a plan goes to `hshare` alone, channels to it and to
+            `double_sparsity`.
     """
     by_size = sorted(encoded, key=lambda pair: (pair[0].max_new_tokens, pair[0].stop, len(pair[1])))
     alike: list[list[tuple[Example, list[int]]]] = []
@@ -118,14 +120,16 @@ def run_generation(
         first = batch[0][0]
         result = generate(
             model, [ids for _, ids in batch],
-            max_new_tokens=first.max_new_tokens, method=method, stop=first.stop, **_for(method, given),
+            max_new_tokens=first.max_new_tokens, method=method, stop=first.stop, **_for(name, given),
         )  # fmt: skip
         for (example, ids), text, tokens in zip(batch, result.texts, result.tokens, strict=True):
             records.append(
                 {
                     "id": example.id, "method": name, "task": example.task, "text": text,
                     "prompt_tokens": len(ids), "new_tokens": len(tokens),
-                    "reads": round(result.usage.mean_reads, 1), "scores": score(example, text),
+                    # The mean of the batch; a row that ended with the token of the prefill read nothing.
+                    **({"reads": round(result.usage.mean_reads, 1)} if result.usage.mean_length else {}),
+                    "scores": score(example, text),
                 }
             )  # fmt: skip
 
@@ -148,26 +152,22 @@ def run_passkeys(
     assert model.tokenizer is not None
     batches = [list(passkeys[start : start + batch_size]) for start in range(0, len(passkeys), batch_size)]
     held = None
-    for name, method, batch in _todo(methods, batches, records, _passkey_id, is_batch_outer=True):
+    for name, method, batch in _todo(methods, batches, records, lambda passkey: passkey.id, is_batch_outer=True):
         if held is None or held[0] is not batch:
             tokens = jnp.asarray([passkey.text for passkey in batch], jnp.int32)
             lengths = jnp.full((len(batch),), tokens.shape[1], jnp.int32)
             capacity = tokens.shape[1] + len(batch[0].question) + ANSWER_TOKENS
             held = batch, prefill_for(model, tokens, lengths, capacity, list(methods.values()))
-        state = held[1].start(method, **_for(method, given))
+        state = held[1].start(method, **_for(name, given))
         answers = ask(model.params, batch[0].question, state, config=model.config, impl=impl)
         for passkey, answer in zip(batch, answers, strict=True):
             text = str(model.tokenizer.decode(answer))
             records.append(
                 {
-                    "id": _passkey_id(passkey), "method": name, "task": "passkey", "depth": round(passkey.depth, 4),
+                    "id": passkey.id, "method": name, "task": "passkey", "depth": round(passkey.depth, 4),
                     "text": text, "scores": {"found": float(is_found(passkey, text))},
                 }
             )  # fmt: skip
-
-
-def _passkey_id(passkey: Passkey) -> str:
-    return f"seed {passkey.seed}, {len(passkey.text) + len(passkey.question)} tokens"
 
 
 def run_texts(
@@ -187,7 +187,7 @@ def run_texts(
     for name, method, batch in _todo(methods, batches, records, lambda window: window.id, is_batch_outer=True):
         if held is None or held[0] is not batch:
             held = batch, Scorer(model, batch, steps, list(methods.values()), impl=impl)
-        scores = held[1].score(method, **_for(method, given))
+        scores = held[1].score(method, **_for(name, given))
         for row, window in enumerate(batch):
             means = {key: round(float(np.nanmean(values[row])), 6) for key, values in scores.items()}
             reads = means.pop("reads")
@@ -196,8 +196,10 @@ def run_texts(
             )
 
 
-def _for(method: Settings, given: dict[str, Any]) -> dict[str, Any]:
-    return given if isinstance(method, HShareConfig) else {k: v for k, v in given.items() if k == "impl"}
+def _for(name: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Returns what a method takes of these: a plan is HShare's alone, label channels are Double Sparsity's too."""
+    withheld = {"hshare": (), "double_sparsity": ("plan",)}.get(name, ("plan", "channels"))
+    return {key: value for key, value in given.items() if key not in withheld}
 
 
 def _todo(

@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from transformers import PreTrainedTokenizerBase
 
 from hshare_jax.agreement import forced_logits, score_steps
 from hshare_jax.config import HShareConfig
@@ -37,24 +38,32 @@ def cut_windows(
         name: of the text, for the windows' ids.
         text: the text.
         context: tokens that the last step of a window reads.
-        count: how many windows. None takes as many as fit without overlap.
+        count: how many windows; they overlap where the text is short. None takes as many as fit without overlap.
         skip: the share of the text that is left out at its beginning: title pages, licences.
 
     Raises:
-        ValueError: a context beyond the model's positions, or a text too short for one window.
+        ValueError: a context beyond the model's positions, or a text too short for so many windows.
     """
     if model.tokenizer is None:
         raise ValueError(f"{model.name} has no tokeniser, so text cannot be given to it")
     if not 2 <= context <= model.config.max_positions:
         raise ValueError(f"context={context} must lie between 2 and the model's {model.config.max_positions} positions")
-    ids = model.tokenizer(text)["input_ids"]
-    first = int(len(ids) * skip)
-    room = len(ids) - first - (context + 1)
+    ids, prefix = encode_text(model.tokenizer, text)
+    first, size = int(len(ids) * skip), context + 1 - len(prefix)
+    room = len(ids) - first - size
     if room < 0:
         raise ValueError(f"{name} has {len(ids) - first} tokens to cut from; a window needs context={context} and one")
-    count = (len(ids) - first) // (context + 1) if count is None else count
-    starts = [first + room * index // count for index in range(count)]
-    return [Window(f"{name}:{start}", tuple(map(int, ids[start : start + context + 1]))) for start in starts]
+    most = (len(ids) - first) // size
+    if count is not None and count > room + 1:
+        raise ValueError(f"count={count} must be at most {room + 1}: {name} has no more windows that differ")
+    starts = [first + (size * index if count is None else room * index // count) for index in range(count or most)]
+    return [Window(f"{name}:{start}", (*prefix, *map(int, ids[start : start + size]))) for start in starts]
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
+    """Returns (the token ids of a text alone, those that must come before every stretch of it: <s>, or none)."""
+    ids, first = tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer("")["input_ids"][:1]
+    return list(ids), list(first) if first == [tokenizer.bos_token_id] else []
 
 
 class Scorer:
@@ -83,7 +92,7 @@ class Scorer:
         )
         self._scored = tokens[:, length:]
         state = self.prefilled.start(None)
-        self._reference = forced_logits(model.params, self._scored[:, :-1], state, config=model.config)
+        self._reference = forced_logits(model.params, self._scored[:, :-1], state, config=model.config, impl=impl)
 
     def score(
         self, method: HShareConfig | Method | None, *, recall_every: int = 8, **given: Any

@@ -16,7 +16,7 @@ from hshare_jax.selectors.listed import ListMethod, PromptLayer, StepLayer, sum_
 
 @dataclasses.dataclass(frozen=True)
 class H2O(ListMethod):
-    """Reads `num_heavy` heavy hitters and `num_recent` last tokens (Algorithm 1); what is dropped never comes back.
+    """Reads `num_heavy` heavy hitters and `num_recent` last tokens (Algorithm 1); what a step drops never comes back.
 
     Attention is summed over all queries of the prompt and, from then on, over each step's on the tokens that it reads.
     On every step the token that leaves the recent range competes with the list; the one with the least sum is dropped,
@@ -53,6 +53,8 @@ class H2O(ListMethod):
         memory = memory + prompt.received
         slots = jnp.arange(memory.shape[2])[None, :]
         is_candidate = (slots >= self.num_sinks) & (slots < prompt.recent_start[:, None])
+        if prompt.window is not None:
+            is_candidate &= slots >= prompt.lengths[:, None] - prompt.window
         return select_tokens(sum_over_lists(memory, prompt.num_lists), is_candidate, self.num_heavy), memory
 
     def list_step(self, step: StepLayer, lists: Int[Array, "B J C"], memory: Any) -> tuple[Int[Array, "B J C"], Any]:
@@ -63,6 +65,8 @@ class H2O(ListMethod):
         entries = jnp.concatenate([lists, jnp.broadcast_to(leaving[:, None, None], (B, J, 1))], axis=2)
         received = sum_over_lists(memory, J)
         sums = jnp.take_along_axis(received, jnp.maximum(entries, 0), axis=2)
+        if step.window is not None:  # what no query will see again goes first
+            sums = jnp.where(entries < (step.lengths - step.window)[:, None, None], -jnp.inf, sums)
         # Out goes the first empty place, or the least sum; what follows moves up, so that the list stays ascending.
         is_filled = lists != EMPTY
         least = jnp.argmin(sums, axis=2)

@@ -154,6 +154,10 @@ class Listed:
                 window=model.windows[layer],
                 num_lists=self.source.shape[2],
             )
+            if layer < self.method.dense_layers:  # which read everything
+                lists.append(self.token_indices[layer])
+                memory.append(self.memory[layer])
+                continue
             found = self.method.list_prompt(prompt, self.memory[layer])
             lists.append(found[0])
             memory.append(found[1])
@@ -196,7 +200,7 @@ class Listed:
 
     def mark_reads(self, layer: int, cache: KVCache, model: ModelConfig) -> Bool[Array, "B J S"]:
         """Returns the slots that the last step read in this layer, by list."""
-        dense = mark_dense(layer, cache, model)[:, None, :]
+        dense = mark_dense(cache.lengths, cache.capacity, model.windows[layer])[:, None, :]
         if layer < self.method.dense_layers:
             return dense
         return dense & mark_listed(self.token_indices[layer], self.recent_start, self.method.num_sinks, cache.capacity)

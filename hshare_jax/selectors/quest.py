@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from hshare_jax.critical_tokens import select_tokens
 from hshare_jax.kernels.reference import EMPTY
@@ -65,7 +65,7 @@ class Quest(ListMethod):
         self, step: StepLayer, lists: Int[Array, "B J C"], memory: tuple[Array, Array]
     ) -> tuple[Int[Array, "B J C"], Any]:
         """Returns (the tokens of the best pages, the pages with the new key in)."""
-        pages = _append_to_page(memory, step.k, step.slots, self.page_size)
+        pages = _append_to_page(memory, step.k, step.slots, step.slots < step.keys.shape[2], self.page_size)
         if self.num_pages == 0:
             return lists, pages
         first = jnp.full_like(step.lengths, self.num_sinks)
@@ -96,10 +96,14 @@ def score_pages(
 
 
 def _append_to_page(
-    pages: tuple[Array, Array], k: Float[Array, "B 1 K H"], slots: Int[Array, "B 1"], page_size: int
+    pages: tuple[Array, Array],
+    k: Float[Array, "B 1 K H"],
+    slots: Int[Array, "B 1"],
+    is_written: Bool[Array, "B 1"],
+    page_size: int,
 ) -> tuple[Array, Array]:
     """Returns the pages with a new key in; the first key of a page replaces what was there."""
-    page = jnp.minimum(slots // page_size, pages[0].shape[2])  # beyond the last one where a row is idle
+    page = jnp.where(is_written, slots // page_size, pages[0].shape[2])  # beyond the last one where a row is idle
     is_first = (slots % page_size == 0)[:, :, None, None]
     rows = jnp.arange(k.shape[0])[:, None]
     old = (array[rows, :, jnp.minimum(page, array.shape[2] - 1)] for array in pages)  # [B, 1, K, H]
