@@ -329,10 +329,10 @@ def main() -> None:
     names = [path.name for path in options.text]
     runs = "; ".join(dict.fromkeys(line["made"] for line in keep.lines))
     header = (
-        f"{options.model}, float32; {runs}. {WINDOWS} windows of {', '.join(names)}; the last {options.steps} positions "
-        f"of each scored, {WINDOWS * options.steps} in all. Intervals: paired bootstrap over blocks of neighbouring "
-        f"positions. Layer 0 is dense in every method.\n\n    python scripts/study_methods.py --text {' '.join(names)} "
-        f"--results {options.results.name} --report docs/results.md"
+        f"{options.model}, float32; {runs}. {WINDOWS} windows of {', '.join(names)}; the last {options.steps} "
+        f"positions of each scored, {WINDOWS * options.steps} in all. Intervals: paired bootstrap over blocks of "
+        f"neighbouring positions. Layer 0 is dense in every method.\n\n"
+        f"    python scripts/study_methods.py --text {' '.join(names)} --results {options.results.name} --report docs/results.md"
     )
     text = report(keep.lines, header)
     if options.report:
