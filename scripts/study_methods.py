@@ -332,7 +332,8 @@ def main() -> None:
         f"{options.model}, float32; {runs}. {WINDOWS} windows of {', '.join(names)}; the last {options.steps} "
         f"positions of each scored, {WINDOWS * options.steps} in all. Intervals: paired bootstrap over blocks of "
         f"neighbouring positions. Layer 0 is dense in every method.\n\n"
-        f"    python scripts/study_methods.py --text {' '.join(names)} --results {options.results.name} --report docs/results.md"
+        f"    python scripts/study_methods.py --text {' '.join(names)} --results {options.results.name} "
+        "--report docs/results.md"
     )
     text = report(keep.lines, header)
     if options.report:
