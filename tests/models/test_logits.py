@@ -64,7 +64,6 @@ def test_no_two_cases_of_the_fixtures_agree():
 
 @pytest.mark.parametrize("name", CASES)
 def test_logits_equal_transformers_at_every_position(name):
-    pytest.importorskip("torch")
     model = transformers_model(name)
     tokens = np.random.default_rng(11).integers(0, VOCAB_SIZE, NUM_TOKENS)
     logits = logits_of_all_positions(config_from_hf(model.config.to_dict()), tokens)
@@ -73,7 +72,6 @@ def test_logits_equal_transformers_at_every_position(name):
 
 @pytest.mark.parametrize("name", ["llama, biases", "mistral, window", "rope llama3"])
 def test_prefill_and_decode_equal_transformers(name):
-    pytest.importorskip("torch")
     model = transformers_model(name)
     config = config_from_hf(model.config.to_dict())
     params = random_params(config)
