@@ -167,22 +167,21 @@ def measure_passkeys(model: Model, book: str, names: Sequence[str], budget: int,
     length, tokenizer = 1024, model.tokenizer
     skipped = book[int(len(book) * SKIP) :]
     passkeys = make_passkeys(tokenizer, skipped, length, range(seeds))
-    found = {cell.name: [] for cell in todo}
-    batches = range(0, seeds, PASSKEY_BATCH)
-    with tqdm(total=len(batches) * len(todo), desc="passkeys", disable=None) as bar:
-        for start in batches:
-            batch = passkeys[start : start + PASSKEY_BATCH]
-            tokens = jnp.asarray([passkey.text for passkey in batch], jnp.int32)
-            lengths = jnp.full((len(batch),), tokens.shape[1], jnp.int32)
-            prefilled = prefill_for(model, tokens, lengths, length + ANSWER_TOKENS, [cell.method for cell in todo])
-            for cell in todo:
-                answers = ask(model.params, batch[0].question, prefilled.start(cell.method), config=model.config)
-                texts = map(str, tokenizer.batch_decode(answers))
-                found[cell.name] += [int(is_found(p, text)) for p, text in zip(batch, texts, strict=True)]
-                bar.update()
-    for cell in todo:
-        keep.append({"kind": "passkey", "budget": budget, "name": cell.name, "made": made(), "found": found[cell.name]})
-    jax.clear_caches()
+    batches = []
+    for start in tqdm(range(0, seeds, PASSKEY_BATCH), desc="prefill passkeys", disable=None):
+        batch = passkeys[start : start + PASSKEY_BATCH]
+        tokens = jnp.asarray([passkey.text for passkey in batch], jnp.int32)
+        lengths = jnp.full((len(batch),), tokens.shape[1], jnp.int32)
+        methods = [cell.method for cell in todo]
+        batches.append((batch, prefill_for(model, tokens, lengths, length + ANSWER_TOKENS, methods)))
+    for cell in tqdm(todo, desc="passkeys", disable=None):
+        found = []
+        for batch, prefilled in batches:
+            answers = ask(model.params, batch[0].question, prefilled.start(cell.method), config=model.config)
+            texts = map(str, tokenizer.batch_decode(answers))
+            found += [int(is_found(p, text)) for p, text in zip(batch, texts, strict=True)]
+        keep.append({"kind": "passkey", "budget": budget, "name": cell.name, "made": made(), "found": found})
+        jax.clear_caches()  # every method has programs of its own, and they are large
 
 
 def measure_speed(model: Model, context: int, todo: list[Cell], text: str, keep: Records) -> None:
