@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
@@ -11,7 +12,7 @@ from hshare_jax.kernels.api import dense_decode, prefill_attention
 from hshare_jax.kernels.reference import received_attention
 from hshare_jax.kv_cache import KVCache, append
 from hshare_jax.models.config import ModelConfig
-from hshare_jax.models.decoder import Attend
+from hshare_jax.models.decoder import Attend, KeysValues
 from hshare_jax.selection import PromptQueries, Step
 
 
@@ -28,18 +29,23 @@ def prefill_attend(
     """
 
     def attend(
-        layer: int, q: Array, k: Array, v: Array, state: tuple[KVCache, PromptQueries | None]
+        layer: int, q: Array, k: Array | None, v: Array | None, state: tuple[KVCache, PromptQueries | None]
     ) -> tuple[Array, tuple[KVCache, PromptQueries | None]]:
-        cache, kept = state
-        cache = _append_layer(cache, layer, k, v, slots)
+        (cache, kept), index = state, config.kv_index(layer)
+        cache = _append_layer(cache, index, k, v, slots)
+        keys, values = cache.keys[index], cache.values[index]
+        seen, window = config.sees(layer, starts)
+        sees_any = seen[:, None] + jnp.arange(q.shape[1])[None, :] >= 0  # else it looks up from position 0
         if kept is not None and probe_positions is not None:
             is_token = slots < cache.capacity
-            kept = _keep_queries(kept, layer, q, is_token, probe_positions - starts[:, None])
+            kept = _keep_queries(kept, layer, index, q, is_token, probe_positions - starts[:, None])
             if kept.received is not None:
-                new = received_attention(q, cache.keys[layer], starts, is_token, window=config.windows[layer])
+                new = received_attention(q, keys, seen, is_token & sees_any, window=window)
                 received = _replace_layer(kept.received, layer, kept.received[layer] + new)
                 kept = dataclasses.replace(kept, received=received)
-        out = prefill_attention(q, cache.keys[layer], cache.values[layer], starts, window=config.windows[layer])
+        out = prefill_attention(q, keys, values, seen, window=window)
+        if config.looks_up(layer):
+            out = jnp.where(sees_any[:, :, None, None], out, 0)
         return out, (cache, kept)
 
     return attend
@@ -48,6 +54,7 @@ def prefill_attend(
 def _keep_queries(
     kept: PromptQueries,
     layer: int,
+    index: int,
     q: Float[Array, "B T N H"],
     is_token: Bool[Array, "B T"],
     offsets: Int[Array, "B P"],
@@ -56,30 +63,64 @@ def _keep_queries(
     picked = jnp.take_along_axis(q, jnp.maximum(offsets, 0)[:, :, None, None], axis=1, mode="clip")
     probes = jnp.where(is_here[:, :, None, None], picked, kept.probes[layer])
     size = jnp.where(is_token[:, :, None, None], jnp.abs(q.astype(jnp.float32)), 0).sum(axis=1)
-    sizes = _replace_layer(kept.sizes, layer, kept.sizes[layer] + size)
+    sizes = _replace_layer(kept.sizes, index, kept.sizes[index] + size)
     return dataclasses.replace(kept, probes=_replace_layer(kept.probes, layer, probes), sizes=sizes)
 
 
 def decode_attend(step: Step) -> Attend[DecodeState]:
     """Returns the attention of one decode step: dense where the state selects nothing, else as its method has it."""
 
-    def attend(layer: int, q: Array, k: Array, v: Array, state: DecodeState) -> tuple[Array, DecodeState]:
-        cache = _append_layer(state.cache, layer, k, v, step.slots)
-        query, keys, values, selection = q[:, 0], cache.keys[layer], cache.values[layer], state.selection
+    def attend(layer: int, q: Array, k: Array | None, v: Array | None, state: DecodeState) -> tuple[Array, DecodeState]:
+        index = step.model.kv_index(layer)
+        cache = _append_layer(state.cache, index, k, v, step.slots)
+        query, keys, values, selection = q[:, 0], cache.keys[index], cache.values[index], state.selection
+        lengths, window = step.model.sees(layer, step.lengths)
         if selection is None:
-            window = step.model.windows[layer]
-            out = dense_decode(query, keys, values, step.lengths, window=window, impl=step.impl)
+            out = dense_decode(query, keys, values, lengths, window=window, impl=step.impl)
         else:
             out, selection = selection.attend(layer, query, k, keys, values, step)
+        if step.model.looks_up(layer):
+            out = jnp.where(lengths[:, None, None] > 0, out, 0)
         return out[:, None], DecodeState(cache, selection)
 
     return attend
 
 
-def _append_layer(cache: KVCache, layer: int, k: Array, v: Array, slots: Array) -> KVCache:
-    keys, values = append(cache.keys[layer], k, slots), append(cache.values[layer], v, slots)
+def causal_attend(config: ModelConfig) -> Attend[dict[int, KeysValues]]:
+    """Returns causal attention over whole sequences from position 0, without a cache; begin with the state {}.
+
+    It can be differentiated: training is this. On a GPU `jax.nn.dot_product_attention` may take cuDNN's kernel.
+    """
+
+    def attend(
+        layer: int, q: Array, k: Array | None, v: Array | None, state: dict[int, KeysValues]
+    ) -> tuple[Array, dict[int, KeysValues]]:
+        shared, T, window = config.kv_layer(layer), q.shape[1], config.windows[layer]
+        if k is not None and v is not None:
+            state = {**state, shared: (k, v)}
+        elif T == 1 and config.looks_up(layer):
+            return jnp.zeros_like(q), state
+        keys, values = state[shared]
+        if not config.looks_up(layer):
+            sides = None if window is None else (window - 1, 0)
+            return jax.nn.dot_product_attention(q, keys, values, is_causal=True, local_window_size=sides), state
+        ends, window = config.sees(layer, jnp.arange(T)[:, None])
+        slots = jnp.arange(T)[None, :]
+        is_visible = slots <= ends
+        if window is not None:
+            is_visible &= slots > ends - window
+        out = jax.nn.dot_product_attention(q, keys, values, mask=is_visible[None, None])
+        return out.at[:, 0].set(0), state
+
+    return attend
+
+
+def _append_layer(cache: KVCache, index: int, k: Array | None, v: Array | None, slots: Array) -> KVCache:
+    if k is None or v is None:  # of a layer whose own are not used
+        return cache
+    keys, values = append(cache.keys[index], k, slots), append(cache.values[index], v, slots)
     return dataclasses.replace(
-        cache, keys=_replace_layer(cache.keys, layer, keys), values=_replace_layer(cache.values, layer, values)
+        cache, keys=_replace_layer(cache.keys, index, keys), values=_replace_layer(cache.values, index, values)
     )
 
 

@@ -115,7 +115,7 @@ def _rank_channels(model: Model, blocks: list[list[int]], hshare: HShareConfig, 
     total, capacity = np.zeros(()), max(map(len, blocks))
     for block in blocks:
         kept, _, cache, _ = _read_block(model, block, capacity, hshare, None, bar)
-        total = total + np.asarray(_channel_statistics(kept, cache), np.float64)
+        total = total + np.asarray(_channel_statistics(kept, cache, config=model.config), np.float64)
     return np.argsort(-total, axis=-1, kind="stable")
 
 
@@ -153,11 +153,12 @@ def _read_block(
     return kept, positions, cache, shared
 
 
-@jax.jit
-def _channel_statistics(kept: PromptQueries, cache: KVCache) -> Float[Array, "L K H"]:
+@functools.partial(jax.jit, static_argnames=("config",))
+def _channel_statistics(kept: PromptQueries, cache: KVCache, *, config: ModelConfig) -> Float[Array, "L K H"]:
     """Returns the sums of |q x k| over a block's pairs; added over blocks, they weigh every pair alike."""
-    found = (channel_statistic(q, k, cache.lengths)[0] for q, k in zip(kept.sizes, cache.keys, strict=True))
-    return jnp.stack(tuple(found))
+    by_keys = zip(kept.sizes, cache.keys, strict=True)
+    found = [channel_statistic(q, k, cache.lengths)[0] for q, k in by_keys]
+    return jnp.stack([found[config.kv_index(layer)] for layer in range(config.num_layers)])
 
 
 @functools.partial(jax.jit, static_argnames=("config",))

@@ -14,13 +14,14 @@ from hshare_jax.models.config import ModelConfig
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys (rotated) and values of every layer; slot s of a row holds its token at position s.
+    """Keys (rotated) and values; slot s of a row holds its token at position s.
 
-    One array a layer, so that a donated step updates each in place: stacking the layers would copy them on every step.
+    One array for each layer that has its own (`ModelConfig.kv_layers`; layer l reads array `kv_index(l)`), so that a
+    donated step updates each in place: stacking the layers would copy them on every step.
     """
 
-    keys: tuple[Array, ...]  # L x [B, K, S, H]
-    values: tuple[Array, ...]  # L x [B, K, S, H]
+    keys: tuple[Array, ...]  # KV layers x [B, K, S, H]
+    values: tuple[Array, ...]  # KV layers x [B, K, S, H]
     lengths: Array  # [B] int32, filled slots
 
     @property
@@ -34,8 +35,8 @@ def init_cache(config: ModelConfig, batch_size: int, capacity: int, dtype: jnp.d
     S = -(-capacity // PREFILL_BLOCK) * PREFILL_BLOCK
     shape = (batch_size, config.num_kv_heads, S, config.head_dim)
     return KVCache(
-        keys=tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers)),
-        values=tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers)),
+        keys=tuple(jnp.zeros(shape, dtype) for _ in config.kv_layers),
+        values=tuple(jnp.zeros(shape, dtype) for _ in config.kv_layers),
         lengths=jnp.zeros((batch_size,), jnp.int32),
     )
 

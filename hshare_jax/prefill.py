@@ -93,7 +93,7 @@ def read_prompt(
         S, dtype = cache.capacity, cache.keys[0].dtype
         kept = PromptQueries(
             probes=tuple(jnp.zeros((B, positions.shape[1], N, H), dtype) for _ in range(L)),
-            sizes=tuple(jnp.zeros((B, N, H), jnp.float32) for _ in range(L)),
+            sizes=tuple(jnp.zeros((B, N, H), jnp.float32) for _ in config.kv_layers),
             received=tuple(jnp.zeros((B, N, S), jnp.float32) for _ in range(L)) if sums_received else None,
         )
     hidden = jnp.zeros((tokens.shape[0], config.width), params["embedding"].dtype)

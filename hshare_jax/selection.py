@@ -23,7 +23,9 @@ class PromptQueries:
     """What is kept of a prompt's rotated queries until a method has made of them what it needs."""
 
     probes: tuple[Array, ...]  # L x [B, P, N, H], zero where a row lacks a probe
-    sizes: tuple[Array, ...]  # L x [B, N, H] float32, the sum of |q| over the prompt
+    sizes: tuple[
+        Array, ...
+    ]  # KV layers x [B, N, H] float32, the sum of |q| over the prompt and all that read these keys
     received: tuple[Array, ...] | None  # L x [B, N, S] float32, the attention each slot got from all of the prompt
 
 
@@ -74,9 +76,19 @@ class Selection(Protocol):
         ...
 
     def attend(
-        self, layer: int, q: Float[Array, "B N H"], k: Float[Array, "B 1 K H"], keys: Array, values: Array, step: Step
+        self,
+        layer: int,
+        q: Float[Array, "B N H"],
+        k: Float[Array, "B 1 K H"] | None,
+        keys: Array,
+        values: Array,
+        step: Step,
     ) -> tuple[Float[Array, "B N H"], "Selection"]:
-        """Returns (one layer's attention, the next state); the cache [B, K, S, H] holds the new token already."""
+        """Returns (one layer's attention, the next state); what it reads of the rows is `ModelConfig.sees`.
+
+        The cache [B, K, S, H] that serves the layer holds the new token already, unless the layer looks up. k is the
+        new key where the layer's own is used.
+        """
         ...
 
     def count_reads(self, cache: KVCache, model: ModelConfig) -> Float[Array, "B"]:
@@ -99,12 +111,13 @@ class Method(Protocol):
 
 def count_dense(cache: KVCache, model: ModelConfig) -> Int[Array, "L B"]:
     """Returns the tokens that dense attention reads in each layer: all, or those in its window."""
-    lengths = cache.lengths
-    return jnp.stack([lengths if window is None else jnp.minimum(lengths, window) for window in model.windows])
+    seen = (model.sees(layer, cache.lengths) for layer in range(model.num_layers))
+    return jnp.stack([lengths if window is None else jnp.minimum(lengths, window) for lengths, window in seen])
 
 
-def mark_dense(lengths: Int[Array, "B"], num_slots: int, window: int | None) -> Bool[Array, "B S"]:
+def mark_dense(layer: int, lengths: Int[Array, "B"], num_slots: int, model: ModelConfig) -> Bool[Array, "B S"]:
     """Returns the slots that dense attention reads in a layer."""
+    lengths, window = model.sees(layer, lengths)
     slots = jnp.arange(num_slots)[None, :]
     is_read = slots < lengths[:, None]
     return is_read if window is None else is_read & (slots >= lengths[:, None] - window)
@@ -118,14 +131,15 @@ def count_listed(
     model: ModelConfig,
 ) -> Float[Array, "L B"]:
     """Returns the tokens read through these lists, the sinks and the recent range, the mean over a layer's lists."""
-    lengths = cache.lengths
-    windows = jnp.asarray([cache.capacity if window is None else window for window in model.windows], jnp.int32)
-    first = jnp.maximum(lengths[None, :] - windows[:, None], 0)
-    start = jnp.maximum(recent_start[None, :], first)
+    seen = [model.sees(layer, cache.lengths) for layer in range(model.num_layers)]
+    lengths = jnp.stack([ends for ends, _ in seen])
+    windows = jnp.asarray([cache.capacity if window is None else window for _, window in seen], jnp.int32)
+    first = jnp.maximum(lengths - windows[:, None], 0)
+    start = jnp.minimum(jnp.maximum(recent_start[None, :], first), lengths)
     sinks = jnp.maximum(jnp.minimum(num_sinks, recent_start)[None, :] - first, 0)
     is_read = (listed != EMPTY) & (listed >= first.T[:, :, None, None])
     critical = is_read.sum(axis=-1, dtype=jnp.int32).mean(axis=-1, dtype=jnp.float32).T
-    return sinks + critical + lengths[None, :] - start
+    return sinks + critical + lengths - start
 
 
 def mark_listed(

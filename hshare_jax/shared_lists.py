@@ -35,7 +35,7 @@ class SharedLists:
     token_indices: Array  # [L, B, J, C] int32 slots, ascending, padded with EMPTY
     source: Array  # [B, L, J] int32, the share plan
     channels: Array  # [B, L, K, R] int32, label channels
-    labels: tuple[Labels | None, ...]  # of each layer; None where none are scored
+    labels: tuple[Labels | None, ...]  # of each KV layer, as in the cache; None where none are scored
     recent_start: Array  # [B] int32, first slot of the recent range, set at the last refresh
     age: Array  # [B] int32, decode steps since the plan was found
     config: HShareConfig = dataclasses.field(metadata={"static": True})
@@ -80,11 +80,12 @@ class SharedLists:
         channels = self.channels
         if not self.has_fixed_channels:
             R = self.config.num_label_channels(model)
-            by_layer = zip(queries.sizes, cache.keys, strict=True)
-            channels = jnp.stack([choose_channels(q, k, cache.lengths, R) for q, k in by_layer], axis=1)
+            by_keys = zip(queries.sizes, cache.keys, strict=True)
+            of_keys = [choose_channels(q, k, cache.lengths, R) for q, k in by_keys]
+            channels = jnp.stack([of_keys[model.kv_index(layer)] for layer in range(model.num_layers)], axis=1)
         labels = tuple(
             None if old is None else make_labels(keys, channels[:, layer], self.config.label_bits)
-            for layer, (keys, old) in enumerate(zip(cache.keys, self.labels, strict=True))
+            for layer, keys, old in zip(model.kv_layers, cache.keys, self.labels, strict=True)
         )
         return channels, labels
 
@@ -103,29 +104,38 @@ class SharedLists:
         return step.is_active & ((self.age - 1) % self.refresh_interval == 0)
 
     def attend(
-        self, layer: int, q: Float[Array, "B N H"], k: Float[Array, "B 1 K H"], keys: Array, values: Array, step: Step
+        self,
+        layer: int,
+        q: Float[Array, "B N H"],
+        k: Float[Array, "B 1 K H"] | None,
+        keys: Array,
+        values: Array,
+        step: Step,
     ) -> tuple[Float[Array, "B N H"], "SharedLists"]:
         """Returns (attention through the plan, the lists with what was chosen)."""
-        config, window = self.config, step.model.windows[layer]
+        config = self.config
+        shared = self if k is None else self._append_labels(layer, k, step)
+        lengths, window = step.model.sees(layer, step.lengths)
         if layer < config.dense_layers:
-            return dense_decode(q, keys, values, step.lengths, window=window, impl=step.impl), self
-        shared = self._append_labels(layer, k, step.slots)
+            return dense_decode(q, keys, values, lengths, window=window, impl=step.impl), shared
         if step.refresh is not False:
             shared = shared._choose(layer, q, keys, step)
+        min_length = max(config.min_length - step.model.looks_up(layer), 0)  # the gate closes in all layers at once
         out = shared_decode(
-            q, keys, values, shared.token_indices, shared.source, layer, step.lengths, shared.recent_start,
-            num_sinks=config.num_sinks, max_recent=config.max_recent, window=window, min_length=config.min_length,
+            q, keys, values, shared.token_indices, shared.source, layer, lengths, shared.recent_start,
+            num_sinks=config.num_sinks, max_recent=config.max_recent, window=window, min_length=min_length,
             impl=step.impl,
         )  # fmt: skip
         return out, shared
 
-    def _append_labels(self, layer: int, k: Float[Array, "B 1 K H"], slots: Array) -> "SharedLists":
-        labels = self.labels[layer]
+    def _append_labels(self, layer: int, k: Float[Array, "B 1 K H"], step: Step) -> "SharedLists":
+        index = step.model.kv_index(layer)
+        labels = self.labels[index]
         if labels is None:
             return self
         new = make_labels(k.swapaxes(1, 2), self.channels[:, layer], self.config.label_bits)
-        labels = jax.tree.map(lambda old, one: append(old, jnp.moveaxis(one, 3, 1), slots, axis=3), labels, new)
-        return dataclasses.replace(self, labels=(*self.labels[:layer], labels, *self.labels[layer + 1 :]))
+        labels = jax.tree.map(lambda old, one: append(old, jnp.moveaxis(one, 3, 1), step.slots, axis=3), labels, new)
+        return dataclasses.replace(self, labels=(*self.labels[:index], labels, *self.labels[index + 1 :]))
 
     def _choose(self, layer: int, q: Float[Array, "B N H"], keys: Array, step: Step) -> "SharedLists":
         """Chooses the lists of this layer that are their own source, in rows that are due; the others stay.
@@ -135,7 +145,8 @@ class SharedLists:
         """
         if self.plan is not None and not self.plan.owns(layer):
             return self
-        J, labels, config, lengths = self.source.shape[2], self.labels[layer], self.config, step.lengths
+        J, config, lengths = self.source.shape[2], self.config, step.lengths
+        labels = self.labels[step.model.kv_index(layer)]
         lists, channels, bits = self.token_indices, self.channels[:, layer], config.label_bits
         window, is_due = step.model.windows[layer], self._is_due(step)
         is_own = self.source[:, layer] == layer * J + jnp.arange(J, dtype=jnp.int32)[None, :]
@@ -177,7 +188,7 @@ class SharedLists:
     def mark_reads(self, layer: int, cache: KVCache, model: ModelConfig) -> Bool[Array, "B J S"]:
         """Returns the slots that the last step read in this layer, by list."""
         unit, rows, J = self.source[:, layer], jnp.arange(self.source.shape[0])[:, None], self.source.shape[2]
-        dense = mark_dense(cache.lengths, cache.capacity, model.windows[layer])[:, None, :]
+        dense = mark_dense(layer, cache.lengths, cache.capacity, model)[:, None, :]
         marks = mark_listed(
             self.token_indices[unit // J, rows, unit % J], self.recent_start, self.config.num_sinks, cache.capacity
         )
@@ -201,16 +212,16 @@ def init_lists(
         source = jnp.tile(jnp.asarray(plan.source, jnp.int32), (B, 1, 1))
     first = jnp.tile(jnp.arange(R, dtype=jnp.int32), (L, K, 1))
     if channels is not None:
-        first = check_channels(channels, model, R)
-    is_scored = [layer >= config.dense_layers and (plan is None or plan.owns(layer)) for layer in range(L)]
-    is_labelled = [config.scoring == "labels" and scored for scored in is_scored]
+        first = check_channels(channels, model, R)[jnp.asarray([model.kv_layer(layer) for layer in range(L)])]
+    scored = [layer for layer in range(config.dense_layers, L) if plan is None or plan.owns(layer)]
+    labelled = {model.kv_layer(layer) for layer in scored} if config.scoring == "labels" else set()
     return SharedLists(
         token_indices=jnp.full((L, B, J, config.num_critical), EMPTY, jnp.int32),
         source=source,
         channels=jnp.tile(first, (B, 1, 1, 1)),
         labels=tuple(
-            _empty_labels(keys, R, config) if labelled else None
-            for keys, labelled in zip(cache.keys, is_labelled, strict=True)
+            _empty_labels(keys, R, config) if layer in labelled else None
+            for layer, keys in zip(model.kv_layers, cache.keys, strict=True)
         ),
         recent_start=jnp.zeros((B,), jnp.int32),
         age=jnp.zeros((B,), jnp.int32),

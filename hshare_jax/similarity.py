@@ -51,8 +51,8 @@ def measure_similarity(
 
     Args:
         probes: L x [B, P, N, H], rotated queries.
-        keys: L x [B, K, S, H], the cache.
-        labels: of every sparse layer; None elsewhere, and everywhere with exact scoring.
+        keys: KV layers x [B, K, S, H], the cache.
+        labels: of the keys that sparse layers use; None elsewhere, and everywhere with exact scoring.
         channels: the label channels of every layer.
         positions: where the probes stand; negative where there is none.
         model, config: what is measured.
@@ -109,16 +109,17 @@ def measure_mass(
     L, B, N = model.num_layers, positions.shape[0], model.num_heads
     slots = jnp.arange(S)[None, :]
 
-    def mass_of(q: Array, k: Array, window: int | None, lengths: Array) -> Array:
-        is_visible = slots < lengths[:, None]
+    def mass_of(layer: int, q: Array, lengths: Array) -> Array:
+        seen, window = model.sees(layer, lengths)
+        is_visible = slots < seen[:, None]
         if window is not None:
-            is_visible &= slots >= lengths[:, None] - window
-        return softmax_over(is_visible, score_keys(q, k)).reshape(B, J, N // J, S).sum(axis=2)
+            is_visible &= slots >= seen[:, None] - window
+        scores = score_keys(q, keys[model.kv_index(layer)])
+        return softmax_over(is_visible, scores).reshape(B, J, N // J, S).sum(axis=2)
 
     def caught(lists: Array, queries: tuple[Array, ...], lengths: Array) -> Array:
-        by_layer = zip(queries, keys, model.windows, strict=True)
-        of_probes = jax.vmap(mass_of, in_axes=(0, None, None, 0))
-        mass = jnp.stack([of_probes(q, k, window, lengths) for q, k, window in by_layer])
+        of_probes = jax.vmap(mass_of, in_axes=(None, 0, 0))
+        mass = jnp.stack([of_probes(layer, q, lengths) for layer, q in enumerate(queries)])
         is_sparse = jnp.arange(L) >= config.dense_layers
         mass = jnp.where(is_sparse[:, None, None, None, None], mass, 0)
         mass, lists = (jnp.moveaxis(array, 0, 2).reshape(-1, B, L * J, S) for array in (mass, lists))
@@ -157,9 +158,10 @@ def _sum_over_probes(
     mark_group = jax.vmap(jax.vmap(mark, in_axes=(0, None, None, 0)), in_axes=(0, 0, 0, None))
 
     def score(layer: int, queries: Array) -> Array:
-        label = labels[layer]
+        index = model.kv_index(layer)
+        label = labels[index]
         if label is None:
-            return jax.vmap(score_keys, in_axes=(0, None))(queries, keys[layer])
+            return jax.vmap(score_keys, in_axes=(0, None))(queries, keys[index])
         return jax.vmap(lambda q: score_labels(q, label, channels[:, layer], config.label_bits))(queries)
 
     def measure_group(group: tuple[tuple[Array, ...], Array]) -> Array | tuple[Array, ...]:

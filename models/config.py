@@ -5,6 +5,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from jax import Array
+from jaxtyping import Int
+
 ARCHITECTURES = ("llama", "mistral", "qwen2")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
@@ -43,7 +46,14 @@ class RopeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A LLaMA-family decoder, static and hashable; windows[l] is layer l's sliding window, None where it has none."""
+    """A LLaMA-family decoder, static and hashable; windows[l] is layer l's sliding window, None where it has none.
+
+    Layers may share keys and values (cross-layer KV sharing, arXiv 2410.14442): layer l attends to those of layer
+    kv_layer_map[l], and a layer whose own are not used has neither their weights nor a cache. None: each its own. A
+    layer that looks up, at one above it, attends to the positions before its own, and at position 0 to nothing; prompts
+    and training texts then take passes over the layers in between, `forward_passes` without gradient and
+    `backward_passes` with (section 3.2). With `forward_passes` None they go on until nothing changes, which is exact.
+    """
 
     vocab_size: int
     width: int
@@ -61,6 +71,9 @@ class ModelConfig:
     mlp_bias: bool = False
     tie_embeddings: bool = False
     architecture: str = "llama"
+    kv_layer_map: tuple[int, ...] | None = None
+    forward_passes: int | None = 7
+    backward_passes: int = 2
 
     def __post_init__(self) -> None:
         sizes = (
@@ -83,6 +96,74 @@ class ModelConfig:
             raise ValueError(
                 f"rope has {len(self.rope.divisors)} divisors; head_dim={self.head_dim} needs {self.head_dim // 2}"
             )
+        if self.kv_layer_map == tuple(range(self.num_layers)):
+            object.__setattr__(self, "kv_layer_map", None)
+        self._check_kv_sharing()
+
+    def _check_kv_sharing(self) -> None:
+        if self.forward_passes is not None and self.forward_passes < 0:
+            raise ValueError(f"forward_passes={self.forward_passes} must be at least 0, or None: until nothing changes")
+        if self.backward_passes < 1:
+            raise ValueError(f"backward_passes={self.backward_passes} must be at least 1: the last pass has a gradient")
+        if self.kv_layer_map is None:
+            return
+        if len(self.kv_layer_map) != self.num_layers:
+            raise ValueError(
+                f"kv_layer_map has {len(self.kv_layer_map)} entries; it needs one for each of {self.num_layers} layers"
+            )
+        for layer, shared in enumerate(self.kv_layer_map):
+            where = f"kv_layer_map[{layer}]={shared}"
+            if not 0 <= shared < self.num_layers:
+                raise ValueError(f"{where} is no layer; it must lie in [0, {self.num_layers})")
+            if layer == 0 and shared != 0:
+                raise ValueError(f"{where}: layer 0 must use its own keys and values, 0; quality drops far without")
+            if self.kv_layer_map[shared] != shared:
+                raise ValueError(
+                    f"{where} points to a layer without keys and values of its own, "
+                    f"kv_layer_map[{shared}]={self.kv_layer_map[shared]}; point to one that has {shared} there"
+                )
+            if shared > layer and self.windows[layer] == 1:
+                raise ValueError(f"windows[{layer}]=1 leaves nothing: layer {layer} looks up, and sees no own position")
+
+    def kv_layer(self, layer: int) -> int:
+        """Returns the layer whose keys and values serve this layer's queries."""
+        return layer if self.kv_layer_map is None else self.kv_layer_map[layer]
+
+    @property
+    def kv_layers(self) -> tuple[int, ...]:
+        """Returns the layers that have keys and values of their own, in their order."""
+        return tuple(layer for layer in range(self.num_layers) if self.kv_layer(layer) == layer)
+
+    def kv_index(self, layer: int) -> int:
+        """Returns which of the cache's arrays holds the keys and values that serve this layer's queries."""
+        return self.kv_layers.index(self.kv_layer(layer))
+
+    def looks_up(self, layer: int) -> bool:
+        """Returns whether a layer uses keys and values of one above it, which are not known yet at its own position."""
+        return self.kv_layer(layer) > layer
+
+    def sees(self, layer: int, ends: Int[Array, "*rows"]) -> tuple[Int[Array, "*rows"], int | None]:
+        """Returns (ends, window) as a layer sees them: `ends` are those of a layer that sees its own position."""
+        window = self.windows[layer]
+        if not self.looks_up(layer):
+            return ends, window
+        return ends - 1, None if window is None else window - 1
+
+    @property
+    def blocks(self) -> tuple[range, ...]:
+        """Returns the layers in runs, bottom up: a single one, or from one that looks up to the last that it waits for.
+
+        # kv_layer_map (0, 3, 2, 3, 4):  0 | 1 2 3 | 4
+        """
+        blocks, layer = [], 0
+        while layer < self.num_layers:
+            last, end = layer, max(layer, self.kv_layer(layer))
+            while last < end:
+                last += 1
+                end = max(end, self.kv_layer(last))
+            blocks.append(range(layer, end + 1))
+            layer = end + 1
+        return tuple(blocks)
 
     @property
     def group_size(self) -> int:
@@ -93,16 +174,16 @@ class ModelConfig:
     def num_parameters(self) -> int:
         """Returns how many numbers the weights hold; tied embeddings count once."""
         query_width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        qkv_width = query_width + 2 * kv_width
-        layer = self.width * (qkv_width + query_width + 3 * self.mlp_width + 2)
-        layer += self.qkv_bias * qkv_width + self.out_bias * self.width
+        layer = self.width * (2 * query_width + 3 * self.mlp_width + 2)
+        layer += self.qkv_bias * query_width + self.out_bias * self.width
         layer += self.mlp_bias * (2 * self.mlp_width + self.width)
+        kv_layer = 2 * kv_width * (self.width + self.qkv_bias)
         embeddings = self.vocab_size * self.width * (1 if self.tie_embeddings else 2)
-        return embeddings + self.num_layers * layer + self.width
+        return embeddings + self.num_layers * layer + len(self.kv_layers) * kv_layer + self.width
 
     def cache_bytes_per_token(self, bytes_per_number: int) -> int:
         """Returns the bytes that one cached token takes over all layers, keys and values together."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * bytes_per_number
+        return 2 * len(self.kv_layers) * self.num_kv_heads * self.head_dim * bytes_per_number
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:

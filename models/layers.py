@@ -36,11 +36,12 @@ class Linear(nn.Module):
     use_bias: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows out"]:
-        out = project(self.param("weight", _fan_in_normal, (self.features, x.shape[-1])), x)
+    def __call__(self, x: Float[Array, "*rows D"], first: int = 0) -> Float[Array, "*rows out"]:
+        """Returns the features from `first` on."""
+        out = project(self.param("weight", _fan_in_normal, (self.features, x.shape[-1]))[first:], x)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
-            out = out + jnp.expand_dims(bias, range(x.ndim - 1))
+            out = out + jnp.expand_dims(bias[first:], range(x.ndim - 1))
         return out
 
 

@@ -14,8 +14,10 @@ import dataclasses
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,16 +72,36 @@ def save_checkpoint(
         )
         raise FileExistsError(f"{path} exists; {way_out}")
     _check_arrays(info, params)
+    with whole_directory(path, overwrite=overwrite) as draft:
+        write_arrays(draft / _PARAMS, tree.map(np.asarray, params))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(draft / _TOKENIZER)
+        (draft / _MODEL).write_text(json.dumps({"format": _FORMAT, **dataclasses.asdict(info)}, indent=1) + "\n")
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Writes a tree of NumPy arrays by Orbax; OSError, which names the path, where the system refuses to write."""
+    try:
+        with orbax_context():
+            ocp.save(str(path), arrays)
+    except ValueError as error:  # what the system said to tensorstore is in the text alone
+        if (code := re.search(r"os_error_code='(\d+)'", str(error))) is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+
+
+@contextmanager
+def whole_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yields an empty directory to fill; then it gets its checksums, is flushed, and becomes `path`: all of it or none.
+
+    One that is left behind by a kill is called `.<name of path>.` and some letters, and lies beside `path`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     # In the same directory, because only there is a rename one indivisible step.
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent, ignore_cleanup_errors=True) as scratch:
         draft = Path(scratch) / "checkpoint"
         draft.mkdir()
-        with _orbax():
-            ocp.save(str(draft / _PARAMS), tree.map(np.asarray, params))
-        if tokenizer is not None:
-            tokenizer.save_pretrained(draft / _TOKENIZER)
-        (draft / _MODEL).write_text(json.dumps({"format": _FORMAT, **dataclasses.asdict(info)}, indent=1) + "\n")
+        yield draft
         write_checksums(draft)
         _flush(draft)
         if overwrite and path.exists():
@@ -100,8 +122,10 @@ def read_checkpoint_info(directory: Path) -> CheckpointInfo:
             )
         rope = found["config"].pop("rope")
         rope["divisors"] = rope["divisors"] and tuple(rope["divisors"])
-        windows = tuple(found["config"].pop("windows"))
-        config = ModelConfig(**found.pop("config"), windows=windows, rope=RopeConfig(**rope))
+        fields = found.pop("config")
+        for name in ("windows", "kv_layer_map"):
+            fields[name] = fields.get(name) and tuple(fields[name])  # JSON has no tuples
+        config = ModelConfig(**fields, rope=RopeConfig(**rope))
         dtype_of(found["dtype"])
         return CheckpointInfo(config=config, eos_token_ids=tuple(found.pop("eos_token_ids")), **found)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -131,7 +155,7 @@ def stream_checkpoint(directory: Path, info: CheckpointInfo, dtype: DType) -> It
         wanted: dict[str, Any] = {}
         for path in paths:
             _put(wanted, path, np.empty(shapes[path], stored))  # only its shape and dtype are used
-        with _orbax():
+        with orbax_context():
             loaded = ocp.load(where, wanted)
         for path in paths:
             result = aligned_empty(shapes[path], target)
@@ -163,7 +187,8 @@ def _groups(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[list[str]]:
     yield group
 
 
-def _orbax() -> ocp.Context:
+def orbax_context() -> ocp.Context:
+    """Returns how we write and read: uncompressed, and only the arrays that are asked for."""
     context = ocp.Context()
     context.array.saving.use_compression = False
     context.pytree.loading.partial_load = True

@@ -66,8 +66,11 @@ def tensor_layout(config: ModelConfig) -> dict[str, dict[str, tuple[int, ...]]]:
     layout = {"embedding": {"model.embed_tokens.weight": (V, D)}, "final_norm/scale": {"model.norm.weight": (D,)}}
     if not config.tie_embeddings:
         layout["unembedding"] = {"lm_head.weight": (V, D)}
-    projections = {
-        "qkv": ({"self_attn.q_proj": queries, "self_attn.k_proj": keys, "self_attn.v_proj": keys}, D, config.qkv_bias),
+    own = {
+        "qkv": ({"self_attn.q_proj": queries, "self_attn.k_proj": keys, "self_attn.v_proj": keys}, D, config.qkv_bias)
+    }
+    shared = {"q": ({"self_attn.q_proj": queries}, D, config.qkv_bias)}
+    rest = {
         "out": ({"self_attn.o_proj": D}, queries, config.out_bias),
         "mlp/gate_up": ({"mlp.gate_proj": F, "mlp.up_proj": F}, D, config.mlp_bias),
         "mlp/down": ({"mlp.down_proj": D}, F, config.mlp_bias),
@@ -76,6 +79,7 @@ def tensor_layout(config: ModelConfig) -> dict[str, dict[str, tuple[int, ...]]]:
         ours, theirs = f"layers_{layer}", f"model.layers.{layer}"
         layout[f"{ours}/attention_norm/scale"] = {f"{theirs}.input_layernorm.weight": (D,)}
         layout[f"{ours}/mlp_norm/scale"] = {f"{theirs}.post_attention_layernorm.weight": (D,)}
+        projections = (own if layer in config.kv_layers else shared) | rest
         for name, (parts, inputs, has_bias) in projections.items():
             layout[f"{ours}/{name}/weight"] = {f"{theirs}.{part}.weight": (out, inputs) for part, out in parts.items()}
             if has_bias:

@@ -19,6 +19,8 @@ def attention(q, keys, values, reads):
     out = np.zeros((N, H))
     for n in range(N):
         slots = sorted(reads[n])
+        if not slots:  # position 0 of a layer that looks up
+            continue
         scores = keys[n // group, slots] @ q[n] / np.sqrt(H)
         weights = np.exp(scores - scores.max())
         out[n] = weights @ values[n // group, slots] / weights.sum()
@@ -30,10 +32,9 @@ def dense_reads(length, window=None):
     return set(range(0 if window is None else max(0, length - window), length))
 
 
-def shared_reads(listed, num_sinks, recent_start, length, window=None):
-    """Returns the slots of a head that reads the sinks, its list and the range [recent_start, length)."""
-    slots = set(range(min(num_sinks, length))) | {s for s in listed if s >= 0} | set(range(recent_start, length))
-    return slots & dense_reads(length, window)
+def shared_reads(listed, num_sinks, recent_start, seen):
+    """Returns the slots, of those that are seen, of a head that reads the sinks, its list and what is recent."""
+    return {slot for slot in seen if slot < num_sinks or slot in listed or slot >= recent_start}
 
 
 def choose_channels(queries, keys, num_channels):
@@ -103,9 +104,9 @@ def softmaxed(scores, candidates):
     return weights
 
 
-def list_masses(scores, length, num_lists, window=None):
-    """Returns for each list [T]: what its heads, of these scores [N, T], attend to, summed over them."""
-    weights = softmaxed(scores, dense_reads(length, window))
+def list_masses(scores, seen, num_lists):
+    """Returns for each list [T]: what its heads, of scores [N, T], attend to of what is seen, summed over them."""
+    weights = softmaxed(scores, seen)
     return [heads.sum(axis=0) for heads in np.split(weights, num_lists)]
 
 
@@ -342,33 +343,49 @@ class Row:
     windows: tuple
     theta: float
     eps: float
+    kv_map: tuple  # the layer whose keys and values serve each layer
 
     def __post_init__(self):
-        self.keys = [[] for _ in self.windows]  # L x length x [K, H]
+        self.keys = [[] for _ in self.windows]  # L x length x [K, H]; of a layer without its own, none
         self.values = [[] for _ in self.windows]
         self.queries = [[] for _ in self.windows]  # L x length x [N, H]
 
     @property
     def length(self):
         """Returns the tokens read so far."""
-        return len(self.keys[-1])
+        return len(self.keys[0])
+
+    def cached(self, kept, layer):
+        """Returns [K, length, H] of the kept keys or values that serve a layer."""
+        none = np.zeros((self.num_kv_heads, 0, self.head_dim))
+        return np.stack(kept[self.kv_map[layer]], axis=1) if kept[self.kv_map[layer]] else none
 
     def cached_keys(self, layer):
         """Returns [K, length, H]."""
-        return np.stack(self.keys[layer], axis=1)
+        return self.cached(self.keys, layer)
+
+    def sees(self, layer, length):
+        """Returns the slots that the query at position length - 1 sees: not its own where the layer looks up."""
+        return dense_reads(length, self.windows[layer]) - ({length - 1} if self.kv_map[layer] > layer else set())
+
+    def users(self, layer):
+        """Returns the layers that read the keys that serve this one."""
+        return [other for other, shared in enumerate(self.kv_map) if shared == self.kv_map[layer]]
 
     def step(self, token, reads_of):
         """Returns logits [V] after `token`; reads_of(layer, length) gives each head's slots, once its key is stored."""
-        N, K, H, position = self.num_heads, self.num_kv_heads, self.head_dim, self.length
+        N, K, H, position = self.num_heads, self.num_kv_heads, self.head_dim, self.length  # before any key is stored
         x = self.params["embedding"][token].astype(np.float64)
         for layer in range(len(self.windows)):
             weights = self.params[f"layers_{layer}"]
             normed = rms_norm(x, weights["attention_norm"]["scale"], self.eps)
-            fused = (weights["qkv"]["weight"].astype(np.float64) @ normed).reshape(N + 2 * K, H)
+            has_own = self.kv_map[layer] == layer
+            fused = (weights["qkv" if has_own else "q"]["weight"].astype(np.float64) @ normed).reshape(-1, H)
             self.queries[layer].append(rotate(fused[:N], position, self.theta))
-            self.keys[layer].append(rotate(fused[N : N + K], position, self.theta))
-            self.values[layer].append(fused[N + K :])
-            keys, values = self.cached_keys(layer), np.stack(self.values[layer], axis=1)
+            if has_own:
+                self.keys[layer].append(rotate(fused[N : N + K], position, self.theta))
+                self.values[layer].append(fused[N + K :])
+            keys, values = self.cached_keys(layer), self.cached(self.values, layer)
             out = attention(self.queries[layer][-1], keys, values, reads_of(layer, position + 1))
             x = x + weights["out"]["weight"].astype(np.float64) @ out.reshape(-1)
             normed = rms_norm(x, weights["mlp_norm"]["scale"], self.eps)
@@ -379,7 +396,7 @@ class Row:
 
     def dense_step(self, token):
         """Returns logits [V] after `token`, every layer seeing all that its window holds."""
-        return self.step(token, lambda layer, length: [dense_reads(length, self.windows[layer])] * self.num_heads)
+        return self.step(token, lambda layer, length: [self.sees(layer, length)] * self.num_heads)
 
 
 class SharedRow:
@@ -399,7 +416,11 @@ class SharedRow:
         L = len(row.windows)
         self.age = 0
         self.channels = [
-            choose_channels(np.stack(row.queries[layer][start:]), row.cached_keys(layer), budget.num_channels)
+            choose_channels(
+                np.concatenate([np.stack(row.queries[user][start:]) for user in row.users(layer)]),
+                row.cached_keys(layer),
+                budget.num_channels,
+            )
             for layer in range(L)
         ]
         self.similarity = self.find_similarity(probe_positions(start, row.length, budget))
@@ -427,7 +448,7 @@ class SharedRow:
         if layer < self.budget.dense_layers:
             return [None] * J
         scores = key_scores(row.queries[layer][position], row.cached_keys(layer))
-        return list_masses(scores, position + 1, J, row.windows[layer])
+        return list_masses(scores, row.sees(layer, position + 1), J)
 
     def find_plan(self, similarity):
         """Returns source [L][J] of pairs (layer, list)."""
@@ -460,7 +481,7 @@ class SharedRow:
         counts = []
 
         def reads_of(layer, length):
-            window, is_dense = row.windows[layer], layer < budget.dense_layers
+            is_dense = layer < budget.dense_layers
             if is_refresh and not is_dense:
                 new = self.choose(layer, length - 1)
                 for j in range(budget.num_lists):
@@ -468,9 +489,9 @@ class SharedRow:
                         self.lists[layer][j] = new[j]
             sources = [self.source[layer][n // group] for n in range(row.num_heads)]
             reads = [
-                dense_reads(length, window)
+                row.sees(layer, length)
                 if is_dense or length < budget.min_length
-                else shared_reads(self.lists[a][j], budget.num_sinks, self.recent_start, length, window)
+                else shared_reads(self.lists[a][j], budget.num_sinks, self.recent_start, row.sees(layer, length))
                 for a, j in sources
             ]
             counts.extend(map(len, reads))

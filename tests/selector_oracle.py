@@ -12,7 +12,7 @@ def weights(row, layer, position, slots=None):
     """Returns [N, T]: each head's attention from this position, over what it sees or over slots[n] alone."""
     scores = oracle.key_scores(row.queries[layer][position], row.cached_keys(layer))
     if slots is None:
-        return oracle.softmaxed(scores, oracle.dense_reads(position + 1, row.windows[layer]))
+        return oracle.softmaxed(scores, row.sees(layer, position + 1))
     return np.stack([oracle.softmaxed(scores[n : n + 1], slots[n])[0] for n in range(len(scores))])
 
 
@@ -38,8 +38,8 @@ class Streaming:
 
     def reads(self, row, layer, length):
         """Returns each head's slots."""
-        seen = oracle.shared_reads([], self.num_sinks, max(0, length - self.num_recent), length, row.windows[layer])
-        return [seen] * row.num_heads
+        start = max(0, length - self.num_recent)
+        return [oracle.shared_reads([], self.num_sinks, start, row.sees(layer, length))] * row.num_heads
 
 
 class HeavyHitters:
@@ -56,7 +56,7 @@ class HeavyHitters:
         for layer, sums in enumerate(self.sums):
             for position in range(n):
                 sums[:, :n] += weights(row, layer, position)
-            old = set(range(self.num_sinks, n - self.num_recent)) & oracle.dense_reads(n, row.windows[layer])
+            old = set(range(self.num_sinks, n - self.num_recent)) & row.sees(layer, n)
             self.kept.append([oracle.select(of_list, old, self.num_heavy) for of_list in by_list(sums, self.J)])
 
     def reads(self, row, layer, length):
@@ -67,13 +67,14 @@ class HeavyHitters:
             for j, of_list in enumerate(by_list(sums, self.J)):
                 held = [*self.kept[layer][j], leaving]
                 if len(held) > self.num_heavy:
-                    seen = oracle.dense_reads(length, row.windows[layer])
+                    seen = row.sees(layer, length)
                     held.remove(min(held, key=lambda slot: (of_list[slot] if slot in seen else -np.inf, slot)))
                 self.kept[layer][j] = held
-        window = row.windows[layer]
-        reads = [oracle.shared_reads(held, self.num_sinks, start, length, window) for held in self.kept[layer]]
+        seen = row.sees(layer, length)
+        reads = [oracle.shared_reads(held, self.num_sinks, start, seen) for held in self.kept[layer]]
         reads = spread(reads, row.num_heads)
-        sums[:, :length] += weights(row, layer, length - 1, reads)
+        found = weights(row, layer, length - 1, reads)
+        sums[:, : found.shape[1]] += found
         return reads
 
 
@@ -89,7 +90,8 @@ class Pages:
 
     def reads(self, row, layer, length):
         """Returns each head's slots."""
-        size, window, keys = self.page_size, row.windows[layer], row.cached_keys(layer)
+        size, seen = self.page_size, row.sees(layer, length)
+        keys, window = row.cached_keys(layer), row.windows[layer]
         start = max(0, min((length - 1) // size * size, length - self.num_recent))
         first = self.num_sinks if window is None else max(self.num_sinks, length - window)
         group = row.num_heads // row.num_kv_heads
@@ -97,13 +99,14 @@ class Pages:
         for n, q in enumerate(row.queries[layer][length - 1]):
             for page in range(scores.shape[1]):
                 held = keys[n // group, page * size : min((page + 1) * size, length)]
-                scores[n, page] = np.maximum(q * held.min(axis=0), q * held.max(axis=0)).sum()
+                if len(held):  # the newest page has no key yet where the layer looks up
+                    scores[n, page] = np.maximum(q * held.min(axis=0), q * held.max(axis=0)).sum()
         pages = {p for p in range(scores.shape[1]) if (p + 1) * size > first and p * size < start}
         reads = []
         for of_list in by_list(scores, self.J):
             chosen = oracle.select(of_list, pages, self.num_pages)
             listed = [slot for p in chosen for slot in range(p * size, (p + 1) * size) if first <= slot < start]
-            reads.append(oracle.shared_reads(listed, self.num_sinks, start, length, window))
+            reads.append(oracle.shared_reads(listed, self.num_sinks, start, seen))
         return spread(reads, row.num_heads)
 
 
@@ -129,6 +132,6 @@ class Snapshot:
     def reads(self, row, layer, length):
         """Returns each head's slots."""
         start = max(0, (self.prompt if self.keeps_generated else length) - self.num_observed)
-        window = row.windows[layer]
-        reads = [oracle.shared_reads(held, self.num_sinks, start, length, window) for held in self.kept[layer]]
+        seen = row.sees(layer, length)
+        reads = [oracle.shared_reads(held, self.num_sinks, start, seen) for held in self.kept[layer]]
         return spread(reads, row.num_heads)

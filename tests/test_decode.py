@@ -17,6 +17,7 @@ from tiny_decoder import (
     LENGTHS,
     MODEL,
     PUBLISHED,
+    SHARED_KV,
     oracle_rows,
     params,
     prefill_rows,
@@ -38,6 +39,8 @@ GATED = dataclasses.replace(HSHARE, min_length=30)
 INTERVAL = HSHARE.refresh_interval
 # Where only the program is looked at: two layers, both sparse. Groups of 4, so that nothing but a buffer has its shape.
 SHALLOW = dataclasses.replace(MODEL, num_layers=2, num_heads=12, windows=(None,) * 2)
+# The same with a layer that looks up at the last one's keys and values: it reads what a later layer writes.
+LOOKS_UP = dataclasses.replace(SHALLOW, num_layers=3, windows=(None,) * 3, kv_layer_map=(0, 2, 2))
 STEP = dataclasses.replace(HSHARE, dense_layers=0)
 VARIANTS = {
     "dense": (None, False),
@@ -114,6 +117,15 @@ def test_cached_decode_equals_full_forward():
 WHOLE = {
     "published": (MODEL, PUBLISHED, LENGTHS),
     "units": (MODEL, HSHARE, LENGTHS),
+    "units, shared KV, gate": (SHARED_KV, dataclasses.replace(HSHARE, min_length=20), LENGTHS),
+    "published, shared KV, dense layers": (SHARED_KV, dataclasses.replace(PUBLISHED, dense_layers=1), LENGTHS),
+    "anchors, shared KV, exact, no dense layers": (
+        SHARED_KV,
+        dataclasses.replace(
+            HSHARE, plan="anchors", layer_ratio=Fraction(1, 2), head_ratio=Fraction(1), scoring="exact", dense_layers=0
+        ),
+        LENGTHS,
+    ),
     "units, windows, 8 bits, budget ratio": (
         WINDOWED,
         dataclasses.replace(HSHARE, label_bits=8, budget_ratio=Fraction(1, 6), dense_layers=0),
@@ -450,11 +462,11 @@ def large_buffers(state: DecodeState) -> list[jax.Array]:
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("config", "batch"), [(SHALLOW, 1), (SHALLOW, 3), (LOOKS_UP, 3)])
 @variants
-def test_a_compiled_step_updates_its_buffers_in_place(hshare, refresh, batch):
-    state, tokens = init_state(SHALLOW, batch, CAPACITY, method=hshare), jnp.zeros((batch,), jnp.int32)
-    compiled = decode_step.lower(params(SHALLOW), tokens, state, config=SHALLOW, refresh=refresh).compile()
+def test_a_compiled_step_updates_its_buffers_in_place(hshare, refresh, config, batch):
+    state, tokens = init_state(config, batch, CAPACITY, method=hshare), jnp.zeros((batch,), jnp.int32)
+    compiled = decode_step.lower(params(config), tokens, state, config=config, refresh=refresh).compile()
     text = compiled.as_text()
     assert text is not None
     assert count_copies(text, large_buffers(state)) == 0

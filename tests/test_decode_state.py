@@ -162,7 +162,8 @@ def test_reads_are_those_of_the_definition(model, changes):
             if layer < hshare.dense_layers or length < hshare.min_length:
                 counts.append(len(oracle.dense_reads(length, window)))
             else:
-                reads = oracle.shared_reads(lists[a, b, i].tolist(), hshare.num_sinks, starts[b], length, window)
+                seen = oracle.dense_reads(length, window)
+                reads = oracle.shared_reads(lists[a, b, i].tolist(), hshare.num_sinks, starts[b], seen)
                 counts.append(len(reads))
         np.testing.assert_allclose(found[b], np.mean(counts), rtol=F32)
 

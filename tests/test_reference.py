@@ -91,9 +91,8 @@ def expected_shared(q, keys, values, lists, source, lengths, starts, num_sinks, 
     for b in range(len(q)):
         flat = [source[b, LAYER, n * J // N] for n in range(N)]
         listed = [lists[f // J, b, f % J].tolist() for f in flat]
-        reads.append(
-            [oracle.shared_reads(tokens, num_sinks, int(starts[b]), int(lengths[b]), window) for tokens in listed]
-        )
+        seen = oracle.dense_reads(int(lengths[b]), window)
+        reads.append([oracle.shared_reads(tokens, num_sinks, int(starts[b]), seen) for tokens in listed])
         out.append(oracle.attention(q[b].astype(np.float64), keys[b], values[b], reads[-1]))
     return np.stack(out), reads
 

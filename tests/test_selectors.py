@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import selector_oracle
-from tiny_decoder import LENGTHS, MODEL, oracle_row, params, prefill_rows, random_rows
+from tiny_decoder import LENGTHS, MODEL, SHARED_KV, oracle_row, params, prefill_rows, random_rows
 
 from hshare_jax.decode import decode_step
 from hshare_jax.decode_state import DecodeState, count_reads, init_state
@@ -58,7 +58,7 @@ def decode(rows, state, steps, lengths=LENGTHS, config=MODEL):
     return np.stack(logits), states
 
 
-@pytest.mark.parametrize("config", [MODEL, WINDOWED], ids=["full", "windows"])
+@pytest.mark.parametrize("config", [MODEL, WINDOWED, SHARED_KV], ids=["full", "windows", "shared KV"])
 @pytest.mark.parametrize("name", METHODS)
 def test_decoding_equals_the_oracle_in_every_row(name, config):
     method, plain = METHODS[name]
@@ -76,7 +76,7 @@ def test_decoding_equals_the_oracle_in_every_row(name, config):
             reads = {}
 
             def reads_of(layer, length, reads=reads, exact=exact):
-                dense = [selector_oracle.oracle.dense_reads(length, config.windows[layer])] * config.num_heads
+                dense = [exact.sees(layer, length)] * config.num_heads
                 reads[layer] = dense if layer < method.dense_layers else plain.reads(exact, layer, length)
                 return reads[layer]
 
@@ -91,14 +91,15 @@ def test_decoding_equals_the_oracle_in_every_row(name, config):
                 assert found == of_layer
 
 
+@pytest.mark.parametrize("config", [MODEL, SHARED_KV], ids=["own KV", "shared KV"])
 @pytest.mark.parametrize("method", COVERING.values(), ids=COVERING)
-def test_a_budget_that_covers_the_text_is_dense(method):
+def test_a_budget_that_covers_the_text_is_dense(method, config):
     rows = random_rows(12, more=4)
     prompts = [row[:n] for row, n in zip(rows, LENGTHS, strict=True)]
-    logits, states = decode(rows, prefill_rows(prompts, hshare=method)[1], 4)
-    expected, dense = decode(rows, prefill_rows(prompts, hshare=None)[1], 4)
+    logits, states = decode(rows, prefill_rows(prompts, hshare=method, config=config)[1], 4, config=config)
+    expected, dense = decode(rows, prefill_rows(prompts, hshare=None, config=config)[1], 4, config=config)
     np.testing.assert_allclose(logits, expected, atol=SAME, rtol=0)
-    np.testing.assert_allclose(count_reads(states[-1], MODEL), count_reads(dense[-1], MODEL))
+    np.testing.assert_allclose(count_reads(states[-1], config), count_reads(dense[-1], config))
 
 
 @pytest.mark.parametrize("name", METHODS)

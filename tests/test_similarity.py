@@ -140,7 +140,7 @@ def test_similarities_equal_the_definition(config):
                     if layer < dense
                     else oracle.list_masses(
                         oracle.key_scores(queries[layer, b, i].astype(np.float64), exact_keys[layer, b]),
-                        p + 1, J, WINDOWS[layer],
+                        oracle.dense_reads(p + 1, WINDOWS[layer]), J,
                     )
                 )
             ]

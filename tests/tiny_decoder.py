@@ -31,6 +31,10 @@ PUBLISHED = dataclasses.replace(
     HShareConfig.published(), num_sinks=2, num_critical=6, num_recent=4, refresh_interval=3,
     layer_ratio=Fraction(3, 4), head_ratio=Fraction(2, 3), label_channels=3,
 )  # fmt: skip
+# Layer 1 looks up at layer 2's keys and values, layer 3 down at them, all under windows.
+SHARED_KV = dataclasses.replace(
+    MODEL, kv_layer_map=(0, 2, 2, 2), windows=(None, 20, None, 9), forward_passes=None
+)  # fmt: skip
 CAPACITY = 256
 # Shorter than the sinks, than sinks and recent tokens, than the budget of 12; and longer.
 LENGTHS = (1, 5, 11, 60)
@@ -78,6 +82,7 @@ def oracle_row(config: ModelConfig = MODEL) -> oracle.Row:
         config.windows,
         config.rope.theta,
         config.norm_eps,
+        tuple(map(config.kv_layer, range(config.num_layers))),
     )
 
 

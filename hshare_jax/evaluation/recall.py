@@ -55,13 +55,19 @@ class Measured:
         return dataclasses.replace(self, selection=self.selection.begin(step), total=total, count=self.count + 1)
 
     def attend(
-        self, layer: int, q: Float[Array, "B N H"], k: Float[Array, "B 1 K H"], keys: Array, values: Array, step: Step
+        self,
+        layer: int,
+        q: Float[Array, "B N H"],
+        k: Float[Array, "B 1 K H"] | None,
+        keys: Array,
+        values: Array,
+        step: Step,
     ) -> tuple[Float[Array, "B N H"], "Measured"]:
         """Returns (the method's attention, the sum with this layer's recall)."""
         out, selection = self.selection.attend(layer, q, k, keys, values, step)
 
         def measure() -> Float[Array, "B"]:
-            is_seen = mark_dense(step.lengths, keys.shape[2], step.model.windows[layer])
+            is_seen = mark_dense(layer, step.lengths, keys.shape[2], step.model)
             weights = softmax_over(is_seen, score_keys(q, keys))
             now = KVCache((keys,), (values,), step.lengths)  # as this layer has it: the new token included
             marks = selection.mark_reads(layer, now, step.model)

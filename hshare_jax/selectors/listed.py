@@ -22,7 +22,7 @@ class PromptLayer:
     """One layer right after the prefill, as a method sees it."""
 
     queries: Float[Array, "B P N H"]  # those that were asked for
-    positions: Int[Array, "B P"]  # where they stand; negative for none
+    last_seen: Int[Array, "B P"]  # the last slot that each sees; negative for none
     received: Float[Array, "B N S"] | None  # attention that each slot got from this prefill's queries, if asked for
     keys: Float[Array, "B K S H"]
     lengths: Int[Array, "B"]
@@ -36,10 +36,10 @@ class StepLayer:
     """One layer of a decode step, as a method sees it."""
 
     q: Float[Array, "B N H"]
-    k: Float[Array, "B 1 K H"]
-    keys: Float[Array, "B K S H"]  # the new key included
-    slots: Int[Array, "B 1"]  # where the new key lies; at or beyond the capacity for idle rows
-    lengths: Int[Array, "B"]
+    k: Float[Array, "B 1 K H"]  # the newest key that the layer sees
+    keys: Float[Array, "B K S H"]  # the newest key included
+    slots: Int[Array, "B 1"]  # where it lies; at or beyond the capacity for idle rows
+    lengths: Int[Array, "B"]  # slots that the layer sees
     is_active: Bool[Array, "B"]
     recent_start: Int[Array, "B"]
     window: int | None
@@ -144,14 +144,16 @@ class Listed:
         lengths, lists, memory = cache.lengths, [], []
         recent_start = self.method.recent_start(lengths, lengths)
         for layer in range(model.num_layers):
+            last_seen, window = model.sees(layer, positions)
+            seen, _ = model.sees(layer, lengths)
             prompt = PromptLayer(
                 queries=queries.probes[layer],
-                positions=positions,
+                last_seen=last_seen,
                 received=None if queries.received is None else queries.received[layer],
-                keys=cache.keys[layer],
-                lengths=lengths,
+                keys=cache.keys[model.kv_index(layer)],
+                lengths=seen,
                 recent_start=recent_start,
-                window=model.windows[layer],
+                window=window,
                 num_lists=self.source.shape[2],
             )
             if layer < self.method.dense_layers:  # which read everything
@@ -171,13 +173,23 @@ class Listed:
         return dataclasses.replace(self, recent_start=self.method.recent_start(step.lengths, self.prompt_lengths))
 
     def attend(
-        self, layer: int, q: Float[Array, "B N H"], k: Float[Array, "B 1 K H"], keys: Array, values: Array, step: Step
+        self,
+        layer: int,
+        q: Float[Array, "B N H"],
+        k: Float[Array, "B 1 K H"] | None,
+        keys: Array,
+        values: Array,
+        step: Step,
     ) -> tuple[Float[Array, "B N H"], "Listed"]:
         """Returns (attention through the lists, the lists and memory after this step)."""
-        window = step.model.windows[layer]
+        lengths, window = step.model.sees(layer, step.lengths)
         if layer < self.method.dense_layers:
-            return dense_decode(q, keys, values, step.lengths, window=window, impl=step.impl), self
-        now = StepLayer(q, k, keys, step.slots, step.lengths, step.is_active, self.recent_start, window)
+            return dense_decode(q, keys, values, lengths, window=window, impl=step.impl), self
+        slots = step.slots
+        if k is None:  # the newest key that the layer sees is another's
+            slots = jnp.where(step.is_active & (lengths > 0), lengths - 1, keys.shape[2])[:, None]
+            k = jnp.take_along_axis(keys, slots[:, None, :, None], axis=2, mode="clip").swapaxes(1, 2)
+        now = StepLayer(q, k, keys, slots, lengths, step.is_active, self.recent_start, window)
         lists, memory = self.method.list_step(now, self.token_indices[layer], self.memory[layer])
         chosen = dataclasses.replace(
             self,
@@ -185,7 +197,7 @@ class Listed:
             memory=(*self.memory[:layer], memory, *self.memory[layer + 1 :]),
         )
         out = shared_decode(
-            q, keys, values, chosen.token_indices, self.source, layer, step.lengths, self.recent_start,
+            q, keys, values, chosen.token_indices, self.source, layer, lengths, self.recent_start,
             num_sinks=self.method.num_sinks, max_recent=self.method.max_recent(keys.shape[2]), window=window,
             impl=step.impl,
         )  # fmt: skip
@@ -200,7 +212,7 @@ class Listed:
 
     def mark_reads(self, layer: int, cache: KVCache, model: ModelConfig) -> Bool[Array, "B J S"]:
         """Returns the slots that the last step read in this layer, by list."""
-        dense = mark_dense(cache.lengths, cache.capacity, model.windows[layer])[:, None, :]
+        dense = mark_dense(layer, cache.lengths, cache.capacity, model)[:, None, :]
         if layer < self.method.dense_layers:
             return dense
         return dense & mark_listed(self.token_indices[layer], self.recent_start, self.method.num_sinks, cache.capacity)

@@ -63,12 +63,12 @@ class SnapKV(ListMethod):
         (B, P, N, H), (_, K, S, _) = prompt.queries.shape, prompt.keys.shape
         grouped = prompt.queries.reshape(B, P, K, N // K, H)
         scores = jnp.einsum("BPKGH,BKSH->BKGPS", grouped, prompt.keys, preferred_element_type=jnp.float32) * H**-0.5
-        slots, positions = jnp.arange(S)[None, None, :], prompt.positions[:, :, None]
-        is_visible = slots <= positions
+        slots, last_seen = jnp.arange(S)[None, None, :], prompt.last_seen[:, :, None]
+        is_visible = slots <= last_seen
         if prompt.window is not None:
-            is_visible &= slots > positions - prompt.window
+            is_visible &= slots > last_seen - prompt.window
         weights = jax.nn.softmax(jnp.where(is_visible[:, None, None], scores, MASKED), axis=-1)
-        is_probe = (prompt.positions >= 0)[:, None, None, :, None]
+        is_probe = (prompt.last_seen >= 0)[:, None, None, :, None]
         observed = jnp.where(is_probe, weights, 0).sum(axis=3).reshape(B, N, S)
         is_candidate = (slots[0] >= self.num_sinks) & (slots[0] < prompt.recent_start[:, None])
         # Published on the prefix alone: the last tokens count as zeros for their neighbours.

@@ -1,5 +1,6 @@
 """Configurations: what is read of a Hugging Face config.json, and what is refused with a way out."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -60,6 +61,21 @@ def test_what_the_decoder_does_not_compute_is_refused_by_name(change, message):
         ({"windows": (None,)}, "windows has 1 entries; it needs one for each of 3 layers"),
         ({"windows": (0, None, None)}, "a sliding window must be at least 1, or None"),
         ({"rope": RopeConfig(divisors=(1.0,))}, "rope has 1 divisors; head_dim=8 needs 4"),
+        ({"kv_layer_map": (0, 0)}, "kv_layer_map has 2 entries; it needs one for each of 3 layers"),
+        ({"kv_layer_map": (0, 3, 2)}, r"kv_layer_map\[1\]=3 is no layer; it must lie in \[0, 3\)"),
+        ({"kv_layer_map": (0, -1, 2)}, r"kv_layer_map\[1\]=-1 is no layer; it must lie in \[0, 3\)"),
+        ({"kv_layer_map": (2, 2, 2)}, r"kv_layer_map\[0\]=2: layer 0 must use its own keys and values, 0"),
+        (
+            {"kv_layer_map": (0, 0, 1)},
+            r"kv_layer_map\[2\]=1 points to a layer without keys and values of its own, kv_layer_map\[1\]=0; "
+            "point to one that has 1 there",
+        ),
+        (
+            {"kv_layer_map": (0, 2, 2), "windows": (None, 1, None)},
+            r"windows\[1\]=1 leaves nothing: layer 1 looks up, and sees no own position",
+        ),
+        ({"forward_passes": -1}, "forward_passes=-1 must be at least 0, or None: until nothing changes"),
+        ({"backward_passes": 0}, "backward_passes=0 must be at least 1: the last pass has a gradient"),
     ],
 )
 def test_sizes_that_contradict_each_other_are_refused(change, message):
@@ -130,6 +146,63 @@ def test_parameters_and_cache_bytes_are_counted():
     assert config.num_parameters == 2 * 32 * 32 + 3 * layer + 32
     assert ModelConfig(**SIZES, tie_embeddings=True).num_parameters == 32 * 32 + 3 * layer + 32
     assert config.cache_bytes_per_token(2) == 3 * 2 * 2 * 8 * 2
+
+
+def shared(*layers: int, **changes) -> ModelConfig:
+    return ModelConfig(
+        **{**SIZES, "num_layers": len(layers), "windows": (None,) * len(layers), "kv_layer_map": layers, **changes}
+    )
+
+
+def test_a_map_onto_oneself_is_no_sharing():
+    config = shared(0, 1, 2)
+    assert config == ModelConfig(**SIZES)
+    assert config.kv_layer_map is None
+    assert config.kv_layers == (0, 1, 2)
+    assert config.blocks == (range(1), range(1, 2), range(2, 3))
+
+
+def test_a_window_of_one_is_for_layers_that_see_their_own_position():
+    assert shared(0, 0, 2, windows=(1, 1, 1)).windows == (1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("layers", "blocks"),
+    [
+        ((0, 3, 2, 3, 4), ("0", "1 2 3", "4")),
+        ((0, 0, 0, 0), ("0", "1", "2", "3")),  # nothing looks up
+        ((0, 3, 3, 3, 5, 5), ("0", "1 2 3", "4 5")),
+        ((0, 2, 2, 2, 4), ("0", "1 2", "3", "4")),  # what looks down waits for nothing
+        ((0, 3, 4, 3, 4), ("0", "1 2 3 4")),  # runs that overlap are one
+        ((0, 4, 3, 3, 4, 0), ("0", "1 2 3 4", "5")),  # one within another
+        ((0, 2, 2, 4, 4), ("0", "1 2", "3 4")),  # runs that only touch are two
+        ((0,), ("0",)),
+    ],
+)
+def test_blocks_end_with_the_last_layer_that_one_of_theirs_waits_for(layers, blocks):
+    assert shared(*layers).blocks == tuple(range(int(block.split()[0]), int(block.split()[-1]) + 1) for block in blocks)
+
+
+def test_the_cache_has_one_array_for_each_kv_layer():
+    config = shared(0, 3, 2, 3, 0)
+    assert config.kv_layers == (0, 2, 3)
+    assert [config.kv_index(layer) for layer in range(5)] == [0, 2, 1, 2, 0]
+    assert [config.looks_up(layer) for layer in range(5)] == [False, True, False, False, False]
+
+
+def test_a_layer_that_looks_up_sees_one_token_less():
+    config = shared(0, 3, 2, 3, windows=(4, 4, None, 4))
+    ends = np.array([1, 7])
+    for layer, end, window in ((0, 0, 4), (1, -1, 3), (2, 0, None), (3, 0, 4)):
+        seen, size = config.sees(layer, jnp.asarray(ends))
+        np.testing.assert_array_equal(seen, ends + end)
+        assert size == window
+
+
+def test_layers_without_keys_and_values_have_no_such_parameters():
+    plain, config = ModelConfig(**SIZES, qkv_bias=True), shared(0, 2, 2, qkv_bias=True)
+    assert plain.num_parameters - config.num_parameters == 2 * 2 * 8 * (32 + 1)
+    assert config.cache_bytes_per_token(2) == 2 * 2 * 2 * 8 * 2
 
 
 def test_divisors_of_a_gguf_file_equal_the_llama3_parameters():
