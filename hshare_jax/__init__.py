@@ -17,7 +17,7 @@ from hshare_jax.models.pretrained import Model, load_model, save_model
 from hshare_jax.models.weights import CheckpointError
 from hshare_jax.prefill import prefill
 from hshare_jax.sampling import SamplingConfig
-from hshare_jax.share_plan import SharePlan
+from hshare_jax.share_plan import SharePlan, kv_layer_plan
 from hshare_jax.shared_lists import SharedLists
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "forced_logits",
     "generate",
     "init_state",
+    "kv_layer_plan",
     "load_channels",
     "load_model",
     "load_plan",

@@ -267,3 +267,35 @@ def choose_method(name: str, hshare: "HShareConfig", *, max_new_tokens: int | No
         return method_named(name, hshare, max_new_tokens=max_new_tokens)
     except ValueError as error:
         raise as_usage_error(error) from error
+
+
+def read_prompts(options: argparse.Namespace) -> list[str]:
+    """Returns the prompts of arguments and files, or else of standard input; UsageError for empty ones."""
+    prompts, names = list(options.prompt), [f"prompt {row}" for row in range(1, len(options.prompt) + 1)]
+    files = options.prompt_file
+    if not prompts and not files:
+        if sys.stdin is None or sys.stdin.isatty():
+            raise UsageError("no prompt: give one as an argument, with --prompt-file, or on standard input")
+        files = ["-"]
+    prompts += [read_text(name, "--prompt-file ") for name in files]
+    check_not_empty([*names, *files], prompts)
+    return prompts
+
+
+def check_fit(
+    files: "ModelFiles", prompts: list[list[int]], options: argparse.Namespace, hshare: "HShareConfig | None"
+) -> None:
+    """Raises UsageError unless prompts, answers and settings fit the model, before its weights are loaded."""
+    from hshare_jax.generate import choose_capacity
+    from hshare_jax.kernels.api import check_impl
+
+    try:
+        check_impl(getattr(options, "impl", "auto"))
+        choose_capacity(files.config, prompts, getattr(options, "max_new_tokens", 1), None)
+        if hshare is not None:
+            hshare.num_label_channels(files.config)
+        read_constants(options, files, hshare)
+    except ValueError as error:
+        raise as_usage_error(error) from error
+    except OSError as error:
+        raise UsageError(f"{error.filename}: {error.strerror}") from error

@@ -59,6 +59,21 @@ class SharePlan:
             )
 
 
+def kv_layer_plan(model: ModelConfig, config: HShareConfig) -> SharePlan:
+    """Returns the plan in which layers that share keys and values share lists: those of the lowest, if it is sparse.
+
+    For a model with cross-layer KV sharing (`ModelConfig.kv_layer_map`): one selection serves all that read one cache.
+
+    # kv_layer_map (0, 2, 2, 2, 4), one list a layer, layer 0 dense:  0 | 1 1 1 | 4
+    """
+    J, lowest, source = config.num_lists(model), {}, []
+    for layer in range(model.num_layers):
+        group = (model.kv_layer(layer), layer < config.dense_layers)
+        first = lowest.setdefault(group, layer)
+        source.append(tuple(first * J + j for j in range(J)))
+    return SharePlan(tuple(source))
+
+
 def identity_plan(batch_size: int, num_layers: int, num_lists: int) -> Source:
     """Returns the plan in which nothing is shared."""
     flat = jnp.arange(num_layers * num_lists, dtype=jnp.int32).reshape(1, num_layers, num_lists)

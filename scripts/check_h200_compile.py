@@ -27,6 +27,7 @@ from hshare_jax.decode import decode_step
 from hshare_jax.decode_state import init_state
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.decoder import parameter_shapes
+from hshare_jax.models.kv_sharing import share_kv
 
 H200 = """
 gpu_device_info {
@@ -58,11 +59,14 @@ runtime_version { major: 13 minor: 0 }
 device_description_str: "NVIDIA H200"
 """
 LONG = dataclasses.replace(LLAMA3_8B, num_layers=4, max_positions=131_072, windows=(None,) * 4)
+FOUR_LAYERS = dataclasses.replace(LLAMA3_8B, num_layers=4, windows=(None,) * 4)
+SHARED_KV = share_kv(FOUR_LAYERS, "sandwich-top:3")  # layer 1 looks up, at what a later layer writes
 # name: (model, batch, slots)
 MODELS = {
     "LLaMA2-7B": (LLAMA2_7B, 8, 4096),
     "LLaMA3-8B": (LLAMA3_8B, 8, 4096),
     "LLaMA3-8B, 4 layers, batch 1, 128k": (LONG, 1, 131_072),  # lists chosen in chunks
+    "LLaMA3-8B, 4 layers, 3 KV layers": (SHARED_KV, 8, 4096),
 }
 HSHARE = HShareConfig(num_sinks=16, num_critical=432, num_recent=64)
 STEPS = {"dense": (None, None)} | {f"hshare, refresh={refresh}": (HSHARE, refresh) for refresh in (True, False, None)}
@@ -72,6 +76,7 @@ LIMITS = {
     "LLaMA2-7B": ((457, 2), (613, 2), (523, 38), (613, 2)),
     "LLaMA3-8B": ((457, 2.1), (675, 2.1), (523, 11), (675, 2.1)),
     "LLaMA3-8B, 4 layers, batch 1, 128k": ((73, 1.1), (100, 1.1), (82, 1.1), (100, 1.1)),
+    "LLaMA3-8B, 4 layers, 3 KV layers": ((64, 2.1), (83, 2.1), (69, 2.1), (83, 2.1)),
 }
 HLO_TYPES = {"bfloat16": "bf16", "int32": "s32", "uint8": "u8"}
 FREE = {"parameter", "constant", "bitcast", "get-tuple-element", "tuple"}  # of the operations, those that run nothing

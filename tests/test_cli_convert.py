@@ -12,7 +12,7 @@ from random_weights import random_params
 from tiny_models import assert_equal_trees
 from tiny_tokenizer import LETTERS, byte_tokenizer
 
-from hshare_jax import cli, cli_options
+from hshare_jax import cli, cli_convert, cli_options
 from hshare_jax.decode import decode_step
 from hshare_jax.decode_state import init_state
 from hshare_jax.evaluation.perplexity import perplexity
@@ -101,8 +101,8 @@ def test_a_long_text_is_scored_in_windows(
     tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "long.txt").write_text(TEXT * 20, encoding="utf-8")
-    monkeypatch.setattr(cli, "_CONTEXT", 15)
-    monkeypatch.setattr(cli, "_MAX_WINDOWS", 3)
+    monkeypatch.setattr(cli_convert, "_CONTEXT", 15)
+    monkeypatch.setattr(cli_convert, "_MAX_WINDOWS", 3)
     arguments = ["convert", tiny, str(tmp_path / "shared"), "--kv-sharing", "cla:2"]
     status, _, err = call([*arguments, "--perplexity", str(tmp_path / "long.txt")], capsys)
     assert status == 0

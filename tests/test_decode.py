@@ -28,7 +28,7 @@ import hshare_jax.decode
 from hshare_jax.decode import decode_step
 from hshare_jax.decode_state import DecodeState, count_reads, init_state
 from hshare_jax.kernels.reference import EMPTY
-from hshare_jax.share_plan import SharePlan, identity_plan
+from hshare_jax.share_plan import SharePlan, identity_plan, kv_layer_plan
 from hshare_jax.shared_lists import SharedLists
 
 F32 = 1e-4  # absolute, on float32 logits of about 5 after four layers, against float64
@@ -498,13 +498,19 @@ def test_a_step_lowers_for_cuda_with_its_state_donated(hshare, refresh):
 
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
-    ("plan", "selections"),
-    [(None, 3), (PLAN, 1), (SharePlan(((0, 1, 2), (3, 4, 5), (3, 4, 8), (3, 4, 5))), 2)],
-    ids=["data", "one layer owns", "two layers own"],
+    ("config", "plan", "selections"),
+    [
+        (MODEL, None, 3),
+        (MODEL, PLAN, 1),
+        (MODEL, SharePlan(((0, 1, 2), (3, 4, 5), (3, 4, 8), (3, 4, 5))), 2),
+        (MODEL, kv_layer_plan(MODEL, HSHARE), 3),
+        (SHARED_KV, kv_layer_plan(SHARED_KV, HSHARE), 1),
+    ],
+    ids=["data", "one layer owns", "two layers own", "own keys and values", "one cache, one list"],
 )
-def test_layers_that_copy_a_constant_plan_trace_to_no_selection(plan, selections):
-    state, tokens = init_state(MODEL, 1, CAPACITY, method=HSHARE, plan=plan), jnp.zeros((1,), jnp.int32)
-    text = decode_step.lower(params(), tokens, state, config=MODEL, refresh=True).as_text()
+def test_layers_that_copy_a_constant_plan_trace_to_no_selection(config, plan, selections):
+    state, tokens = init_state(config, 1, CAPACITY, method=HSHARE, plan=plan), jnp.zeros((1,), jnp.int32)
+    text = decode_step.lower(params(config), tokens, state, config=config, refresh=True).as_text()
     # A selection finds its threshold in two loops; nothing else in a step loops.
     assert text.count("stablehlo.while") == 2 * selections
 

@@ -1,0 +1,211 @@
+"""`hshare-jax convert` and `info`: a model as a checkpoint that loads fast, as it is or sharing keys and values."""
+
+import argparse
+import dataclasses
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hshare_jax.cli_calibrate import show_plan
+from hshare_jax.cli_options import (
+    DEFAULT_MODEL,
+    UsageError,
+    add_model,
+    add_prompt_files,
+    add_settings,
+    check_not_empty,
+    open_named,
+    option_name,
+    read_text,
+    setting_names,
+    whole,
+)
+from hshare_jax.models.kv_sharing import (
+    INITS,
+    KNOWN_SPECS,
+    relative_prefill_cost,
+    share_kv,
+    share_weights,
+    write_notation,
+)
+
+if TYPE_CHECKING:
+    from hshare_jax.evaluation.text_windows import Window
+    from hshare_jax.models.config import ModelConfig
+    from hshare_jax.models.pretrained import ModelFiles
+
+# What only one command needs is imported by it: a start stays short.
+
+_CONTEXT, _MAX_WINDOWS = 512, 16  # of --perplexity: tokens of a window, and windows
+
+
+def add_convert(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `convert`."""
+    parser.set_defaults(run=run_convert)
+    parser.add_argument("model", help="built-in name, GGUF file, directory or hub id")
+    parser.add_argument("output", type=Path, help="directory to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
+    add_model(parser)
+    sharing = parser.add_argument_group("cross-layer KV sharing; the result must be trained before it is of use")
+    _add_kv_sharing(sharing)
+    sharing.add_argument(
+        "--init", choices=INITS, help="a KV layer takes the mean of those it serves, or its own (mean)"
+    )
+    sharing.add_argument("--perplexity", metavar="TEXTFILE", help="tell a text's perplexity before and after")
+
+
+def _add_kv_sharing(group: "argparse._ArgumentGroup") -> None:
+    group.add_argument(
+        "--kv-sharing", metavar="SPEC",
+        help=f"which layers share keys and values: {KNOWN_SPECS}",
+    )  # fmt: skip
+    group.add_argument("--kv-window", type=whole, metavar="N", help="of yoco, and of entries such as 1s")
+
+
+def add_info(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `info`."""
+    parser.set_defaults(run=run_info)
+    parser.add_argument("model", nargs="?", default=DEFAULT_MODEL)
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    add_model(parser)
+    _add_kv_sharing(parser.add_argument_group("as it would be with cross-layer KV sharing"))
+    parser.add_argument("--plan", dest="show_plan", action="store_true", help="show which list copies which")
+    group = add_settings(parser, kind="--plan-kind")
+    group.title = "with --plan, which list copies which, as decoding a prompt would"
+    parser.set_defaults(prompt=[])
+    add_prompt_files(parser)
+
+
+def run_convert(options: argparse.Namespace) -> int:
+    """Writes a checkpoint, and returns the exit status."""
+    if options.output.exists() and not options.overwrite:
+        raise UsageError(f"{options.output} exists; give --overwrite to replace it")
+    _check_kv_options(options, ("kv_window", "init", "perplexity"))
+    text = None if options.perplexity is None else read_text(options.perplexity, "--perplexity ")
+    files = open_named(options)
+    config = _share_kv(options, files.config)
+    windows = [] if text is None else _cut_windows(options, files, text)
+    from hshare_jax.models.pretrained import save_model
+
+    model = files.load(options.dtype)
+    if options.kv_sharing is not None:
+        params = share_weights(model.params, model.config, config, options.init or "mean")
+        if windows:
+            _tell_perplexities(windows, (model.config, model.params), (config, params))
+        name = f"{model.name}+{options.kv_sharing}"
+        model = dataclasses.replace(model, config=config, params=params, name=name)
+    save_model(model, options.output, overwrite=options.overwrite)
+    print(f"wrote {model.name} ({model.dtype}) to {options.output}", file=sys.stderr)
+    if options.kv_sharing is not None:
+        print(
+            f"WARNING: {len(config.kv_layers)} of {config.num_layers} layers have keys and values, and the others were "
+            "not made for them: untrained, this model is of no use. Train it before you judge it.",
+            file=sys.stderr,
+        )
+    return 0
+
+
+def _check_kv_options(options: argparse.Namespace, names: Sequence[str]) -> None:
+    given = [name for name in names if getattr(options, name) is not None]
+    if given and options.kv_sharing is None:
+        raise UsageError(f"{option_name(given[0])} is for sharing keys and values; add --kv-sharing")
+
+
+def _share_kv(options: argparse.Namespace, config: "ModelConfig") -> "ModelConfig":
+    """Returns the configuration that --kv-sharing asks for, if it does."""
+    if options.kv_sharing is None:
+        return config
+    try:
+        return share_kv(config, options.kv_sharing, window=options.kv_window)
+    except ValueError as error:
+        message = str(error).replace(f"spec={options.kv_sharing!r}", f"--kv-sharing {options.kv_sharing}", 1)
+        raise UsageError(re.sub(r"\bwindow=", "--kv-window ", message)) from error
+
+
+def _cut_windows(options: argparse.Namespace, files: "ModelFiles", text: str) -> "list[Window]":
+    """Returns windows of a text: as many as fit, no more than `_MAX_WINDOWS`; a short text is one."""
+    from hshare_jax.evaluation.text_windows import cut_windows, encode_text
+
+    name = options.perplexity
+    check_not_empty([name], [text])
+    try:
+        if files.tokenizer is None:
+            raise ValueError(f"{files.name} has no tokeniser, so text cannot be given to it")
+        ids, prefix = encode_text(files.tokenizer, text)
+        context = max(2, min(_CONTEXT, files.config.max_positions, len(prefix) + len(ids) - 1))
+        count = max(1, min(_MAX_WINDOWS, len(ids) // (context + 1 - len(prefix))))
+        return cut_windows(files, name, text, context=context, count=count)
+    except ValueError as error:
+        raise UsageError(f"--perplexity {name}: {error}") from error
+
+
+def _tell_perplexities(windows: "list[Window]", *models: "tuple[ModelConfig, dict[str, Any]]") -> None:
+    from hshare_jax.evaluation.perplexity import perplexity
+
+    before, after = (perplexity(config, params, windows) for config, params in models)
+    print(
+        f"perplexity {before:.3f} before, {after:.3f} after, of {len(windows)} x {len(windows[0].tokens) - 1} tokens",
+        file=sys.stderr,
+    )
+
+
+def run_info(options: argparse.Namespace) -> int:
+    """Prints what a model is, or would be sharing keys and values, and returns the exit status."""
+    _check_kv_options(options, ("kv_window",))
+    if options.show_plan:
+        if options.kv_sharing is not None:
+            raise UsageError(
+                "--kv-sharing shows a model that has no weights yet, and --plan needs them; leave out either"
+            )
+        return show_plan(options)
+    given = [name for name in setting_names() if hasattr(options, name)]
+    given += [name for name in ("prompt_file", "system", "no_chat_template") if getattr(options, name)]
+    if given:
+        raise UsageError(f"{option_name(given[0])} is for showing a plan; add --plan")
+    files = open_named(options)
+    if options.kv_sharing is None:
+        model = files.load(options.dtype)
+        facts = _facts(model.config, files, model.dtype, model.identity)
+    else:
+        facts = _facts(_share_kv(options, files.config), files, options.dtype or files.dtype, None)
+    if options.json:
+        print(json.dumps(facts))
+        return 0
+    width = max(len(name) for name in facts)
+    for name, value in facts.items():
+        print(f"{name:{width}}  {value}")
+    return 0
+
+
+def _facts(config: "ModelConfig", files: "ModelFiles", dtype: str, identity: str | None) -> dict[str, Any]:
+    size = {"float32": 4, "bfloat16": 2, "float16": 2}[dtype]
+    of_sharing = ("kv_layer_map", "forward_passes", "backward_passes")
+    sizes = {
+        key: value for key, value in dataclasses.asdict(config).items() if key not in ("windows", "rope", *of_sharing)
+    }
+    facts = {"model": files.name, "identity": identity, **sizes}
+    if config.kv_layer_map is not None:
+        facts |= {name: getattr(config, name) for name in of_sharing} | {"kv_layer_map": write_notation(config)}
+    is_unbounded = config.kv_layer_map is not None and config.forward_passes is None
+    return facts | {
+        "num_kv_layers": len(config.kv_layers),
+        # of the model without sharing; None where the passes depend on the prompt
+        "relative_prefill_cost": None if is_unbounded else round(relative_prefill_cost(config), 2),
+        "sliding_windows": sorted({window for window in config.windows if window is not None}),
+        "rope": config.rope.kind,
+        "rope_theta": config.rope.theta,
+        "parameters": config.num_parameters,
+        "kv_parameters": len(config.kv_layers)
+        * 2
+        * config.num_kv_heads
+        * config.head_dim
+        * (config.width + config.qkv_bias),
+        "dtype": dtype,
+        "parameter_bytes": config.num_parameters * size,
+        "cache_bytes_per_token": config.cache_bytes_per_token(size),
+        "eos_token_ids": list(files.eos_token_ids),
+        "chat_template": bool(files.tokenizer is not None and files.tokenizer.chat_template),
+    }
