@@ -285,12 +285,16 @@ def test_a_row_in_a_ragged_batch_equals_the_row_alone(hshare):
             np.testing.assert_array_equal(shared_of(alone).token_indices[:, 0], shared_of(state).token_indices[:, b])
 
 
-@pytest.mark.parametrize("hshare", [WIDE, dataclasses.replace(WIDE, lists_per="query_head")], ids=["J=K", "J=N"])
-def test_a_budget_that_covers_the_row_equals_dense(hshare):
+@pytest.mark.parametrize(
+    ("config", "hshare"),
+    [(MODEL, WIDE), (MODEL, dataclasses.replace(WIDE, lists_per="query_head")), (SHARED_KV, WIDE)],
+    ids=["J=K", "J=N", "shared KV"],
+)
+def test_a_budget_that_covers_the_row_equals_dense(config, hshare):
     # As long as the lists are fresh: between refreshes they grow by the new tokens, which the recent range holds.
     rows = random_rows(5, more=8)
-    dense, _ = decode(rows, start(rows, hshare=None), 8)
-    shared, _ = decode(rows, start(rows, hshare=hshare), 8)
+    dense, _ = decode(rows, start(rows, hshare=None, config=config), 8, config=config)
+    shared, _ = decode(rows, start(rows, hshare=hshare, config=config), 8, config=config)
     np.testing.assert_allclose(shared, dense, atol=SAME, rtol=0)
 
 

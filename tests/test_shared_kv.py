@@ -239,6 +239,22 @@ def test_one_pass_with_gradient_gives_none_through_looked_up_keys(backward, has_
     assert bool(np.abs(keys_values).max() > 0) == has_gradient
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_memory_holds_the_passes_with_gradient_and_no_others():
+    def temporaries(passes):
+        config = shared_model((0, 2, 2), passes, windows=(None,) * 3)
+        step = jax.jit(jax.grad(functools.partial(mean_loss, config=config)))
+        memory = (
+            step.lower(parameter_shapes(config), jax.ShapeDtypeStruct((2, 129), jnp.int32)).compile().memory_analysis()
+        )
+        assert memory is not None
+        return memory.temp_size_in_bytes
+
+    few = temporaries((3, 2))
+    assert temporaries((60, 2)) == few
+    assert temporaries((3, 9)) > 1.5 * few
+
+
 def count_dots(jaxpr, shape) -> int:
     """Returns how often a traced program multiplies by a weight of this shape, loops counted."""
     count = 0
