@@ -15,6 +15,9 @@ from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.decoder import Attend, KeysValues
 from hshare_jax.selection import PromptQueries, Step
 
+# Of training's attention: no smaller blocks, for they cost more than they save, and no more, for each is compiled.
+_QUERY_BLOCK, _MOST_QUERY_BLOCKS = 64, 4
+
 
 def prefill_attend(
     config: ModelConfig, slots: Int[Array, "B T"], starts: Int[Array, "B"], probe_positions: Int[Array, "B P"] | None
@@ -89,28 +92,33 @@ def decode_attend(step: Step) -> Attend[DecodeState]:
 def causal_attend(config: ModelConfig) -> Attend[dict[int, KeysValues]]:
     """Returns causal attention over whole sequences from position 0, without a cache; begin with the state {}.
 
-    It can be differentiated: training is this. On a GPU `jax.nn.dot_product_attention` may take cuDNN's kernel.
+    It can be differentiated: training is this. Queries are taken in a few blocks, each with the keys that one of it
+    sees: of a square of scores the corner above the diagonal is never computed.
     """
 
     def attend(
         layer: int, q: Array, k: Array | None, v: Array | None, state: dict[int, KeysValues]
     ) -> tuple[Array, dict[int, KeysValues]]:
-        shared, T, window = config.kv_layer(layer), q.shape[1], config.windows[layer]
+        shared, T = config.kv_layer(layer), q.shape[1]
         if k is not None and v is not None:
             state = {**state, shared: (k, v)}
         elif T == 1 and config.looks_up(layer):
             return jnp.zeros_like(q), state
         keys, values = state[shared]
-        if not config.looks_up(layer):
-            sides = None if window is None else (window - 1, 0)
-            return jax.nn.dot_product_attention(q, keys, values, is_causal=True, local_window_size=sides), state
-        ends, window = config.sees(layer, jnp.arange(T)[:, None])
-        slots = jnp.arange(T)[None, :]
-        is_visible = slots <= ends
-        if window is not None:
-            is_visible &= slots > ends - window
-        out = jax.nn.dot_product_attention(q, keys, values, mask=is_visible[None, None])
-        return out.at[:, 0].set(0), state
+        size = max(_QUERY_BLOCK, -(-T // _MOST_QUERY_BLOCKS))
+        blocks = []
+        for start in range(0, T, size):
+            end = min(start + size, T)
+            ends, window = config.sees(layer, jnp.arange(start, end)[:, None])
+            first = 0 if window is None else max(0, start - window)
+            slots = jnp.arange(first, end)[None, :]
+            is_visible = slots <= ends
+            if window is not None:
+                is_visible &= slots > ends - window
+            its = q[:, start:end], keys[:, first:end], values[:, first:end]
+            blocks.append(jax.nn.dot_product_attention(*its, mask=is_visible[None, None]))
+        out = jnp.concatenate(blocks, axis=1)
+        return out.at[:, 0].set(0) if config.looks_up(layer) else out, state
 
     return attend
 

@@ -97,17 +97,22 @@ def whole_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     One that is left behind by a kill is called `.<name of path>.` and some letters, and lies beside `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same directory, because only there is a rename one indivisible step.
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent, ignore_cleanup_errors=True) as scratch:
-        draft = Path(scratch) / "checkpoint"
-        draft.mkdir()
-        yield draft
-        write_checksums(draft)
-        _flush(draft)
-        if overwrite and path.exists():
-            path.rename(Path(scratch) / "replaced")
-        draft.rename(path)
-        _flush_directory(path.parent)
+    try:
+        # In the same directory, because only there is a rename one indivisible step.
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent, ignore_cleanup_errors=True) as here:
+            draft = Path(here) / "checkpoint"
+            draft.mkdir()
+            yield draft
+            write_checksums(draft)
+            _flush(draft)
+            if overwrite and path.exists():
+                path.rename(Path(here) / "replaced")
+            draft.rename(path)
+            _flush_directory(path.parent)
+    except OSError as error:
+        if error.filename is None and error.errno is not None:  # a full disk does not say of itself where it is
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 def read_checkpoint_info(directory: Path) -> CheckpointInfo:

@@ -74,7 +74,7 @@ class HeavyHitters:
         reads = [oracle.shared_reads(held, self.num_sinks, start, seen) for held in self.kept[layer]]
         reads = spread(reads, row.num_heads)
         found = weights(row, layer, length - 1, reads)
-        sums[:, : found.shape[1]] += found
+        sums[:, : len(found.T)] += found
         return reads
 
 

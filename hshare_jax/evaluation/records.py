@@ -2,9 +2,9 @@
 
 import json
 import os
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 _MARK = {"results": "hshare_jax"}  # how the first line of every results file begins
 
@@ -39,7 +39,7 @@ class Records:
         # A first line alone is of no results: it may be replaced.
         if self._done and lines[0] != self._study:
             raise ValueError(
-                f"{self.path} holds results {_difference(lines[0], self._study)}; name another file or remove it"
+                f"{self.path} holds results {difference(lines[0], self._study)}; name another file or remove it"
             )
         if torn and self._done:
             with open(self.path, "r+b") as file:
@@ -66,26 +66,44 @@ class Records:
         """Returns the lines of all finished items, in the file's order."""
         return list(self._done.values())
 
+    def keep(self, is_kept: Callable[[dict[str, Any]], bool]) -> None:
+        """Removes the lines of all items but those kept; the file is replaced as a whole."""
+        kept = {key: line for key, line in self._done.items() if is_kept(line)}
+        if len(kept) == len(self._done):
+            return
+        draft = self.path.with_name(f".{self.path.name}.draft")
+        _write(draft, [self._study, *kept.values()], "wb")
+        draft.replace(self.path)
+        self._done = kept
+
     def append(self, line: dict[str, Any]) -> None:
         """Writes the line of an item that is finished now; nothing where it was finished before."""
         if line in self:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         new = [line] if self._done else [self._study, line]
-        with open(self.path, "ab" if self._done else "wb") as file:
-            file.write(b"".join(json.dumps(one, ensure_ascii=False).encode() + b"\n" for one in new))
-            file.flush()
-            os.fsync(file.fileno())
+        _write(self.path, new, "ab" if self._done else "wb")
         self._done[self._key(line)] = json.loads(json.dumps(line))
 
 
-def _difference(found: dict[str, Any], study: dict[str, Any]) -> str:
+def _write(path: Path, lines: list[dict[str, Any]], mode: Literal["ab", "wb"]) -> None:
+    """Writes lines to the disk itself; OSError, which names the file, where that takes no more."""
+    try:
+        with open(path, mode) as file:
+            file.write(b"".join(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in lines))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def difference(found: dict[str, Any], study: dict[str, Any]) -> str:
     """Returns the first thing that differs, the words of a message; settings are compared one by one."""
     absent = object()
     for key in {**study, **found}:
         old, new = found.get(key, absent), study.get(key, absent)
         if isinstance(old, dict) and isinstance(new, dict) and old != new:
-            return _difference(old, new)
+            return difference(old, new)
         if old != new:
             old, new = ("no such setting" if value is absent else f"{key}={value!r}" for value in (old, new))
             return f"for {old}, and this run has {new}"

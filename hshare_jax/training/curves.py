@@ -1,0 +1,71 @@
+"""Figures of a run: how loss, perplexity and the learning rate went, from its metrics.jsonl."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from hshare_jax.evaluation.plots import BLUE, GREY, VERMILION, blank_figure, set_title
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Returns the lines of a metrics.jsonl, each of kind "train" or "eval"; one half-written at the end is left out.
+
+    Raises:
+        ValueError: a line that is not a JSON object.
+    """
+    lines, whole = [], Path(path).read_bytes().rpartition(b"\n")[0]
+    for number, text in enumerate(whole.split(b"\n"), start=1):
+        try:
+            line = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number} is not JSON ({error}); this is no metrics.jsonl") from error
+        if not isinstance(line, dict):
+            raise ValueError(f"{path}:{number} is not a JSON object; this is no metrics.jsonl")
+        lines.append(line)
+    return [line for line in lines if line.get("kind") in ("train", "eval")]
+
+
+def plot_training(lines: list[dict[str, Any]], *, subject: str = "") -> Figure:
+    """Returns the losses over steps, perplexity beside them, and below the learning rate.
+
+    Args:
+        lines: of `read_metrics`.
+        subject: what was trained, for the title.
+
+    Raises:
+        ValueError: no lines.
+    """
+    if not lines:
+        raise ValueError("lines is empty: no step of this run has been written yet")
+    trained = [line for line in lines if line["kind"] == "train"]
+    evaluated = [line for line in lines if line["kind"] == "eval"]
+    figure = blank_figure(7.2, 5.6)
+    losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    for its, label, style in (
+        (trained, "training, one step's windows", {"color": GREY, "linewidth": 1}),
+        (evaluated, "held-out windows", {"color": BLUE, "linewidth": 2, "marker": "o", "markersize": 4}),
+    ):
+        losses.plot([line["step"] for line in its], [line["loss"] for line in its], label=label, **style)
+    losses.set_ylabel("loss (nats per token)")
+    losses.legend(loc="upper right")
+    perplexity = losses.secondary_yaxis("right")
+    perplexity.set_ylabel("perplexity, e to the loss")
+    perplexity.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: _short(math.exp(loss))))
+    rates.plot([line["step"] for line in trained], [line["learning_rate"] for line in trained], color=VERMILION)
+    rates.set_ylabel("learning rate")
+    rates.set_ylim(bottom=0)
+    rates.set_xlabel("optimiser steps")
+    rates.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in (losses, rates):
+        axes.grid(alpha=0.3)
+    set_title(figure, "Loss over training", subject)
+    return figure
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

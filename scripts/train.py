@@ -1,0 +1,168 @@
+#!/usr/bin/env python3
+"""Trains a causal language model on text files, from random weights or from a model that is there.
+
+DIR gets checkpoints (step_000123), metrics.jsonl, metrics.png and, at the end, the model, which the commands read:
+`hshare-jax generate --model DIR/model`. After a kill the same command goes on where it was.
+
+    python scripts/train.py --text books/*.txt --output runs/tiny --preset tiny --sequence-length 256 --num-steps 500
+    python scripts/train.py --text books/*.txt --output runs/shared --model smollm2-135m-instruct \\
+        --kv-sharing sandwich-middle:15 --learning-rate 3e-4 --sequence-length 512 --batch-size 8
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+
+import jax
+
+from hshare_jax.cli_options import DEFAULT_MODEL, FAILURE, Parser, UsageError, option_name, read_text
+from hshare_jax.models.config import config_from_hf
+from hshare_jax.models.pretrained import Model, ModelFiles, check_model_name, open_model
+from hshare_jax.training.config import TrainingConfig
+from hshare_jax.training.data import TrainingData, encode_files, split_windows
+from hshare_jax.training.host_memory import keep_freed_memory
+from hshare_jax.training.run import METRICS, train
+from hshare_jax.training.start import PRESETS, new_model, preset, share_layers
+
+HELP = {
+    "sequence_length": "tokens that a window predicts",
+    "batch_size": "windows of an optimiser step",
+    "accumulation_steps": "micro-batches that a step is cut into, to take less memory",
+    "num_steps": "optimiser steps of the whole run",
+    "learning_rate": "its peak",
+    "warmup_steps": "steps of linear warm-up; a cosine follows",
+    "min_learning_rate_ratio": "where the cosine ends, as a share of the peak",
+    "weight_decay": "of AdamW, on matrices alone",
+    "beta1": "of AdamW",
+    "beta2": "of AdamW",
+    "max_grad_norm": "gradients are scaled down to this norm; 0 leaves them",
+    "compute_dtype": "of the forward and backward pass: float32 or bfloat16; masters are float32",
+    "seed": "of random weights and of the windows' order",
+    "log_every": "steps between two lines of metrics",
+    "eval_every": "steps between two evaluations",
+    "checkpoint_every": "steps between two checkpoints",
+    "keep_checkpoints": "how many of the newest stay",
+}
+
+
+def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, TrainingConfig]:
+    """Returns the options and the settings among them; ends the program with code 2 on a mistake."""
+    parser = Parser(
+        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--text", nargs="+", required=True, metavar="FILE", help="UTF-8 text to train on")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the run's directory")
+    parser.add_argument("--eval-text", nargs="+", metavar="FILE", help="text to evaluate on; default: held-out windows")
+    parser.add_argument("--eval-fraction", type=float, default=0.01, help="share of the windows held out (0.01)")
+    parser.add_argument("--max-eval-windows", type=int, default=128, metavar="N", help="no more are evaluated (128)")
+    start = parser.add_mutually_exclusive_group(required=True)
+    start.add_argument("--model", metavar="NAME", help="start from: built-in name, GGUF file, directory or hub id")
+    start.add_argument("--preset", choices=tuple(PRESETS), help="random weights in a ready size")
+    start.add_argument("--config", type=Path, metavar="JSON", help="random weights in the sizes of a config.json")
+    parser.add_argument("--kv-sharing", metavar="SPEC", help="layers share keys and values, as sandwich-middle:11")
+    parser.add_argument(
+        "--tokenizer", metavar="NAME", help=f"of which model, for --preset and --config ({DEFAULT_MODEL})"
+    )
+    group = parser.add_argument_group("training")
+    for field in dataclasses.fields(TrainingConfig):
+        kind, default = type(field.default), field.default
+        group.add_argument(
+            option_name(field.name), type=kind, default=default, metavar="N" if kind is int else "X",
+            help=f"{HELP[field.name]} ({default})",
+        )  # fmt: skip
+    options = parser.parse_args(arguments)
+    names = [field.name for field in dataclasses.fields(TrainingConfig)]
+    try:
+        settings = TrainingConfig(**{name: getattr(options, name) for name in names})
+        if not 0 < options.eval_fraction < 1:
+            raise ValueError(f"eval_fraction={options.eval_fraction} must lie between 0 and 1")
+        if options.max_eval_windows < 1:
+            raise ValueError(f"max_eval_windows={options.max_eval_windows} must be at least 1")
+        if options.model and options.tokenizer:
+            raise ValueError("--tokenizer is for --preset and --config; --model brings its own")
+        for name in (*options.text, *(options.eval_text or ())):
+            if name == "-":
+                raise ValueError("--text must name files: a run that is started again reads them again")
+            read_text(name)
+        check_model_name(options.model or options.tokenizer or DEFAULT_MODEL)
+        if options.config:
+            read_text(str(options.config), "--config ")
+    except (UsageError, ValueError, FileNotFoundError) as error:
+        known = "|".join([*names, "eval_fraction", "max_eval_windows"])
+        parser.error(re.sub(rf"\b({known})=", lambda match: f"{option_name(match[1])} ", str(error)))
+    return options, settings
+
+
+def read_data(options: argparse.Namespace, settings: TrainingConfig, files: ModelFiles) -> TrainingData:
+    """Returns the windows of the texts."""
+    if files.tokenizer is None:
+        raise ValueError(f"{files.name} has no tokeniser, so text cannot be given to it")
+    tokens = encode_files(files.tokenizer, options.text)
+    others = encode_files(files.tokenizer, options.eval_text) if options.eval_text else None
+    return split_windows(
+        tokens, settings.sequence_length, eval_fraction=options.eval_fraction,
+        max_eval_windows=options.max_eval_windows, eval_tokens=others,
+    )  # fmt: skip
+
+
+def first_model(options: argparse.Namespace, settings: TrainingConfig, files: ModelFiles) -> Model:
+    """Returns the model that training starts from."""
+    if options.model:
+        model = files.load("float32")
+    else:
+        # As many as the tokeniser's own model has: often more than there are tokens, and a multiple of 64.
+        sizes = {"vocab_size": files.config.vocab_size, "max_positions": settings.sequence_length}
+        if options.preset:
+            config = preset(options.preset, **sizes)
+        else:
+            config = config_from_hf({**json.loads(options.config.read_text()), "vocab_size": files.config.vocab_size})
+        model = new_model(config, files.tokenizer, name=options.preset or options.config.stem, seed=settings.seed)
+    return share_layers(model, options.kv_sharing) if options.kv_sharing else model
+
+
+def run(options: argparse.Namespace, settings: TrainingConfig) -> None:
+    """Trains, draws the curves and prints the result as one line of JSON."""
+    files = open_model(options.model or options.tokenizer or DEFAULT_MODEL)
+    data = read_data(options, settings, files)
+    model = first_model(options, settings, files)
+    windows = f"{len(data.training_indices):,} windows, {len(data.eval_indices):,} held out"
+    print(
+        f"{model.config.num_parameters / 1e6:.1f}M parameters, {windows}, {jax.device_count()} x "
+        f"{jax.devices()[0].device_kind}",
+        file=sys.stderr,
+    )
+    result = train(model, data, settings, options.output)
+    summary = dataclasses.asdict(result) | {"plot": None}
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no plot is drawn: that needs matplotlib, pip install 'hshare-jax[eval]'", file=sys.stderr)
+    else:
+        from hshare_jax.evaluation.plots import save
+        from hshare_jax.training.curves import plot_training, read_metrics
+
+        summary["plot"] = str(options.output / "metrics.png")
+        lines = read_metrics(options.output / METRICS)
+        save(plot_training(lines, subject=f"{model.name}, {settings.tokens_per_step:,} tokens a step"), summary["plot"])
+    print(json.dumps(summary))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code: 0, 1 for a failure; a usage error ends the program with 2."""
+    options, settings = parse(arguments)
+    try:
+        run(options, settings)
+    except (OSError, ValueError, FloatingPointError) as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return FAILURE
+    except KeyboardInterrupt:
+        print("train.py: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 128 + 2
+    return 0
+
+
+if __name__ == "__main__":
+    keep_freed_memory()
+    sys.exit(main())
