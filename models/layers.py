@@ -1,10 +1,14 @@
 """The decoder's parts: normalisation, projections stored [out, in], and the gated mlp."""
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float
+
+_MANY_ROWS = 64
 
 
 class RMSNorm(nn.Module):
@@ -21,11 +25,14 @@ class RMSNorm(nn.Module):
 
 
 def project(weight: Float[Array, "out D"], x: Float[Array, "*rows D"]) -> Float[Array, "*rows out"]:
-    """Returns x @ weight.T, computed weight first.
+    """Returns x @ weight.T, computed weight first where rows are few.
 
     With one or a few rows this is bound by reading the weight, and XLA:CPU reads it fastest when it is the left
-    operand; einsum would reorder the operands, hence dot_general.
+    operand; einsum would reorder the operands, hence dot_general. With many rows the forward pass does not mind, but
+    XLA:CPU would transpose copies in the backward one.
     """
+    if math.prod(x.shape[:-1]) >= _MANY_ROWS:
+        return jnp.einsum("...d,od->...o", x, weight)
     return jnp.moveaxis(lax.dot_general(weight, x, (((1,), (x.ndim - 1,)), ((), ()))), 0, -1)
 
 

@@ -62,9 +62,9 @@ def train_tokenizer(paths: Sequence[Path], vocab_size: int) -> PreTrainedTokeniz
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END)
 
 
-def configurations(config: ModelConfig, sizes: Sequence[int]) -> dict[str, ModelConfig]:
+def configurations(config: ModelConfig, sizes: Sequence[int], names: Sequence[str]) -> dict[str, ModelConfig]:
     """Returns the models of the study by name, the standard one first."""
-    specs = [f"{name}:{size}" for size in sizes for name in NAMES]
+    specs = [f"{name}:{size}" for size in sizes for name in names]
     return {STANDARD: config} | {spec: share_kv(config, spec) for spec in specs}
 
 
@@ -109,7 +109,7 @@ def run_study(options: argparse.Namespace, settings: TrainingConfig) -> tuple[Mo
         "speed": [options.rows, options.context, options.prompt],
     }
     keep = Records(directory / "results.jsonl", study, keys=("kind", "name"))
-    runs = configurations(config, sizes)
+    runs = configurations(config, sizes, options.names)
     for name, model in tqdm(runs.items(), desc="training", disable=None):
         if {"kind": "quality", "name": name} in keep:
             continue
@@ -182,6 +182,7 @@ def main() -> None:
     parser.add_argument(
         "--kv-layers", type=int, nargs="+", metavar="N", help="default: half, and a quarter and one more"
     )
+    parser.add_argument("--names", nargs="*", choices=NAMES, default=NAMES, help="beside the standard model (all nine)")
     parser.add_argument("--tokenizer", help="of which model; default: one is trained on the text")
     parser.add_argument("--vocab-size", type=int, default=4096, help="of the tokeniser that is trained (4096)")
     parser.add_argument("--sequence-length", type=int, default=128)

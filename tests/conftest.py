@@ -27,6 +27,13 @@ hypothesis.settings.register_profile("thorough", deadline=None, max_examples=100
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def compiled_programs():
+    """Drops what a file's tests compiled: each program is some memory mappings, and Linux allows a process 65,530."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def unchecked():
     """Switches type checks off: for wrong values, and for what jax puts into states that it only describes."""

@@ -1,4 +1,4 @@
-"""Freed memory stays with the process: on CPUs a step's scratch memory is otherwise given back and fetched anew."""
+"""Freed memory stays with the process: on CPUs it is otherwise handed back and fetched anew at every step."""
 
 import ctypes
 import sys

@@ -33,7 +33,7 @@ PRESETS = {
 
 
 def preset(name: str, *, vocab_size: int, max_positions: int = 1024) -> ModelConfig:
-    """Returns the configuration of a ready size, "110m" or "tiny", for a tokeniser.
+    """Returns the configuration of a ready size, one of `PRESETS`, for a tokeniser.
 
     Raises:
         ValueError: another name.
