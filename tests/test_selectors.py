@@ -58,9 +58,15 @@ def decode(rows, state, steps, lengths=LENGTHS, config=MODEL):
     return np.stack(logits), states
 
 
-@pytest.mark.parametrize("config", [MODEL, WINDOWED, SHARED_KV], ids=["full", "windows", "shared KV"])
-@pytest.mark.parametrize("name", METHODS)
-def test_decoding_equals_the_oracle_in_every_row(name, config):
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        *((config, name) for config in (MODEL, WINDOWED) for name in METHODS),
+        *((SHARED_KV, name) for name in ("h2o", "quest, sinks and recent, kv heads", "snapkv, fixed budget, kv heads")),
+    ],
+    ids=lambda given: given if isinstance(given, str) else {MODEL: "full", WINDOWED: "windows"}.get(given, "shared KV"),
+)
+def test_decoding_equals_the_oracle_in_every_row(config, name):
     method, plain = METHODS[name]
     rows = random_rows(11, more=STEPS)
     prompts = [row[:n] for row, n in zip(rows, LENGTHS, strict=True)]
