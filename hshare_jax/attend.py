@@ -77,13 +77,11 @@ def decode_attend(step: Step) -> Attend[DecodeState]:
         index = step.model.kv_index(layer)
         cache = _append_layer(state.cache, index, k, v, step.slots)
         query, keys, values, selection = q[:, 0], cache.keys[index], cache.values[index], state.selection
-        lengths, window = step.model.sees(layer, step.lengths)
         if selection is None:
+            lengths, window = step.sees(layer)
             out = dense_decode(query, keys, values, lengths, window=window, impl=step.impl)
         else:
             out, selection = selection.attend(layer, query, k, keys, values, step)
-        if step.model.looks_up(layer):
-            out = jnp.where(lengths[:, None, None] > 0, out, 0)
         return out[:, None], DecodeState(cache, selection)
 
     return attend

@@ -99,7 +99,7 @@ def run_convert(options: argparse.Namespace) -> int:
         model = dataclasses.replace(model, config=config, params=params, name=name)
     save_model(model, options.output, overwrite=options.overwrite)
     print(f"wrote {model.name} ({model.dtype}) to {options.output}", file=sys.stderr)
-    if options.kv_sharing is not None:
+    if config != files.config:
         print(
             f"WARNING: {len(config.kv_layers)} of {config.num_layers} layers have keys and values, and the others were "
             "not made for them: untrained, this model is of no use. Train it before you judge it.",

@@ -40,6 +40,10 @@ class Step:
     refresh: bool | None  # whether rows choose anew on this step; None leaves it to each row's age
     impl: str  # what computes it (`kernels.api.dispatch`)
 
+    def sees(self, layer: int) -> tuple[Int[Array, "B"], int | None]:
+        """Returns (how many tokens of each row a layer sees, its window); one that looks up sees the earlier ones."""
+        return _seen(self.model, layer, self.lengths)
+
 
 @runtime_checkable
 class Selection(Protocol):
@@ -109,9 +113,14 @@ class Method(Protocol):
         ...
 
 
+def _seen(model: ModelConfig, layer: int, lengths: Int[Array, "B"]) -> tuple[Int[Array, "B"], int | None]:
+    ends, window = model.sees(layer, lengths)
+    return jnp.maximum(ends, 0) if model.looks_up(layer) else ends, window  # a row may be empty
+
+
 def count_dense(cache: KVCache, model: ModelConfig) -> Int[Array, "L B"]:
     """Returns the tokens that dense attention reads in each layer: all, or those in its window."""
-    seen = (model.sees(layer, cache.lengths) for layer in range(model.num_layers))
+    seen = (_seen(model, layer, cache.lengths) for layer in range(model.num_layers))
     return jnp.stack([lengths if window is None else jnp.minimum(lengths, window) for lengths, window in seen])
 
 
@@ -131,7 +140,7 @@ def count_listed(
     model: ModelConfig,
 ) -> Float[Array, "L B"]:
     """Returns the tokens read through these lists, the sinks and the recent range, the mean over a layer's lists."""
-    seen = [model.sees(layer, cache.lengths) for layer in range(model.num_layers)]
+    seen = [_seen(model, layer, cache.lengths) for layer in range(model.num_layers)]
     lengths = jnp.stack([ends for ends, _ in seen])
     windows = jnp.asarray([cache.capacity if window is None else window for _, window in seen], jnp.int32)
     first = jnp.maximum(lengths - windows[:, None], 0)

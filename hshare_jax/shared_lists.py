@@ -115,7 +115,7 @@ class SharedLists:
         """Returns (attention through the plan, the lists with what was chosen)."""
         config = self.config
         shared = self if k is None else self._append_labels(layer, k, step)
-        lengths, window = step.model.sees(layer, step.lengths)
+        lengths, window = step.sees(layer)
         if layer < config.dense_layers:
             return dense_decode(q, keys, values, lengths, window=window, impl=step.impl), shared
         if step.refresh is not False:

@@ -152,9 +152,11 @@ def _attend_one_query(q: Array, keys: Array, values: Array, is_visible: Array) -
     scores = lax.dot_general(keys, grouped, (((3,), (3,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
     scores = lax.optimization_barrier(scores)
     scores = jnp.where(is_visible[:, :, None, :], scores.swapaxes(2, 3) * H**-0.5, MASKED)  # [B, J, G, W]
-    weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+    peak = scores.max(axis=-1, keepdims=True)
+    weights = jnp.exp(scores - peak)
     read = jnp.einsum("BJGW,BJWH->BJGH", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
-    return (read / weights.sum(axis=-1)[..., None]).reshape(B, N, H).astype(q.dtype)
+    out = jnp.where(peak > MASKED, read / weights.sum(axis=-1)[..., None], 0)  # what reads nothing yields zeros
+    return out.reshape(B, N, H).astype(q.dtype)
 
 
 def prefill_attention(

@@ -106,12 +106,13 @@ class Decoder(nn.Module):
                 the state of the last time is kept.
             state: whatever `attend` carries.
         """
-        x = self.embedding[tokens]
+        x = _embed(self.embedding, tokens)
         turn = rotation(self.config.rope, self.config.head_dim, positions)
         for block in self.config.blocks:
             found = self._iterate(block, x, turn, attend, state)
             for layer in block:
-                x, state, _ = self.layers[layer](x, turn, attend, state, found.get(self.config.kv_layer(layer)))
+                looked_up = found.get(self.config.kv_layer(layer)) if self.config.looks_up(layer) else None
+                x, state, _ = self.layers[layer](x, turn, attend, state, looked_up)
         return self.final_norm(x), state
 
     def _iterate(
@@ -134,8 +135,8 @@ class Decoder(nn.Module):
             x, state, variables = inputs
             new = {}
             for layer, decoder_layer, its in zip(block[:-1], layers, variables, strict=False):
-                looked_up = found.get(c.kv_layer(layer))
-                x, state, new[layer] = decoder_layer.apply(its, x, turn, attend, state, looked_up)
+                looked_up = found[c.kv_layer(layer)] if c.looks_up(layer) else None
+                x, state, new[layer] = decoder_layer.apply(its, x, turn, attend, state, looked_up)  # pyright: ignore[reportAssignmentType]
             new[block[-1]] = layers[-1].apply(variables[-1], x, turn, method="keys_values")
             return {target: new[target] for target in targets}
 
@@ -156,6 +157,25 @@ class Decoder(nn.Module):
         """Returns float32 logits of hidden states."""
         weight = self.embedding if self.config.tie_embeddings else self.unembedding
         return project(weight, hidden).astype(jnp.float32)
+
+
+@jax.custom_vjp
+def _embed(embedding: Float[Array, "V D"], tokens: Tokens) -> Hidden:
+    """Returns the rows of the tokens; the gradient of a row is summed in float32, however many tokens share it."""
+    return embedding[tokens]
+
+
+def _embed_forward(embedding: Array, tokens: Array) -> tuple[Array, tuple[Array, Array]]:
+    return embedding[tokens], (embedding, tokens)
+
+
+def _embed_backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array, None]:
+    embedding, tokens = kept
+    total = jnp.zeros(embedding.shape, jnp.float32).at[tokens].add(gradient.astype(jnp.float32))
+    return total.astype(embedding.dtype), None
+
+
+_embed.defvjp(_embed_forward, _embed_backward)
 
 
 def parameter_shapes(config: ModelConfig) -> dict:

@@ -195,12 +195,12 @@ def write_notation(config: ModelConfig) -> str:
 def relative_prefill_cost(config: ModelConfig) -> float:
     """Returns what prefill costs relative to the model without sharing, as the paper counts: passes of layers.
 
-    Every layer of a block that is iterated counts `forward_passes` + `backward_passes`, every other one 1. Layer 0
-    counts with the block above it where that begins at layer 1, as the paper's lasagna has it: 9.0, and not 100 / 12.
+    Every layer from the first that looks up to the last that is looked up counts `forward_passes` + `backward_passes`,
+    every other one 1. Layer 0 counts with them where they begin at layer 1, as in the paper's lasagna: 9.0, not 8.33.
     This is a rule of thumb; `layer_passes` is what this decoder does.
 
     # 12 layers, 6 KV layers, 7 + 2 passes:
-    # bottom 1.00; pizza- and sandwich-middle 44 / 12 = 3.67, -top 68 / 12 = 5.67; lasagna-top 108 / 12 = 9.0
+    # bottom 1.00; pizza- and sandwich-middle 44 / 12 = 3.67, -top 68 / 12 = 5.67; lasagna-middle and -top 9.0
 
     Raises:
         ValueError: `forward_passes` is None: the passes then depend on the prompt.
@@ -209,9 +209,11 @@ def relative_prefill_cost(config: ModelConfig) -> float:
         return 1.0
     if config.forward_passes is None:
         raise ValueError("forward_passes=None has no fixed cost; set a number, or ask layer_passes about a prompt")
-    num_iterated = sum(len(block) for block in config.blocks if len(block) > 1)
-    if config.looks_up(1):
-        num_iterated += 1
+    looking_up = [layer for layer in range(config.num_layers) if config.looks_up(layer)]
+    if not looking_up:
+        return 1.0
+    first, last = looking_up[0], max(map(config.kv_layer, looking_up))
+    num_iterated = last + 1 - (0 if first == 1 else first)
     passes = config.forward_passes + config.backward_passes
     return 1 + (passes - 1) * num_iterated / config.num_layers
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float
 
-_MANY_ROWS = 64
+_MANY_ROWS = 64  # more than a decode step has as a rule, and no more than a chunk of a prompt
 
 
 class RMSNorm(nn.Module):
@@ -21,7 +21,11 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         wide = x.astype(jnp.float32)
         wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return wide.astype(x.dtype) * jnp.expand_dims(scale, range(x.ndim - 1))
+        # Scaled in float32 so that the gradient of the scale, a sum over all tokens, is summed so; exact in bfloat16.
+        scaled = wide.astype(x.dtype).astype(jnp.float32) * jnp.expand_dims(scale, range(x.ndim - 1)).astype(
+            jnp.float32
+        )
+        return scaled.astype(x.dtype)
 
 
 def project(weight: Float[Array, "out D"], x: Float[Array, "*rows D"]) -> Float[Array, "*rows out"]:

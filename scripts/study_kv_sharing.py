@@ -34,6 +34,7 @@ from hshare_jax.models.kv_sharing import layer_passes, relative_prefill_cost, sh
 from hshare_jax.models.pretrained import open_model
 from hshare_jax.training.config import TrainingConfig
 from hshare_jax.training.data import encode_files, split_windows
+from hshare_jax.training.host_memory import keep_freed_memory
 from hshare_jax.training.run import train
 from hshare_jax.training.start import PRESETS, new_model, preset
 
@@ -101,7 +102,8 @@ def run_study(options: argparse.Namespace, settings: TrainingConfig) -> tuple[Mo
     longest = max(settings.sequence_length, options.context, options.prompt)
     config = preset(options.preset, vocab_size=vocab_size, max_positions=longest)
     sizes = options.kv_layers or [config.num_layers // 2, config.num_layers // 4 + 1]
-    data = split_windows(encode_files(tokenizer, options.text), settings.sequence_length, eval_fraction=0.05)
+    tokens = encode_files(tokenizer, options.text)
+    data = split_windows(tokens, settings.sequence_length, eval_fraction=0.05, max_eval_windows=len(tokens))
     study = {
         "model": dataclasses.asdict(config),
         "settings": dataclasses.asdict(settings),
@@ -197,6 +199,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4, help="timed turns of each model (4)")
     parser.add_argument("--without-speed", action="store_true", help="train alone; time on an idle machine later")
     options = parser.parse_args()
+    keep_freed_memory()
     steps = options.num_steps
     settings = TrainingConfig(
         sequence_length=options.sequence_length, batch_size=options.batch_size, num_steps=steps, seed=options.seed,

@@ -44,5 +44,6 @@ if [[ $(uname -s) == Linux ]]; then  # the CUDA compiler's wheels are for Linux 
   bash scripts/check_h200_compile.sh "$python"
 fi
 section "pytest"
-# A file of tests stays on one worker, so that its compiled functions and fixtures are made once. Pass -n 0 to debug.
-exec "$python" -m pytest -n 2 --dist loadfile "$@"
+# A file of tests stays on one worker, so that its compiled functions and fixtures are made once; in the order of names,
+# for by number of tests the longest file, with one test, would come last. Pass -n 0 to debug.
+exec "$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

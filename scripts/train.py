@@ -19,8 +19,9 @@ from pathlib import Path
 
 import jax
 
-from hshare_jax.cli_options import DEFAULT_MODEL, FAILURE, Parser, UsageError, option_name, read_text
-from hshare_jax.models.config import config_from_hf
+from hshare_jax.cli_options import DEFAULT_MODEL, FAILURE, USAGE, Parser, UsageError, option_name, read_text
+from hshare_jax.models.config import ModelConfig, config_from_hf
+from hshare_jax.models.kv_sharing import share_kv
 from hshare_jax.models.pretrained import Model, ModelFiles, check_model_name, open_model
 from hshare_jax.training.config import TrainingConfig
 from hshare_jax.training.data import TrainingData, encode_files, split_windows
@@ -28,13 +29,14 @@ from hshare_jax.training.host_memory import keep_freed_memory
 from hshare_jax.training.run import METRICS, train
 from hshare_jax.training.start import PRESETS, new_model, preset, share_layers
 
+WARMUP = TrainingConfig().warmup_steps  # unless a tenth of the steps is fewer
 HELP = {
     "sequence_length": "tokens that a window predicts",
     "batch_size": "windows of an optimiser step",
     "accumulation_steps": "micro-batches that a step is cut into, to take less memory",
     "num_steps": "optimiser steps of the whole run",
     "learning_rate": "its peak",
-    "warmup_steps": "steps of linear warm-up; a cosine follows",
+    "warmup_steps": "steps of linear warm-up; unless told a tenth of all, at most",
     "min_learning_rate_ratio": "where the cosine ends, as a share of the peak",
     "weight_decay": "of AdamW, on matrices alone",
     "beta1": "of AdamW",
@@ -74,7 +76,10 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, TrainingConf
             option_name(field.name), type=kind, default=default, metavar="N" if kind is int else "X",
             help=f"{HELP[field.name]} ({default})",
         )  # fmt: skip
+    parser.set_defaults(warmup_steps=None)
     options = parser.parse_args(arguments)
+    if options.warmup_steps is None:
+        options.warmup_steps = max(0, min(WARMUP, options.num_steps // 10))
     names = [field.name for field in dataclasses.fields(TrainingConfig)]
     try:
         settings = TrainingConfig(**{name: getattr(options, name) for name in names})
@@ -89,8 +94,8 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, TrainingConf
                 raise ValueError("--text must name files: a run that is started again reads them again")
             read_text(name)
         check_model_name(options.model or options.tokenizer or DEFAULT_MODEL)
-        if options.config:
-            read_text(str(options.config), "--config ")
+        if options.config and not isinstance(json.loads(read_text(str(options.config), "--config ")), dict):
+            raise ValueError(f"--config {options.config} must hold a JSON object, such as a model's config.json")
     except (UsageError, ValueError, FileNotFoundError) as error:
         known = "|".join([*names, "eval_fraction", "max_eval_windows"])
         parser.error(re.sub(rf"\b({known})=", lambda match: f"{option_name(match[1])} ", str(error)))
@@ -109,26 +114,42 @@ def read_data(options: argparse.Namespace, settings: TrainingConfig, files: Mode
     )  # fmt: skip
 
 
-def first_model(options: argparse.Namespace, settings: TrainingConfig, files: ModelFiles) -> Model:
-    """Returns the model that training starts from."""
+def first_config(options: argparse.Namespace, settings: TrainingConfig, files: ModelFiles) -> ModelConfig:
+    """Returns the configuration that training starts from, before layers share; UsageError if they cannot."""
+    if options.model:
+        config = files.config
+    elif options.preset:
+        # As many tokens as the tokeniser's own model has: often more than there are, and a multiple of 64.
+        longest = max(PRESETS[options.preset].max_positions, settings.sequence_length)
+        config = preset(options.preset, vocab_size=files.config.vocab_size, max_positions=longest)
+    else:
+        config = config_from_hf({**json.loads(options.config.read_text()), "vocab_size": files.config.vocab_size})
+    if options.kv_sharing is not None:
+        try:
+            share_kv(config, options.kv_sharing)
+        except ValueError as error:
+            raise UsageError(str(error).replace("spec=", "--kv-sharing ", 1)) from error
+    return config
+
+
+def first_model(options: argparse.Namespace, config: ModelConfig, settings: TrainingConfig, files: ModelFiles) -> Model:
+    """Returns the model that training starts from; one of random weights knows no chat template."""
     if options.model:
         model = files.load("float32")
     else:
-        # As many as the tokeniser's own model has: often more than there are tokens, and a multiple of 64.
-        sizes = {"vocab_size": files.config.vocab_size, "max_positions": settings.sequence_length}
-        if options.preset:
-            config = preset(options.preset, **sizes)
-        else:
-            config = config_from_hf({**json.loads(options.config.read_text()), "vocab_size": files.config.vocab_size})
-        model = new_model(config, files.tokenizer, name=options.preset or options.config.stem, seed=settings.seed)
-    return share_layers(model, options.kv_sharing) if options.kv_sharing else model
+        tokenizer = files.tokenizer
+        assert tokenizer is not None
+        tokenizer.chat_template = None
+        model = new_model(config, tokenizer, name=options.preset or options.config.stem, seed=settings.seed)
+    return model if options.kv_sharing is None else share_layers(model, options.kv_sharing)
 
 
 def run(options: argparse.Namespace, settings: TrainingConfig) -> None:
     """Trains, draws the curves and prints the result as one line of JSON."""
     files = open_model(options.model or options.tokenizer or DEFAULT_MODEL)
+    config = first_config(options, settings, files)
     data = read_data(options, settings, files)
-    model = first_model(options, settings, files)
+    model = first_model(options, config, settings, files)
     windows = f"{len(data.training_indices):,} windows, {len(data.eval_indices):,} held out"
     print(
         f"{model.config.num_parameters / 1e6:.1f}M parameters, {windows}, {jax.device_count()} x "
@@ -154,6 +175,9 @@ def main(arguments: list[str] | None = None) -> int:
     options, settings = parse(arguments)
     try:
         run(options, settings)
+    except UsageError as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return USAGE
     except (OSError, ValueError, FloatingPointError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return FAILURE

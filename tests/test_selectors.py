@@ -108,18 +108,18 @@ def test_a_budget_that_covers_the_text_is_dense(method, config):
     np.testing.assert_allclose(count_reads(states[-1], config), count_reads(dense[-1], config))
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_idle_rows_change_nothing(name):
+@pytest.mark.parametrize(("name", "config"), [*((name, MODEL) for name in METHODS), ("h2o", SHARED_KV)])
+def test_idle_rows_change_nothing(name, config):
     method, _ = METHODS[name]
     rows = random_rows(13, more=4)
     prompts = [row[:n] for row, n in zip(rows, LENGTHS, strict=True)]
-    expected, _ = decode(rows, prefill_rows(prompts, hshare=method)[1], 4)
-    state = prefill_rows(prompts, hshare=method)[1]
+    expected, _ = decode(rows, prefill_rows(prompts, hshare=method, config=config)[1], 4, config=config)
+    state = prefill_rows(prompts, hshare=method, config=config)[1]
     idle = jnp.arange(len(rows)) % 2 == 0
     for step in range(4):
         for is_active in (idle, ~idle):  # in two half steps
             tokens = jnp.asarray([row[n + step] for row, n in zip(rows, LENGTHS, strict=True)], jnp.int32)
-            logits, state = decode_step(params(), tokens, state, config=MODEL, is_active=is_active)
+            logits, state = decode_step(params(config), tokens, state, config=config, is_active=is_active)
             np.testing.assert_allclose(
                 np.asarray(logits)[is_active], expected[step][np.asarray(is_active)], atol=SAME, rtol=0
             )

@@ -19,6 +19,7 @@ from hshare_jax.decode import decode_step
 from hshare_jax.decode_state import init_state
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.decoder import Decoder, parameter_shapes
+from hshare_jax.models.kv_sharing import layer_passes, relative_prefill_cost
 from hshare_jax.prefill import prefill
 
 F32 = 1e-4  # absolute, on float32 logits of about 5, against float64
@@ -39,6 +40,7 @@ NINE = {
 }
 every_configuration = pytest.mark.parametrize("kv_map", NINE.values(), ids=NINE)
 OVERLAPPING = (0, 4, 5, 3, 4, 5)  # two groups that wait for one another, a layer of its own between them
+LOOKS_DOWN_WITHIN = (0, 3, 5, 3, 3, 5)  # layer 4 reads what layer 3 has in the same pass
 
 
 def shared_model(kv_map, passes=(None, 1), **changes) -> ModelConfig:
@@ -78,7 +80,7 @@ def random_tokens(seed: int, rows: int = 4, length: int = T) -> jax.Array:
 
 
 def random_maps() -> st.SearchStrategy[tuple[int, ...]]:
-    """Returns maps of four to six layers: any set of KV layers with layer 0 in it, and any of them for the others."""
+    """Returns maps of six layers: any set of KV layers with layer 0 in it, and any of them for the others."""
 
     def of_layers(kv_layers):
         return st.tuples(
@@ -98,7 +100,7 @@ def test_decoding_token_by_token_equals_the_oracle_and_the_exact_parallel_forwar
     assert_same(parallel(params(config), tokens, config=config), found)
 
 
-@settings(max_examples=3)
+@settings(max_examples=8)
 @given(kv_map=random_maps())
 def test_any_valid_map_decodes_as_its_exact_parallel_forward(kv_map):
     config, tokens = shared_model(kv_map), random_tokens(2)
@@ -106,7 +108,7 @@ def test_any_valid_map_decodes_as_its_exact_parallel_forward(kv_map):
     assert_same(sequential(config, tokens), expected)
 
 
-@pytest.mark.parametrize("kv_map", [NINE["sandwich-middle"], NINE["lasagna-top"], OVERLAPPING])
+@pytest.mark.parametrize("kv_map", [NINE["sandwich-middle"], NINE["lasagna-top"], LOOKS_DOWN_WITHIN])
 def test_prompts_of_different_lengths_in_chunks_equal_the_oracle(kv_map):
     config, lengths = shared_model(kv_map), (1, 3, 70)  # one in two chunks, of which the second starts anew
     rows = random_rows(3, lengths, more=2)
@@ -126,7 +128,11 @@ def test_prompts_of_different_lengths_in_chunks_equal_the_oracle(kv_map):
         np.testing.assert_allclose(logits[b], read[-1], atol=DEEP, rtol=0)
 
 
-@pytest.mark.parametrize("kv_map", [(0, 3, 3, 3), OVERLAPPING], ids=["one group", "groups that overlap"])
+@pytest.mark.parametrize(
+    "kv_map",
+    [(0, 3, 3, 3), OVERLAPPING, LOOKS_DOWN_WITHIN],
+    ids=["one group", "groups that overlap", "looks down within"],
+)
 def test_after_p_passes_p_tokens_are_exact_and_the_rest_come_closer(kv_map):
     windows = (None,) * len(kv_map)
     exact_config, tokens = shared_model(kv_map, windows=windows), random_tokens(4)
@@ -268,30 +274,30 @@ def count_dots(jaxpr, shape) -> int:
 
 # 12 layers, 6 of them KV layers; the paper's formula (section 3.2) beside.
 COSTS = {
-    "pizza-bottom": ((0, 1, 2, 3, 4, 5, 5, 5, 5, 5, 5, 5), 1),
-    "pizza-middle": ((0, 1, 2, 3, 4, 8, 8, 8, 8, 8, 8, 8), 44 / 12),
-    "pizza-top": ((0, 1, 2, 3, 4, 11, 11, 11, 11, 11, 11, 11), 68 / 12),
-    "sandwich-bottom": ((0, 1, 2, 3, 3, 3, 3, 3, 3, 3, 10, 11), 1),
-    "sandwich-middle": ((0, 1, 2, 6, 6, 6, 6, 6, 6, 6, 10, 11), 44 / 12),
-    "sandwich-top": ((0, 1, 2, 9, 9, 9, 9, 9, 9, 9, 10, 11), 68 / 12),
-    "lasagna-bottom": ((0, 1, 1, 1, 4, 4, 6, 6, 8, 8, 10, 10), 1),
-    "lasagna-middle": ((0, 2, 2, 2, 5, 5, 7, 7, 9, 9, 11, 11), 9),
-    "lasagna-top": ((0, 3, 3, 3, 5, 5, 7, 7, 9, 9, 11, 11), 9),
+    "pizza-bottom": ((0, 1, 2, 3, 4, 5, 5, 5, 5, 5, 5, 5), 1, 1),
+    "pizza-middle": ((0, 1, 2, 3, 4, 8, 8, 8, 8, 8, 8, 8), 44 / 12, 3),
+    "pizza-top": ((0, 1, 2, 3, 4, 11, 11, 11, 11, 11, 11, 11), 68 / 12, 5),
+    "sandwich-bottom": ((0, 1, 2, 3, 3, 3, 3, 3, 3, 3, 10, 11), 1, 1),
+    "sandwich-middle": ((0, 1, 2, 6, 6, 6, 6, 6, 6, 6, 10, 11), 44 / 12, 3),
+    "sandwich-top": ((0, 1, 2, 9, 9, 9, 9, 9, 9, 9, 10, 11), 68 / 12, 5),
+    "lasagna-bottom": ((0, 1, 1, 1, 4, 4, 6, 6, 8, 8, 10, 10), 1, 1),
+    "lasagna-middle": ((0, 2, 2, 2, 5, 5, 7, 7, 9, 9, 11, 11), 9, 52 / 12),
+    "lasagna-top": ((0, 3, 3, 3, 5, 5, 7, 7, 9, 9, 11, 11), 9, 5),
 }
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize(("kv_map", "cost"), COSTS.values(), ids=COSTS)
-def test_a_prefill_evaluates_as_many_layers_as_the_paper_counts_or_fewer(kv_map, cost):
+@pytest.mark.parametrize(("kv_map", "papers", "ours"), COSTS.values(), ids=COSTS)
+def test_a_prefill_evaluates_as_many_layers_as_the_paper_counts_or_fewer(kv_map, papers, ours):
     # An mlp of a width that gives its weight a shape of its own.
     config = shared_model(kv_map, (7, 2), windows=(None,) * 12, mlp_width=40)
     assert len(config.kv_layers) == 6
     tokens = jax.ShapeDtypeStruct((1, 64), jnp.int32)
     jaxpr = jax.make_jaxpr(functools.partial(parallel, config=config))(parameter_shapes(config), tokens)
     evaluations = count_dots(jaxpr.jaxpr, (2 * 40, MODEL.width)) / 12
-    print(f"{evaluations:.2f} layer evaluations a layer, the paper's formula {cost:.2f}")
-    assert evaluations <= cost
-    assert (evaluations == 1) == (cost == 1)
+    assert evaluations == ours <= papers
+    assert sum(layer_passes(config, 64)) / 12 == ours
+    assert relative_prefill_cost(config) == pytest.approx(papers)
 
 
 @every_configuration

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import fcntl
 import functools
 import importlib.util
 import json
@@ -34,6 +35,7 @@ from hshare_jax.training.step import state_shapes
 
 ROOT = Path(__file__).parent.parent
 KILLS = int(os.environ.get("HSHARE_JAX_KILLS", "3"))
+SHORT = dataclasses.replace(SETTINGS, num_steps=2, warmup_steps=0)
 OPERATIONS = 340  # on files, of a whole run; some 48 write a checkpoint
 
 
@@ -276,3 +278,31 @@ def test_mistakes_end_the_script_with_code_2(tmp_path, script, capsys, arguments
 
 def test_every_setting_is_an_option_of_the_script(script):
     assert script.HELP.keys() == {field.name for field in dataclasses.fields(TrainingConfig)}
+
+
+def test_what_is_not_the_runs_own_stays(tmp_path):
+    (tmp_path / ".model.backup").mkdir()
+    (tmp_path / ".step_notes").write_text("mine")
+    (tmp_path / ".model.abcd1234").mkdir()  # as a kill leaves a draft
+    tiny_run(tmp_path, SHORT)
+    assert (tmp_path / ".model.backup").is_dir()
+    assert (tmp_path / ".step_notes").read_text() == "mine"
+    assert not (tmp_path / ".model.abcd1234").exists()
+
+
+def test_a_model_that_no_run_made_is_not_replaced(tmp_path):
+    tiny_run(tmp_path / "first", SHORT)
+    (tmp_path / "second").mkdir()
+    (tmp_path / "first" / "model").rename(tmp_path / "second" / "model")
+    with pytest.raises(ValueError, match="is there already, and no run that made it"):
+        tiny_run(tmp_path / "second", SHORT)
+
+
+def test_two_processes_do_not_train_in_one_directory(tmp_path):
+    lock = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        with pytest.raises(ValueError, match="another process trains in"):
+            tiny_run(tmp_path, SHORT)
+    finally:
+        os.close(lock)

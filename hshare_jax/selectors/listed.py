@@ -182,7 +182,7 @@ class Listed:
         step: Step,
     ) -> tuple[Float[Array, "B N H"], "Listed"]:
         """Returns (attention through the lists, the lists and memory after this step)."""
-        lengths, window = step.model.sees(layer, step.lengths)
+        lengths, window = step.sees(layer)
         if layer < self.method.dense_layers:
             return dense_decode(q, keys, values, lengths, window=window, impl=step.impl), self
         slots = step.slots

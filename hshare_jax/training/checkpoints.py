@@ -26,6 +26,9 @@ from hshare_jax.training.step import TrainState
 
 _RUN, _ARRAYS, _FORMAT = "run.json", "arrays", 1
 _NAME = re.compile(r"step_(\d{6,})")
+_LEFTOVER = re.compile(
+    r"\.(step_\d{6,}|model)\.([a-z0-9_]{8}|old)"
+)  # as drafts of this module and of save_model are called
 
 
 def checkpoints(directory: Path) -> list[Path]:
@@ -104,9 +107,10 @@ def load_train_state(directory: Path, shapes: TrainState, study: dict[str, Any])
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Deletes what kills have left half-written or half-deleted in a run's directory."""
-    for path in (*directory.glob(".step_*"), *directory.glob(".model.*")):
-        shutil.rmtree(path)
+    """Deletes what kills have left half-written or half-deleted in a run's directory, and nothing else."""
+    for path in directory.iterdir():
+        if _LEFTOVER.fullmatch(path.name) and path.is_dir():
+            shutil.rmtree(path)
 
 
 def _named(state: TrainState) -> dict[str, Any]:

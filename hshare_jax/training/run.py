@@ -4,11 +4,14 @@ What a step computes follows from the state before it and from its number, so a 
 ends with the same parameters, bit for bit, as one that was not (on the same machine, with the same devices).
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import math
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,16 +85,46 @@ def train(
     mesh = data_mesh(settings)
     study = _study(model, data, settings)
     directory.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(directory)
+    with _locked(directory):
+        return _train(model, data, settings, directory, mesh, study)
+
+
+def _train(
+    model: Model, data: TrainingData, settings: TrainingConfig, directory: Path, mesh: Mesh, study: dict[str, Any]
+) -> TrainingResult:
     loaded = load_train_state(directory, state_shapes(model.params, settings), study)
     done = -1 if loaded is None else int(loaded.step)
     metrics = Records(directory / METRICS, study, keys=("kind", "step"))
+    if loaded is None and not metrics.lines and (directory / MODEL).exists():
+        raise ValueError(
+            f"{directory / MODEL} is there already, and no run that made it; the trained model would replace it: name "
+            "another directory"
+        )
+    remove_leftovers(directory)
     metrics.keep(lambda line: line["step"] <= done)
     state = init_state(model.params, settings, mesh) if loaded is None else replicate(loaded, mesh)
     del loaded
     params = _run_steps(state, model.config, data, settings, directory, mesh, study, metrics)
     save_model(dataclasses.replace(model, params=params), directory / MODEL, overwrite=True)
     return _result(metrics, settings, max(done, 0), directory)
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Keeps other processes from training in the same directory."""
+    lock = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise ValueError(f"another process trains in {directory}; wait for it, or name another directory") from None
+    finally:
+        os.close(lock)
+
+
+def _perplexity(loss: float) -> float:
+    """Returns e to the loss; infinity where that is no number, as a run that diverges has it."""
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 def _run_steps(
@@ -116,7 +149,7 @@ def _run_steps(
             return
         loss = evaluate(state.params, held_out, model=model, settings=settings, mesh=mesh)
         _check_finite(step, {"loss": loss}, directory)
-        found = {"loss": loss, "perplexity": math.exp(loss), "tokens": held_out[:, 1:].size}
+        found = {"loss": loss, "perplexity": _perplexity(loss), "tokens": held_out[:, 1:].size}
         metrics.append({"kind": "eval", "step": step, **found, "seconds": round(seconds, 3)})
 
     seconds = max((line["seconds"] for line in metrics.lines), default=0.0)  # of training alone
@@ -175,7 +208,7 @@ def _check_finite(step: int, line: dict[str, float], directory: Path) -> None:
     for name, value in line.items():
         if not math.isfinite(value):
             raise FloatingPointError(
-                f"{name} is {value} at step {step}; lower learning_rate or max_grad_norm, or lengthen "
+                f"{name} is {value} at step {step}; lower learning_rate, or lengthen "
                 f"warmup_steps, and name another directory than {directory}"
             )
 

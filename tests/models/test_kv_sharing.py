@@ -219,7 +219,7 @@ def test_a_model_that_shares_can_only_share_more():
         *((f"{pattern}-bottom:6", Fraction(1)) for pattern in PATTERNS),
         ("pizza-middle:6", Fraction(44, 12)), ("sandwich-middle:6", Fraction(44, 12)),
         ("pizza-top:6", Fraction(68, 12)), ("sandwich-top:6", Fraction(68, 12)),
-        ("lasagna-top:6", Fraction(9)), ("pizza-bottom:12", Fraction(1)),
+        ("lasagna-top:6", Fraction(9)), ("lasagna-middle:6", Fraction(9)), ("pizza-bottom:12", Fraction(1)),
     ],
 )  # fmt: skip
 def test_prefill_costs_what_the_paper_says(spec, expected):
