@@ -1,4 +1,4 @@
-"""Sparse decoding for LLaMA-family models in JAX, without training: HShare's shared critical tokens."""
+"""Sparse decoding for LLaMA-family models in JAX without training (HShare), and cross-layer KV sharing with it."""
 
 import os
 

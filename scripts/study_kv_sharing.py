@@ -150,6 +150,8 @@ def report(config: ModelConfig, keep: Records, options: argparse.Namespace, sett
         f"{config.num_layers} layers, {config.num_parameters / 1e6:.1f}M parameters, vocabulary {config.vocab_size:,}; "
         f"{settings.num_steps} steps of {settings.batch_size} x {settings.sequence_length} tokens of {names}, seed "
         f"{settings.seed}. {runs}.\n",
+        f"    python scripts/study_kv_sharing.py --text {names.replace(',', '')} --output runs "
+        "--report docs/kv_sharing.md\n",
         f"Perplexity: of held-out windows, {len(quality)} runs from one seed in one order. Times: relative to the "
         f"standard model, timed turn by turn; decoding with caches of at most {budget / 2**20:.1f} MiB, "
         f"{options.context} tokens a row ({options.rows} rows of the standard model); prefill of {options.prompt} "
