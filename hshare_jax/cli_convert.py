@@ -26,7 +26,7 @@ from hshare_jax.cli_options import (
 from hshare_jax.models.kv_sharing import (
     INITS,
     KNOWN_SPECS,
-    relative_prefill_cost,
+    layer_passes,
     share_kv,
     share_weights,
     write_notation,
@@ -192,8 +192,8 @@ def _facts(config: "ModelConfig", files: "ModelFiles", dtype: str, identity: str
     is_unbounded = config.kv_layer_map is not None and config.forward_passes is None
     return facts | {
         "num_kv_layers": len(config.kv_layers),
-        # of the model without sharing; None where the passes depend on the prompt
-        "relative_prefill_cost": None if is_unbounded else round(relative_prefill_cost(config), 2),
+        # layers that a prompt of a chunk or more evaluates, of the model without sharing; None where that depends on it
+        "relative_prefill_cost": None if is_unbounded else round(sum(layer_passes(config, 512)) / config.num_layers, 2),
         "sliding_windows": sorted({window for window in config.windows if window is not None}),
         "rope": config.rope.kind,
         "rope_theta": config.rope.theta,

@@ -172,7 +172,7 @@ def test_info_shows_what_sharing_saves_and_costs(tiny: str, tmp_path: Path, caps
     assert "kv_layer_map" not in plain
     assert shared["kv_layer_map"] == "0s_2_2_3s"
     assert (shared["num_kv_layers"], shared["sliding_windows"]) == (3, [8])
-    assert (shared["forward_passes"], shared["backward_passes"], shared["relative_prefill_cost"]) == (7, 2, 7.0)
+    assert (shared["forward_passes"], shared["backward_passes"], shared["relative_prefill_cost"]) == (7, 2, 3.0)
     for name in ("cache_bytes_per_token", "kv_parameters"):
         assert shared[name] == plain[name] * 3 // 4
     assert plain["parameters"] - shared["parameters"] == plain["kv_parameters"] - shared["kv_parameters"]
