@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float
 
-_MANY_ROWS = 64  # more than a decode step has as a rule, and no more than a chunk of a prompt
+# Measured on two cores: 512 rows, a chunk of a prompt, are 7 % faster weight first; training on 2,048 a tenth slower.
+_MANY_ROWS = 1024
 
 
 class RMSNorm(nn.Module):
@@ -32,8 +33,8 @@ def project(weight: Float[Array, "out D"], x: Float[Array, "*rows D"]) -> Float[
     """Returns x @ weight.T, computed weight first where rows are few.
 
     With one or a few rows this is bound by reading the weight, and XLA:CPU reads it fastest when it is the left
-    operand; einsum would reorder the operands, hence dot_general. With many rows the forward pass does not mind, but
-    XLA:CPU would transpose copies in the backward one.
+    operand; einsum would reorder the operands, hence dot_general. With many rows it would transpose copies
+    in the backward pass.
     """
     if math.prod(x.shape[:-1]) >= _MANY_ROWS:
         return jnp.einsum("...d,od->...o", x, weight)
