@@ -1,7 +1,6 @@
 """Figures of a run: how loss, perplexity and the learning rate went, from its metrics.jsonl."""
 
 import json
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from hshare_jax.evaluation.plots import BLUE, GREY, VERMILION, blank_figure, set_title
+from hshare_jax.training.loss import perplexity_of
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -55,7 +55,7 @@ def plot_training(lines: list[dict[str, Any]], *, subject: str = "") -> Figure:
     losses.legend(loc="upper right")
     perplexity = losses.secondary_yaxis("right")
     perplexity.set_ylabel("perplexity, e to the loss")
-    perplexity.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: _short(math.exp(loss))))
+    perplexity.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: _short(perplexity_of(loss))))
     rates.plot([line["step"] for line in trained], [line["learning_rate"] for line in trained], color=VERMILION)
     rates.set_ylabel("learning rate")
     rates.set_ylim(bottom=0)

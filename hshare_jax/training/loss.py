@@ -1,11 +1,18 @@
 """The loss of next tokens, in chunks of rows: logits over a large vocabulary never lie in memory all at once."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 
 _CHUNK = 1 << 25  # logits held at once: 128 MB
+
+
+def perplexity_of(loss: float) -> float:
+    """Returns e to a loss in nats per token; e to 700 for any larger one, which a float could not hold."""
+    return math.exp(min(loss, 700.0))
 
 
 @jax.custom_vjp

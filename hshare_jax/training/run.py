@@ -28,6 +28,7 @@ from hshare_jax.models.pretrained import Model, save_model
 from hshare_jax.training.checkpoints import load_train_state, remove_leftovers, save_train_state
 from hshare_jax.training.config import TrainingConfig
 from hshare_jax.training.data import TrainingData
+from hshare_jax.training.loss import perplexity_of
 from hshare_jax.training.step import (
     TrainState,
     data_mesh,
@@ -114,17 +115,13 @@ def _locked(directory: Path) -> Iterator[None]:
     """Keeps other processes from training in the same directory."""
     lock = os.open(directory, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process trains in {directory}; wait for it, or name another directory") from None
         yield
-    except BlockingIOError:
-        raise ValueError(f"another process trains in {directory}; wait for it, or name another directory") from None
     finally:
         os.close(lock)
-
-
-def _perplexity(loss: float) -> float:
-    """Returns e to the loss; infinity where that is no number, as a run that diverges has it."""
-    return math.exp(loss) if loss < 700 else math.inf
 
 
 def _run_steps(
@@ -149,7 +146,7 @@ def _run_steps(
             return
         loss = evaluate(state.params, held_out, model=model, settings=settings, mesh=mesh)
         _check_finite(step, {"loss": loss}, directory)
-        found = {"loss": loss, "perplexity": _perplexity(loss), "tokens": held_out[:, 1:].size}
+        found = {"loss": loss, "perplexity": perplexity_of(loss), "tokens": held_out[:, 1:].size}
         metrics.append({"kind": "eval", "step": step, **found, "seconds": round(seconds, 3)})
 
     seconds = max((line["seconds"] for line in metrics.lines), default=0.0)  # of training alone
