@@ -28,14 +28,13 @@ from hshare_jax.models.kv_sharing import (
     KNOWN_SPECS,
     layer_passes,
     share_kv,
-    share_weights,
     write_notation,
 )
 
 if TYPE_CHECKING:
     from hshare_jax.evaluation.text_windows import Window
     from hshare_jax.models.config import ModelConfig
-    from hshare_jax.models.pretrained import ModelFiles
+    from hshare_jax.models.pretrained import Model, ModelFiles
 
 # What only one command needs is imported by it: a start stays short.
 
@@ -92,11 +91,12 @@ def run_convert(options: argparse.Namespace) -> int:
 
     model = files.load(options.dtype)
     if options.kv_sharing is not None:
-        params = share_weights(model.params, model.config, config, options.init or "mean")
+        from hshare_jax.training.start import share_layers
+
+        shared = share_layers(model, options.kv_sharing, window=options.kv_window, init=options.init or "mean")
         if windows:
-            _tell_perplexities(windows, (model.config, model.params), (config, params))
-        name = f"{model.name}+{options.kv_sharing}"
-        model = dataclasses.replace(model, config=config, params=params, name=name)
+            _tell_perplexities(windows, model, shared)
+        model = shared
     save_model(model, options.output, overwrite=options.overwrite)
     print(f"wrote {model.name} ({model.dtype}) to {options.output}", file=sys.stderr)
     if config != files.config:
@@ -142,10 +142,10 @@ def _cut_windows(options: argparse.Namespace, files: "ModelFiles", text: str) ->
         raise UsageError(f"--perplexity {name}: {error}") from error
 
 
-def _tell_perplexities(windows: "list[Window]", *models: "tuple[ModelConfig, dict[str, Any]]") -> None:
+def _tell_perplexities(windows: "list[Window]", *models: "Model") -> None:
     from hshare_jax.evaluation.perplexity import perplexity
 
-    before, after = (perplexity(config, params, windows) for config, params in models)
+    before, after = (perplexity(model.config, model.params, windows) for model in models)
     print(
         f"perplexity {before:.3f} before, {after:.3f} after, of {len(windows)} x {len(windows[0].tokens) - 1} tokens",
         file=sys.stderr,

@@ -57,20 +57,21 @@ def new_model(
     return _with_params(Model(config, jax.jit(init)(jax.random.key(seed)), tokenizer, ends, name, ""))
 
 
-def share_layers(model: Model, spec: str, *, init: Init = "mean") -> Model:
+def share_layers(model: Model, spec: str, *, window: int | None = None, init: Init = "mean") -> Model:
     """Returns the model with its layers sharing keys and values; it computes something else, and training mends that.
 
     Args:
         model: what to convert.
-        spec: of `share_kv`, such as "sandwich-middle:11".
+        spec: of `share_kv`, such as "sandwich-middle:11"; the name of the model tells it.
+        window: of `share_kv`.
         init: of `share_weights`: where the shared projections come from.
 
     Raises:
         ValueError: a spec that cannot be read, or that this model cannot have.
     """
-    config = share_kv(model.config, spec)
+    config = share_kv(model.config, spec, window=window)
     params = share_weights(model.params, model.config, config, init)
-    return _with_params(dataclasses.replace(model, config=config, params=params))
+    return _with_params(dataclasses.replace(model, config=config, params=params, name=f"{model.name}+{spec}"))
 
 
 def _with_params(model: Model) -> Model:
