@@ -13,10 +13,10 @@ from jaxtyping import Float, Int
 from hshare_jax.config import HShareConfig
 from hshare_jax.decode import decode_step
 from hshare_jax.decode_state import DecodeState, count_reads, init_state
-from hshare_jax.generate import Prompt, choose_capacity, encode_prompts, pad_prompts
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.pretrained import Model
 from hshare_jax.prefill import prefill
+from hshare_jax.prompts import Prompt, choose_capacity, encode_prompts, pad_prompts
 from hshare_jax.selection import Method
 from hshare_jax.shapes import Tokens
 from hshare_jax.share_plan import SharePlan

@@ -23,12 +23,12 @@ from tqdm import tqdm
 
 from hshare_jax.config import HShareConfig
 from hshare_jax.decode_state import init_state
-from hshare_jax.generate import Prompt, choose_capacity, encode_prompts, pad_prompts
 from hshare_jax.kv_cache import KVCache
 from hshare_jax.labels import channel_statistic
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.pretrained import Model, ModelFiles
 from hshare_jax.prefill import prefill, read_prompt
+from hshare_jax.prompts import Prompt, choose_capacity, encode_prompts, pad_prompts
 from hshare_jax.selection import PromptQueries
 from hshare_jax.shapes import Similarity
 from hshare_jax.share_plan import SharePlan, find_plan

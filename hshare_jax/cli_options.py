@@ -286,8 +286,8 @@ def check_fit(
     files: "ModelFiles", prompts: list[list[int]], options: argparse.Namespace, hshare: "HShareConfig | None"
 ) -> None:
     """Raises UsageError unless prompts, answers and settings fit the model, before its weights are loaded."""
-    from hshare_jax.generate import choose_capacity
     from hshare_jax.kernels.api import check_impl
+    from hshare_jax.prompts import choose_capacity
 
     try:
         check_impl(getattr(options, "impl", "auto"))

@@ -20,15 +20,15 @@ from hshare_jax.decode import decode_step
 from hshare_jax.decode_state import DecodeState, count_reads, init_state
 from hshare_jax.kernels.api import check_impl
 from hshare_jax.models.config import ModelConfig
-from hshare_jax.models.pretrained import Model, ModelFiles
+from hshare_jax.models.pretrained import Model
 from hshare_jax.prefill import prefill
+from hshare_jax.prompts import Prompt, choose_capacity, encode_prompts, pad_prompts
 from hshare_jax.sampling import SamplingConfig, sample
 from hshare_jax.selection import Method
 from hshare_jax.share_plan import SharePlan
 from hshare_jax.shared_lists import SharedLists
 from hshare_jax.text_stream import TextStream
 
-Prompt = str | Sequence[int]
 STREAM_STEPS = 4  # decode steps between two looks at the tokens from the host, to show them or to find stop strings
 REPORT_STEPS = 64  # the same where it is only to tell how far it is
 NO_TOKEN = -1  # fills the output of a row beyond its last token
@@ -395,55 +395,3 @@ class _Run:
             ),
             usage=self._usage,
         )
-
-
-def encode_prompts(model: Model | ModelFiles, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Returns the token ids of prompts, checked. A text is encoded with the tokenizer's special tokens."""
-    if isinstance(prompts, str) or len(prompts) == 0 or isinstance(prompts[0], int):
-        raise ValueError(f"prompts={prompts!r} must be a sequence of at least one prompt; put a single one in a list")
-    encoded = []
-    for row, prompt in enumerate(prompts):
-        if isinstance(prompt, str):
-            if model.tokenizer is None:
-                raise ValueError(f"prompts[{row}] is text, but the model has no tokenizer; give token ids")
-            prompt = model.tokenizer(prompt)["input_ids"]
-        ids = [int(token) for token in prompt]
-        if not ids:
-            raise ValueError(f"prompts[{row}] is empty; it must hold at least one token")
-        if not 0 <= min(ids) <= max(ids) < model.config.vocab_size:
-            outside = min(ids) if min(ids) < 0 else max(ids)
-            raise ValueError(
-                f"prompts[{row}] holds token id {outside}; ids must lie in [0, vocab_size={model.config.vocab_size})"
-            )
-        encoded.append(ids)
-    return encoded
-
-
-def pad_prompts(prompts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (tokens [B, T], lengths [B]), int32, padded on the right with token 0."""
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    tokens = np.zeros((len(prompts), lengths.max()), np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = prompt
-    return tokens, lengths
-
-
-def choose_capacity(config: ModelConfig, prompts: list[list[int]], max_new_tokens: int, capacity: int | None) -> int:
-    """Returns the cache slots that a generation needs, in coarse steps unless told; ValueError where it cannot fit."""
-    longest = max(range(len(prompts)), key=lambda row: len(prompts[row]))
-    needed = len(prompts[longest]) + max_new_tokens
-    if needed > config.max_positions:
-        raise ValueError(
-            f"prompts[{longest}] has {len(prompts[longest])} tokens; with max_new_tokens={max_new_tokens} that is "
-            f"beyond the model's {config.max_positions} positions; shorten either"
-        )
-    if capacity is None:
-        step = max(256, 1 << max(needed.bit_length() - 3, 0))  # at most a quarter too much, four sizes per doubling
-        return min(-(-needed // step) * step, config.max_positions)
-    if capacity > config.max_positions:
-        raise ValueError(f"capacity={capacity} must be at most the model's max_positions={config.max_positions}")
-    if capacity < needed:
-        raise ValueError(
-            f"capacity={capacity} must be at least {needed}: prompts[{longest}] and max_new_tokens together"
-        )
-    return capacity

@@ -34,6 +34,13 @@ def compiled_programs():
     jax.clear_caches()
 
 
+@pytest.fixture(autouse=True)
+def no_compile_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeps the command line's compile cache out of the other tests of this process."""
+    # By name: a module that is imported before the hook of jaxtyping goes unchecked.
+    monkeypatch.setattr("hshare_jax.cli_options.keep_compiled_programs", lambda directory: None)
+
+
 @pytest.fixture
 def unchecked():
     """Switches type checks off: for wrong values, and for what jax puts into states that it only describes."""

@@ -1,7 +1,7 @@
 """The methods of hshare_jax.selectors as slow plain NumPy in float64, one row and one head at a time.
 
-Each is a function reads(row, layer, length, prompt, ...) on an `oracle.Row`; what a method remembers is kept in a plain
-dict by (layer, list).
+Each is a function reads(row, layer, length, prompt, ...) on a `row_oracle.Row`; what a method remembers is kept in a
+plain dict by (layer, list).
 """
 
 import numpy as np

@@ -44,6 +44,7 @@ ORDER = (
     "hshare_jax.prefill",
     "hshare_jax.decode",
     "hshare_jax.sampling",
+    "hshare_jax.prompts",
     "hshare_jax.text_stream",
     "hshare_jax.compile_clock",
     "hshare_jax.generate",

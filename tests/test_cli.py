@@ -8,6 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from command_line import call
 from random_weights import random_params
 from tiny_tokenizer import LETTERS, byte_tokenizer
 
@@ -17,25 +18,10 @@ from hshare_jax.models import pretrained
 from hshare_jax.models.config import ModelConfig, RopeConfig
 
 
-@pytest.fixture(autouse=True)
-def no_compile_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keeps the command line's compile cache out of the other tests of this process."""
-    monkeypatch.setattr(cli_options, "keep_compiled_programs", lambda directory: None)
-
-
 @pytest.fixture(autouse=True, scope="module")
 def cached_model() -> None:
     """Fetches and converts the built-in model, so that no test sees that first start."""
     pretrained.open_model("smollm2-135m-instruct")
-
-
-def call(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    try:
-        status = cli.main(arguments)
-    except SystemExit as exit:
-        status = int(exit.code or 0)
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
 
 
 USAGE_MISTAKES = {

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from command_line import call
 from random_weights import random_params
 from tiny_models import assert_equal_trees
 from tiny_tokenizer import LETTERS, byte_tokenizer
 
-from hshare_jax import cli, cli_convert, cli_options
+from hshare_jax import cli_convert
 from hshare_jax.decode import decode_step
 from hshare_jax.decode_state import init_state
 from hshare_jax.evaluation.perplexity import perplexity
@@ -28,12 +29,6 @@ TINY = ModelConfig(
 TEXT = "the rain in spain stays mainly in the plain, or so it is said."
 
 
-@pytest.fixture(autouse=True)
-def no_compile_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keeps the command line's compile cache out of the other tests of this process."""
-    monkeypatch.setattr(cli_options, "keep_compiled_programs", lambda directory: None)
-
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("models") / "tiny"
@@ -46,15 +41,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
 def text_file(tmp_path: Path) -> str:
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     return str(tmp_path / "text.txt")
-
-
-def call(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    try:
-        status = cli.main(arguments)
-    except SystemExit as exit:
-        status = int(exit.code or 0)
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
 
 
 @pytest.mark.parametrize("init", ["mean", "copy"])

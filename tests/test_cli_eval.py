@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import call
 from random_weights import random_params
 from tiny_tokenizer import byte_tokenizer
 
-from hshare_jax import cli, cli_options
 from hshare_jax.models import pretrained
 from hshare_jax.models.config import ModelConfig, RopeConfig
 
@@ -28,12 +28,6 @@ STORY = {
     "id": "rain", "story": "It rained in Spain.", "questions": [{"turn_id": 1, "input_text": "Where?"}],
     "answers": [{"turn_id": 1, "input_text": "Spain"}], "additional_answers": {},
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def no_compile_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keeps the command line's compile cache out of the other tests of this process."""
-    monkeypatch.setattr(cli_options, "keep_compiled_programs", lambda directory: None)
 
 
 @pytest.fixture(scope="module")
@@ -54,15 +48,6 @@ def data(tmp_path: Path) -> Path:
     (tmp_path / "coqa.json").write_text(json.dumps({"version": "1.0", "data": [STORY]}))
     (tmp_path / "rain.txt").write_text(TEXT)
     return tmp_path
-
-
-def call(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    try:
-        status = cli.main(arguments)
-    except SystemExit as exit:
-        status = int(exit.code or 0)
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
 
 
 def evaluate(tiny: str, data: Path, *more: str) -> list[str]:

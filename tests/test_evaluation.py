@@ -22,8 +22,9 @@ from hshare_jax.evaluation.passkey import ANSWER_TOKENS, ask, is_found, make_pas
 from hshare_jax.evaluation.prefilled import prefill_for
 from hshare_jax.evaluation.recall import measure_recall, recall_of
 from hshare_jax.evaluation.text_windows import Scorer, cut_windows
-from hshare_jax.generate import generate, pad_prompts
+from hshare_jax.generate import generate
 from hshare_jax.models.pretrained import Model
+from hshare_jax.prompts import pad_prompts
 from hshare_jax.selectors import H2O, Quest, SnapKV, StreamingLLM
 
 SAME = 1e-5  # between two float32 programs of the same model

@@ -18,9 +18,10 @@ from hshare_jax.calibration import find_plans
 from hshare_jax.config import HShareConfig
 from hshare_jax.decode import decode_step
 from hshare_jax.decode_state import init_state
-from hshare_jax.generate import NO_TOKEN, _Progress, choose_capacity, decode_tokens, generate, stream
+from hshare_jax.generate import NO_TOKEN, _Progress, decode_tokens, generate, stream
 from hshare_jax.models.pretrained import Model
 from hshare_jax.prefill import prefill
+from hshare_jax.prompts import choose_capacity
 from hshare_jax.sampling import SamplingConfig
 from hshare_jax.share_plan import SharePlan
 from hshare_jax.shared_lists import SharedLists

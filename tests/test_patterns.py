@@ -4,8 +4,8 @@ import dataclasses
 from fractions import Fraction
 
 import numpy as np
-import oracle
 import pytest
+import row_oracle
 from tiny_decoder import HSHARE, MODEL, oracle_budget, oracle_row, oracle_rows, params, random_rows
 
 from hshare_jax.calibration import find_plans
@@ -37,7 +37,7 @@ def test_lists_and_layers_overlap_as_counted_at_the_probes(found: Patterns) -> N
 
 def test_steps_overlap_as_counted_while_decoding_alone(found: Patterns) -> None:
     budget = dataclasses.replace(oracle_budget(HSHARE), plan=None, interval=1, is_dilated=False)
-    alone = oracle.SharedRow(oracle_row(), budget)
+    alone = row_oracle.SharedRow(oracle_row(), budget)
     alone.prefill(ROW[:READ])
     lists = []
     for token in PROMPT[READ:]:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
+import row_oracle
 from random_weights import random_params
 
 from hshare_jax.config import HShareConfig
@@ -71,10 +72,10 @@ def prefill_rows(
     return prefill(params(config, dtype), jnp.asarray(tokens), lengths, state, config=config)
 
 
-def oracle_row(config: ModelConfig = MODEL) -> oracle.Row:
+def oracle_row(config: ModelConfig = MODEL) -> row_oracle.Row:
     """Returns an empty sequence in the float64 decoder."""
     exact = jax.tree.map(lambda array: np.asarray(array, np.float64), params(config))
-    return oracle.Row(
+    return row_oracle.Row(
         exact,
         config.num_heads,
         config.num_kv_heads,
@@ -110,12 +111,12 @@ def oracle_budget(hshare: HShareConfig, config: ModelConfig = MODEL) -> oracle.B
 
 def oracle_rows(
     rows: Sequence[np.ndarray], hshare: HShareConfig, config: ModelConfig = MODEL, **changes: object
-) -> list[oracle.SharedRow]:
+) -> list[row_oracle.SharedRow]:
     """Returns the rows in the float64 decoder after their prompts; `changes` are of its budget."""
     budget = dataclasses.replace(oracle_budget(hshare, config), **changes)  # pyright: ignore[reportArgumentType]
-    found = [oracle.SharedRow(oracle_row(config), budget) for _ in rows]
+    found = [row_oracle.SharedRow(oracle_row(config), budget) for _ in rows]
     for shared_row, tokens in zip(found, rows, strict=True):
         shared_row.prefill(tokens)
     if hshare.plan_scope == "batch":
-        oracle.share_batch_plan(found)
+        row_oracle.share_batch_plan(found)
     return found

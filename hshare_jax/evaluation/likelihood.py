@@ -10,10 +10,10 @@ from jax import Array
 from hshare_jax.agreement import score_steps
 from hshare_jax.config import HShareConfig
 from hshare_jax.decode_state import init_state
-from hshare_jax.generate import choose_capacity, pad_prompts
 from hshare_jax.kernels.api import check_impl
 from hshare_jax.models.pretrained import Model
 from hshare_jax.prefill import prefill
+from hshare_jax.prompts import choose_capacity, pad_prompts
 from hshare_jax.selection import Method
 from hshare_jax.shapes import Logits, PerRow
 

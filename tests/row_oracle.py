@@ -1,0 +1,204 @@
+"""Sequences in a decoder of the LLaMA family, token by token in float64, dense or with HShare; plain NumPy."""
+
+import dataclasses
+
+import numpy as np
+import oracle
+
+
+def rms_norm(x, scale, eps):
+    """Returns x over its root mean square, scaled."""
+    return x / np.sqrt(np.mean(x * x) + eps) * scale
+
+
+def rotate(x, position, theta):
+    """Returns heads x [heads, H] with channels i and i + H / 2 turned by position * theta^(-2i / H)."""
+    half = x.shape[-1] // 2
+    turned = (x[:, :half] + 1j * x[:, half:]) * np.exp(1j * position * theta ** (-np.arange(half) / half))
+    return np.concatenate([turned.real, turned.imag], axis=-1)
+
+
+@dataclasses.dataclass
+class Row:
+    """One sequence in a decoder of the LLaMA family with plain rotary angles, token by token."""
+
+    params: dict
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    windows: tuple
+    theta: float
+    eps: float
+    kv_map: tuple  # the layer whose keys and values serve each layer
+
+    def __post_init__(self):
+        self.keys = [[] for _ in self.windows]  # L x length x [K, H]; of a layer without its own, none
+        self.values = [[] for _ in self.windows]
+        self.queries = [[] for _ in self.windows]  # L x length x [N, H]
+
+    @property
+    def length(self):
+        """Returns the tokens read so far."""
+        return len(self.keys[0])
+
+    def cached(self, kept, layer):
+        """Returns [K, length, H] of the kept keys or values that serve a layer."""
+        none = np.zeros((self.num_kv_heads, 0, self.head_dim))
+        return np.stack(kept[self.kv_map[layer]], axis=1) if kept[self.kv_map[layer]] else none
+
+    def cached_keys(self, layer):
+        """Returns [K, length, H]."""
+        return self.cached(self.keys, layer)
+
+    def sees(self, layer, length):
+        """Returns the slots that the query at position length - 1 sees: not its own where the layer looks up."""
+        return oracle.dense_reads(length, self.windows[layer]) - ({length - 1} if self.kv_map[layer] > layer else set())
+
+    def users(self, layer):
+        """Returns the layers that read the keys that serve this one."""
+        return [other for other, shared in enumerate(self.kv_map) if shared == self.kv_map[layer]]
+
+    def step(self, token, reads_of):
+        """Returns logits [V] after `token`; reads_of(layer, length) gives each head's slots, once its key is stored."""
+        N, K, H, position = self.num_heads, self.num_kv_heads, self.head_dim, self.length  # before any key is stored
+        x = self.params["embedding"][token].astype(np.float64)
+        for layer in range(len(self.windows)):
+            weights = self.params[f"layers_{layer}"]
+            normed = rms_norm(x, weights["attention_norm"]["scale"], self.eps)
+            has_own = self.kv_map[layer] == layer
+            fused = (weights["qkv" if has_own else "q"]["weight"].astype(np.float64) @ normed).reshape(-1, H)
+            self.queries[layer].append(rotate(fused[:N], position, self.theta))
+            if has_own:
+                self.keys[layer].append(rotate(fused[N : N + K], position, self.theta))
+                self.values[layer].append(fused[N + K :])
+            keys, values = self.cached_keys(layer), self.cached(self.values, layer)
+            out = oracle.attention(self.queries[layer][-1], keys, values, reads_of(layer, position + 1))
+            x = x + weights["out"]["weight"].astype(np.float64) @ out.reshape(-1)
+            normed = rms_norm(x, weights["mlp_norm"]["scale"], self.eps)
+            gate, up = np.split(weights["mlp"]["gate_up"]["weight"].astype(np.float64) @ normed, 2)
+            x = x + weights["mlp"]["down"]["weight"].astype(np.float64) @ (gate / (1 + np.exp(-gate)) * up)
+        normed = rms_norm(x, self.params["final_norm"]["scale"], self.eps)
+        return self.params["unembedding"].astype(np.float64) @ normed
+
+    def dense_step(self, token):
+        """Returns logits [V] after `token`, every layer seeing all that its window holds."""
+        return self.step(token, lambda layer, length: [self.sees(layer, length)] * self.num_heads)
+
+
+class SharedRow:
+    """One sequence decoded with HShare: dense prefill, then the plan, then steps that refresh or reuse."""
+
+    def __init__(self, row, budget):
+        self.row, self.budget = row, budget
+        self.lists = [[[] for _ in range(budget.num_lists)] for _ in row.windows]
+        self.age = self.recent_start = 0
+        self.num_read = 0.0  # tokens that the last step read, mean over layers and heads
+
+    def prefill(self, tokens):
+        """Returns logits [V] after the last token; channels and the plan are then known."""
+        row, budget = self.row, self.budget
+        start = row.length
+        logits = [row.dense_step(token) for token in tokens][-1]
+        L = len(row.windows)
+        self.age = 0
+        self.channels = [
+            oracle.choose_channels(
+                np.concatenate([np.stack(row.queries[user][start:]) for user in row.users(layer)]),
+                row.cached_keys(layer),
+                budget.num_channels,
+            )
+            for layer in range(L)
+        ]
+        self.similarity = self.find_similarity(oracle.probe_positions(start, row.length, budget))
+        self.source = self.find_plan(self.similarity)
+        return logits
+
+    def find_similarity(self, probes):
+        """Returns what the plan is found from; None without probes, or where nothing is shared."""
+        budget, L, J = self.budget, len(self.row.windows), self.budget.num_lists
+        if not probes or budget.plan is None:
+            return None
+        # Dense layers have no lists.
+        lists = [
+            [self.choose(layer, position) if layer >= budget.dense_layers else [[]] * J for layer in range(L)]
+            for position in probes
+        ]
+        if budget.plan == "published":
+            return oracle.overlaps(lists, budget.num_critical)
+        masses = [[mass for layer in range(L) for mass in self.masses(layer, position)] for position in probes]
+        return oracle.caught_masses([[tokens for of_layer in probe for tokens in of_layer] for probe in lists], masses)
+
+    def masses(self, layer, position):
+        """Returns for each list of this layer its heads' attention [T] from this position, None where it is dense."""
+        row, J = self.row, self.budget.num_lists
+        if layer < self.budget.dense_layers:
+            return [None] * J
+        scores = oracle.key_scores(row.queries[layer][position], row.cached_keys(layer))
+        return oracle.list_masses(scores, row.sees(layer, position + 1), J)
+
+    def find_plan(self, similarity):
+        """Returns source [L][J] of pairs (layer, list)."""
+        L, budget = len(self.row.windows), self.budget
+        if similarity is None:
+            return oracle.identity(L, budget.num_lists)
+        if budget.plan == "published":
+            return oracle.published_plan(similarity[0], similarity[1], budget)
+        if budget.plan == "anchors":
+            return oracle.anchor_plan(similarity, L, budget)
+        return oracle.units_plan(similarity, L, budget)
+
+    def choose(self, layer, position):
+        """Returns this layer's lists as the query at this position chooses them."""
+        row, budget = self.row, self.budget
+        q, keys = row.queries[layer][position], row.cached_keys(layer)
+        if budget.is_exact:
+            scores = oracle.key_scores(q, keys)
+        else:
+            scores = oracle.label_scores(q, keys, self.channels[layer], budget.bits)
+        return oracle.critical_tokens(scores, position + 1, budget, row.windows[layer])
+
+    def decode(self, token, is_refresh=None):
+        """Returns logits [V] after `token`; None refreshes every `interval` steps, from the first on."""
+        row, budget = self.row, self.budget
+        is_refresh = self.age % budget.interval == 0 if is_refresh is None else is_refresh
+        length = row.length + 1
+        # The recent range starts where it did at the refresh and grows; one that is overdue slides.
+        self.recent_start = max(self.recent_start, length - (budget.num_recent + budget.interval - 1), 0)
+        if is_refresh:
+            self.recent_start = max(0, length - budget.num_recent)
+        group = row.num_heads // budget.num_lists
+        counts = []
+
+        def reads_of(layer, length):
+            is_dense = layer < budget.dense_layers
+            if is_refresh and not is_dense:
+                new = self.choose(layer, length - 1)
+                for j in range(budget.num_lists):
+                    if self.source[layer][j] == (layer, j):
+                        self.lists[layer][j] = new[j]
+            sources = [self.source[layer][n // group] for n in range(row.num_heads)]
+            reads = [
+                row.sees(layer, length)
+                if is_dense or length < budget.min_length
+                else oracle.shared_reads(self.lists[a][j], budget.num_sinks, self.recent_start, row.sees(layer, length))
+                for a, j in sources
+            ]
+            counts.extend(map(len, reads))
+            return reads
+
+        self.age += 1
+        logits = row.step(token, reads_of)
+        self.num_read = float(np.mean(counts))
+        return logits
+
+
+def share_batch_plan(rows):
+    """Gives all rows the plan of their mean similarity, over those that have probes."""
+    known = [row.similarity for row in rows if row.similarity is not None]
+    mean = None
+    if known and rows[0].budget.plan == "published":
+        mean = tuple(np.mean(parts, axis=0) for parts in zip(*known, strict=True))
+    elif known:
+        mean = np.mean(known, axis=0)
+    for row in rows:
+        row.source = row.find_plan(mean)

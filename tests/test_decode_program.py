@@ -1,0 +1,163 @@
+"""The program of a decode step: traced once for all prompts and plans, its buffers updated in place."""
+
+import dataclasses
+import re
+
+import jax
+import jax.monitoring
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+from program_text import count_copies
+from tiny_decoder import CAPACITY, HSHARE, MODEL, SHARED_KV, params, prefill_rows, random_rows
+
+import hshare_jax.decode
+from hshare_jax.decode import decode_step
+from hshare_jax.decode_state import DecodeState, init_state
+from hshare_jax.share_plan import SharePlan, kv_layer_plan
+from hshare_jax.shared_lists import SharedLists
+
+# Where only the program is looked at: two layers, both sparse. Groups of 4, so that nothing but a buffer has its shape.
+SHALLOW = dataclasses.replace(MODEL, num_layers=2, num_heads=12, windows=(None,) * 2)
+# The same with a layer that looks up at the last one's keys and values: it reads what a later layer writes.
+LOOKS_UP = dataclasses.replace(SHALLOW, num_layers=3, windows=(None,) * 3, kv_layer_map=(0, 2, 2))
+STEP = dataclasses.replace(HSHARE, dense_layers=0)
+VARIANTS = {
+    "dense": (None, False),
+    "refresh": (STEP, True),
+    "reuse": (STEP, False),
+    "by age": (STEP, None),
+    "8 bits": (dataclasses.replace(STEP, label_bits=8), True),
+    "not quantised": (dataclasses.replace(STEP, label_bits=None), True),
+    "dense layer, gate": (dataclasses.replace(HSHARE, min_length=30), None),
+}
+variants = pytest.mark.parametrize(("hshare", "refresh"), VARIANTS.values(), ids=VARIANTS)
+
+
+class Compilations:
+    """Counts what XLA compiled while it was listening."""
+
+    def __init__(self):
+        self.count = 0
+
+    def __call__(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
+        self.count += event == "/jax/core/compile/backend_compile_duration"
+
+    def __enter__(self):
+        jax.monitoring.register_event_duration_secs_listener(self)
+        return self
+
+    def __exit__(self, *_):
+        jax.monitoring.unregister_event_duration_listener(self)
+
+
+def random_state(rng, lengths, hshare):
+    """Returns a state of the shallow model as after some prompts: other keys, lengths, lists and plans each time."""
+    state = init_state(SHALLOW, len(lengths), CAPACITY, method=hshare)
+
+    def fill(arrays):
+        def random(array):
+            is_code = array.dtype == jnp.uint8
+            values = rng.integers(0, 256, array.shape) if is_code else rng.standard_normal(array.shape)
+            return jnp.asarray(values, array.dtype)
+
+        return jax.tree.map(random, arrays)
+
+    cache, shared = state.cache, state.selection
+    cache = dataclasses.replace(
+        cache, keys=fill(cache.keys), values=fill(cache.values), lengths=jnp.asarray(lengths, jnp.int32)
+    )
+    if isinstance(shared, SharedLists):
+        plan = np.asarray(shared.source).copy()
+        plan[rng.integers(len(lengths)), 1] = plan[0, 0, rng.integers(3)]
+        lists = np.sort(rng.integers(2, min(lengths), shared.token_indices.shape), axis=-1)
+        shared = dataclasses.replace(
+            shared, labels=fill(shared.labels), source=jnp.asarray(plan), token_indices=jnp.asarray(lists, jnp.int32)
+        )
+    return DecodeState(cache, shared)
+
+
+@variants
+def test_one_trace_serves_every_prompt_plan_and_length(monkeypatch, hshare, refresh):
+    traces, compiled = [], []
+    make = hshare_jax.decode.decode_attend
+    monkeypatch.setattr(hshare_jax.decode, "decode_attend", lambda *args: traces.append(args) or make(*args))
+    rng = np.random.default_rng(13)
+    for lengths in ([3, 60], [20, 20], [41, 9]):
+        state = random_state(rng, lengths, hshare)
+        tokens = jnp.asarray(rng.integers(0, MODEL.vocab_size, (17, 2)), jnp.int32)
+        with Compilations() as compilations:
+            for token in list(tokens):
+                logits, state = decode_step(params(SHALLOW), token, state, config=SHALLOW, refresh=refresh)
+                assert np.isfinite(logits).all()
+        compiled.append(compilations.count)
+    assert len(traces) == 1
+    assert compiled[1:] == [0, 0]
+
+
+def large_buffers(state: DecodeState) -> list[jax.Array]:
+    shared = state.selection
+    lists = [*jax.tree.leaves(shared.labels), shared.token_indices] if isinstance(shared, SharedLists) else []
+    return [*state.cache.keys, *state.cache.values, *lists]
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(("config", "batch"), [(SHALLOW, 1), (SHALLOW, 3), (LOOKS_UP, 3)])
+@variants
+def test_a_compiled_step_updates_its_buffers_in_place(hshare, refresh, config, batch):
+    state, tokens = init_state(config, batch, CAPACITY, method=hshare), jnp.zeros((batch,), jnp.int32)
+    compiled = decode_step.lower(params(config), tokens, state, config=config, refresh=refresh).compile()
+    text = compiled.as_text()
+    assert text is not None
+    assert count_copies(text, large_buffers(state)) == 0
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    assert memory.alias_size_in_bytes >= sum(array.nbytes for array in large_buffers(state))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_copies_are_seen_where_nothing_is_donated():
+    state, tokens = init_state(SHALLOW, 1, CAPACITY, method=STEP), jnp.zeros((1,), jnp.int32)
+    step = jax.jit(lambda params, tokens, state: decode_step(params, tokens, state, config=SHALLOW, refresh=True))
+    text = step.lower(params(SHALLOW), tokens, state).compile().as_text()
+    assert text is not None
+    assert count_copies(text, large_buffers(state)) == len(large_buffers(state))
+
+
+@pytest.mark.usefixtures("unchecked")
+@variants
+def test_a_step_lowers_for_cuda_with_its_state_donated(hshare, refresh):
+    state, tokens = init_state(SHALLOW, 2, CAPACITY, method=hshare), jnp.zeros((2,), jnp.int32)
+    mesh = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H200", 1, "cuda"))
+    with use_abstract_mesh(mesh):
+        traced = decode_step.trace(params(SHALLOW), tokens, state, config=SHALLOW, refresh=refresh)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    donated = len(re.findall(r"tf\.aliasing_output|jax\.buffer_donor", text))
+    assert donated >= len(large_buffers(state))
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("config", "plan", "selections"),
+    [
+        (MODEL, None, 3),
+        (MODEL, SharePlan(((0, 1, 2), (3, 4, 3), (4, 3, 3), (3, 4, 4))), 1),
+        (MODEL, SharePlan(((0, 1, 2), (3, 4, 5), (3, 4, 8), (3, 4, 5))), 2),
+        (MODEL, kv_layer_plan(MODEL, HSHARE), 3),
+        (SHARED_KV, kv_layer_plan(SHARED_KV, HSHARE), 1),
+    ],
+    ids=["data", "one layer owns", "two layers own", "own keys and values", "one cache, one list"],
+)
+def test_layers_that_copy_a_constant_plan_trace_to_no_selection(config, plan, selections):
+    state, tokens = init_state(config, 1, CAPACITY, method=HSHARE, plan=plan), jnp.zeros((1,), jnp.int32)
+    text = decode_step.lower(params(config), tokens, state, config=config, refresh=True).as_text()
+    # A selection finds its threshold in two loops; nothing else in a step loops.
+    assert text.count("stablehlo.while") == 2 * selections
+
+
+def test_the_donated_state_is_gone():
+    rows = random_rows(17)
+    _, state = prefill_rows(rows, hshare=HSHARE)
+    decode_step(params(), jnp.zeros((len(rows),), jnp.int32), state, config=MODEL)
+    assert all(array.is_deleted() for array in large_buffers(state))
