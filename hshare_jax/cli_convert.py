@@ -3,9 +3,7 @@
 import argparse
 import dataclasses
 import json
-import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,23 +11,19 @@ from hshare_jax.cli_calibrate import show_plan
 from hshare_jax.cli_options import (
     DEFAULT_MODEL,
     UsageError,
+    add_kv_sharing,
     add_model,
     add_prompt_files,
     add_settings,
+    check_kv_sharing,
     check_not_empty,
     open_named,
     option_name,
     read_text,
     setting_names,
-    whole,
+    share_kv_as_told,
 )
-from hshare_jax.models.kv_sharing import (
-    INITS,
-    KNOWN_SPECS,
-    layer_passes,
-    share_kv,
-    write_notation,
-)
+from hshare_jax.models.kv_sharing import layer_passes, write_notation
 
 if TYPE_CHECKING:
     from hshare_jax.evaluation.text_windows import Window
@@ -49,19 +43,8 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
     add_model(parser)
     sharing = parser.add_argument_group("cross-layer KV sharing; the result must be trained before it is of use")
-    _add_kv_sharing(sharing)
-    sharing.add_argument(
-        "--init", choices=INITS, help="a KV layer takes the mean of those it serves, or its own (mean)"
-    )
+    add_kv_sharing(sharing, weights=True)
     sharing.add_argument("--perplexity", metavar="TEXTFILE", help="tell a text's perplexity before and after")
-
-
-def _add_kv_sharing(group: "argparse._ArgumentGroup") -> None:
-    group.add_argument(
-        "--kv-sharing", metavar="SPEC",
-        help=f"which layers share keys and values: {KNOWN_SPECS}",
-    )  # fmt: skip
-    group.add_argument("--kv-window", type=whole, metavar="N", help="of yoco, and of entries such as 1s")
 
 
 def add_info(parser: argparse.ArgumentParser) -> None:
@@ -70,7 +53,7 @@ def add_info(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", default=DEFAULT_MODEL)
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     add_model(parser)
-    _add_kv_sharing(parser.add_argument_group("as it would be with cross-layer KV sharing"))
+    add_kv_sharing(parser.add_argument_group("as it would be with cross-layer KV sharing"), weights=False)
     parser.add_argument("--plan", dest="show_plan", action="store_true", help="show which list copies which")
     group = add_settings(parser, kind="--plan-kind")
     group.title = "with --plan, which list copies which, as decoding a prompt would"
@@ -82,10 +65,10 @@ def run_convert(options: argparse.Namespace) -> int:
     """Writes a checkpoint, and returns the exit status."""
     if options.output.exists() and not options.overwrite:
         raise UsageError(f"{options.output} exists; give --overwrite to replace it")
-    _check_kv_options(options, ("kv_window", "init", "perplexity"))
+    check_kv_sharing(options)
     text = None if options.perplexity is None else read_text(options.perplexity, "--perplexity ")
     files = open_named(options)
-    config = _share_kv(options, files.config)
+    config = share_kv_as_told(options, files.config)
     windows = [] if text is None else _cut_windows(options, files, text)
     from hshare_jax.models.pretrained import save_model
 
@@ -93,7 +76,8 @@ def run_convert(options: argparse.Namespace) -> int:
     if options.kv_sharing is not None:
         from hshare_jax.training.start import share_layers
 
-        shared = share_layers(model, options.kv_sharing, window=options.kv_window, init=options.init or "mean")
+        name = f"{model.name}+{options.kv_sharing}"
+        shared = share_layers(model, config, init=options.init or "mean", name=name)
         if windows:
             _tell_perplexities(windows, model, shared)
         model = shared
@@ -106,23 +90,6 @@ def run_convert(options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return 0
-
-
-def _check_kv_options(options: argparse.Namespace, names: Sequence[str]) -> None:
-    given = [name for name in names if getattr(options, name) is not None]
-    if given and options.kv_sharing is None:
-        raise UsageError(f"{option_name(given[0])} is for sharing keys and values; add --kv-sharing")
-
-
-def _share_kv(options: argparse.Namespace, config: "ModelConfig") -> "ModelConfig":
-    """Returns the configuration that --kv-sharing asks for, if it does."""
-    if options.kv_sharing is None:
-        return config
-    try:
-        return share_kv(config, options.kv_sharing, window=options.kv_window)
-    except ValueError as error:
-        message = str(error).replace(f"spec={options.kv_sharing!r}", f"--kv-sharing {options.kv_sharing}", 1)
-        raise UsageError(re.sub(r"\bwindow=", "--kv-window ", message)) from error
 
 
 def _cut_windows(options: argparse.Namespace, files: "ModelFiles", text: str) -> "list[Window]":
@@ -154,7 +121,7 @@ def _tell_perplexities(windows: "list[Window]", *models: "Model") -> None:
 
 def run_info(options: argparse.Namespace) -> int:
     """Prints what a model is, or would be sharing keys and values, and returns the exit status."""
-    _check_kv_options(options, ("kv_window",))
+    check_kv_sharing(options)
     if options.show_plan:
         if options.kv_sharing is not None:
             raise UsageError(
@@ -170,7 +137,7 @@ def run_info(options: argparse.Namespace) -> int:
         model = files.load(options.dtype)
         facts = _facts(model.config, files, model.dtype, model.identity)
     else:
-        facts = _facts(_share_kv(options, files.config), files, options.dtype or files.dtype, None)
+        facts = _facts(share_kv_as_told(options, files.config), files, options.dtype or files.dtype, None)
     if options.json:
         print(json.dumps(facts))
         return 0

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from hshare_jax.evaluation.methods import method_named
+from hshare_jax.models.kv_sharing import INITS, KNOWN_SPECS, share_kv
 
 if TYPE_CHECKING:
     import numpy as np
 
     from hshare_jax.config import HShareConfig
     from hshare_jax.evaluation.run import Settings
+    from hshare_jax.models.config import ModelConfig
     from hshare_jax.models.pretrained import Model, ModelFiles
     from hshare_jax.share_plan import SharePlan
 
@@ -51,6 +53,7 @@ def number(kind: Callable[[str], object], name: str) -> Callable[[str], object]:
 whole, real = number(int, "a whole number"), number(float, "a number")
 fraction = number(Fraction, "a fraction such as 1/8")
 bits = number({"4": 4, "8": 8, "none": None}.__getitem__, "4, 8 or none")
+passes = number(lambda text: text if text == "exact" else int(text), "a whole number or exact")
 probes = number(lambda text: text if text == "all" else int(text), "a whole number or all")
 
 
@@ -67,6 +70,43 @@ def add_named_model(parser: argparse.ArgumentParser) -> None:
     """Adds --model, and what every command that loads a model takes."""
     parser.add_argument("--model", "-m", default=DEFAULT_MODEL, help="built-in name, GGUF file, directory or hub id")
     add_model(parser)
+
+
+def add_kv_sharing(group: argparse._ArgumentGroup, *, weights: bool) -> None:
+    """Adds the options of cross-layer KV sharing; with `weights`, where the shared projections come from."""
+    group.add_argument("--kv-sharing", metavar="SPEC", help=f"which layers share keys and values: {KNOWN_SPECS}")
+    group.add_argument("--kv-window", type=whole, metavar="N", help="of yoco, and of entries such as 1s")
+    group.add_argument(
+        "--forward-passes", type=passes, metavar="N|exact",
+        help="over layers that look up, in prompts; in training those without gradient (7); exact: until equal",
+    )  # fmt: skip
+    group.add_argument("--backward-passes", type=whole, metavar="N", help="in training, those with gradient (2)")
+    if weights:
+        group.add_argument(
+            "--init", choices=INITS, help="a KV layer takes the mean of those it serves, or its own (mean)"
+        )
+
+
+def check_kv_sharing(options: argparse.Namespace) -> None:
+    """Raises UsageError for an option that needs --kv-sharing and lacks it."""
+    names = ("kv_window", "forward_passes", "backward_passes", "init", "perplexity")
+    given = [name for name in names if getattr(options, name, None) is not None]
+    if given and options.kv_sharing is None:
+        raise UsageError(f"{option_name(given[0])} is for sharing keys and values; add --kv-sharing")
+
+
+def share_kv_as_told(options: argparse.Namespace, config: "ModelConfig") -> "ModelConfig":
+    """Returns the configuration that --kv-sharing and its options ask for, if they do; UsageError if it cannot be."""
+    if options.kv_sharing is None:
+        return config
+    given = {name: getattr(options, name) for name in ("forward_passes", "backward_passes")}
+    changes = {name: None if value == "exact" else value for name, value in given.items() if value is not None}
+    try:
+        return share_kv(dataclasses.replace(config, **changes), options.kv_sharing, window=options.kv_window)
+    except ValueError as error:
+        message = str(error).replace(f"spec={options.kv_sharing!r}", f"--kv-sharing {options.kv_sharing}", 1)
+        message = message.replace("window=", "--kv-window ")
+        raise UsageError(re.sub(r"\b(\w+_passes)=", lambda match: f"{option_name(match[1])} ", message)) from error
 
 
 def add_prompt_files(parser: argparse.ArgumentParser) -> None:

@@ -19,9 +19,19 @@ from pathlib import Path
 
 import jax
 
-from hshare_jax.cli_options import DEFAULT_MODEL, FAILURE, USAGE, Parser, UsageError, option_name, read_text
+from hshare_jax.cli_options import (
+    DEFAULT_MODEL,
+    FAILURE,
+    USAGE,
+    Parser,
+    UsageError,
+    add_kv_sharing,
+    check_kv_sharing,
+    option_name,
+    read_text,
+    share_kv_as_told,
+)
 from hshare_jax.models.config import ModelConfig, config_from_hf
-from hshare_jax.models.kv_sharing import share_kv
 from hshare_jax.models.pretrained import Model, ModelFiles, check_model_name, open_model
 from hshare_jax.training.config import TrainingConfig
 from hshare_jax.training.data import TrainingData, encode_files, split_windows
@@ -65,10 +75,10 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, TrainingConf
     start.add_argument("--model", metavar="NAME", help="start from: built-in name, GGUF file, directory or hub id")
     start.add_argument("--preset", choices=tuple(PRESETS), help="random weights in a ready size")
     start.add_argument("--config", type=Path, metavar="JSON", help="random weights in the sizes of a config.json")
-    parser.add_argument("--kv-sharing", metavar="SPEC", help="layers share keys and values, as sandwich-middle:11")
     parser.add_argument(
         "--tokenizer", metavar="NAME", help=f"of which model, for --preset and --config ({DEFAULT_MODEL})"
     )
+    add_kv_sharing(parser.add_argument_group("cross-layer KV sharing"), weights=True)
     group = parser.add_argument_group("training")
     for field in dataclasses.fields(TrainingConfig):
         kind, default = type(field.default), field.default
@@ -89,6 +99,9 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, TrainingConf
             raise ValueError(f"max_eval_windows={options.max_eval_windows} must be at least 1")
         if options.model and options.tokenizer:
             raise ValueError("--tokenizer is for --preset and --config; --model brings its own")
+        if options.init and not options.model:
+            raise ValueError("--init is for --model; --preset and --config start from random weights")
+        check_kv_sharing(options)
         for name in (*options.text, *(options.eval_text or ())):
             if name == "-":
                 raise ValueError("--text must name files: a run that is started again reads them again")
@@ -115,7 +128,7 @@ def read_data(options: argparse.Namespace, settings: TrainingConfig, files: Mode
 
 
 def first_config(options: argparse.Namespace, settings: TrainingConfig, files: ModelFiles) -> ModelConfig:
-    """Returns the configuration that training starts from, before layers share; UsageError if they cannot."""
+    """Returns the configuration that is trained; UsageError if its layers cannot share as told."""
     if options.model:
         config = files.config
     elif options.preset:
@@ -124,24 +137,21 @@ def first_config(options: argparse.Namespace, settings: TrainingConfig, files: M
         config = preset(options.preset, vocab_size=files.config.vocab_size, max_positions=longest)
     else:
         config = config_from_hf({**json.loads(options.config.read_text()), "vocab_size": files.config.vocab_size})
-    if options.kv_sharing is not None:
-        try:
-            share_kv(config, options.kv_sharing)
-        except ValueError as error:
-            raise UsageError(str(error).replace("spec=", "--kv-sharing ", 1)) from error
-    return config
+    return share_kv_as_told(options, config)
 
 
 def first_model(options: argparse.Namespace, config: ModelConfig, settings: TrainingConfig, files: ModelFiles) -> Model:
     """Returns the model that training starts from; one of random weights knows no chat template."""
+    sharing = "" if options.kv_sharing is None else f"+{options.kv_sharing}"
     if options.model:
         model = files.load("float32")
-    else:
-        tokenizer = files.tokenizer
-        assert tokenizer is not None
-        tokenizer.chat_template = None
-        model = new_model(config, tokenizer, name=options.preset or options.config.stem, seed=settings.seed)
-    return model if options.kv_sharing is None else share_layers(model, options.kv_sharing)
+        name = model.name + sharing
+        return share_layers(model, config, init=options.init or "mean", name=name) if sharing else model
+    tokenizer = files.tokenizer
+    assert tokenizer is not None
+    tokenizer.chat_template = None
+    name = (options.preset or options.config.stem) + sharing
+    return new_model(config, tokenizer, name=name, seed=settings.seed)
 
 
 def run(options: argparse.Namespace, settings: TrainingConfig) -> None:

@@ -122,6 +122,9 @@ MISTAKES = {
     "init alone": (["--init", "mean"], "--init is for sharing keys and values; add --kv-sharing"),
     "window alone": (["--kv-window", "8"], "--kv-window is for sharing keys and values; add --kv-sharing"),
     "perplexity alone": (["--perplexity", "{text}"], "--perplexity is for sharing keys and values; add --kv-sharing"),
+    "passes alone": (["--forward-passes", "3"], "--forward-passes is for sharing keys and values; add --kv-sharing"),
+    "no gradient": (["--kv-sharing", "cla:2", "--backward-passes", "0"], "--backward-passes 0 must be at least 1"),
+    "unknown passes": (["--kv-sharing", "cla:2", "--forward-passes", "all"], "'all' is not a whole number or exact"),
     "no text": (["--kv-sharing", "cla:2", "--perplexity", "no/text.txt"], "--perplexity no/text.txt: No such file"),
     "empty text": (["--kv-sharing", "cla:2", "--perplexity", "{empty}"], "empty.txt is empty"),
     "short text": (["--kv-sharing", "cla:2", "--perplexity", "{short}"], "short.txt has 2 tokens to cut from"),
@@ -164,6 +167,9 @@ def test_info_shows_what_sharing_saves_and_costs(tiny: str, tmp_path: Path, caps
     assert plain["parameters"] - shared["parameters"] == plain["kv_parameters"] - shared["kv_parameters"]
     assert all(not isinstance(value, dict) for value in shared.values())
     assert asked | {"model": "", "identity": ""} == shared | {"model": "", "identity": ""}
+    passes = ["--forward-passes", "exact", "--backward-passes", "3"]
+    exact = json.loads(call(["info", tiny, "--kv-sharing", "lckv:1", *passes, "--json"], capsys)[1])
+    assert (exact["forward_passes"], exact["backward_passes"], exact["relative_prefill_cost"]) == (None, 3, None)
     status, text, _ = call(["info", out], capsys)
     assert status == 0
     assert "kv_layer_map           0s_2_2_3s\n" in text

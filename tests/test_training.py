@@ -15,6 +15,7 @@ from tiny_training import CONFIG, SETTINGS, tiny_data, tiny_model
 
 from hshare_jax.attend import causal_attend
 from hshare_jax.models.decoder import Decoder
+from hshare_jax.models.kv_sharing import share_kv
 from hshare_jax.training import loss as loss_module
 from hshare_jax.training.config import TrainingConfig
 from hshare_jax.training.data import encode_files, epoch_order, split_windows, step_places
@@ -277,7 +278,7 @@ def test_a_ready_size_takes_the_tokenisers_vocabulary():
 
 def test_a_model_that_is_to_share_loses_the_weights_not_used():
     model = tiny_model(dataclasses.replace(CONFIG, num_layers=2, windows=(None,) * 2))
-    shared = share_layers(model, "0_0", init="copy")
+    shared = share_layers(model, share_kv(model.config, "0_0"), init="copy")
     assert shared.config.kv_layer_map == (0, 0)
     np.testing.assert_array_equal(
         shared.params["layers_1"]["q"]["weight"], model.params["layers_1"]["qkv"]["weight"][:16]

@@ -242,13 +242,15 @@ def test_the_script_trains_a_model_that_generates(tmp_path, script, capsys, monk
     (tmp_path / "a.txt").write_text("the man in the inn. " * 60)
     common = ["--text", str(tmp_path / "a.txt"), "--sequence-length", "16", "--batch-size", "4", "--num-steps", "6"]
     common += ["--warmup-steps", "1", "--log-every", "2"]
-    arguments = [*common, "--output", str(tmp_path / "run"), "--model", str(tmp_path / "start"), "--kv-sharing", "0_0"]
+    arguments = [*common, "--output", str(tmp_path / "run"), "--model", str(tmp_path / "start"), "--kv-sharing", "0_0s"]
+    arguments += ["--kv-window", "5", "--forward-passes", "3", "--init", "copy"]
     assert script.main(arguments) == 0
     summary = json.loads(capsys.readouterr().out)
     assert summary["steps"] == 6
     assert summary["eval_loss"] < 6
     trained = load_model(tmp_path / "run" / "model")
-    assert trained.config.kv_layer_map == (0, 0)
+    assert (trained.config.kv_layer_map, trained.config.windows) == ((0, 0), (None, 5))
+    assert trained.config.forward_passes == 3
     assert trained.tokenizer is not None
     assert trained.tokenizer("the").input_ids == tokenizer("the").input_ids
     assert Path(summary["plot"]).stat().st_size > 1000
@@ -264,6 +266,8 @@ def test_the_script_trains_a_model_that_generates(tmp_path, script, capsys, monk
         (["--model", "nowhere/at/all"], "nowhere/at/all does not exist"),
         (["--model", "smollm2-135m-instruct", "--tokenizer", "smollm2-135m-instruct"], "--model brings its own"),
         (["--preset", "huge"], "invalid choice: 'huge'"),
+        (["--preset", "tiny", "--kv-sharing", "cla:4", "--init", "copy"], "--init is for --model"),
+        (["--preset", "tiny", "--kv-window", "8"], "--kv-window is for sharing keys and values; add --kv-sharing"),
         (["--config", "absent.json"], "--config absent.json: No such file"),
         ([], "one of the arguments --model --preset --config is required"),
     ],

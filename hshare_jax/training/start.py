@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from hshare_jax.attend import causal_attend
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.decoder import Decoder
-from hshare_jax.models.kv_sharing import Init, share_kv, share_weights
+from hshare_jax.models.kv_sharing import Init, share_weights
 from hshare_jax.models.pretrained import Model
 from hshare_jax.models.weights import load_parameters
 
@@ -57,21 +57,17 @@ def new_model(
     return _with_params(Model(config, jax.jit(init)(jax.random.key(seed)), tokenizer, ends, name, ""))
 
 
-def share_layers(model: Model, spec: str, *, window: int | None = None, init: Init = "mean") -> Model:
+def share_layers(model: Model, config: ModelConfig, *, init: Init = "mean", name: str | None = None) -> Model:
     """Returns the model with its layers sharing keys and values; it computes something else, and training mends that.
 
     Args:
         model: what to convert.
-        spec: of `share_kv`, such as "sandwich-middle:11"; the name of the model tells it.
-        window: of `share_kv`.
+        config: of the result, from `share_kv` of the model's.
         init: of `share_weights`: where the shared projections come from.
-
-    Raises:
-        ValueError: a spec that cannot be read, or that this model cannot have.
+        name: of the result; None leaves the model's.
     """
-    config = share_kv(model.config, spec, window=window)
     params = share_weights(model.params, model.config, config, init)
-    return _with_params(dataclasses.replace(model, config=config, params=params, name=f"{model.name}+{spec}"))
+    return _with_params(dataclasses.replace(model, config=config, params=params, name=name or model.name))
 
 
 def _with_params(model: Model) -> Model:
