@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from hshare_jax.cli_calibrate import show_plan
 from hshare_jax.cli_options import (
     DEFAULT_MODEL,
@@ -110,11 +112,12 @@ def _cut_windows(options: argparse.Namespace, files: "ModelFiles", text: str) ->
 
 
 def _tell_perplexities(windows: "list[Window]", *models: "Model") -> None:
-    from hshare_jax.evaluation.perplexity import perplexity
+    from hshare_jax.training.loss import perplexity
 
-    before, after = (perplexity(model.config, model.params, windows) for model in models)
+    tokens = np.array([window.tokens for window in windows], np.int32)
+    before, after = (perplexity(model.params, tokens, config=model.config) for model in models)
     print(
-        f"perplexity {before:.3f} before, {after:.3f} after, of {len(windows)} x {len(windows[0].tokens) - 1} tokens",
+        f"perplexity {before:.3f} before, {after:.3f} after, of {len(tokens)} x {tokens.shape[1] - 1} tokens",
         file=sys.stderr,
     )
 

@@ -16,11 +16,10 @@ from tiny_tokenizer import LETTERS, byte_tokenizer
 from hshare_jax import cli_convert
 from hshare_jax.decode import decode_step
 from hshare_jax.decode_state import init_state
-from hshare_jax.evaluation.perplexity import perplexity
-from hshare_jax.evaluation.text_windows import Window
 from hshare_jax.models import pretrained
 from hshare_jax.models.config import ModelConfig, RopeConfig
 from hshare_jax.models.kv_sharing import Init, share_kv, share_weights
+from hshare_jax.training.loss import perplexity
 
 TINY = ModelConfig(
     vocab_size=48, width=32, mlp_width=48, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=8, max_positions=64,
@@ -77,8 +76,9 @@ def test_convert_tells_the_perplexity_before_and_after(
     assert status == 0
     ids = byte_tokenizer(LETTERS)(TEXT)["input_ids"]
     shared = pretrained.load_model(tmp_path / "shared")
-    windows = [Window("text", tuple(ids))]
-    before, after = perplexity(TINY, random_params(TINY), windows), perplexity(shared.config, shared.params, windows)
+    windows = np.array([ids], np.int32)
+    before = perplexity(random_params(TINY), windows, config=TINY)
+    after = perplexity(shared.params, windows, config=shared.config)
     assert before != after
     assert f"perplexity {before:.3f} before, {after:.3f} after, of 1 x {len(ids) - 1} tokens\n" in err
 
@@ -103,7 +103,7 @@ def test_perplexity_is_that_of_decoding_token_by_token() -> None:
     for t in range(tokens.shape[1] - 1):
         logits, state = decode_step(params, jnp.asarray(tokens[:, t]), state, config=config)
         losses.append(-float(jax.nn.log_softmax(logits)[0, tokens[0, t + 1]]))
-    found = perplexity(config, params, [Window("text", tuple(map(int, tokens[0])))])
+    found = perplexity(params, tokens, config=config)
     assert found == pytest.approx(math.exp(np.mean(losses)), rel=1e-5)  # float32, in another order
 
 

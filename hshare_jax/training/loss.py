@@ -1,11 +1,18 @@
 """The loss of next tokens, in chunks of rows: logits over a large vocabulary never lie in memory all at once."""
 
+import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
+
+from hshare_jax.attend import causal_attend
+from hshare_jax.models.config import ModelConfig
+from hshare_jax.models.decoder import Decoder
 
 _CHUNK = 1 << 25  # logits held at once: 128 MB
 
@@ -13,6 +20,44 @@ _CHUNK = 1 << 25  # logits held at once: 128 MB
 def perplexity_of(loss: float) -> float:
     """Returns e to a loss in nats per token; e to 700 for any larger one, which a float could not hold."""
     return math.exp(min(loss, 700.0))
+
+
+def perplexity(params: dict[str, Any], windows: Int[np.ndarray, "N T1"], *, config: ModelConfig) -> float:
+    """Returns the perplexity of all tokens of the windows but each one's first, one window at a time, without a cache.
+
+    This is the model's; a sparse method's is that of decode steps (`hshare_jax.evaluation.Scorer`).
+    """
+    total = sum(float(_window_loss(params, jnp.asarray(window)[None], config=config)) for window in windows)
+    return perplexity_of(total / windows[:, 1:].size)
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def _window_loss(params: dict[str, Any], window: Int[Array, "1 T1"], *, config: ModelConfig) -> Float[Array, ""]:
+    return sum_of_window_losses(params, window, config=config)
+
+
+def sum_of_window_losses(
+    params: dict[str, Any],
+    windows: Int[Array, "b T1"],
+    is_real: Bool[Array, "b"] | None = None,
+    *,
+    config: ModelConfig,
+) -> Float[Array, ""]:
+    """Returns the summed loss (nats) of all tokens of the windows but each one's first.
+
+    Args:
+        params: the model's, in the dtype to compute in.
+        windows: token ids, all predicted from the window's own earlier tokens (teacher forcing).
+        is_real: which windows count; None counts all.
+        config: the model.
+    """
+    tokens, targets = windows[:, :-1], windows[:, 1:]
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None, :], tokens.shape)
+    hidden, _ = Decoder(config).apply({"params": params}, tokens, positions, causal_attend(config), {})
+    if is_real is not None:
+        targets = jnp.where(is_real[:, None], targets, -1)
+    unembedding = params["embedding" if config.tie_embeddings else "unembedding"]
+    return sum_of_losses(unembedding, hidden.reshape(-1, config.width), targets.reshape(-1))
 
 
 @jax.custom_vjp

@@ -18,11 +18,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool, Float, Int
 
-from hshare_jax.attend import causal_attend
 from hshare_jax.models.config import ModelConfig
-from hshare_jax.models.decoder import Decoder
 from hshare_jax.training.config import TrainingConfig
-from hshare_jax.training.loss import sum_of_losses
+from hshare_jax.training.loss import sum_of_window_losses
 
 DATA = "data"  # the mesh axis that windows are spread over
 
@@ -188,12 +186,6 @@ def evaluate(
 def _sum_of_losses(
     params: dict[str, Any], windows: Array, is_real: Array | None, model: ModelConfig, settings: TrainingConfig
 ) -> Float[Array, ""]:
-    """Returns the summed loss of windows [b, T + 1], without those that are not real."""
+    """Returns `sum_of_window_losses` in the dtype to compute in."""
     params = jax.tree.map(lambda leaf: leaf.astype(settings.compute_dtype), params)
-    tokens, targets = windows[:, :-1], windows[:, 1:]
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None, :], tokens.shape)
-    hidden, _ = Decoder(model).apply({"params": params}, tokens, positions, causal_attend(model), {})
-    if is_real is not None:
-        targets = jnp.where(is_real[:, None], targets, -1)
-    unembedding = params["embedding" if model.tie_embeddings else "unembedding"]
-    return sum_of_losses(unembedding, hidden.reshape(-1, model.width), targets.reshape(-1))
+    return sum_of_window_losses(params, windows, is_real, config=model)
