@@ -216,10 +216,7 @@ def report(lines: list[dict[str, Any]], header: str) -> str:
                 out += _table(context, budget, {name: text[context, budget, name] for name in names})
     passkeys = [line for line in lines if line["kind"] == "passkey"]
     if passkeys:
-        out += ["\n### Passkey, 1,024 tokens, the question decoded by sparse steps\n", "| method | tokens | found |"]
-        out += ["|---|---|---|"]
-        for line in passkeys:
-            out.append(f"| {line['name']} | {line['budget']} | {sum(line['found'])} of {len(line['found'])} |")
+        out += _passkey_table(passkeys)
     if speed := [line for line in lines if line["kind"] == "speed"]:
         out += _speed_table(speed)
     out += ["\n### Where a cheaper or simpler method does better\n", *(_surprises(text) or ["None."])]
@@ -248,6 +245,20 @@ def _table(context: int, budget: int, lines: dict[str, dict[str, Any]]) -> list[
             f"| {line['reads']:.0f} |"
         )
     return out
+
+
+def _passkey_table(lines: list[dict[str, Any]]) -> list[str]:
+    budgets = sorted({line["budget"] for line in lines})
+    found = {(line["name"], line["budget"]): f"{sum(line['found'])} of {len(line['found'])}" for line in lines}
+    return [
+        "\n### Passkeys found in 1,024 tokens, the question decoded by sparse steps\n",
+        "| method |" + "".join(f" reading {budget} |" for budget in budgets),
+        "|---|" + "---|" * len(budgets),
+        *(
+            f"| {name} |" + "".join(f" {found.get((name, budget), '-')} |" for budget in budgets)
+            for name in dict.fromkeys(line["name"] for line in lines)
+        ),
+    ]
 
 
 def _speed_table(lines: list[dict[str, Any]]) -> list[str]:
