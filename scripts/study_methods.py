@@ -187,7 +187,7 @@ def measure_passkeys(model: Model, book: str, names: Sequence[str], budget: int,
 def measure_speed(model: Model, context: int, todo: list[Cell], text: str, keep: Records) -> None:
     """Times decode steps of the cells, all rows at once, on one text; a line a cell. The machine must be idle.
 
-    A dispatch a step, as `generate` decodes: XLA:CPU does not spread the body of a loop over cores.
+    A dispatch a step, since XLA:CPU does not spread the body of a loop over cores; a plan for each row, as by default.
     """
     windows = cut_windows(model, "speed", text, context=context, count=ROWS[context], skip=SKIP)
     tokens = jnp.asarray([window.tokens for window in windows], jnp.int32)
