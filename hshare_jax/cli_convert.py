@@ -85,7 +85,7 @@ def run_convert(options: argparse.Namespace) -> int:
         model = shared
     save_model(model, options.output, overwrite=options.overwrite)
     print(f"wrote {model.name} ({model.dtype}) to {options.output}", file=sys.stderr)
-    if config != files.config:
+    if (config.kv_layer_map, config.windows) != (files.config.kv_layer_map, files.config.windows):
         print(
             f"WARNING: {len(config.kv_layers)} of {config.num_layers} layers have keys and values, and the others were "
             "not made for them: untrained, this model is of no use. Train it before you judge it.",

@@ -208,7 +208,7 @@ def measure_speed(model: Model, context: int, todo: list[Cell], text: str, keep:
         rounds = np.reshape(seconds[SPEED_ROUND:], (-1, SPEED_ROUND)).mean(axis=1)  # the first round compiles
         milliseconds = round(1000 * float(np.median(rounds)), 2)
         keep.append({**cell.key, "kind": "speed", "made": made(), "batch": len(windows), "milliseconds": milliseconds})
-        del state, logits
+        del state
         jax.clear_caches()
 
 
