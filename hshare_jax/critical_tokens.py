@@ -9,6 +9,7 @@ from hshare_jax.config import HShareConfig
 from hshare_jax.kernels.reference import EMPTY, MASKED
 
 WORD = 32  # slots whose choice is packed into one word
+GROUP = 16  # words that are counted together
 LANES = 128  # slots whose counts are kept apart, so that counting needs no sum across a vector
 
 
@@ -193,12 +194,18 @@ def _lowest_bits(word: UInt[Array, "B J words"], count: Int[Array, "B J words"])
 
 def _list_bits(words: UInt[Array, "B J words"], num_places: int) -> Int[Array, "B J C"]:
     """Returns the places of the set bits, ascending, padded with EMPTY."""
+    words = jnp.pad(words, ((0, 0), (0, 0), (0, -words.shape[-1] % GROUP)))
     count = lax.population_count(words).astype(jnp.int32)
-    ends = jnp.cumsum(count, axis=-1)
-    place = jnp.arange(num_places, dtype=jnp.int32)
-    at = (ends[:, :, None, :] <= place[None, None, :, None]).sum(axis=-1, dtype=jnp.int32)
-    is_listed = at < words.shape[-1]
+    ends = jnp.cumsum(count, axis=-1)  # set bits up to and including each word
+    place = jnp.arange(num_places, dtype=jnp.int32)[None, None, :]
+    # Which group of words, which of its words, which bit: comparing with all words at once, XLA:CPU writes out 5 MB.
+    ends_of_groups = ends[..., GROUP - 1 :: GROUP]
+    group = (ends_of_groups[:, :, None, :] <= place[..., None]).sum(axis=-1, dtype=jnp.int32)
+    is_listed = group < ends_of_groups.shape[-1]
+    group = jnp.minimum(group, ends_of_groups.shape[-1] - 1)
+    ends_in_group = jnp.take_along_axis(ends.reshape(*ends.shape[:2], -1, GROUP), group[..., None], axis=2)
+    at = group * GROUP + (ends_in_group <= place[..., None]).sum(axis=-1, dtype=jnp.int32)
     at = jnp.minimum(at, words.shape[-1] - 1)
-    n = place[None, None, :] - jnp.take_along_axis(ends - count, at, axis=-1)
+    n = place - jnp.take_along_axis(ends - count, at, axis=-1)
     slots = at * WORD + _nth_bit(jnp.take_along_axis(words, at, axis=-1), n).astype(jnp.int32)
     return jnp.where(is_listed, slots, EMPTY)
