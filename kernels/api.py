@@ -47,8 +47,7 @@ def dispatch(impl: str, *, pallas: Callable[[bool], Result], plain: Callable[[],
     check_impl(impl)
     if impl == "auto" and _platform() != "cpu":
         return lax.platform_dependent(cuda=lambda: pallas(False), default=plain)
-    # Known to be for the CPU the choice is made here: left to the lowering it hides from XLA:CPU what it fuses, and a
-    # step takes twice as long.
+    # Known to be for the CPU: the kernels need not be traced.
     return plain() if impl in ("auto", "reference") else pallas(impl == "interpret")
 
 

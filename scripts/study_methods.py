@@ -269,20 +269,24 @@ def _passkey_table(lines: list[dict[str, Any]]) -> list[str]:
 
 
 def _speed_table(lines: list[dict[str, Any]]) -> list[str]:
-    dense = {(line["context"], line["budget"]): line["milliseconds"] for line in lines if line["name"] == "dense"}
-    out = [
-        "\n### Speed of decode steps\n",
-        "| method | tokens | batch | ms a step | times dense |",
-        "|---|---|---|---|---|",
+    milliseconds = {(line["name"], line["context"], line["budget"]): line["milliseconds"] for line in lines}
+    sizes = list(dict.fromkeys((line["context"], line["budget"]) for line in lines))
+
+    def cell(name: str, size: tuple[int, int]) -> str:
+        if (name, *size) not in milliseconds:
+            return "-"
+        own, dense = milliseconds[name, *size], milliseconds.get(("dense", *size))
+        return f"{own:.1f} ms" + (f", {dense / own:.2f}" if dense else "")
+
+    return [
+        f"\n### Speed of decode steps: milliseconds, and how many times as fast as dense, batch {lines[0]['batch']}\n",
+        "| method |" + "".join(f" {budget} of {context} |" for context, budget in sizes),
+        "|---|" + "---|" * len(sizes),
+        *(
+            f"| {name} |" + "".join(f" {cell(name, size)} |" for size in sizes)
+            for name in dict.fromkeys(line["name"] for line in lines)
+        ),
     ]
-    for line in lines:
-        base = dense.get((line["context"], line["budget"]))
-        times = "-" if base is None else f"{base / line['milliseconds']:.2f}"
-        out.append(
-            f"| {line['name']} | {line['budget']} of {line['context']} | {line['batch']} | {line['milliseconds']:.1f} "
-            f"| {times} |"
-        )
-    return out
 
 
 def _surprises(text: dict[tuple[int, int, str], dict[str, Any]]) -> list[str]:
