@@ -119,7 +119,7 @@ def select_tokens(
     """
     B, J, S = scores.shape
     scores, is_candidate = (_pad_to_lanes(x, fill) for x, fill in ((scores, 0.0), (is_candidate, False)))
-    order = jnp.where(is_candidate[:, None, :], _sortable(scores), jnp.iinfo(jnp.int32).min)
+    order = _once(jnp.where(is_candidate[:, None, :], _sortable(scores), jnp.iinfo(jnp.int32).min))
     count = jnp.full((B,), num_critical) if num_allowed is None else num_allowed
     count = jnp.minimum(count, is_candidate.sum(axis=-1))[:, None]
     threshold = _kth_largest(order, count)[..., None]
@@ -145,6 +145,15 @@ def _sortable(scores: Float[Array, "B J S"]) -> Int[Array, "B J S"]:
     """Returns int32 in the order of the float32 scores; the zeros are one value. int32's least stays free."""
     bits = lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.int32)
     return jnp.where(bits < 0, jnp.iinfo(jnp.int32).min - bits, bits)  # sign and magnitude to two's complement
+
+
+def _once(x: Array) -> Array:
+    """Returns x, computed once: XLA computes it anew in every loop that reads it, and may round it otherwise there.
+
+    A threshold found in one loop would then be missed in the next, and the list be short. XLA takes a barrier away
+    before it fuses loops; what a loop carries it does not look behind.
+    """
+    return lax.fori_loop(0, 2, lambda _, kept: lax.optimization_barrier(kept), x)
 
 
 def _kth_largest(order: Int[Array, "B J S"], k: Int[Array, "B 1"]) -> Int[Array, "B J"]:
