@@ -24,6 +24,7 @@ from hshare_jax.cli_options import (
     whole,
 )
 from hshare_jax.evaluation.methods import METHODS
+from hshare_jax.host_memory import return_freed_memory
 
 if TYPE_CHECKING:
     from hshare_jax.config import HShareConfig
@@ -103,6 +104,7 @@ def run_eval(options: argparse.Namespace) -> int:
     check_method(options, options.method, hshare)
     items, num_bad = _read_items(options)
     files = open_named(options)
+    return_freed_memory()
     from hshare_jax.evaluation.run import summarise
     from hshare_jax.kernels.api import check_impl
 

@@ -33,6 +33,7 @@ from hshare_jax.evaluation.passkey import ANSWER_TOKENS, ask, is_found, make_pas
 from hshare_jax.evaluation.prefilled import prefill_for
 from hshare_jax.evaluation.records import Records
 from hshare_jax.evaluation.text_windows import Scorer, Window, cut_windows
+from hshare_jax.host_memory import return_freed_memory
 from hshare_jax.models.pretrained import Model, load_model
 from hshare_jax.selection import Method
 
@@ -330,6 +331,7 @@ def main() -> None:
         "model": options.model, "texts": [path.name for path in options.text], "steps": options.steps,
         "seeds": options.seeds,
     }  # fmt: skip
+    return_freed_memory()
     keep = Records(options.results, study, keys=("kind", "context", "budget", "name"))
     if options.speed:
         for context, budget in SPEED:

@@ -31,11 +31,11 @@ from hshare_jax.cli_options import (
     read_text,
     share_kv_as_told,
 )
+from hshare_jax.host_memory import keep_freed_memory
 from hshare_jax.models.config import ModelConfig, config_from_hf
 from hshare_jax.models.pretrained import Model, ModelFiles, check_model_name, open_model
 from hshare_jax.training.config import TrainingConfig
 from hshare_jax.training.data import TrainingData, encode_files, split_windows
-from hshare_jax.training.host_memory import keep_freed_memory
 from hshare_jax.training.run import METRICS, train
 from hshare_jax.training.start import PRESETS, new_model, preset, share_layers
 

@@ -286,9 +286,10 @@ def test_a_model_that_is_to_share_loses_the_weights_not_used():
     assert shared.identity != model.identity
 
 
-def test_freed_memory_is_kept_where_glibc_is():
+@pytest.mark.parametrize("setting", ["keep_freed_memory", "return_freed_memory"])
+def test_what_becomes_of_freed_memory_is_set_where_glibc_is(setting):
     # In a process of its own: it holds for the whole of one.
-    program = "from hshare_jax.training.host_memory import keep_freed_memory; print(keep_freed_memory())"
+    program = f"from hshare_jax.host_memory import {setting}; print({setting}())"
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == str(platform.libc_ver()[0] == "glibc")
 
