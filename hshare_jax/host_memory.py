@@ -20,7 +20,7 @@ def return_freed_memory() -> bool:
     """Returns whether glibc's malloc now hands freed arrays back to the system; elsewhere nothing is done.
 
     By default it keeps those of up to 32 MB, a layer's cache for instance, in heaps that fall to pieces: evaluating
-    three methods on four rows of 8k tokens held 10.9 GB at its peak instead of 6.7. Long programs pay nothing for it.
+    three methods on four rows of 8k tokens held 10.8 GB at its peak instead of 6.7. Long programs pay nothing for it.
     """
     return _set_malloc((_MMAP_THRESHOLD, 4 * 2**20))
 

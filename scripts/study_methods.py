@@ -256,38 +256,28 @@ def _table(context: int, budget: int, lines: dict[str, dict[str, Any]]) -> list[
 
 
 def _passkey_table(lines: list[dict[str, Any]]) -> list[str]:
-    budgets = sorted({line["budget"] for line in lines})
     found = {(line["name"], line["budget"]): f"{sum(line['found'])} of {len(line['found'])}" for line in lines}
-    return [
-        "\n### Passkeys found in 1,024 tokens, the question decoded by sparse steps\n",
-        "| method |" + "".join(f" reading {budget} |" for budget in budgets),
-        "|---|" + "---|" * len(budgets),
-        *(
-            f"| {name} |" + "".join(f" {found.get((name, budget), '-')} |" for budget in budgets)
-            for name in dict.fromkeys(line["name"] for line in lines)
-        ),
-    ]
+    heads = {budget: f"reading {budget}" for budget in sorted({line["budget"] for line in lines})}
+    return ["\n### Passkeys found in 1,024 tokens, the question decoded by sparse steps\n", *_by_method(found, heads)]
 
 
 def _speed_table(lines: list[dict[str, Any]]) -> list[str]:
-    milliseconds = {(line["name"], line["context"], line["budget"]): line["milliseconds"] for line in lines}
-    sizes = list(dict.fromkeys((line["context"], line["budget"]) for line in lines))
+    milliseconds = {(line["name"], (line["context"], line["budget"])): line["milliseconds"] for line in lines}
+    cells = {}
+    for (name, size), own in milliseconds.items():
+        dense = milliseconds.get(("dense", size))
+        cells[name, size] = f"{own:.1f} ms" + (f", {dense / own:.2f}" if dense else "")
+    heads = {(line["context"], line["budget"]): f"{line['budget']} of {line['context']}" for line in lines}
+    batch = lines[0]["batch"]
+    title = f"\n### Speed of decode steps: milliseconds, and how many times as fast as dense, batch {batch}\n"
+    return [title, *_by_method(cells, heads)]
 
-    def cell(name: str, size: tuple[int, int]) -> str:
-        if (name, *size) not in milliseconds:
-            return "-"
-        own, dense = milliseconds[name, *size], milliseconds.get(("dense", *size))
-        return f"{own:.1f} ms" + (f", {dense / own:.2f}" if dense else "")
 
-    return [
-        f"\n### Speed of decode steps: milliseconds, and how many times as fast as dense, batch {lines[0]['batch']}\n",
-        "| method |" + "".join(f" {budget} of {context} |" for context, budget in sizes),
-        "|---|" + "---|" * len(sizes),
-        *(
-            f"| {name} |" + "".join(f" {cell(name, size)} |" for size in sizes)
-            for name in dict.fromkeys(line["name"] for line in lines)
-        ),
-    ]
+def _by_method(cells: dict[tuple[str, Any], str], heads: dict[Any, str]) -> list[str]:
+    """Returns a table with a row for each method and a column for each head; cells are found by both."""
+    names = dict.fromkeys(name for name, _ in cells)
+    rows = [[name, *(cells.get((name, column), "-") for column in heads)] for name in names]
+    return [f"| {' | '.join(row)} |" for row in (["method", *heads.values()], ["---"] * (1 + len(heads)), *rows)]
 
 
 def _surprises(text: dict[tuple[int, int, str], dict[str, Any]]) -> list[str]:
@@ -331,7 +321,6 @@ def main() -> None:
         "model": options.model, "texts": [path.name for path in options.text], "steps": options.steps,
         "seeds": options.seeds,
     }  # fmt: skip
-    return_freed_memory()
     keep = Records(options.results, study, keys=("kind", "context", "budget", "name"))
     if options.speed:
         for context, budget in SPEED:
@@ -339,6 +328,7 @@ def main() -> None:
             if timed := [cell for cell in timed if {**cell.key, "kind": "speed"} not in keep]:
                 measure_speed(load_model(options.model), context, timed, read_text(options.text[0]), keep)
     elif not options.report_only:
+        return_freed_memory()
         todo = [cell for cell in cells(options.contexts) if not is_measured(cell, keep)]
         texts = {path.name: read_text(path) for path in options.text}
         model = load_model(options.model)
