@@ -3,10 +3,11 @@
 
 Prints one table: tokens/s of each, the fastest step of several, and how many times theirs ours is. Both run in float32
 with AdamW and gradient clipping, on the same random windows; torch uses its fused AdamW and its own attention kernel.
-Both keep freed memory (`keep_freed_memory`). On a machine that others use too, more threads than idle cores slow torch
-down far more than us: compare on one core then, with `taskset -c 0` and --threads 1.
+Both keep freed memory (`keep_freed_memory`). Ours trains data-parallel over JAX's devices; of a CPU that is one, unless
+JAX_NUM_CPU_DEVICES says how many. On a machine that others use too, more threads than idle cores slow torch down far
+more than us: compare on one core then, with `taskset -c 0` and --threads 1.
 
-    python scripts/bench_training.py --vocab-size 8192 49152
+    JAX_NUM_CPU_DEVICES=2 python scripts/bench_training.py --vocab-size 8192 49152
 """
 
 import argparse
@@ -92,7 +93,8 @@ def main() -> None:
     parser.add_argument("--without-torch", action="store_true")
     options = parser.parse_args()
     settings = TrainingConfig(sequence_length=options.sequence_length, batch_size=options.batch_size)
-    versions, rows = [f"jax {jax.__version__}"], []
+    devices = jax.devices()
+    versions, rows = [f"jax {jax.__version__} (devices: {len(devices)})"], []
     if not options.without_torch:
         import torch
         import transformers
@@ -117,7 +119,7 @@ def main() -> None:
         speeds = {name: settings.tokens_per_step / min(taken) for name, taken in times.items()}
         rows.append((model, speeds))
         jax.clear_caches()
-    print(f"{jax.devices()[0].device_kind}, {', '.join(versions)}, Python {platform.python_version()}, {date.today()}")
+    print(f"{devices[0].device_kind}, {', '.join(versions)}, Python {platform.python_version()}, {date.today()}")
     print(f"python scripts/bench_training.py {' '.join(sys.argv[1:])}\n")
     print("| parameters | vocabulary | batch x length | ours, tokens/s | transformers, tokens/s | ours over theirs |")
     print("|---|---|---|---|---|---|")

@@ -3,8 +3,10 @@
 
 Dense decoding is the yardstick: windows of each text are prefilled once, then every method decodes the last tokens of
 each window, reading the text's own tokens. Each finished cell is a line of the results file, so a killed run goes on;
-the cells that matter most come first, and the report holds what is there.
+the cells that matter most come first, and the report holds what is there. Two cells are measured side by side, each on
+one core: threads for the products of a cell would only be in each other's way, so turn them off.
 
+    export XLA_FLAGS=--xla_cpu_multi_thread_eigen=false
     python scripts/study_methods.py --text A.txt B.txt C.txt D.jsonl --results methods.jsonl --report docs/results.md
 """
 
@@ -12,10 +14,12 @@ import argparse
 import dataclasses
 import gc
 import json
+import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -29,11 +33,10 @@ from hshare_jax.config import HShareConfig
 from hshare_jax.decode import decode_step
 from hshare_jax.evaluation.bootstrap import interval, mean_ratio
 from hshare_jax.evaluation.methods import method_named
-from hshare_jax.evaluation.passkey import ANSWER_TOKENS, ask, is_found, make_passkeys
-from hshare_jax.evaluation.prefilled import prefill_for
+from hshare_jax.evaluation.passkey import ANSWER_TOKENS, Passkey, ask, is_found, make_passkeys
+from hshare_jax.evaluation.prefilled import Prefilled, prefill_for
 from hshare_jax.evaluation.records import Records
 from hshare_jax.evaluation.text_windows import Scorer, Window, cut_windows
-from hshare_jax.host_memory import return_freed_memory
 from hshare_jax.models.pretrained import Model, load_model
 from hshare_jax.selection import Method
 
@@ -51,9 +54,12 @@ MARK = "<!-- What follows is written by scripts/study_methods.py. -->"
 DEFAULT, COMPARED = "hshare 1/2-1-1", "hshare 1/3-1-1"
 ROWS = {1024: 8, 4096: 8, 8192: 4}  # windows scored together
 WINDOWS = 8
-PASSKEY_BATCH = 10
-SPEED, SPEED_STEPS, SPEED_ROUND = ((4096, 512), (4096, 128)), 24, 4  # a round holds whole refresh intervals
+PASSKEY_BUDGETS, PASSKEY_BATCH = (128, 512), 10
+SPEED_CONTEXT, SPEED_BUDGETS = 4096, (512, 128)
+SPEED_STEPS, SPEED_ROUND = 24, 4  # a round holds whole refresh intervals
 ROOM = 256  # decode steps that SnapKV makes room for
+AT_ONCE = 2  # threads, a cell each: XLA:CPU runs a loop of decode steps on one core
+KEPT_PROGRAMS = 6  # cells: each has programs of its own, and they are large
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,52 +143,67 @@ def measure_context(
         windows += cut_windows(model, name, text, context=context, count=per_text, skip=SKIP)
     batches = [windows[start : start + ROWS[context]] for start in range(0, len(windows), ROWS[context])]
     methods = [cell.method for cell in todo]
-    with tqdm(total=len(batches) * (context - steps), desc=f"prefill {context}", unit="token", disable=None) as bar:
-        scorers = [Scorer(model, batch, steps, methods, progress=bar.update) for batch in batches]
-    for cell in tqdm(todo, desc=f"cells at {context}", disable=None):
+    with (
+        tqdm(total=len(batches) * (context - steps), desc=f"prefill {context}", unit="token", disable=None) as bar,
+        ThreadPoolExecutor(AT_ONCE) as pool,
+    ):
+        scorers = list(pool.map(lambda batch: Scorer(model, batch, steps, methods, progress=bar.update), batches))
+
+    def measure(cell: Cell) -> dict[str, Any]:
         scores = [scorer.score(cell.method) for scorer in scorers]
         rows = {name: np.concatenate([score[name] for score in scores]) for name in scores[0]}
-        keep.append(
-            cell.key
-            | {
-                "made": made(),
-                "settings": repr(cell.method),
-                "reads": round(float(rows["reads"].mean()), 1),
-                "recall": round(float(np.nanmean(rows["recall"])), 4),
-                "loss": round(float(rows["loss"].mean()), 5),
-                "divergence": rows["divergence"].round(6).tolist(),
-                "agrees": rows["agrees"].astype(int).tolist(),
-            }
-        )
-        jax.clear_caches()  # every cell has programs of its own, and they are large
-        gc.collect()
+        return {
+            **cell.key,
+            "made": made(),
+            "settings": repr(cell.method),
+            "reads": round(float(rows["reads"].mean()), 1),
+            "recall": round(float(np.nanmean(rows["recall"])), 4),
+            "loss": round(float(rows["loss"].mean()), 5),
+            "divergence": rows["divergence"].round(6).tolist(),
+            "agrees": rows["agrees"].astype(int).tolist(),
+        }
+
+    measure_cells(todo, measure, keep, desc=f"cells at {context}")
 
 
-def measure_passkeys(model: Model, book: str, names: Sequence[str], budget: int, seeds: int, keep: Records) -> None:
-    """Asks every method for the numbers hidden in 1,024-token texts; a line a method."""
+def measure_cells(todo: list[Cell], measure: Callable[[Cell], dict[str, Any]], keep: Records, *, desc: str) -> None:
+    """Keeps the line of every cell, in order; `AT_ONCE` of them are measured side by side."""
+    with ThreadPoolExecutor(AT_ONCE) as pool, tqdm(total=len(todo), desc=desc, disable=None) as bar:
+        for start in range(0, len(todo), KEPT_PROGRAMS):
+            for line in pool.map(measure, todo[start : start + KEPT_PROGRAMS]):
+                keep.append(line)
+                bar.update()
+            jax.clear_caches()
+            gc.collect()
+
+
+def measure_passkeys(model: Model, book: str, seeds: int, keep: Records) -> None:
+    """Asks every method for the numbers hidden in 1,024-token texts; a line a method and budget."""
     assert model.tokenizer is not None
-    cells = [Cell(1024, budget, name) for name in names]
-    todo = [cell for cell in cells if {"kind": "passkey", "budget": budget, "name": cell.name} not in keep]
+    cells = [Cell(1024, budget, name) for budget in PASSKEY_BUDGETS for name in NAMES]
+    todo = [cell for cell in cells if {"kind": "passkey", "budget": cell.budget, "name": cell.name} not in keep]
     if not todo:
         return
     length, tokenizer = 1024, model.tokenizer
-    skipped = book[int(len(book) * SKIP) :]
-    passkeys = make_passkeys(tokenizer, skipped, length, range(seeds))
-    batches = []
-    for start in tqdm(range(0, seeds, PASSKEY_BATCH), desc="prefill passkeys", disable=None):
-        batch = passkeys[start : start + PASSKEY_BATCH]
+    passkeys = make_passkeys(tokenizer, book[int(len(book) * SKIP) :], length, range(seeds))
+    batches = [passkeys[start : start + PASSKEY_BATCH] for start in range(0, seeds, PASSKEY_BATCH)]
+
+    def read(batch: list[Passkey]) -> Prefilled:
         tokens = jnp.asarray([passkey.text for passkey in batch], jnp.int32)
         lengths = jnp.full((len(batch),), tokens.shape[1], jnp.int32)
-        methods = [cell.method for cell in todo]
-        batches.append((batch, prefill_for(model, tokens, lengths, length + ANSWER_TOKENS, methods)))
-    for cell in tqdm(todo, desc="passkeys", disable=None):
+        return prefill_for(model, tokens, lengths, length + ANSWER_TOKENS, [cell.method for cell in todo])
+
+    def measure(cell: Cell) -> dict[str, Any]:
         found = []
-        for batch, prefilled in batches:
+        for batch, prefilled in zip(batches, read_batches, strict=True):
             answers = ask(model.params, batch[0].question, prefilled.start(cell.method), config=model.config)
             texts = map(str, tokenizer.batch_decode(answers))
             found += [int(is_found(p, text)) for p, text in zip(batch, texts, strict=True)]
-        keep.append({"kind": "passkey", "budget": budget, "name": cell.name, "made": made(), "found": found})
-        jax.clear_caches()  # every method has programs of its own, and they are large
+        return {"kind": "passkey", "budget": cell.budget, "name": cell.name, "made": made(), "found": found}
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        read_batches = list(tqdm(pool.map(read, batches), "prefill passkeys", len(batches), disable=None))
+    measure_cells(todo, measure, keep, desc="passkeys")
 
 
 def measure_speed(model: Model, context: int, todo: list[Cell], text: str, keep: Records) -> None:
@@ -323,12 +344,10 @@ def main() -> None:
     }  # fmt: skip
     keep = Records(options.results, study, keys=("kind", "context", "budget", "name"))
     if options.speed:
-        for context, budget in SPEED:
-            timed = [Cell(context, budget, name) for name in NAMES]
-            if timed := [cell for cell in timed if {**cell.key, "kind": "speed"} not in keep]:
-                measure_speed(load_model(options.model), context, timed, read_text(options.text[0]), keep)
+        timed = [Cell(SPEED_CONTEXT, budget, name) for budget in SPEED_BUDGETS for name in NAMES]
+        if timed := [cell for cell in timed if {**cell.key, "kind": "speed"} not in keep]:
+            measure_speed(load_model(options.model), SPEED_CONTEXT, timed, read_text(options.text[0]), keep)
     elif not options.report_only:
-        return_freed_memory()
         todo = [cell for cell in cells(options.contexts) if not is_measured(cell, keep)]
         texts = {path.name: read_text(path) for path in options.text}
         model = load_model(options.model)
@@ -337,15 +356,15 @@ def main() -> None:
             if stage:
                 measure_context(model, stage[0].context, stage, texts, options.steps, keep)
             if number == 0:
-                for budget in (128, 512):
-                    measure_passkeys(model, next(iter(texts.values())), NAMES, budget, options.seeds, keep)
+                measure_passkeys(model, next(iter(texts.values())), options.seeds, keep)
     names = [path.name for path in options.text]
     runs = "; ".join(dict.fromkeys(line["made"] for line in keep.lines))
+    flags = f"XLA_FLAGS={os.environ['XLA_FLAGS']} " if "XLA_FLAGS" in os.environ else ""
     header = (
         f"{options.model}, float32; {runs}. {WINDOWS} windows of {', '.join(names)}; the last {options.steps} "
         f"positions of each scored, {WINDOWS * options.steps} in all. Intervals: paired bootstrap over blocks of "
         f"neighbouring positions. Layer 0 is dense in every method.\n\n"
-        f"    python scripts/study_methods.py --text {' '.join(names)} --results {options.results.name} "
+        f"    {flags}python scripts/study_methods.py --text {' '.join(names)} --results {options.results.name} "
         "--report docs/results.md"
     )
     text = report(keep.lines, header)

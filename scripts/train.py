@@ -4,6 +4,9 @@
 DIR gets checkpoints (step_000123), metrics.jsonl, metrics.png and, at the end, the model, which the commands read:
 `hshare-jax generate --model DIR/model`. After a kill the same command goes on where it was.
 
+Every JAX device takes its share of a batch. A CPU is one device; JAX_NUM_CPU_DEVICES=2 makes it two, which is faster on
+two cores than two threads in one device, and holds parameters and optimiser state twice.
+
     python scripts/train.py --text books/*.txt --output runs/tiny --preset tiny --sequence-length 256 --num-steps 500
     python scripts/train.py --text books/*.txt --output runs/shared --model smollm2-135m-instruct \\
         --kv-sharing sandwich-middle:15 --learning-rate 3e-4 --sequence-length 512 --batch-size 8
