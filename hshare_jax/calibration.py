@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
@@ -34,6 +33,7 @@ from hshare_jax.shapes import Similarity
 from hshare_jax.share_plan import SharePlan, find_plan
 from hshare_jax.shared_lists import SharedLists
 from hshare_jax.similarity import measure_similarity
+from hshare_jax.whole_files import whole_file
 
 _OURS, _PUBLISHED_PLAN = "hshare_jax", "layer.share_config"
 _CHANNELS = "model.layers.{}.self_attn.qk_proj"
@@ -354,12 +354,5 @@ def _write(path: str | os.PathLike[str], table: dict[str, Any], overwrite: bool)
     path = Path(path)
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists; choose another path, or ask to overwrite it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same directory, because only there is a rename one indivisible step.
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent, ignore_cleanup_errors=True) as scratch:
-        draft = Path(scratch) / path.name
-        with open(draft, "w", encoding="utf-8") as file:
-            file.write(json.dumps(table) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
+    with whole_file(path) as draft:
+        draft.write_text(json.dumps(table) + "\n", encoding="utf-8")

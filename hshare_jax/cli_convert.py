@@ -134,7 +134,8 @@ def run_info(options: argparse.Namespace) -> int:
     given = [name for name in setting_names() if hasattr(options, name)]
     given += [name for name in ("prompt_file", "system", "no_chat_template") if getattr(options, name)]
     if given:
-        raise UsageError(f"{option_name(given[0])} is for showing a plan; add --plan")
+        name = "--plan-kind" if given[0] == "plan" else option_name(given[0])
+        raise UsageError(f"{name} is for showing a plan; add --plan")
     files = open_named(options)
     if options.kv_sharing is None:
         model = files.load(options.dtype)

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import hashlib
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from hshare_jax.config import HShareConfig
     from hshare_jax.evaluation.records import Records
     from hshare_jax.evaluation.run import Settings
-    from hshare_jax.models.pretrained import ModelFiles
+    from hshare_jax.models.pretrained import Model, ModelFiles
 
 READERS = ("gsm8k", "coqa", "longbench")  # tasks whose examples are read from a file of their own
 
@@ -100,6 +101,8 @@ def run_eval(options: argparse.Namespace) -> int:
         raise UsageError("--data names two files of one name, which results could not tell apart; rename one")
     if getattr(options, "seed", 0) < 0:
         raise UsageError(f"--seed {options.seed} must be at least 0")
+    if options.skip_bad and task not in READERS:
+        raise UsageError(f"--skip-bad is for --task {' or '.join(READERS)}, not {task}, whose data holds no examples")
     hshare = read_settings(options)
     check_method(options, options.method, hshare)
     items, num_bad = _read_items(options)
@@ -123,7 +126,12 @@ def run_eval(options: argparse.Namespace) -> int:
         raise as_usage_error(error) from error
     except OSError as error:
         raise UsageError(f"{error.filename}: {error.strerror}") from error
-    _evaluate(options, files, methods, items, records)
+    model = files.load(options.dtype)
+    try:
+        records.settle(identity=model.identity)
+    except ValueError as error:
+        raise as_usage_error(error) from error
+    _evaluate(options, model, methods, items, records)
     ids = set(map(_id_of, items))
     wanted = [line for line in records.lines if line["method"] in methods and line["id"] in ids]
     summary = {"task": task, "model": files.name, "bad": num_bad, "methods": summarise(wanted)}
@@ -139,26 +147,31 @@ def _id_of(item: Any) -> str:
     return item[0].id if isinstance(item, tuple) else item.id
 
 
+def _task_module(task: str) -> Any:
+    """Returns the module that reads and scores a task's examples."""
+    try:
+        return importlib.import_module(f"hshare_jax.evaluation.{task}")
+    except ModuleNotFoundError as error:
+        raise UsageError(f"--task {task} needs {error.name}: pip install 'hshare-jax[eval]'") from error
+
+
 def _read_items(options: argparse.Namespace) -> tuple[Any, int]:
     """Returns (what the task reads from its files, the number of bad records)."""
-    from hshare_jax.evaluation import coqa, gsm8k, longbench
     from hshare_jax.evaluation.examples import DataError
 
-    path, common = options.data[0], {"limit": options.limit, "skip_bad": options.skip_bad}
+    if options.task not in READERS:
+        return {path.name: read_text(str(path), "--data ") for path in options.data}, 0
+    more = {"turns": getattr(options, "turns", "last")} if options.task == "coqa" else {}
+    if options.task == "longbench":
+        more = {"tasks": getattr(options, "subset", None)}
+    read = _task_module(options.task).read
     try:
-        if options.task == "gsm8k":
-            items, num_bad = gsm8k.read(path, **common)
-        elif options.task == "coqa":
-            items, num_bad = coqa.read(path, turns=getattr(options, "turns", "last"), **common)
-        elif options.task == "longbench":
-            items, num_bad = longbench.read(path, tasks=getattr(options, "subset", None), **common)
-        else:
-            return {path.name: read_text(str(path), "--data ") for path in options.data}, 0
+        items, num_bad = read(options.data[0], limit=options.limit, skip_bad=options.skip_bad, **more)
     except DataError as error:
         way_out = "" if options.skip_bad else " (--skip-bad leaves such examples out)"
         raise UsageError(f"{error}{way_out}") from error
     except ValueError as error:
-        raise as_usage_error(error) from error
+        raise UsageError(str(error).replace("tasks holds", "--subset names", 1)) from error
     except OSError as error:
         raise UsageError(f"--data {error.filename}: {error.strerror}") from error
     if hasattr(options, "max_new_tokens"):
@@ -169,7 +182,6 @@ def _read_items(options: argparse.Namespace) -> tuple[Any, int]:
 def _fit_items(options: argparse.Namespace, files: "ModelFiles", items: Any) -> tuple[Any, int]:
     """Returns (items ready to be computed, the number of those too long for the model)."""
     from hshare_jax.evaluation.examples import DataError
-    from hshare_jax.evaluation.longbench import truncate_middle
     from hshare_jax.evaluation.passkey import ANSWER_TOKENS, make_passkeys
     from hshare_jax.evaluation.run import encode_examples
     from hshare_jax.evaluation.text_windows import cut_windows
@@ -181,7 +193,7 @@ def _fit_items(options: argparse.Namespace, files: "ModelFiles", items: Any) -> 
         raise UsageError(f"--skip-start {skip} must lie in [0, 1)")
     try:
         if options.task in READERS:
-            shorten = truncate_middle if options.task == "longbench" else None
+            shorten = _task_module("longbench").truncate_middle if options.task == "longbench" else None
             return encode_examples(files, items, shorten=shorten, skip_bad=options.skip_bad)
         if options.task == "perplexity":
             steps = getattr(options, "steps", 256)
@@ -204,9 +216,10 @@ def _fit_items(options: argparse.Namespace, files: "ModelFiles", items: Any) -> 
         book = book[int(len(book) * skip) :]
         return make_passkeys(files.tokenizer, book, context, seeds, depth=None if depth is None else float(depth)), 0
     except DataError as error:
-        raise UsageError(f"{error} (--skip-bad leaves such examples out)") from error
+        way_out = "" if options.skip_bad else " (--skip-bad leaves such examples out)"
+        raise UsageError(f"{error}{way_out}") from error
     except ValueError as error:
-        raise as_usage_error(error) from error
+        raise UsageError(str(as_usage_error(error)).replace("count=", "--limit ", 1)) from error
 
 
 def _open_records(options: argparse.Namespace, files: "ModelFiles", hshare: "HShareConfig") -> "Records":
@@ -217,7 +230,7 @@ def _open_records(options: argparse.Namespace, files: "ModelFiles", hshare: "HSh
         "task": options.task,
         "model": files.name,
         "data": [path.name for path in options.data],
-        "data_sha256": [hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in options.data],
+        "data_sha256": [_hash(path) for path in options.data],
         "settings": {field.name: str(getattr(hshare, field.name)) for field in dataclasses.fields(hshare)},
         "batch_size": options.batch_size,
         "impl": options.impl,
@@ -225,23 +238,26 @@ def _open_records(options: argparse.Namespace, files: "ModelFiles", hshare: "HSh
     study |= {name: default for name, (tasks, default) in _OF_TASK.items() if options.task in tasks}
     names = ("dtype", "revision", "plan_file", "channels_file", *_OF_TASK)
     study |= {name: str(value) for name in names if (value := getattr(options, name, None)) is not None}
+    study |= {f"{name}_sha256": _hash(study[name]) for name in ("plan_file", "channels_file") if name in study}
     if options.task == "perplexity" or hshare.plan_scope == "batch":
         study["limit"] = options.limit  # it changes where windows stand, or which rows share a plan
-    return Records(options.output, study, keys=KEYS)
+    # The model is known by its weights, which are read later: trained again, it keeps its name.
+    return Records(options.output, study, keys=KEYS, later=("identity",))
+
+
+def _hash(path: str | Path) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 def _evaluate(
-    options: argparse.Namespace, files: "ModelFiles", methods: "dict[str, Settings]", items: Any, records: "Records"
+    options: argparse.Namespace, model: "Model", methods: "dict[str, Settings]", items: Any, records: "Records"
 ) -> None:
-    from hshare_jax.evaluation import coqa, gsm8k, longbench
     from hshare_jax.evaluation.run import run_generation, run_passkeys, run_texts
 
-    model = files.load(options.dtype)
     plan, channels = read_constants(options, model, read_settings(options))
     common = {"batch_size": options.batch_size, "impl": options.impl, "plan": plan, "channels": channels}
     if options.task in READERS:
-        score = {"gsm8k": gsm8k, "coqa": coqa, "longbench": longbench}[options.task].score
-        run_generation(model, items, methods, score, records, **common)
+        run_generation(model, items, methods, _task_module(options.task).score, records, **common)
     elif options.task == "passkey":
         run_passkeys(model, items, methods, records, **common)
     else:

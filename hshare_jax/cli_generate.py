@@ -19,6 +19,7 @@ from hshare_jax.cli_options import (
     check_method,
     choose_method,
     open_named,
+    option_name,
     read_constants,
     read_prompts,
     read_settings,
@@ -112,9 +113,15 @@ def _sampling(options: argparse.Namespace) -> "SamplingConfig":
     from hshare_jax.sampling import SamplingConfig
 
     try:
-        return SamplingConfig(**{f.name: getattr(options, f.name) for f in dataclasses.fields(SamplingConfig)})
+        sampling = SamplingConfig(**{f.name: getattr(options, f.name) for f in dataclasses.fields(SamplingConfig)})
     except ValueError as error:
         raise as_usage_error(error) from error
+    idle = [name for name in ("top_k", "top_p", "min_p") if getattr(sampling, name) != getattr(SamplingConfig(), name)]
+    if sampling.temperature == 0 and idle:
+        raise UsageError(
+            f"{option_name(idle[0])} has no effect at --temperature 0, which is greedy; give a temperature"
+        )
+    return sampling
 
 
 def _decode(

@@ -9,7 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from hshare_jax.evaluation.methods import method_named
+from hshare_jax.evaluation.methods import has_use_for, method_named
 from hshare_jax.models.kv_sharing import INITS, KNOWN_SPECS, share_kv
 
 if TYPE_CHECKING:
@@ -35,7 +35,8 @@ class Parser(argparse.ArgumentParser):
     """One clear line for a mistake, without the whole usage above it."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(USAGE, f"hshare-jax: error: {message} (see {self.prog} --help)\n")
+        program = self.prog.split()[0]  # of a subcommand, the command's
+        self.exit(USAGE, f"{program}: error: {message} (see {self.prog} --help)\n")
 
 
 def number(kind: Callable[[str], object], name: str) -> Callable[[str], object]:
@@ -63,7 +64,10 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=("float32", "bfloat16", "float16"), help="default: a converted model's, else float32"
     )
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
-    parser.add_argument("--cache-dir", type=Path, help="where models are kept (default: $HSHARE_JAX_CACHE)")
+    parser.add_argument(
+        "--cache-dir", type=Path,
+        help="where models are kept (default: $HSHARE_JAX_CACHE, or hshare-jax in the user's cache; the hub: its own)",
+    )  # fmt: skip
 
 
 def add_named_model(parser: argparse.ArgumentParser) -> None:
@@ -188,7 +192,8 @@ def as_usage_error(error: ValueError) -> UsageError:
 
     names = {*setting_names(), *(f.name for f in dataclasses.fields(SamplingConfig))} - {"layer_ratio", "head_ratio"}
     names |= {"max_new_tokens", "block_length", "max_blocks", "revision", "impl", "context", "steps", "limit"}
-    return UsageError(re.sub(rf"\b({'|'.join(names)})=", lambda match: f"{option_name(match[1])} ", str(error)))
+    message = re.sub(rf"\b({'|'.join(names)})=", lambda match: f"{option_name(match[1])} ", str(error))
+    return UsageError(re.sub(r"\b(layer|head)_ratio=", r"the \1 ratio of --sharing-ratio, ", message))
 
 
 def read_settings(options: argparse.Namespace) -> "HShareConfig":
@@ -281,22 +286,18 @@ def apply_chat_template(model: "ModelFiles", prompts: list[str], options: argpar
     return [model.tokenizer(str(text), add_special_tokens=False)["input_ids"] for text in texts]
 
 
-_OF_BUDGET = ("num_sinks", "num_critical", "num_recent", "dense_layers")
-_OF_METHOD = {
-    "hshare": None,  # all
-    "dense": (),
-    "exact_topk": (*_OF_BUDGET, "budget_ratio", "min_length"),
-    "double_sparsity": (*_OF_BUDGET, "budget_ratio", "min_length", "label_channels", "label_bits", "channels_file"),
-}
-
-
 def check_method(options: argparse.Namespace, names: Sequence[str], hshare: "HShareConfig") -> None:
-    """Raises UsageError for settings that none of the methods has a use for, or a budget too small for one."""
-    used = [_OF_METHOD.get(name, _OF_BUDGET) for name in names]
+    """Raises UsageError for settings that nothing has a use for, or a budget too small for a method."""
     for name in setting_names():
-        if hasattr(options, name) and not any(of is None or name in of for of in used):
+        if hasattr(options, name) and not any(has_use_for(method, name) for method in names):
             whom = "sparse decoding" if list(names) == ["dense"] else "--method hshare"
             raise UsageError(f"{option_name(name)} is for {whom}, not {' or '.join(names)}; leave it out")
+    if hshare.scoring == "exact" and hasattr(options, "channels_file"):
+        raise UsageError("--channels-file has no effect: --scoring exact reads keys and has no labels")
+    for name in ("plan", "plan_scope", "num_probes", "sharing_ratio"):
+        if hasattr(options, "plan_file") and hasattr(options, name):
+            steps = "; for the steps that a choice serves give --refresh-interval" if name == "sharing_ratio" else ""
+            raise UsageError(f"{option_name(name)} has no effect: --plan-file says which list copies which{steps}")
     for name in names:
         choose_method(name, hshare)
 

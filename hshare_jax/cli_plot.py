@@ -34,8 +34,14 @@ OF_TEXT = {
     "plan": "which lists are computed, and which they serve",
 }
 OF_RESULTS = {
-    "quality": "divergence from dense decoding against tokens read",
-    "speed": "divergence from dense decoding against the time of a step",
+    "quality": (
+        "divergence from dense decoding against tokens read",
+        "of hshare-jax eval --task perplexity, or of scripts/study_methods.py",
+    ),
+    "speed": (
+        "divergence from dense decoding against the time of a step",
+        "of scripts/study_methods.py, which with --speed adds the times",
+    ),
 }
 
 
@@ -52,11 +58,11 @@ def add_plot(parser: argparse.ArgumentParser) -> None:
         _add_outputs(of_text)
         sharing = add_settings(of_text)
         sharing.add_argument("--channels-file", metavar="FILE", help="label channels, from calibrate or as published")
-    for name, what in OF_RESULTS.items():
+    for name, (what, source) in OF_RESULTS.items():
         of_results = figures.add_parser(name, help=what)
         of_results.add_argument(
             "--results", type=Path, nargs="+", required=True, metavar="JSONL",
-            help="of hshare-jax eval --task perplexity, or of scripts/study_methods.py",
+            help=source,
         )  # fmt: skip
         _add_outputs(of_results)
 

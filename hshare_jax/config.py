@@ -154,11 +154,6 @@ class HShareConfig:
             return layers * J - shared
         return (layers - self.num_shared_layers(model)) * (J - self.num_shared_lists(model))
 
-    def effective_ratio(self, model: ModelConfig) -> Fraction:
-        """Returns the fraction of selections that are computed, of those that every list on every step would be."""
-        lists = self.num_sparse_layers(model) * self.num_lists(model)
-        return Fraction(self.num_computed_lists(model), max(lists, 1)) / self.refresh_interval
-
 
 def check_whole(name: str, value: object, least: int) -> None:
     """Raises ValueError, with the argument's name, unless its value is a whole number of at least `least`."""

@@ -166,11 +166,6 @@ class ModelConfig:
         return tuple(blocks)
 
     @property
-    def group_size(self) -> int:
-        """Returns G, the number of query heads that share one key/value head."""
-        return self.num_heads // self.num_kv_heads
-
-    @property
     def num_parameters(self) -> int:
         """Returns how many numbers the weights hold; tied embeddings count once."""
         query_width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim

@@ -192,8 +192,8 @@ def write_notation(config: ModelConfig) -> str:
     )
 
 
-def relative_prefill_cost(config: ModelConfig) -> float:
-    """Returns what prefill costs relative to the model without sharing, as the paper counts: passes of layers.
+def papers_prefill_cost(config: ModelConfig) -> float:
+    """Returns what prefill costs relative to the model without sharing, as the paper counts (section 3.2).
 
     Every layer from the first that looks up to the last that is looked up counts `forward_passes` + `backward_passes`,
     every other one 1. Layer 0 counts with them where they begin at layer 1, as in the paper's lasagna: 9.0, not 8.33.

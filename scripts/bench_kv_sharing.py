@@ -23,7 +23,7 @@ from tqdm import tqdm
 from hshare_jax.decode import decode_step
 from hshare_jax.decode_state import DecodeState, init_state
 from hshare_jax.models.config import ModelConfig
-from hshare_jax.models.kv_sharing import PATTERNS, TARGETS, layer_passes, relative_prefill_cost, share_kv
+from hshare_jax.models.kv_sharing import PATTERNS, TARGETS, layer_passes, papers_prefill_cost, share_kv
 from hshare_jax.prefill import prefill
 from hshare_jax.training.start import PRESETS, new_model, preset
 
@@ -173,7 +173,7 @@ def main() -> None:
         print(
             f"| {row.name} | {row.config.cache_bytes_per_token(4):,} | {row.shared.rows} "
             f"| {row.shared.tokens_per_second:.1f} | {row.standard.tokens_per_second:.1f} | {row.throughput:.2f} "
-            f"| {row.prefill:.2f} | {row.counted(options.prompt):.2f} | {relative_prefill_cost(row.config):.2f} |",
+            f"| {row.prefill:.2f} | {row.counted(options.prompt):.2f} | {papers_prefill_cost(row.config):.2f} |",
             flush=True,
         )
 

@@ -8,7 +8,6 @@ do in a captured graph. Nothing is subtracted.
 import dataclasses
 import functools
 import json
-import os
 import platform
 import statistics
 import sys
@@ -23,6 +22,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from hshare_jax.models.config import ModelConfig, RopeConfig
+from hshare_jax.whole_files import whole_file
 
 COLD_BYTES = 200 * 10**6  # of all data sets together: an H200's second-level cache holds 50 MB
 FAILURES = (ValueError, NotImplementedError, RuntimeError)  # of a side that cannot run; RuntimeError: XLA, cuDNN, torch
@@ -181,6 +181,5 @@ def heading() -> str:
 
 def write_json(path: Path, rows: list[dict]) -> None:
     """Writes the rows; a reader never sees half of them."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(rows, indent=1) + "\n")
-    temporary.replace(path)
+    with whole_file(path) as draft:
+        draft.write_text(json.dumps(rows, indent=1) + "\n")

@@ -14,7 +14,6 @@ Each finished run is a line of DIR/results.jsonl, and a run that was killed goes
 import argparse
 import dataclasses
 import platform
-import sys
 import time
 from collections.abc import Sequence
 from datetime import date
@@ -24,6 +23,7 @@ import jax
 import numpy as np
 from bench_kv_sharing import NAMES, compare
 from bench_training import our_step
+from study_reports import command, write_report
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -31,7 +31,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from hshare_jax.evaluation.records import Records
 from hshare_jax.host_memory import keep_freed_memory
 from hshare_jax.models.config import ModelConfig
-from hshare_jax.models.kv_sharing import layer_passes, relative_prefill_cost, share_kv
+from hshare_jax.models.kv_sharing import layer_passes, papers_prefill_cost, share_kv
 from hshare_jax.models.pretrained import open_model
 from hshare_jax.training.config import TrainingConfig
 from hshare_jax.training.data import encode_files, split_windows
@@ -150,8 +150,7 @@ def report(config: ModelConfig, keep: Records, options: argparse.Namespace, sett
         f"{config.num_layers} layers, {config.num_parameters / 1e6:.1f}M parameters, vocabulary {config.vocab_size:,}; "
         f"{settings.num_steps} steps of {settings.batch_size} x {settings.sequence_length} tokens of {names}, seed "
         f"{settings.seed}. {runs}.\n",
-        f"    python scripts/study_kv_sharing.py --text {names.replace(',', '')} --output runs "
-        "--report docs/kv_sharing.md\n",
+        f"    {command(options)}\n",
         f"Perplexity: of held-out windows, {len(quality)} runs from one seed in one order. Times: relative to the "
         f"standard model, timed turn by turn; decoding with caches of at most {budget / 2**20:.1f} MiB, "
         f"{options.context} tokens a row ({options.rows} rows of the standard model); prefill of {options.prompt} "
@@ -170,7 +169,7 @@ def report(config: ModelConfig, keep: Records, options: argparse.Namespace, sett
         out.append(
             f"| {name.partition(':')[0]} | {len(model.kv_layers)} | {model.cache_bytes_per_token(4):,} "
             f"| {line['perplexity']:.1f} | {shown[0]} ({f'{training:.2f}' if is_papers else '-'}) | {shown[1]} "
-            f"| {counted:.2f} ({relative_prefill_cost(model):.2f}) | {shown[2]} "
+            f"| {counted:.2f} ({papers_prefill_cost(model):.2f}) | {shown[2]} "
             f"| {f'{accuracy:.2f}' if is_papers and accuracy else '-'} |"
         )
     return "\n".join(out) + "\n"
@@ -209,12 +208,7 @@ def main() -> None:
         eval_every=steps, checkpoint_every=max(1, steps // 2), keep_checkpoints=1,
     )  # fmt: skip
     config, keep = run_study(options, settings)
-    text = report(config, keep, options, settings)
-    if options.report is None:
-        sys.stdout.write(text)
-        return
-    above = options.report.read_text().partition(MARK)[0] if options.report.exists() else ""
-    options.report.write_text(f"{above}{MARK}\n\n{text}")
+    write_report(options.report, MARK, report(config, keep, options, settings))
 
 
 if __name__ == "__main__":

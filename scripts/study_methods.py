@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import gc
 import json
-import os
 import platform
 import sys
 import time
@@ -27,6 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from study_reports import command, write_report
 from tqdm import tqdm
 
 from hshare_jax.config import HShareConfig
@@ -359,22 +359,15 @@ def main() -> None:
                 measure_passkeys(model, next(iter(texts.values())), options.seeds, keep)
     names = [path.name for path in options.text]
     runs = "; ".join(dict.fromkeys(line["made"] for line in keep.lines))
-    flags = f"XLA_FLAGS={os.environ['XLA_FLAGS']} " if "XLA_FLAGS" in os.environ else ""
+    commands = [command(options)]
+    if any(line["kind"] == "speed" for line in keep.lines):
+        commands.append(f"{command(options, runner='taskset -c 0 python')} --speed")
     header = (
         f"{options.model}, float32; {runs}. {WINDOWS} windows of {', '.join(names)}; the last {options.steps} "
         f"positions of each scored, {WINDOWS * options.steps} in all. Intervals: paired bootstrap over blocks of "
         f"neighbouring positions. Layer 0 is dense in every method.\n\n"
-        f"    {flags}python scripts/study_methods.py --text {' '.join(names)} --results {options.results.name} "
-        "--report docs/results.md"
-    )
-    text = report(keep.lines, header)
-    if options.report:
-        # What a person wrote above the mark stays.
-        written = options.report.read_text(encoding="utf-8") if options.report.exists() else "# Results\n\n"
-        text = written.partition(MARK)[0] + MARK + "\n\n" + text
-        options.report.write_text(text, encoding="utf-8")
-    else:
-        print(text)
+    ) + "\n".join(f"    {line}" for line in commands)
+    write_report(options.report, MARK, report(keep.lines, header))
 
 
 def _stages(todo: list[Cell]) -> Iterator[list[Cell]]:

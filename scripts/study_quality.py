@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measures what HShare costs in quality on real text, setting by setting, and writes the tables of docs/quality.md.
+"""Measures what HShare costs in quality on real text, setting by setting; writes docs/quality-tables.md.
 
 Dense decoding is the yardstick. Windows of each text are prefilled dense and exactly, once; then every setting decodes
 the last tokens of each window through the cache, reading the text's own tokens (teacher forcing), and is compared step
@@ -13,7 +13,6 @@ again, so a killed run goes on where it was.
 import argparse
 import dataclasses
 import platform
-import sys
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
@@ -22,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from study_methods import BUDGETS, PASSKEY_BATCH, SKIP, WINDOWS, read_text
+from study_reports import command, write_report
 from tqdm import tqdm
 
 from hshare_jax.calibration import calibrate
@@ -35,37 +35,7 @@ from hshare_jax.models.pretrained import Model, load_model
 from hshare_jax.shared_lists import SharedLists
 
 PUBLISHED_RATIOS = ("1-1-1", "7/8-3/4-1/2", "3/4-3/4-1/2", "1/2-1/2-1/2")
-
-
-# What is measured first, by table and name.
-CORE = {
-    "512 of 4096 tokens": (
-        "oracle: exact scores, lists per kv head", "oracle: exact scores, lists per query head", "units, 1-1-1",
-        "units, 2/3-1-1", "units, 1/2-1-1", "units, 1/3-1-1", "units, 1/8-1-1", "published, 7/8-3/4-1/2",
-        "published, 3/4-3/4-1/2", "published, 1/2-1/2-1/2",
-    ),
-    "128 of 4096 tokens": (
-        "oracle: exact scores, lists per kv head", "units, 1-1-1", "units, 1/2-1-1", "units, 1/3-1-1", "units, 1/8-1-1",
-        "published, 7/8-3/4-1/2",
-    ),
-    "256 of 4096 tokens": ("units, 1-1-1", "units, 1/2-1-1"),
-    "64 of 4096 tokens": ("units, 1-1-1", "units, 1/2-1-1"),
-    "Which part loses what (512)": (
-        "units, 1-1-1/2, dilated", "units, 1-1-1/2, not dilated", "published plan, 7/8-1-1",
-        "published plan, 1-3/4-1",
-    ),
-    "The same work in other ways: a third, or an eighth, of the selections (512)": (
-        "units, 2/3-1-1/2", "units, 1/4-1-1/2", "published, 7/8-3/4-1/2, lists per kv_head, dilated",
-        "units, 1/3-1-1, one plan for the batch",
-    ),
-    "Labels, 1-1-1 (512)": (
-        "16 of 64 channels, 4 bits", "32 of 64 channels, not quantised",
-        "32 of 64 channels, 4 bits, calibrated on the texts' beginnings",
-    ),
-    "Dense first layers (512)": (
-        "0 dense, 1-1-1", "2 dense, 1-1-1", "0 dense, units 1/2-1-1", "2 dense, units 1/2-1-1",
-    ),
-}  # fmt: skip
+MARK = "<!-- What follows is written by scripts/study_quality.py. -->"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,11 +68,11 @@ def published(budget: int, ratio: str, **settings: object) -> HShareConfig:
     return dataclasses.replace(config.with_sharing_ratio(ratio), **settings)  # pyright: ignore[reportArgumentType]
 
 
-def cells() -> Iterator[Cell]:
+def cells(context: int) -> Iterator[Cell]:
     """Yields the study, the answers that matter most first."""
     exact = {"scoring": "exact"}
     for budget in (512, 128, 256, 64):
-        table = f"{budget} of 4096 tokens"
+        table = f"{budget} of {context} tokens"
         yield Cell(table, "oracle: exact scores, lists per kv head", default(budget, **exact))
         yield Cell(
             table, "oracle: exact scores, lists per query head", default(budget, lists_per="query_head", **exact)
@@ -147,6 +117,38 @@ def cells() -> Iterator[Cell]:
         yield Cell(table, f"{dense} dense, units 1/2-1-1", default(512, "1/2-1-1", dense_layers=dense))
         hshare = default(512, dense_layers=dense, lists_per="query_head", **exact)
         yield Cell(table, f"{dense} dense, oracle per query head", hshare)
+
+
+def core(context: int) -> dict[str, tuple[str, ...]]:
+    """Returns what is measured first: names by table."""
+    return {
+        f"512 of {context} tokens": (
+            "oracle: exact scores, lists per kv head", "oracle: exact scores, lists per query head", "units, 1-1-1",
+            "units, 2/3-1-1", "units, 1/2-1-1", "units, 1/3-1-1", "units, 1/8-1-1", "published, 7/8-3/4-1/2",
+            "published, 3/4-3/4-1/2", "published, 1/2-1/2-1/2",
+        ),
+        f"128 of {context} tokens": (
+            "oracle: exact scores, lists per kv head", "units, 1-1-1", "units, 1/2-1-1", "units, 1/3-1-1",
+            "units, 1/8-1-1", "published, 7/8-3/4-1/2",
+        ),
+        f"256 of {context} tokens": ("units, 1-1-1", "units, 1/2-1-1"),
+        f"64 of {context} tokens": ("units, 1-1-1", "units, 1/2-1-1"),
+        "Which part loses what (512)": (
+            "units, 1-1-1/2, dilated", "units, 1-1-1/2, not dilated", "published plan, 7/8-1-1",
+            "published plan, 1-3/4-1",
+        ),
+        "The same work in other ways: a third, or an eighth, of the selections (512)": (
+            "units, 2/3-1-1/2", "units, 1/4-1-1/2", "published, 7/8-3/4-1/2, lists per kv_head, dilated",
+            "units, 1/3-1-1, one plan for the batch",
+        ),
+        "Labels, 1-1-1 (512)": (
+            "16 of 64 channels, 4 bits", "32 of 64 channels, not quantised",
+            "32 of 64 channels, 4 bits, calibrated on the texts' beginnings",
+        ),
+        "Dense first layers (512)": (
+            "0 dense, 1-1-1", "2 dense, 1-1-1", "0 dense, units 1/2-1-1", "2 dense, units 1/2-1-1",
+        ),
+    }  # fmt: skip
 
 
 def measure(scorer: Scorer, cell: Cell, ranked: np.ndarray | None) -> dict[str, object]:
@@ -194,11 +196,11 @@ def passkey_settings() -> Iterator[tuple[str, HShareConfig | None]]:
         yield f"published, {ratio}", published(128, ratio)
 
 
-def report(results: dict[str, dict], header: str) -> str:
+def report(results: dict[str, dict], header: str, context: int) -> str:
     """Returns the tables in Markdown."""
     lines = [header]
-    for table in dict.fromkeys(cell.table for cell in cells()):
-        rows = [cell for cell in cells() if cell.table == table and cell.key in results]
+    for table in dict.fromkeys(cell.table for cell in cells(context)):
+        rows = [cell for cell in cells(context) if cell.table == table and cell.key in results]
         if not rows:
             continue
         lines += [
@@ -243,6 +245,8 @@ def main() -> None:
     parser.add_argument("--tables", nargs="+", help="measure only tables that begin so")
     parser.add_argument("--core", action="store_true", help="measure only what the advice in docs/quality.md rests on")
     options = parser.parse_args()
+    if WINDOWS % len(options.text):
+        parser.error(f"--text names {len(options.text)} files; {WINDOWS} windows must divide evenly among them")
     study = {
         "model": options.model, "texts": [path.name for path in options.text],
         "context": options.context, "steps": options.steps, "seeds": options.seeds,
@@ -252,9 +256,9 @@ def main() -> None:
     def is_wanted(table: str) -> bool:
         return not options.tables or table.startswith(tuple(options.tables))
 
-    wanted = [cell for cell in cells() if is_wanted(cell.table)]
-    core = [cell for cell in wanted if cell.name in CORE.get(cell.table, ())]
-    wanted = core if options.core else core + wanted
+    wanted, core_names = [cell for cell in cells(options.context) if is_wanted(cell.table)], core(options.context)
+    first = [cell for cell in wanted if cell.name in core_names.get(cell.table, ())]
+    wanted = first if options.core else first + wanted
     todo = list({cell.key: cell for cell in wanted if {"key": cell.key} not in records}.values())
     model = load_model(options.model)
     texts = {path.name: read_text(path) for path in options.text}
@@ -283,13 +287,9 @@ def main() -> None:
         f"{date.today()}, {model.name}, float32, jax {jax.__version__}, Python {platform.python_version()}, "
         f"{jax.devices()[0].device_kind}. {WINDOWS} windows of {options.context} tokens from {names}; the last "
         f"{options.steps} of each scored: {WINDOWS * options.steps} positions. Intervals: bootstrap over blocks of "
-        f"neighbouring positions.\n\n    python {' '.join(sys.argv)}"
+        f"neighbouring positions.\n\n    {command(options)}"
     )
-    text = report(results, header)
-    if options.report:
-        options.report.write_text(text, encoding="utf-8")
-    else:
-        print(text)
+    write_report(options.report, MARK, report(results, header, options.context))
 
 
 if __name__ == "__main__":

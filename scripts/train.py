@@ -39,8 +39,9 @@ from hshare_jax.models.config import ModelConfig, config_from_hf
 from hshare_jax.models.pretrained import Model, ModelFiles, check_model_name, open_model
 from hshare_jax.training.config import TrainingConfig
 from hshare_jax.training.data import TrainingData, encode_files, split_windows
-from hshare_jax.training.run import METRICS, train
+from hshare_jax.training.run import METRICS, check_length, train
 from hshare_jax.training.start import PRESETS, new_model, preset, share_layers
+from hshare_jax.training.step import data_mesh
 
 WARMUP = TrainingConfig().warmup_steps  # unless a tenth of the steps is fewer
 HELP = {
@@ -93,9 +94,8 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, TrainingConf
     options = parser.parse_args(arguments)
     if options.warmup_steps is None:
         options.warmup_steps = max(0, min(WARMUP, options.num_steps // 10))
-    names = [field.name for field in dataclasses.fields(TrainingConfig)]
     try:
-        settings = TrainingConfig(**{name: getattr(options, name) for name in names})
+        settings = TrainingConfig(**{name: getattr(options, name) for name in HELP})
         if not 0 < options.eval_fraction < 1:
             raise ValueError(f"eval_fraction={options.eval_fraction} must lie between 0 and 1")
         if options.max_eval_windows < 1:
@@ -105,17 +105,37 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, TrainingConf
         if options.init and not options.model:
             raise ValueError("--init is for --model; --preset and --config start from random weights")
         check_kv_sharing(options)
-        for name in (*options.text, *(options.eval_text or ())):
-            if name == "-":
-                raise ValueError("--text must name files: a run that is started again reads them again")
-            read_text(name)
+        for option, names in (("--text", options.text), ("--eval-text", options.eval_text or ())):
+            if "-" in names:
+                raise ValueError(f"{option} must name files, not -: a run that is started again reads them again")
+            for name in names:
+                read_text(name, f"{option} ")
         check_model_name(options.model or options.tokenizer or DEFAULT_MODEL)
-        if options.config and not isinstance(json.loads(read_text(str(options.config), "--config ")), dict):
-            raise ValueError(f"--config {options.config} must hold a JSON object, such as a model's config.json")
+        options.sizes = read_config(options.config) if options.config else None
+        data_mesh(settings)
     except (UsageError, ValueError, FileNotFoundError) as error:
-        known = "|".join([*names, "eval_fraction", "max_eval_windows"])
-        parser.error(re.sub(rf"\b({known})=", lambda match: f"{option_name(match[1])} ", str(error)))
+        parser.error(as_typed(error))
     return options, settings
+
+
+def as_typed(error: Exception) -> str:
+    """Returns a library's complaint in the user's words: `num_steps=0` is `--num-steps 0`."""
+    known = "|".join([*HELP, "eval_fraction", "max_eval_windows"])
+    return re.sub(rf"\b({known})=", lambda match: f"{option_name(match[1])} ", str(error))
+
+
+def read_config(path: Path) -> ModelConfig:
+    """Returns the sizes of a config.json, its vocabulary yet to be the tokeniser's; UsageError if it has none."""
+    try:
+        sizes = json.loads(read_text(str(path), "--config "))
+    except ValueError as error:
+        raise UsageError(f"--config {path} is not JSON: {error}") from error
+    if not isinstance(sizes, dict):
+        raise UsageError(f"--config {path} must hold a JSON object, such as a model's config.json")
+    try:
+        return config_from_hf({**sizes, "vocab_size": 1})
+    except (TypeError, ValueError) as error:  # TypeError: text in place of a number
+        raise UsageError(f"--config {path}: {error}") from error
 
 
 def read_data(options: argparse.Namespace, settings: TrainingConfig, files: ModelFiles) -> TrainingData:
@@ -139,7 +159,7 @@ def first_config(options: argparse.Namespace, settings: TrainingConfig, files: M
         longest = max(PRESETS[options.preset].max_positions, settings.sequence_length)
         config = preset(options.preset, vocab_size=files.config.vocab_size, max_positions=longest)
     else:
-        config = config_from_hf({**json.loads(options.config.read_text()), "vocab_size": files.config.vocab_size})
+        config = dataclasses.replace(options.sizes, vocab_size=files.config.vocab_size)
     return share_kv_as_told(options, config)
 
 
@@ -160,8 +180,12 @@ def first_model(options: argparse.Namespace, config: ModelConfig, settings: Trai
 def run(options: argparse.Namespace, settings: TrainingConfig) -> None:
     """Trains, draws the curves and prints the result as one line of JSON."""
     files = open_model(options.model or options.tokenizer or DEFAULT_MODEL)
-    config = first_config(options, settings, files)
-    data = read_data(options, settings, files)
+    try:
+        config = first_config(options, settings, files)
+        check_length(config, settings)
+        data = read_data(options, settings, files)
+    except ValueError as error:
+        raise UsageError(as_typed(error)) from error
     model = first_model(options, config, settings, files)
     windows = f"{len(data.training_indices):,} windows, {len(data.eval_indices):,} held out"
     print(
@@ -184,7 +208,7 @@ def run(options: argparse.Namespace, settings: TrainingConfig) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0, 1 for a failure; a usage error ends the program with 2."""
+    """Returns the exit code: 0, 1 for a failure, 2 for a usage error; one in the options alone ends the program."""
     options, settings = parse(arguments)
     try:
         run(options, settings)

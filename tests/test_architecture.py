@@ -48,6 +48,7 @@ ORDER = (
     "hshare_jax.text_stream",
     "hshare_jax.compile_clock",
     "hshare_jax.host_memory",
+    "hshare_jax.whole_files",
     "hshare_jax.generate",
     "hshare_jax.agreement",
     "hshare_jax.calibration",

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from random_weights import random_params
+from tiny_decoder import oracle_rows
 
 from hshare_jax.calibration import (
     calibrate,
@@ -100,6 +101,33 @@ def test_the_plan_of_a_text_of_one_block_is_that_of_its_prefill_with_these_chann
     assert found.plan == to_share_plan(np.asarray(state.selection.source[0]))
     assert any(unit != place for place, unit in enumerate(sum(found.plan.source, ())))
     assert find_plans(MODEL_OF_IDS, [TEXT[:BLOCK]], hshare=hshare, channels=found.channels) == [found.plan]
+
+
+@pytest.mark.parametrize(
+    "hshare",
+    [HSHARE, PUBLISHED, dataclasses.replace(HSHARE, plan="anchors")],
+    ids=["units", "published", "anchors"],
+)
+def test_the_plan_of_several_blocks_is_that_of_the_mean_over_all_their_probes(hshare):
+    # Labels keep all channels, so that which come first does not matter. The last block has fewer probes.
+    hshare = dataclasses.replace(hshare, label_channels=H, num_probes="all")
+    blocks = [TEXT[:BLOCK], TEXT[BLOCK : 2 * BLOCK], TEXT[20:46]]
+    rows = oracle_rows([np.asarray(block) for block in blocks], hshare, MODEL)
+    counts = [len(block) - hshare.first_probe for block in blocks]
+    assert len(set(counts)) == 2
+
+    def mean(*of_blocks):
+        return np.average(of_blocks, axis=0, weights=counts)
+
+    similarity = jax.tree.map(mean, *(row.similarity for row in rows))
+    expected = [[layer * len(lists) + j for layer, j in lists] for lists in rows[0].find_plan(similarity)]
+    texts = [blocks[0] + blocks[1], blocks[2]]
+    found = calibrate(MODEL_OF_IDS, texts, hshare=hshare, block_length=BLOCK)
+    assert [list(layer) for layer in found.plan.source] == expected
+    flat = [unit for layer in expected for unit in layer]
+    assert flat != list(range(len(flat)))
+    if hshare.plan == "units":  # the others have few plans to choose from
+        assert any(row.find_plan(row.similarity) != rows[0].find_plan(similarity) for row in rows)
 
 
 def test_a_rest_without_a_full_budget_leaves_the_plan_to_the_other_blocks(calibrated):

@@ -96,6 +96,23 @@ USAGE_MISTAKES = {
         ["a", "--scoring", "exact", "--label-bits", "none"],
         "--label-bits has no effect: --scoring exact reads keys and has no labels",
     ),
+    "channels without labels": (
+        ["a", "--scoring", "exact", "--channels-file", "{tmp}/channels.json"],
+        "--channels-file has no effect: --scoring exact reads keys and has no labels",
+    ),
+    "ratio beside a plan": (
+        ["a", "--plan-file", "{tmp}/plan.json", "--sharing-ratio", "1/8-1-1/2"],
+        "--sharing-ratio has no effect: --plan-file says which list copies which; for the steps that a choice serves",
+    ),
+    "probes beside a plan": (
+        ["a", "--plan-file", "{tmp}/plan.json", "--num-probes", "8"],
+        "--num-probes has no effect",
+    ),
+    "anchors of lists": (
+        ["a", "--plan", "anchors", "--sharing-ratio", "1/2-3/4-1"],
+        "the head ratio of --sharing-ratio, 3/4 must be 1",
+    ),
+    "top-p of greedy decoding": (["a", "--top-p", "0.9"], "--top-p has no effect at --temperature 0, which is greedy"),
     "dilation without reuse": (["a", "--dilate"], "--dilate has no effect: dilation is for lists that later steps"),
     "no refresh interval": (["a", "--refresh-interval", "0"], "--refresh-interval 0 must be at least 1"),
     "two intervals": (

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 from command_line import call
 from random_weights import random_params
@@ -185,8 +186,23 @@ MISTAKES = {
         "too small for quest",
     ),
     "prompt longer than the model": (["--task", "gsm8k", "--data", "{data}/long.jsonl"], "long.jsonl:1: the prompt"),
+    "story longer than the model": (
+        ["--task", "coqa", "--data", "{data}/long.json"], "long.json: record 1, story:1: the prompt",
+    ),
+    "only prompts longer than the model": (
+        ["--task", "gsm8k", "--data", "{data}/long.jsonl", "--skip-bad"], "no example is left: all 1 prompts are too",
+    ),
+    "broken line": (["--task", "gsm8k", "--data", "{data}/broken.jsonl"], "broken.jsonl:1: not JSON"),
+    "empty prompt": (["--task", "gsm8k", "--data", "{data}/empty.jsonl"], "empty.jsonl:1: key 'question' is empty"),
+    "bad examples of a text": (
+        ["--task", "passkey", "--data", "{data}/rain.txt", "--skip-bad"], "--skip-bad is for --task gsm8k or coqa",
+    ),
+    "more windows than a text has": (
+        ["--task", "perplexity", "--data", "{data}/rain.txt", "--context", "120", "--steps", "8", "--limit", "10000"],
+        "--limit 10000 must be at most",
+    ),
     "no such longbench task": (
-        ["--task", "longbench", "--data", "{data}/rendered.jsonl", "--subset", "magic"], "magic",
+        ["--task", "longbench", "--data", "{data}/rendered.jsonl", "--subset", "magic"], "--subset names magic",
     ),
 }  # fmt: skip
 
@@ -196,6 +212,9 @@ def test_a_mistake_is_told_before_the_model_is_loaded(
     name: str, tiny: str, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (data / "long.jsonl").write_text(json.dumps({"question": "long " * 300, "answer": "#### 1"}) + "\n")
+    (data / "broken.jsonl").write_text("{broken\n")
+    (data / "empty.jsonl").write_text(json.dumps({"question": " ", "answer": "#### 1"}) + "\n")
+    (data / "long.json").write_text(json.dumps({"data": [STORY | {"id": "story", "story": "long " * 300}]}))
     monkeypatch.setattr(pretrained.ModelFiles, "load", None)
     arguments, message = MISTAKES[name]
     status, out, err = call(evaluate(tiny, data, *arguments), capsys)
@@ -218,6 +237,13 @@ def test_results_of_another_run_are_refused_and_kept(tiny: str, data: Path, caps
     assert call(evaluate(tiny, data, *arguments, "--method", "hshare", "dense"), capsys)[0] == 0
     assert (data / "out.jsonl").read_bytes().startswith(before)
     assert len(lines_of(data)) == 1 + 4
+    # Nor are they those of another model of the same name, such as the one trained further.
+    other = data / "tiny"
+    changed = jax.tree.map(lambda weight: 2 * weight, random_params(TINY))
+    pretrained.save_model(pretrained.Model(TINY, changed, byte_tokenizer(), (), "tiny", ""), other)
+    status, _, err = call(evaluate(str(other), data, *arguments), capsys)
+    assert status == 2
+    assert "out.jsonl holds results for identity=" in err
     # The summary is of what was asked for, whatever else the file holds.
     arguments[-1] = "1"
     status, out, _ = call(evaluate(tiny, data, *arguments, "--json"), capsys)

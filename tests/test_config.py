@@ -59,21 +59,6 @@ def test_units_compute_the_product_of_both_ratios_of_all_lists(ratio, shape, lis
     assert config.num_computed_lists(model(*shape)) == computed
 
 
-@pytest.mark.parametrize(
-    ("ratio", "lists_per", "dense", "effective"),
-    [
-        ("7/8-3/4-1/2", "query_head", 0, Fraction(28 * 24, 1024) / 2),  # the published 32.8 %
-        ("3/4-3/4-1/2", "query_head", 0, Fraction(24 * 24, 1024) / 2),  # 28.1 %
-        ("1/2-1/2-1/2", "query_head", 0, Fraction(16 * 16, 1024) / 2),  # 12.5 %
-        ("1-1-1", "kv_head", 1, Fraction(1)),
-        ("1-1-1/3", "kv_head", 32, Fraction(0)),  # nothing but dense layers
-    ],
-)
-def test_the_effective_ratio_is_of_the_selections_of_every_list_on_every_step(ratio, lists_per, dense, effective):
-    config = HShareConfig(plan="published", lists_per=lists_per, dense_layers=dense).with_sharing_ratio(ratio)
-    assert config.effective_ratio(model(32, 32, 32)) == effective
-
-
 def test_the_default_has_the_published_budget_and_shares_layers_alone():
     config = HShareConfig()
     assert (config.budget, config.sharing_ratio) == (128, "1/2-1-1")

@@ -45,7 +45,7 @@ def test_last_question_follows_the_conversation(write):
     examples, num_bad = coqa.read(write(COTTON))
     assert examples == [
         Example(
-            id="3dr23u6we5:2",
+            id="coqa.json: record 1, 3dr23u6we5:2",
             prompt="Cotton was a little white kitten.\n\n"
             "Q: What color was Cotton?\n\nA: white\n\nQ: Was she big?\n\nA:",
             references=("no", "No", "little"),
@@ -60,7 +60,10 @@ def test_last_question_follows_the_conversation(write):
 
 def test_all_turns_ask_every_question(write):
     examples, _ = coqa.read(write(COTTON), turns="all")
-    assert [example.id for example in examples] == ["3dr23u6we5:1", "3dr23u6we5:2"]
+    assert [example.id for example in examples] == [
+        "coqa.json: record 1, 3dr23u6we5:1",
+        "coqa.json: record 1, 3dr23u6we5:2",
+    ]
     assert examples[0].prompt == "Cotton was a little white kitten.\n\nQ: What color was Cotton?\n\nA:"
     assert examples[0].references == ("white", "white", "a white kitten")
     assert examples[1:] == coqa.read(write(COTTON))[0]
@@ -69,11 +72,14 @@ def test_all_turns_ask_every_question(write):
 def test_limit_counts_questions(write):
     path = write(COTTON, with_changes(id="b"), with_changes(id="c", story=""))
     assert [example.id for example in coqa.read(path, limit=3, turns="all")[0]] == [
-        "3dr23u6we5:1",
-        "3dr23u6we5:2",
-        "b:1",
+        "coqa.json: record 1, 3dr23u6we5:1",
+        "coqa.json: record 1, 3dr23u6we5:2",
+        "coqa.json: record 2, b:1",
     ]
-    assert [example.id for example in coqa.read(path, limit=2)[0]] == ["3dr23u6we5:2", "b:2"]
+    assert [example.id for example in coqa.read(path, limit=2)[0]] == [
+        "coqa.json: record 1, 3dr23u6we5:2",
+        "coqa.json: record 2, b:2",
+    ]
 
 
 @pytest.mark.parametrize("more", [{}, None])

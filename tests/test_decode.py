@@ -24,7 +24,8 @@ from tiny_decoder import (
 from hshare_jax.decode import decode_step
 from hshare_jax.decode_state import DecodeState, count_reads, init_state
 from hshare_jax.kernels.reference import EMPTY
-from hshare_jax.share_plan import SharePlan, identity_plan
+from hshare_jax.selectors import double_sparsity, exact_topk
+from hshare_jax.share_plan import SharePlan, identity_plan, kv_layer_plan
 from hshare_jax.shared_lists import SharedLists
 
 F32 = 1e-4  # absolute, on float32 logits of about 5 after four layers, against float64
@@ -127,6 +128,8 @@ WHOLE = {
         dataclasses.replace(PUBLISHED, scoring="exact", dense_layers=1, plan_scope="batch", dilate=True),
         (3, 24, 13, 60),
     ),
+    "exact top-k": (MODEL, exact_topk(2, 6, 4), LENGTHS),
+    "double sparsity, windows": (WINDOWED, dataclasses.replace(double_sparsity(2, 6, 4), label_channels=3), LENGTHS),
 }
 
 
@@ -139,7 +142,10 @@ def test_a_whole_shared_decode_equals_the_oracle(config, hshare, lengths):
     plans = [[[divmod(flat, J) for flat in layer] for layer in row] for row in shared_of(state).source.tolist()]
     assert plans == [row.source for row in shared_rows]
     is_shared = [plan != [[(layer, j) for j in range(J)] for layer in range(MODEL.num_layers)] for plan in plans]
-    assert is_shared == ([True] * 4 if hshare.plan_scope == "batch" else [False, False, False, True])
+    if hshare.sharing_ratio == "1-1-1":
+        assert not any(is_shared)
+    else:
+        assert is_shared == ([True] * 4 if hshare.plan_scope == "batch" else [False, False, False, True])
     for step in range(steps):
         refresh = on_schedule(step) if hshare is HSHARE else None
         logits, state = decode_step(
@@ -209,6 +215,23 @@ def test_a_constant_plan_decodes_as_the_same_plan_as_data():
     np.testing.assert_allclose(constant, data, atol=SAME, rtol=0)
     np.testing.assert_array_equal(shared_of(of_constant).token_indices, shared_of(of_data).token_indices)
     np.testing.assert_array_equal(shared_of(of_constant).source, source)
+
+
+def test_layers_that_share_keys_and_values_share_lists_under_their_plan():
+    # Layer 1 looks up, so its lists hold earlier tokens only; layers 2 and 3 read them at their own position too.
+    plan = kv_layer_plan(SHARED_KV, HSHARE)
+    assert plan.source == ((0, 1, 2), (3, 4, 5), (3, 4, 5), (3, 4, 5))
+    rows, steps = random_rows(25, more=7), 7
+    prompts = [row[:n] for row, n in zip(rows, LENGTHS, strict=True)]
+    empty = init_state(SHARED_KV, len(rows), CAPACITY, method=HSHARE, plan=plan)
+    logits, _ = decode(rows, prefill_rows(prompts, hshare=HSHARE, config=SHARED_KV, state=empty)[1], steps,
+                       config=SHARED_KV)  # fmt: skip
+    shared_rows = oracle_rows(prompts, HSHARE, SHARED_KV, plan=None)
+    for shared_row in shared_rows:
+        shared_row.source = [[divmod(unit, MODEL.num_kv_heads) for unit in of_layer] for of_layer in plan.source]
+    for step in range(steps):
+        expected = [row.decode(rows[b][LENGTHS[b] + step]) for b, row in enumerate(shared_rows)]
+        np.testing.assert_allclose(logits[step], np.stack(expected), atol=F32, rtol=0)
 
 
 def test_given_channels_are_those_that_labels_keep():

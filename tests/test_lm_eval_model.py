@@ -1,7 +1,6 @@
 """lm-evaluation-harness runs its tasks on this package's models, and gets what direct calls compute."""
 
 import dataclasses
-import functools
 import json
 import logging
 import sys
@@ -10,6 +9,7 @@ from typing import Any
 
 import lm_eval.tasks
 import pytest
+from harness_tasks import write_tasks
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.evaluator import simple_evaluate
@@ -80,22 +80,8 @@ def encode(text) -> list[int]:
 @pytest.fixture
 def tasks(tmp_path, monkeypatch):
     """Returns a folder with three tasks; nothing is read from elsewhere."""
-    for module in ("datasets.config", "huggingface_hub.constants"):
-        monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # the command line sets it; so it is set back
-    data = tmp_path / "data.jsonl"
-    data.write_text("".join(json.dumps(document) + "\n" for document in DOCUMENTS))
-    folder = tmp_path / "tasks"
-    folder.mkdir()
-    dataset = json.dumps({"data_files": {"test": str(data)}, "cache_dir": str(tmp_path / "cache")})
-    for name, settings in TASKS.items():
-        (folder / f"{name}.yaml").write_text(
-            f"task: {name}\ndataset_path: json\ndataset_kwargs: {dataset}\ntest_split: test\nnum_fewshot: 0\n{settings}"
-        )
-    # The hundreds of tasks that come with lm-evaluation-harness take seconds to look through.
-    own = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
-    monkeypatch.setattr(lm_eval.tasks, "TaskManager", own)
-    return folder
+    write_tasks(tmp_path, TASKS, DOCUMENTS, monkeypatch)
+    return tmp_path / "tasks"
 
 
 def test_tasks_of_each_kind_get_what_direct_calls_compute(tasks):
@@ -159,6 +145,8 @@ def test_model_arguments_are_the_settings_by_name():
         ({"preset": "paper"}, "preset='paper' must be 'hshare-paper'"),
         ({"method": "dense", "num_sinks": 0}, "num_sinks is for sparse decoding; leave it or method=dense out"),
         ({"method": "dense", "sharing_ratio": "1-1-1"}, "sharing_ratio is for sparse decoding"),
+        ({"method": "h2o", "sharing_ratio": "1-1-1"}, "sharing_ratio is for method=hshare; leave it or method=h2o out"),
+        ({"method": "quest", "label_bits": 8}, "label_bits is for method=hshare"),
         ({"sharing_ratio": "1-1-1", "refresh_interval": 2}, "sharing_ratio=1-1-1 sets refresh_interval too"),
         ({"sharing_ratio": 0.5}, "sharing ratio '0.5' must be three fractions"),
         ({"num_sinks": "few"}, "num_sinks='few' must be at least 0"),

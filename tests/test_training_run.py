@@ -24,7 +24,7 @@ from tiny_training import CONFIG, SETTINGS, tiny_data, tiny_model, tiny_run
 
 from hshare_jax.evaluation.plots import save
 from hshare_jax.models import orbax_checkpoint
-from hshare_jax.models.pretrained import load_model, save_model
+from hshare_jax.models.pretrained import ModelFiles, load_model, save_model
 from hshare_jax.models.weights import CheckpointError
 from hshare_jax.training.checkpoints import checkpoints, load_train_state
 from hshare_jax.training.config import TrainingConfig
@@ -269,15 +269,45 @@ def test_the_script_trains_a_model_that_generates(tmp_path, script, capsys, monk
         (["--preset", "tiny", "--kv-sharing", "cla:4", "--init", "copy"], "--init is for --model"),
         (["--preset", "tiny", "--kv-window", "8"], "--kv-window is for sharing keys and values; add --kv-sharing"),
         (["--config", "absent.json"], "--config absent.json: No such file"),
+        (["--config", "a.txt"], "--config a.txt is not JSON: Expecting value"),
+        (["--config", "list.json"], "--config list.json must hold a JSON object"),
+        (["--config", "gpt2.json"], "--config gpt2.json: model_type='gpt2' is not supported; supported: llama"),
+        (["--preset", "tiny", "--eval-text", "-"], "--eval-text must name files, not -"),
+        (["--preset", "tiny", "--eval-text", "b.txt"], "--eval-text b.txt: No such file"),
+        (["--preset", "tiny", "--batch-size", "3"], "--batch-size 3 in --accumulation-steps 1 makes micro-batches"),
         ([], "one of the arguments --model --preset --config is required"),
     ],
 )
-def test_mistakes_end_the_script_with_code_2(tmp_path, script, capsys, arguments, message):
-    (tmp_path / "a.txt").write_text("words")
+def test_mistakes_end_the_script_with_code_2(tmp_path, script, capsys, monkeypatch, arguments, message):
+    two = jax.devices()[:1] * 2
+    monkeypatch.setattr(jax, "devices", lambda: two)
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("words")
+    Path("list.json").write_text("[]")
+    Path("gpt2.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(SystemExit) as caught:
-        script.main(["--text", str(tmp_path / "a.txt"), "--output", str(tmp_path / "run"), *arguments])
+        script.main(["--text", "a.txt", "--output", "run", *arguments])
     assert caught.value.code == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith("train.py: error: ")
+    assert message in error
+
+
+@pytest.mark.parametrize(
+    ("length", "message"),
+    [("33", "--sequence-length 33 must be at most the model's 32"), ("32", "a window of --sequence-length 32")],
+)
+def test_what_does_not_fit_the_model_ends_the_script_before_weights_are_read(
+    tmp_path, script, capsys, monkeypatch, length, message
+):
+    (tmp_path / "a.txt").write_text("words")
+    files = ModelFiles(CONFIG, byte_tokenizer(), (), "tiny", "float32", lambda dtype: pytest.fail("weights are read"))
+    monkeypatch.setattr(script, "open_model", lambda name: files)
+    arguments = ["--text", str(tmp_path / "a.txt"), "--output", str(tmp_path / "run"), "--sequence-length", length]
+    assert script.main([*arguments, "--model", "smollm2-135m-instruct"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("train.py: error: ")
+    assert message in error
 
 
 def test_every_setting_is_an_option_of_the_script(script):

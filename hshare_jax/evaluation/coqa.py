@@ -56,8 +56,8 @@ def _parse(where: str, value: Any, turns: Literal["last", "all"]) -> list[Exampl
             raise DataError(f"{where}: question {turn} is empty")
         asked = f"{prompt}Q: {question}\n\nA:"
         references = tuple(person[turn] for person in people)
-        turn_id = f"{id_}:{turn}"
-        examples.append(Example(turn_id, asked, references, _MAX_NEW_TOKENS, _STOP, wants_chat=False, task="coqa"))
+        place = f"{where}, {id_}:{turn}"
+        examples.append(Example(place, asked, references, _MAX_NEW_TOKENS, _STOP, wants_chat=False, task="coqa"))
         prompt = f"{asked} {answers[turn]}\n\n"
     return examples if turns == "all" else examples[-1:]
 

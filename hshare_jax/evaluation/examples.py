@@ -16,7 +16,7 @@ class DataError(ValueError):
 class Example:
     """A prompt, and what the text that follows it is scored against."""
 
-    id: str  # the same on every run: "test.jsonl:17", lines count from 1
+    id: str  # the same on every run: "test.jsonl:17", lines count from 1; named where it is bad
     prompt: str
     references: tuple[str, ...]  # right answers, at least one
     max_new_tokens: int

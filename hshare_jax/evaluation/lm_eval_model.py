@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hshare_jax.config import HShareConfig
 from hshare_jax.evaluation.likelihood import Request, log_likelihoods
-from hshare_jax.evaluation.methods import METHODS, method_named
+from hshare_jax.evaluation.methods import METHODS, has_use_for, method_named
 from hshare_jax.generate import generate
 from hshare_jax.models.pretrained import Model, load_model
 from hshare_jax.sampling import SamplingConfig
@@ -69,7 +69,8 @@ class HShareLM(TemplateLM):
 
         Args:
             pretrained: a name or path as for `load_model`, or the model itself.
-            method: one of `evaluation.methods.METHODS`; `dense` takes no settings, the others the budget's.
+            method: one of `evaluation.methods.METHODS`; each takes the settings that it has
+                a use for: `dense` none, the others the budget's.
             preset: `hshare-paper`, the paper's method instead of the defaults; the settings change it.
             sharing_ratio: layer-head-query, such as `7/8-3/4-1/2`.
             dtype, revision, cache_dir: as for `load_model`.
@@ -229,11 +230,11 @@ def _choose_method(
         raise ValueError(f"method={name!r} must be one of {', '.join(METHODS)}")
     if preset not in (None, "hshare-paper"):
         raise ValueError(f"preset={preset!r} must be 'hshare-paper'")
-    if name == "dense":
-        options = {"preset": preset, "sharing_ratio": sharing_ratio, **settings}
-        if given := [key for key, value in options.items() if value is not None]:
-            raise ValueError(f"{', '.join(given)} is for sparse decoding; leave it or method=dense out")
-        return None
+    options = {"preset": preset, "sharing_ratio": sharing_ratio, **settings}
+    given = [key for key, value in options.items() if value is not None and not has_use_for(name, key)]
+    if given:
+        whom = "sparse decoding" if name == "dense" else "method=hshare"
+        raise ValueError(f"{', '.join(given)} is for {whom}; leave it or method={name} out")
     config = HShareConfig() if preset is None else HShareConfig.published()
     if sharing_ratio is not None:
         if doubled := [key for key in _RATIOS if key in settings]:

@@ -10,7 +10,18 @@ METHODS = (
     "hshare", "dense", "exact_topk", "streaming_llm", "h2o", "quest", "quest_window", "snapkv", "snapkv_fixed",
     "double_sparsity",
 )  # fmt: skip
+_OF_BUDGET = ("num_sinks", "num_critical", "num_recent", "dense_layers")
+_OF_METHOD = {
+    "dense": (),
+    "exact_topk": (*_OF_BUDGET, "budget_ratio", "min_length"),
+    "double_sparsity": (*_OF_BUDGET, "budget_ratio", "min_length", "label_channels", "label_bits", "channels_file"),
+}
 WITHOUT_GATES = ("streaming_llm", "h2o", "quest", "quest_window", "snapkv", "snapkv_fixed")
+
+
+def has_use_for(name: str, setting: str) -> bool:
+    """Returns whether a method takes a setting of HShare, by its name: all have a budget, HShare itself takes all."""
+    return name == "hshare" or setting in _OF_METHOD.get(name, _OF_BUDGET)
 
 
 def method_named(name: str, hshare: HShareConfig, *, max_new_tokens: int | None = None) -> HShareConfig | Method | None:

@@ -1,7 +1,6 @@
 """Figures of what sharing rests on: how alike lists, layers and steps are, and a plan. They hold no state."""
 
 import os
-import tempfile
 from pathlib import Path
 
 import matplotlib
@@ -16,6 +15,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from hshare_jax.share_plan import SharePlan
+from hshare_jax.whole_files import whole_file
 
 SUFFIXES = (".png", ".svg")
 NO_LISTS = "#d9d9d9"
@@ -36,14 +36,9 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     """
     path = Path(path)
     check_suffix(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same directory, because only there is a rename one indivisible step.
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent, ignore_cleanup_errors=True) as scratch:
-        draft = Path(scratch) / path.name
-        with matplotlib.rc_context({"svg.hashsalt": "hshare_jax"}):
-            metadata = {"Date": None} if path.suffix.lower() == ".svg" else {}
-            figure.savefig(draft, format=path.suffix.lower()[1:], dpi=150, metadata=metadata)
-        draft.replace(path)
+    with whole_file(path) as draft, matplotlib.rc_context({"svg.hashsalt": "hshare_jax"}):
+        metadata = {"Date": None} if path.suffix.lower() == ".svg" else {}
+        figure.savefig(draft, format=path.suffix.lower()[1:], dpi=150, metadata=metadata)
 
 
 def check_suffix(path: str | os.PathLike[str]) -> None:

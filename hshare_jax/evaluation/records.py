@@ -16,13 +16,16 @@ class Records:
     equals an uninterrupted one byte for byte. Nothing is written before the first item is finished.
     """
 
-    def __init__(self, path: str | os.PathLike[str], study: dict[str, Any], *, keys: tuple[str, ...]) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], study: dict[str, Any], *, keys: tuple[str, ...], later: tuple[str, ...] = ()
+    ) -> None:
         """Reads the file, if it is there.
 
         Args:
             path: the file.
             study: what tells this study from others: settings, model, data.
             keys: the fields of a line that tell items apart.
+            later: names of what `settle` will add to the study; until then a file is taken at its word.
 
         Raises:
             ValueError: the file holds results of another study, or is no results file.
@@ -37,13 +40,23 @@ class Records:
         lines = [self._parse(number, line) for number, line in enumerate(whole.split(b"\n"), start=1) if whole]
         self._done = {self._key(line): line for line in lines[1:]}
         # A first line alone is of no results: it may be replaced.
-        if self._done and lines[0] != self._study:
-            raise ValueError(
-                f"{self.path} holds results {difference(lines[0], self._study)}; name another file or remove it"
-            )
+        self._found: dict[str, Any] | None = lines[0] if self._done else None
+        self._compare({} if self._found is None else {name: self._found[name] for name in later if name in self._found})
         if torn and self._done:
             with open(self.path, "r+b") as file:
                 file.truncate(len(text) - len(torn))
+
+    def settle(self, **facts: Any) -> None:
+        """Adds to the study what was not known before; ValueError where the file holds results of another study."""
+        self._compare(json.loads(json.dumps(facts)))
+        self._study |= facts
+
+    def _compare(self, facts: dict[str, Any]) -> None:
+        study = self._study | facts
+        if self._found is not None and self._found != study:
+            raise ValueError(
+                f"{self.path} holds results {difference(self._found, study)}; name another file or remove it"
+            )
 
     def _parse(self, number: int, line: bytes) -> dict[str, Any]:
         try:

@@ -75,7 +75,7 @@ def encode_examples(
     """Returns (examples with their token ids, how many were left out because they are too long for the model).
 
     Raises:
-        DataError: a prompt that is too long, unless `skip_bad`.
+        DataError: a prompt that is too long, unless `skip_bad`; or all of them.
     """
     encoded, num_bad = [], 0
     for example in examples:
@@ -85,6 +85,8 @@ def encode_examples(
             if not skip_bad:
                 raise
             num_bad += 1
+    if not encoded:
+        raise DataError(f"no example is left: all {num_bad} prompts are too long for the model")
     return encoded, num_bad
 
 

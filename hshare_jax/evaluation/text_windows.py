@@ -31,7 +31,7 @@ def cut_windows(
 ) -> list[Window]:
     """Returns windows of `context` + 1 tokens of a text, evenly spread from the share `skip` of it on.
 
-    The last one ends well before the text: a book's end is often a licence.
+    With a `count` the last one ends well before the text: a book's end is often a licence.
 
     Args:
         model: whose tokeniser reads the text.
@@ -42,12 +42,14 @@ def cut_windows(
         skip: the share of the text that is left out at its beginning: title pages, licences.
 
     Raises:
-        ValueError: a context beyond the model's positions, or a text too short for so many windows.
+        ValueError: a count below 1, a context beyond the model's positions, or a text too short for so many windows.
     """
     if model.tokenizer is None:
         raise ValueError(f"{model.name} has no tokeniser, so text cannot be given to it")
     if not 2 <= context <= model.config.max_positions:
         raise ValueError(f"context={context} must lie between 2 and the model's {model.config.max_positions} positions")
+    if count is not None and count < 1:
+        raise ValueError(f"count={count} must be at least 1, or None for all that fit")
     ids, prefix = encode_text(model.tokenizer, text)
     first, size = int(len(ids) * skip), context + 1 - len(prefix)
     room = len(ids) - first - size

@@ -90,6 +90,13 @@ def train(
         return _train(model, data, settings, directory, mesh, study)
 
 
+def check_length(model: ModelConfig, settings: TrainingConfig) -> None:
+    """Raises ValueError for windows longer than the model has positions."""
+    length, most = settings.sequence_length, model.max_positions
+    if length > most:
+        raise ValueError(f"sequence_length={length} must be at most the model's {most} positions")
+
+
 def _train(
     model: Model, data: TrainingData, settings: TrainingConfig, directory: Path, mesh: Mesh, study: dict[str, Any]
 ) -> TrainingResult:
@@ -189,8 +196,7 @@ def _check(model: Model, data: TrainingData, settings: TrainingConfig, directory
     length = settings.sequence_length
     if data.sequence_length != length:
         raise ValueError(f"sequence_length={length} must be that of the data's windows, {data.sequence_length}")
-    if length > model.config.max_positions:
-        raise ValueError(f"sequence_length={length} must be at most the model's {model.config.max_positions} positions")
+    check_length(model.config, settings)
     highest = int(max(data.windows.max(), data.eval_windows.max()))
     if highest >= model.config.vocab_size:
         raise ValueError(

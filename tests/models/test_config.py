@@ -90,7 +90,7 @@ def test_scaled_rope_types_need_the_original_length():
 
 def test_absent_fields_mean_what_llama_defaults_to():
     config = config_from_hf(LLAMA)
-    assert (config.num_kv_heads, config.head_dim, config.group_size, config.max_positions) == (4, 8, 1, 2048)
+    assert (config.num_kv_heads, config.head_dim, config.max_positions) == (4, 8, 2048)
     assert config.windows == (None, None, None)
     assert config.rope == RopeConfig(theta=10_000.0, original_max_positions=2048)
     assert not any([config.qkv_bias, config.out_bias, config.mlp_bias, config.tie_embeddings])

@@ -25,7 +25,7 @@ from hshare_jax.models.kv_sharing import (
     TARGETS,
     kv_layer_map,
     layer_passes,
-    relative_prefill_cost,
+    papers_prefill_cost,
     share_kv,
     share_weights,
     write_notation,
@@ -223,15 +223,15 @@ def test_a_model_that_shares_can_only_share_more():
     ],
 )  # fmt: skip
 def test_prefill_costs_what_the_paper_says(spec, expected):
-    assert relative_prefill_cost(share_kv(layers(12), spec)) == pytest.approx(float(expected), abs=1e-12)
+    assert papers_prefill_cost(share_kv(layers(12), spec)) == pytest.approx(float(expected), abs=1e-12)
 
 
 def test_without_a_number_of_passes_there_is_no_fixed_cost():
     config = share_kv(layers(4, forward_passes=None), "lckv:1")
     with pytest.raises(ValueError, match="forward_passes=None has no fixed cost; set a number"):
-        relative_prefill_cost(config)
+        papers_prefill_cost(config)
     assert layer_passes(config, 50) == (1, 50, 50, 1)
-    assert relative_prefill_cost(layers(4, forward_passes=None)) == 1.0
+    assert papers_prefill_cost(layers(4, forward_passes=None)) == 1.0
 
 
 @pytest.mark.parametrize("spec", ["0_3_3_3_4_6_6", "0_2_2_2_5_5_5", "0_0_0_0_4_4_4", "0_5_2_5_6_5_6"])

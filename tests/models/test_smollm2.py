@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from harness_tasks import write_tasks
+from lm_eval.evaluator import simple_evaluate
 from tiny_models import assert_equal_trees, fused
 
+from hshare_jax.evaluation.lm_eval_model import HShareLM
 from hshare_jax.models.builtin_model import fetch_gguf
 from hshare_jax.models.decoder import Decoder
 from hshare_jax.models.pretrained import load_model
@@ -70,6 +73,35 @@ def prompt_ids(model) -> list[int]:
 def test_weights_equal_transformers_own_reading_of_the_file(model, reference):
     state = {name: tensor.numpy() for name, tensor in reference.state_dict().items() if name != "lm_head.weight"}
     assert_equal_trees(model.params, fused(state, model.config.num_layers))
+
+
+def test_log_likelihoods_of_a_task_in_lm_evaluation_harness_equal_transformers_own(
+    model, reference, tmp_path, monkeypatch
+):
+    documents = [
+        {"question": "The capital of France is", "choices": ["Paris", "a city in Spain"]},
+        {"question": "Two and two make", "choices": ["four.", "five."]},
+    ]
+    task = """
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: 0
+metric_list: [{metric: acc}]
+"""
+    manager = write_tasks(tmp_path, {"capitals": task}, documents, monkeypatch)
+    asked = HShareLM(model, method="dense", batch_size=4)
+    results: Any = simple_evaluate(asked, tasks=["capitals"], task_manager=manager, bootstrap_iters=0)
+    for document, sample in zip(documents, results["samples"]["capitals"], strict=True):
+        start = len(model.tokenizer(document["question"])["input_ids"])
+        for choice, ((found, is_greedy),) in zip(document["choices"], sample["resps"], strict=True):
+            ids = model.tokenizer(f"{document['question']} {choice}")["input_ids"]
+            with torch.no_grad():
+                log_p = torch.log_softmax(reference(torch.tensor([ids])).logits[0], dim=-1)
+            expected = sum(log_p[at - 1, ids[at]].item() for at in range(start, len(ids)))
+            likeliest = all(log_p[at - 1].argmax().item() == ids[at] for at in range(start, len(ids)))
+            assert (found, is_greedy) == (pytest.approx(expected, abs=1e-3), likeliest)
+    assert results["results"]["capitals"]["acc,none"] == 1.0
 
 
 def test_logits_equal_transformers_own(model, reference, logits_of):

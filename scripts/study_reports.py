@@ -1,0 +1,36 @@
+"""What the study scripts share in writing reports: below a mark, with the command that makes them."""
+
+import argparse
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from hshare_jax.whole_files import whole_file
+
+UNPRINTED = ("--report-only", "--speed")  # they say which part of a study to do now
+
+
+def command(options: argparse.Namespace, *, runner: str = "python") -> str:
+    """Returns the command that was given, XLA's flags before it; files by their names, without `UNPRINTED`."""
+    values = [value for entry in vars(options).values() for value in (entry if isinstance(entry, list) else [entry])]
+    paths = {value for value in values if isinstance(value, Path)}
+
+    def shorten(word: str) -> str:
+        option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        is_path = Path(value) in paths or Path(value).exists()  # a model is a name or a path
+        return option + equals + (Path(value).name or value if is_path else value)
+
+    flags = f"XLA_FLAGS={shlex.quote(os.environ['XLA_FLAGS'])} " if "XLA_FLAGS" in os.environ else ""
+    words = [shorten(word) for word in sys.argv[1:] if word not in UNPRINTED]
+    return f"{flags}{runner} scripts/{Path(sys.argv[0]).name} {shlex.join(words)}"
+
+
+def write_report(path: Path | None, mark: str, text: str) -> None:
+    """Writes `text` below the mark of a Markdown file, and keeps what a person wrote above; None: prints it."""
+    if path is None:
+        sys.stdout.write(text)
+        return
+    above = path.read_text(encoding="utf-8").partition(mark)[0] if path.exists() else ""
+    with whole_file(path) as draft:
+        draft.write_text(f"{above}{mark}\n\n{text}", encoding="utf-8")
