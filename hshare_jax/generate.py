@@ -59,7 +59,8 @@ class Timing:
 class ReadStatistics:
     """What decode steps read and chose, over all rows; a step that followed a stop string unseen counts too."""
 
-    mean_reads: float  # tokens, over layers, heads and steps; all numbers are 0 where prefill gave the only token
+    reads: list[float]  # tokens, of each row the mean over its layers, heads and steps
+    mean_reads: float  # the same over the steps of all rows; all numbers are 0 where prefill gave the only token
     mean_length: float  # tokens that dense decoding without a window would have read
     refreshes: int  # steps of a row that chose lists anew
     selections: int  # lists that were chosen
@@ -354,8 +355,10 @@ class _Run:
             is_own = source == np.arange(config.num_layers * num_lists).reshape(1, -1, num_lists)
             refreshes = -(-steps // hshare.refresh_interval)
             chosen = refreshes * is_own[:, hshare.dense_layers :].sum(axis=(1, 2))
+        reads = np.asarray(progress.reads, np.float64)
         return ReadStatistics(
-            mean_reads=float(np.asarray(progress.reads, np.float64).sum()) / num_steps,
+            reads=(reads / np.maximum(steps, 1)).tolist(),
+            mean_reads=float(reads.sum()) / num_steps,
             mean_length=float((steps * prompts + steps * (steps + 1) / 2).sum()) / num_steps,
             refreshes=int(refreshes.sum()),
             selections=int(chosen.sum()),

@@ -29,6 +29,7 @@ import numpy as np
 from study_reports import command, write_report
 from tqdm import tqdm
 
+from hshare_jax.calibration import calibrate
 from hshare_jax.config import HShareConfig
 from hshare_jax.decode import decode_step
 from hshare_jax.evaluation.bootstrap import interval, mean_ratio
@@ -49,11 +50,12 @@ NAMES = (
     "dense", "exact_topk", "double_sparsity", *OURS, *(f"published {ratio}" for ratio in RATIOS),
     *SIMPLER,
 )  # fmt: skip
-PLANS = ("anchors 1/2-1-1", "anchors 1/3-1-1")
+PLANS = ("anchors 1/2-1-1", "anchors 1/3-1-1", "calibrated 1/2-1-1", "calibrated 1/3-1-1")
 MARK = "<!-- What follows is written by scripts/study_methods.py. -->"
 DEFAULT, COMPARED = "hshare 1/2-1-1", "hshare 1/3-1-1"
 ROWS = {1024: 8, 4096: 8, 8192: 4}  # windows scored together
 WINDOWS = 8
+CALIBRATED_ON = 8000  # characters of each text, one block or two
 PASSKEY_BUDGETS, PASSKEY_BATCH = (128, 512), 10
 SPEED_CONTEXT, SPEED_BUDGETS = 4096, (512, 128)
 SPEED_STEPS, SPEED_ROUND = 24, 4  # a round holds whole refresh intervals
@@ -76,7 +78,7 @@ class Cell:
         sinks, critical, recent = BUDGETS[self.budget]
         ours = HShareConfig(num_sinks=sinks, num_critical=critical, num_recent=recent)
         kind, _, ratio = self.name.partition(" ")
-        if kind == "hshare":
+        if kind in ("hshare", "calibrated"):
             return ours.with_sharing_ratio(ratio)
         if kind == "anchors":
             return dataclasses.replace(ours, plan="anchors").with_sharing_ratio(ratio)
@@ -149,8 +151,16 @@ def measure_context(
     ):
         scorers = list(pool.map(lambda batch: Scorer(model, batch, steps, methods, progress=bar.update), batches))
 
+    beginnings = [text[: int(len(text) * SKIP)][:CALIBRATED_ON] for text in texts.values()]  # before all windows
+    constants: dict[Cell, dict[str, Any]] = {}
+    for cell in todo:
+        if cell.name.startswith("calibrated"):
+            assert isinstance(cell.method, HShareConfig)
+            found = calibrate(model, beginnings, hshare=cell.method)
+            constants[cell] = {"plan": found.plan, "channels": found.channels}
+
     def measure(cell: Cell) -> dict[str, Any]:
-        scores = [scorer.score(cell.method) for scorer in scorers]
+        scores = [scorer.score(cell.method, **constants.get(cell, {})) for scorer in scorers]
         rows = {name: np.concatenate([score[name] for score in scores]) for name in scores[0]}
         return {
             **cell.key,

@@ -152,18 +152,19 @@ def reads_of_step(length: int, at_refresh: int) -> float:
 @pytest.mark.parametrize("new", [1, 2, NEW])
 def test_usage_counts_what_was_read_and_chosen(new):
     found = generate(MODEL_OF_TEXT, PROMPTS, method=BUDGET, plan=COPYING, max_new_tokens=new).usage
-    reads, lengths = [], []
+    by_row, lengths = [], []
     for prompt in PROMPTS:
         size = len(TOKENIZER(prompt)["input_ids"])
-        for step in range(1, new):
-            lengths.append(size + step)
-            reads.append(reads_of_step(size + step, size + step - (step - 1) % 3))
+        lengths += [size + step for step in range(1, new)]
+        by_row.append([reads_of_step(size + step, size + step - (step - 1) % 3) for step in range(1, new)])
+    reads = sum(by_row, [])  # noqa: RUF017 (three rows)
     refreshes = 3 * len(range(1, new, 3))
     assert found.refreshes == refreshes
     assert found.selections == 2 * refreshes
     assert found.possible_selections == 3 * len(lengths)
     assert found.mean_length == pytest.approx(sum(lengths) / max(len(lengths), 1))
-    # A sum in float32 of some 50 numbers.
+    # Sums in float32 of some 50 numbers.
+    assert found.reads == pytest.approx([sum(row) / max(len(row), 1) for row in by_row], rel=1e-6)
     assert found.mean_reads == pytest.approx(sum(reads) / max(len(reads), 1), rel=1e-6)
 
 

@@ -124,13 +124,13 @@ def run_generation(
             model, [ids for _, ids in batch],
             max_new_tokens=first.max_new_tokens, method=method, stop=first.stop, **_for(name, given),
         )  # fmt: skip
-        for (example, ids), text, tokens in zip(batch, result.texts, result.tokens, strict=True):
+        found = zip(batch, result.texts, result.tokens, result.usage.reads, strict=True)
+        for (example, ids), text, tokens, reads in found:
             records.append(
                 {
                     "id": example.id, "method": name, "task": example.task, "text": text,
                     "prompt_tokens": len(ids), "new_tokens": len(tokens),
-                    # The mean of the batch; a row that ended with the token of the prefill read nothing.
-                    **({"reads": round(result.usage.mean_reads, 1)} if result.usage.mean_length else {}),
+                    **({"reads": round(reads, 1)} if reads else {}),  # a row that ended with the prefill's token: none
                     "scores": score(example, text),
                 }
             )  # fmt: skip
