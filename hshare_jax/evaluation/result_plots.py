@@ -30,6 +30,7 @@ DEFAULT = f"hshare {HShareConfig().sharing_ratio}"  # the package's default, as 
 _COLOURS = {
     "hshare": BLUE,
     "anchors": SKY,
+    "calibrated": SKY,
     "published": VERMILION,
     "exact_topk": BLACK,
     "double_sparsity": BLACK,
@@ -40,7 +41,7 @@ _COLOURS = {
     "snapkv": GREY,
     "snapkv_fixed": GREY,
 }  # fmt: skip  (a colour for a family; its members differ by their markers)
-_MARKERS = "osD^vPpX*<>dx+12h8H"
+_MARKERS = "osD^vPpX*<>dx+1234|"
 
 
 def plot_quality(lines: Sequence[Mapping[str, Any]], *, highlight: str = DEFAULT, subject: str = "") -> Figure:
