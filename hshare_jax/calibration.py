@@ -309,6 +309,12 @@ def load_plan(path: str | os.PathLike[str], model: Model | ModelFiles, hshare: H
     return plan
 
 
+def plan_settings(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Returns the settings, as text, that the plan in a file of `save_plan` was found with; of a published one none."""
+    table = json.loads(Path(path).read_bytes())
+    return table.get(_OURS, {}).get("settings", {})
+
+
 def _check_layer_map(where: str, layers: object, config: ModelConfig) -> list[int]:
     if not _is_whole(layers) or len(layers) != config.num_layers:
         raise ValueError(f"{where} must be a list of {config.num_layers} layer numbers, one for each layer")

@@ -232,16 +232,27 @@ def check_effect(options: argparse.Namespace, settings: "HShareConfig") -> None:
             raise UsageError(f"{option_name(given[0])} has no effect: {reason}")
 
 
+# Options that a plan is found with, and the settings that they mean.
+_FIND_PLAN = {"sharing_ratio": ("layer_ratio", "head_ratio"), "plan": ("plan",), "num_probes": ("num_probes",)}
+
+
 def read_constants(
     options: argparse.Namespace, model: "Model | ModelFiles", hshare: "HShareConfig | None"
 ) -> "tuple[SharePlan | None, np.ndarray | None]":
     """Returns the plan and the channels that files give; of ModelFiles, a file's model is not compared."""
-    from hshare_jax.calibration import load_channels, load_plan
+    from hshare_jax.calibration import load_channels, load_plan, plan_settings
     from hshare_jax.shared_lists import check_channels
 
     plan = channels = None
     if hshare is not None and hasattr(options, "plan_file"):
-        plan = load_plan(options.plan_file, model, hshare)
+        plan, made_with = load_plan(options.plan_file, model, hshare), plan_settings(options.plan_file)
+        for option, names in _FIND_PLAN.items():
+            differing = [name for name in names if made_with.get(name) != str(getattr(hshare, name))]
+            if hasattr(options, option) and differing:
+                raise UsageError(
+                    f"{option_name(option)} {getattr(options, option)} has no effect: {options.plan_file} says which "
+                    f"list copies which, found with {differing[0]} {made_with.get(differing[0], 'unknown')}; leave it out"
+                )
     if hshare is not None and hasattr(options, "channels_file"):
         channels = load_channels(options.channels_file, model)
         check_channels(channels, model.config, hshare.num_label_channels(model.config))
@@ -294,10 +305,6 @@ def check_method(options: argparse.Namespace, names: Sequence[str], hshare: "HSh
             raise UsageError(f"{option_name(name)} is for {whom}, not {' or '.join(names)}; leave it out")
     if hshare.scoring == "exact" and hasattr(options, "channels_file"):
         raise UsageError("--channels-file has no effect: --scoring exact reads keys and has no labels")
-    for name in ("plan", "plan_scope", "num_probes", "sharing_ratio"):
-        if hasattr(options, "plan_file") and hasattr(options, name):
-            steps = "; for the steps that a choice serves give --refresh-interval" if name == "sharing_ratio" else ""
-            raise UsageError(f"{option_name(name)} has no effect: --plan-file says which list copies which{steps}")
     for name in names:
         choose_method(name, hshare)
 

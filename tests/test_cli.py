@@ -100,14 +100,6 @@ USAGE_MISTAKES = {
         ["a", "--scoring", "exact", "--channels-file", "{tmp}/channels.json"],
         "--channels-file has no effect: --scoring exact reads keys and has no labels",
     ),
-    "ratio beside a plan": (
-        ["a", "--plan-file", "{tmp}/plan.json", "--sharing-ratio", "1/8-1-1/2"],
-        "--sharing-ratio has no effect: --plan-file says which list copies which; for the steps that a choice serves",
-    ),
-    "probes beside a plan": (
-        ["a", "--plan-file", "{tmp}/plan.json", "--num-probes", "8"],
-        "--num-probes has no effect",
-    ),
     "anchors of lists": (
         ["a", "--plan", "anchors", "--sharing-ratio", "1/2-3/4-1"],
         "the head ratio of --sharing-ratio, 3/4 must be 1",
@@ -289,6 +281,17 @@ def test_what_calibrate_writes_generate_reads(
     assert (found["refreshes"], found["selections"], found["possible_selections"]) == (3, 3, 24)
     assert (found["computed_lists"], found["lists"]) == (1, 4)
     assert "hshare plan from a file budget 12 | computes 1 of 4 lists every 2 steps | " in err
+
+    for option, value, made_with in (
+        ("--sharing-ratio", "1/8-1-1/2", "layer_ratio 1/2"),
+        ("--num-probes", "5", "num_pro"),
+    ):
+        status, _, err = call(["generate", TEXT, "--model", tiny, *files, *SMALL, option, value], capsys)
+        assert status == 2
+        assert (
+            f"{option} {value} has no effect: {tmp_path / 'plan.json'} says which list copies which, found with" in err
+        )
+        assert made_with in err
 
     status, _, err = call(["calibrate", text_file, "--model", tiny, *files, *SMALL], capsys)
     assert status == 2
