@@ -251,7 +251,8 @@ def read_constants(
             if hasattr(options, option) and differing:
                 raise UsageError(
                     f"{option_name(option)} {getattr(options, option)} has no effect: {options.plan_file} says which "
-                    f"list copies which, found with {differing[0]} {made_with.get(differing[0], 'unknown')}; leave it out"
+                    f"list copies which, found with {differing[0]} {made_with.get(differing[0], 'unknown')}; "
+                    "leave it out"
                 )
     if hshare is not None and hasattr(options, "channels_file"):
         channels = load_channels(options.channels_file, model)
