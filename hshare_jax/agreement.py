@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 
 from hshare_jax.config import HShareConfig
 from hshare_jax.decode import decode_step
-from hshare_jax.decode_state import DecodeState, count_reads, init_state
+from hshare_jax.decode_state import DecodeState, count_reads, for_decoding, init_state
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.pretrained import Model
 from hshare_jax.prefill import prefill
@@ -126,6 +126,7 @@ def score_steps(
         impl: what computes the steps, as for `decode_step`.
         observe: a function of the state after each step and the model, whose values [B] are kept too; traced.
     """
+    state = for_decoding(state)
     return _score_steps(params, tokens, state, reference, config=config, impl=impl, observe=observe)[0]
 
 

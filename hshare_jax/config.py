@@ -75,6 +75,11 @@ class HShareConfig:
         published = cls(lists_per="query_head", plan="published", dilate=False, dense_layers=0, num_probes="all")
         return published.with_sharing_ratio("7/8-3/4-1/2")
 
+    def for_decoding(self) -> "HShareConfig":
+        """Returns these settings with those that only finding a plan reads as the defaults have them."""
+        found_by = ("layer_ratio", "head_ratio", "plan", "plan_scope", "num_probes")
+        return dataclasses.replace(self, **{name: getattr(HShareConfig, name) for name in found_by})
+
     @property
     def budget(self) -> int:
         """Returns how many tokens a head reads right after a refresh, at most."""

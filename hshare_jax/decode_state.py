@@ -13,7 +13,7 @@ from hshare_jax.kv_cache import KVCache, init_cache
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.selection import Method, Selection, count_dense
 from hshare_jax.share_plan import SharePlan
-from hshare_jax.shared_lists import init_lists
+from hshare_jax.shared_lists import SharedLists, init_lists
 
 
 @jax.tree_util.register_dataclass
@@ -77,6 +77,19 @@ def start_method(
     if isinstance(method, HShareConfig):
         return init_lists(config, method, plan, channels, cache)
     return None if method is None else method.start(config, cache)
+
+
+def for_decoding(state: DecodeState) -> DecodeState:
+    """Returns a state for loops that only decode: one program then serves all sharing ratios and kinds of plan.
+
+    Plans are data, and so decode steps do not read how one was found; those settings are the defaults from here on. A
+    prefill onto this state would find its plan by them.
+    """
+
+    def forget(node: object) -> object:
+        return dataclasses.replace(node, config=node.config.for_decoding()) if isinstance(node, SharedLists) else node
+
+    return jax.tree.map(forget, state, is_leaf=lambda node: isinstance(node, SharedLists))
 
 
 def count_reads(state: DecodeState, model: ModelConfig) -> Float[Array, "B"]:

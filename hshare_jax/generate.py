@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from hshare_jax.compile_clock import compile_clock
 from hshare_jax.config import HShareConfig
 from hshare_jax.decode import decode_step
-from hshare_jax.decode_state import DecodeState, count_reads, init_state
+from hshare_jax.decode_state import DecodeState, count_reads, for_decoding, init_state
 from hshare_jax.kernels.api import check_impl
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.pretrained import Model
@@ -312,7 +312,7 @@ class _Run:
                 seen[row, prompt] = True
             seen = jnp.asarray(seen)
         progress = _Progress(
-            state=state,
+            state=for_decoding(state),
             token=jnp.zeros((B,), jnp.int32),
             # Whole steps of 64, so that a slightly different limit does not compile anew.
             output=jnp.full((B, -(-self._max_new_tokens // 64) * 64), NO_TOKEN, jnp.int32),

@@ -3,8 +3,8 @@
 
 Dense decoding is the yardstick: windows of each text are prefilled once, then every method decodes the last tokens of
 each window, reading the text's own tokens. Each finished cell is a line of the results file, so a killed run goes on;
-the cells that matter most come first, and the report holds what is there. Two cells are measured side by side, each on
-one core: threads for the products of a cell would only be in each other's way, so turn them off.
+the report holds what is there. Two contexts are measured side by side, each on one core: threads for the products of
+one would only be in the other's way, so turn them off.
 
     export XLA_FLAGS=--xla_cpu_multi_thread_eigen=false
     python scripts/study_methods.py --text A.txt B.txt C.txt D.jsonl --results methods.jsonl --report docs/results.md
@@ -13,12 +13,15 @@ one core: threads for the products of a cell would only be in each other's way, 
 import argparse
 import dataclasses
 import gc
+import itertools
 import json
+import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,7 @@ from tqdm import tqdm
 from hshare_jax.calibration import calibrate
 from hshare_jax.config import HShareConfig
 from hshare_jax.decode import decode_step
+from hshare_jax.decode_state import for_decoding
 from hshare_jax.evaluation.bootstrap import interval, mean_ratio
 from hshare_jax.evaluation.methods import method_named
 from hshare_jax.evaluation.passkey import ANSWER_TOKENS, Passkey, ask, is_found, make_passkeys
@@ -53,15 +57,16 @@ NAMES = (
 PLANS = ("anchors 1/2-1-1", "anchors 1/3-1-1", "calibrated 1/2-1-1", "calibrated 1/3-1-1")
 MARK = "<!-- What follows is written by scripts/study_methods.py. -->"
 DEFAULT, COMPARED = "hshare 1/2-1-1", "hshare 1/3-1-1"
-ROWS = {1024: 8, 4096: 8, 8192: 4}  # windows scored together
-WINDOWS = 8
+# Of each context, the longest stage first; within one, what matters most. At 8k two budgets of the four: more would
+# take the whole beyond two hours on two cores.
+STUDY = {4096: (512, 128, 256, 64), 8192: (512, 128), 1024: (128, 512, 64, 256)}
+WINDOWS = 8  # scored together
 CALIBRATED_ON = 8000  # characters of each text, one block or two
-PASSKEY_BUDGETS, PASSKEY_BATCH = (128, 512), 10
+PASSKEY_BUDGETS, PASSKEY_BATCH = (128, 512), 25
 SPEED_CONTEXT, SPEED_BUDGETS = 4096, (512, 128)
 SPEED_STEPS, SPEED_ROUND = 24, 4  # a round holds whole refresh intervals
 ROOM = 256  # decode steps that SnapKV makes room for
-AT_ONCE = 2  # threads, a cell each: XLA:CPU runs a loop of decode steps on one core
-KEPT_PROGRAMS = 6  # cells: each has programs of its own, and they are large
+AT_ONCE = 2  # threads, a context each: XLA:CPU runs a loop of decode steps on one core
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,18 +99,11 @@ class Cell:
         return {"kind": "text", "context": self.context, "budget": self.budget, "name": self.name}
 
 
-def cells(contexts: Sequence[int]) -> Iterator[Cell]:
-    """Yields the study, the cells that matter most first; dense decoding once for each context.
-
-    At 8k two budgets of the four: more would take the whole beyond two hours on two cores.
-    """
-    order = [(4096, 512), (4096, 128), (1024, 128), (1024, 512), (8192, 512), (4096, 256), (4096, 64)]
-    order += [(1024, 64), (1024, 256), (8192, 128)]
-    for context, budget in order:
-        if context not in contexts:
-            continue
+def cells(context: int) -> Iterator[Cell]:
+    """Yields the cells of one context; dense decoding once, and other ways to plan in one cell of the study."""
+    for budget in STUDY[context]:
         for name in (*NAMES, *(PLANS if (context, budget) == (4096, 512) else ())):
-            if name != "dense" or (context, budget) == next(pair for pair in order if pair[0] == context):
+            if name != "dense" or budget == STUDY[context][0]:
                 yield Cell(context, budget, name)
 
 
@@ -135,21 +133,16 @@ def made() -> str:
     return f"{date.today()}, {versions}, {jax.devices()[0].device_kind}"
 
 
-def measure_context(
-    model: Model, context: int, todo: list[Cell], texts: dict[str, str], steps: int, keep: Records
-) -> None:
-    """Scores the cells of one context on all windows."""
+def measure_context(model: Model, todo: list[Cell], texts: dict[str, str], steps: int, keep: Records) -> None:
+    """Scores cells of one context on all windows; a line a cell."""
+    context = todo[0].context
     per_text = WINDOWS // len(texts)
     windows: list[Window] = []
     for name, text in texts.items():
         windows += cut_windows(model, name, text, context=context, count=per_text, skip=SKIP)
-    batches = [windows[start : start + ROWS[context]] for start in range(0, len(windows), ROWS[context])]
     methods = [cell.method for cell in todo]
-    with (
-        tqdm(total=len(batches) * (context - steps), desc=f"prefill {context}", unit="token", disable=None) as bar,
-        ThreadPoolExecutor(AT_ONCE) as pool,
-    ):
-        scorers = list(pool.map(lambda batch: Scorer(model, batch, steps, methods, progress=bar.update), batches))
+    with tqdm(total=context - steps, desc=f"prefill {context}", unit="token", disable=None) as bar:
+        scorer = Scorer(model, windows, steps, methods, progress=bar.update)
 
     beginnings = [text[: int(len(text) * SKIP)][:CALIBRATED_ON] for text in texts.values()]  # before all windows
     constants: dict[Cell, dict[str, Any]] = {}
@@ -160,8 +153,7 @@ def measure_context(
             constants[cell] = {"plan": found.plan, "channels": found.channels}
 
     def measure(cell: Cell) -> dict[str, Any]:
-        scores = [scorer.score(cell.method, **constants.get(cell, {})) for scorer in scorers]
-        rows = {name: np.concatenate([score[name] for score in scores]) for name in scores[0]}
+        rows = scorer.score(cell.method, **constants.get(cell, {}))
         return {
             **cell.key,
             "made": made(),
@@ -177,11 +169,11 @@ def measure_context(
 
 
 def measure_cells(todo: list[Cell], measure: Callable[[Cell], dict[str, Any]], keep: Records, *, desc: str) -> None:
-    """Keeps the line of every cell, in order; `AT_ONCE` of them are measured side by side."""
-    with ThreadPoolExecutor(AT_ONCE) as pool, tqdm(total=len(todo), desc=desc, disable=None) as bar:
-        for start in range(0, len(todo), KEPT_PROGRAMS):
-            for line in pool.map(measure, todo[start : start + KEPT_PROGRAMS]):
-                keep.append(line)
+    """Keeps the line of every cell, in order; programs, which are large, are dropped after each budget."""
+    with tqdm(total=len(todo), desc=desc, disable=None) as bar:
+        for _, group in itertools.groupby(todo, key=lambda cell: cell.budget):
+            for cell in group:
+                keep.append(measure(cell))
                 bar.update()
             jax.clear_caches()
             gc.collect()
@@ -211,8 +203,7 @@ def measure_passkeys(model: Model, book: str, seeds: int, keep: Records) -> None
             found += [int(is_found(p, text)) for p, text in zip(batch, texts, strict=True)]
         return {"kind": "passkey", "budget": cell.budget, "name": cell.name, "made": made(), "found": found}
 
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        read_batches = list(tqdm(pool.map(read, batches), "prefill passkeys", len(batches), disable=None))
+    read_batches = [read(batch) for batch in tqdm(batches, "prefill passkeys", disable=None)]
     measure_cells(todo, measure, keep, desc="passkeys")
 
 
@@ -221,16 +212,17 @@ def measure_speed(model: Model, context: int, todo: list[Cell], text: str, keep:
 
     A dispatch a step, since XLA:CPU does not spread the body of a loop over cores; a plan for each row, as by default.
     """
-    windows = cut_windows(model, "speed", text, context=context, count=ROWS[context], skip=SKIP)
+    windows = cut_windows(model, "speed", text, context=context, count=WINDOWS, skip=SKIP)
     tokens = jnp.asarray([window.tokens for window in windows], jnp.int32)
     length = context - SPEED_STEPS
     lengths = jnp.full((len(windows),), length, jnp.int32)
     methods = [cell.method for cell in todo]
     prefilled = prefill_for(model, tokens[:, :length], lengths, context, methods)
-    for cell in tqdm(todo, desc=f"speed at {context}", disable=None):
+
+    def measure(cell: Cell) -> dict[str, Any]:
         method, seconds = cell.method, []
         interval = method.refresh_interval if isinstance(method, HShareConfig) else 1
-        state = jax.block_until_ready(prefilled.start(method))
+        state = jax.block_until_ready(for_decoding(prefilled.start(method)))
         for step in range(SPEED_STEPS):
             began = time.perf_counter()
             token, refresh = tokens[:, length + step], step % interval == 0
@@ -239,13 +231,14 @@ def measure_speed(model: Model, context: int, todo: list[Cell], text: str, keep:
             seconds.append(time.perf_counter() - began)
         rounds = np.reshape(seconds[SPEED_ROUND:], (-1, SPEED_ROUND)).mean(axis=1)  # the first round compiles
         milliseconds = round(1000 * float(np.median(rounds)), 2)
-        keep.append({**cell.key, "kind": "speed", "made": made(), "batch": len(windows), "milliseconds": milliseconds})
-        del state
-        jax.clear_caches()
+        return {**cell.key, "kind": "speed", "made": made(), "batch": len(windows), "milliseconds": milliseconds}
+
+    measure_cells(todo, measure, keep, desc=f"speed at {context}")
 
 
 def report(lines: list[dict[str, Any]], header: str) -> str:
     """Returns the tables in Markdown."""
+    lines = sorted(lines, key=lambda line: (line["kind"], line.get("context", 0)))  # as stages took turns, now by stage
     text = {(line["context"], line["budget"], line["name"]): line for line in lines if line["kind"] == "text"}
     out = [header]
     for context in sorted({key[0] for key in text}):
@@ -350,7 +343,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, required=True, help="JSONL to write to and to go on from")
     parser.add_argument("--report", type=Path, help="Markdown to write; default: standard output")
     parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--contexts", type=int, nargs="+", default=sorted(ROWS), choices=sorted(ROWS))
+    parser.add_argument("--contexts", type=int, nargs="+", default=[*STUDY], choices=[*STUDY])
     parser.add_argument("--steps", type=int, default=256, help="positions scored of each window; eight windows in all")
     parser.add_argument("--seeds", type=int, default=50, help="passkey prompts")
     parser.add_argument("--speed", action="store_true", help="time decode steps and nothing else, on an idle machine")
@@ -370,15 +363,19 @@ def main() -> None:
         if timed := [cell for cell in timed if {**cell.key, "kind": "speed"} not in keep]:
             measure_speed(load_model(options.model), SPEED_CONTEXT, timed, read_text(options.text[0]), keep)
     elif not options.report_only:
-        todo = [cell for cell in cells(options.contexts) if not is_measured(cell, keep)]
+        missing = ([cell for cell in cells(context) if not is_measured(cell, keep)] for context in STUDY)
+        todo = [stage for stage in missing if stage and stage[0].context in options.contexts]
         texts = {path.name: read_text(path) for path in options.text}
         model = load_model(options.model)
-        stages = [list(group) for group in _stages(todo)]
-        for number, stage in enumerate(stages or [[]]):
-            if stage:
-                measure_context(model, stage[0].context, stage, texts, options.steps, keep)
-            if number == 0:
-                measure_passkeys(model, next(iter(texts.values())), options.seeds, keep)
+        pool = ThreadPoolExecutor(AT_ONCE)
+        stages = [pool.submit(measure_context, model, stage, texts, options.steps, keep) for stage in todo]
+        stages.append(pool.submit(measure_passkeys, model, next(iter(texts.values())), options.seeds, keep))
+        try:
+            for stage in as_completed(stages):
+                stage.result()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)  # threads cannot be stopped otherwise; what is measured is on the disk
     names = [path.name for path in options.text]
     runs = "; ".join(dict.fromkeys(line["made"] for line in keep.lines))
     commands = [command(options)]
@@ -390,18 +387,6 @@ def main() -> None:
         f"neighbouring positions. Layer 0 is dense in every method.\n\n"
     ) + "\n".join(f"    {line}" for line in commands)
     write_report(options.report, MARK, report(keep.lines, header))
-
-
-def _stages(todo: list[Cell]) -> Iterator[list[Cell]]:
-    """Yields runs of cells of one context, which share a prefill."""
-    stage: list[Cell] = []
-    for cell in todo:
-        if stage and stage[0].context != cell.context:
-            yield stage
-            stage = []
-        stage.append(cell)
-    if stage:
-        yield stage
 
 
 if __name__ == "__main__":

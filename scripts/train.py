@@ -119,9 +119,10 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, TrainingConf
 
 
 def as_typed(error: Exception) -> str:
-    """Returns a library's complaint in the user's words: `num_steps=0` is `--num-steps 0`."""
+    """Returns a library's complaint in the user's words: `num_steps=0` is `--num-steps 0`, `tokens` those of --text."""
     known = "|".join([*HELP, "eval_fraction", "max_eval_windows"])
-    return re.sub(rf"\b({known})=", lambda match: f"{option_name(match[1])} ", str(error))
+    text = re.sub(r"^(eval_)?tokens has", lambda match: f"--{'eval-' if match[1] else ''}text has", str(error))
+    return re.sub(rf"\b({known})=", lambda match: f"{option_name(match[1])} ", text)
 
 
 def read_config(path: Path) -> ModelConfig:

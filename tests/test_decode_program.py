@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from fractions import Fraction
 
 import jax
 import jax.monitoring
@@ -14,7 +15,7 @@ from tiny_decoder import CAPACITY, HSHARE, MODEL, SHARED_KV, params, prefill_row
 
 import hshare_jax.decode
 from hshare_jax.decode import decode_step
-from hshare_jax.decode_state import DecodeState, init_state
+from hshare_jax.decode_state import DecodeState, for_decoding, init_state
 from hshare_jax.share_plan import SharePlan, kv_layer_plan
 from hshare_jax.shared_lists import SharedLists
 
@@ -94,6 +95,23 @@ def test_one_trace_serves_every_prompt_plan_and_length(monkeypatch, hshare, refr
         compiled.append(compilations.count)
     assert len(traces) == 1
     assert compiled[1:] == [0, 0]
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("impl", ["reference", "interpret"])
+def test_a_step_does_not_know_how_its_plan_was_found(impl):
+    found = {"layer_ratio": Fraction(1, 4), "head_ratio": Fraction(1, 3), "plan": "published", "num_probes": "all"}
+    other = dataclasses.replace(STEP, **found, plan_scope="batch")
+    programs = set()
+    for hshare in (STEP, other):
+        state, tokens = init_state(SHALLOW, 2, CAPACITY, method=hshare), jnp.zeros((2,), jnp.int32)
+        given = for_decoding(state)
+        assert isinstance(given.selection, SharedLists)
+        assert given.selection.config == other.for_decoding() == STEP.for_decoding()
+        for one in (state, given):
+            text = str(decode_step.trace(params(SHALLOW), tokens, one, config=SHALLOW, impl=impl).jaxpr)
+            programs.add(re.sub(r"(select_n False:bool\[\]) \d+", r"\1", text))  # checkify numbers its checks
+    assert len(programs) == 1
 
 
 def large_buffers(state: DecodeState) -> list[jax.Array]:

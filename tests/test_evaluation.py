@@ -26,6 +26,7 @@ from hshare_jax.generate import generate
 from hshare_jax.models.pretrained import Model
 from hshare_jax.prompts import pad_prompts
 from hshare_jax.selectors import H2O, Quest, SnapKV, StreamingLLM
+from hshare_jax.shared_lists import SharedLists
 
 SAME = 1e-5  # between two float32 programs of the same model
 F32 = 1e-4  # against float64
@@ -126,15 +127,21 @@ def test_windows_are_spread_over_the_text_and_scored_as_decode_steps():
     np.testing.assert_array_equal(np.isnan(sparse["recall"][0]), [False] + [True] * 7)
 
 
-def test_one_dispatch_scores_a_chunk(monkeypatch):
+def test_one_dispatch_scores_a_chunk_and_one_program_all_ratios(monkeypatch):
     windows = cut_windows(TINY, "rain.txt", TEXT, context=100, count=2)
-    scorer = Scorer(TINY, windows, 8, [HSHARE])
     calls = []
     scored: Any = hshare_jax.agreement._score_steps
     monkeypatch.setattr(hshare_jax.agreement, "_score_steps", lambda *a, **k: calls.append(0) or scored(*a, **k))
     before = scored._cache_size()
-    scorer.score(HSHARE)
-    scorer.score(HSHARE)
+    ratios = [HSHARE, HSHARE.with_sharing_ratio("1/3-1-1/3")]
+    scorer = Scorer(TINY, windows, 8, ratios)
+    plans = []
+    for hshare in ratios:
+        state = scorer.prefilled.start(hshare)
+        assert isinstance(state.selection, SharedLists)
+        plans.append(np.asarray(state.selection.source))
+        scorer.score_state(state)
+    assert (plans[0] != plans[1]).any()
     assert len(calls) == 2
     assert scored._cache_size() == before + 1
 

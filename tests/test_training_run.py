@@ -295,7 +295,10 @@ def test_mistakes_end_the_script_with_code_2(tmp_path, script, capsys, monkeypat
 
 @pytest.mark.parametrize(
     ("length", "message"),
-    [("33", "--sequence-length 33 must be at most the model's 32"), ("32", "a window of --sequence-length 32")],
+    [
+        ("33", "--sequence-length 33 must be at most the model's 32"),
+        ("32", "--text has 6 tokens; a window of --sequence-length 32"),
+    ],
 )
 def test_what_does_not_fit_the_model_ends_the_script_before_weights_are_read(
     tmp_path, script, capsys, monkeypatch, length, message

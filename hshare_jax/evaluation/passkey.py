@@ -12,7 +12,7 @@ from jaxtyping import Int
 from transformers import PreTrainedTokenizerBase
 
 from hshare_jax.decode import decode_step
-from hshare_jax.decode_state import DecodeState
+from hshare_jax.decode_state import DecodeState, for_decoding
 from hshare_jax.evaluation.text_windows import encode_text
 from hshare_jax.models.config import ModelConfig
 
@@ -108,7 +108,7 @@ def ask(
     """
     B = state.cache.lengths.shape[0]
     asked = jnp.tile(jnp.asarray(question, jnp.int32)[:, None], (1, B))
-    return np.asarray(_ask(params, asked, state, config=config, impl=impl)[0]).T
+    return np.asarray(_ask(params, asked, for_decoding(state), config=config, impl=impl)[0]).T
 
 
 def is_found(passkey: Passkey, answer: str) -> bool:

@@ -2,9 +2,12 @@
 
 import json
 import os
+import threading
 from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any, Literal
+
+from hshare_jax.whole_files import whole_file
 
 _MARK = {"results": "hshare_jax"}  # how the first line of every results file begins
 
@@ -13,7 +16,7 @@ class Records:
     """A results file: a first line that says what is measured, then one line for each finished item.
 
     A line that was only half written when a run was killed is cut off again, and its item done anew; so a resumed file
-    equals an uninterrupted one byte for byte. Nothing is written before the first item is finished.
+    equals an uninterrupted one byte for byte. Nothing is written before the first item is finished. Threads may append.
     """
 
     def __init__(
@@ -30,7 +33,7 @@ class Records:
         Raises:
             ValueError: the file holds results of another study, or is no results file.
         """
-        self.path, self._keys = Path(path), keys
+        self.path, self._keys, self._lock = Path(path), keys, threading.Lock()
         self._study: dict[str, Any] = json.loads(json.dumps(_MARK | study))
         text = self.path.read_bytes() if self.path.exists() else b""
         mark = json.dumps(_MARK)[:-1].encode()
@@ -84,19 +87,19 @@ class Records:
         kept = {key: line for key, line in self._done.items() if is_kept(line)}
         if len(kept) == len(self._done):
             return
-        draft = self.path.with_name(f".{self.path.name}.draft")
-        _write(draft, [self._study, *kept.values()], "wb")
-        draft.replace(self.path)
+        with whole_file(self.path) as draft:
+            _write(draft, [self._study, *kept.values()], "wb")
         self._done = kept
 
     def append(self, line: dict[str, Any]) -> None:
         """Writes the line of an item that is finished now; nothing where it was finished before."""
-        if line in self:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        new = [line] if self._done else [self._study, line]
-        _write(self.path, new, "ab" if self._done else "wb")
-        self._done[self._key(line)] = json.loads(json.dumps(line))
+        with self._lock:
+            if line in self:
+                return
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            new = [line] if self._done else [self._study, line]
+            _write(self.path, new, "ab" if self._done else "wb")
+            self._done[self._key(line)] = json.loads(json.dumps(line))
 
 
 def _write(path: Path, lines: list[dict[str, Any]], mode: Literal["ab", "wb"]) -> None:

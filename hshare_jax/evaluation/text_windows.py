@@ -17,6 +17,8 @@ from hshare_jax.evaluation.recall import measure_recall, recall_of
 from hshare_jax.models.pretrained import Model, ModelFiles
 from hshare_jax.selection import Method
 
+RECALL_EVERY = 13  # a prime: steps that choose and steps that reuse are met alike
+
 
 @dataclasses.dataclass(frozen=True)
 class Window:
@@ -97,7 +99,7 @@ class Scorer:
         self._reference = forced_logits(model.params, self._scored[:, :-1], state, config=model.config, impl=impl)
 
     def score(
-        self, method: HShareConfig | Method | None, *, recall_every: int = 8, **given: Any
+        self, method: HShareConfig | Method | None, *, recall_every: int = RECALL_EVERY, **given: Any
     ) -> dict[str, np.ndarray]:
         """Returns the scores of a method: those of `score_state` from where it starts.
 
@@ -108,7 +110,7 @@ class Scorer:
         """
         return self.score_state(self.prefilled.start(method, **given), recall_every=recall_every)
 
-    def score_state(self, state: DecodeState, *, recall_every: int = 8) -> dict[str, np.ndarray]:
+    def score_state(self, state: DecodeState, *, recall_every: int = RECALL_EVERY) -> dict[str, np.ndarray]:
         """Returns the scores of every step by name, each [B, T]; one dispatch.
 
         `loss` (nats), `divergence` (KL from dense decoding, nats), `agrees` (0 or 1), `reads` (tokens) and `recall` (of
@@ -116,7 +118,8 @@ class Scorer:
 
         Args:
             state: from `Prefilled.start`; it is donated.
-            recall_every: recall is taken on the first of so many steps.
+            recall_every: recall is taken on the first of so many steps; a multiple of the refresh interval would look
+                only at steps that have just chosen.
         """
         scores = score_steps(
             self._model.params, self._scored, measure_recall(state, recall_every),
