@@ -20,7 +20,7 @@ from jax import Array
 from jaxtyping import Float, Int
 from tqdm import tqdm
 
-from hshare_jax.config import HShareConfig
+from hshare_jax.config import PLAN_SETTINGS, HShareConfig
 from hshare_jax.decode_state import init_state
 from hshare_jax.kv_cache import KVCache
 from hshare_jax.labels import channel_statistic
@@ -309,10 +309,14 @@ def load_plan(path: str | os.PathLike[str], model: Model | ModelFiles, hshare: H
     return plan
 
 
-def plan_settings(path: str | os.PathLike[str]) -> dict[str, str]:
-    """Returns the settings, as text, that the plan in a file of `save_plan` was found with; of a published one none."""
-    table = json.loads(Path(path).read_bytes())
-    return table.get(_OURS, {}).get("settings", {})
+def differing_settings(path: str | os.PathLike[str], hshare: HShareConfig) -> dict[str, str]:
+    """Returns what the plan in a file of `save_plan` was found with where these settings would find another, by name.
+
+    Of a published plan nothing is known, so that all of them differ.
+    """
+    found_with = json.loads(Path(path).read_bytes()).get(_OURS, {}).get("settings", {})
+    settings = {name: str(getattr(hshare, name)) for name in PLAN_SETTINGS}
+    return {n: found_with.get(n, "unknown") for n, value in settings.items() if found_with.get(n) != value}
 
 
 def _check_layer_map(where: str, layers: object, config: ModelConfig) -> list[int]:

@@ -240,19 +240,18 @@ def read_constants(
     options: argparse.Namespace, model: "Model | ModelFiles", hshare: "HShareConfig | None"
 ) -> "tuple[SharePlan | None, np.ndarray | None]":
     """Returns the plan and the channels that files give; of ModelFiles, a file's model is not compared."""
-    from hshare_jax.calibration import load_channels, load_plan, plan_settings
+    from hshare_jax.calibration import differing_settings, load_channels, load_plan
     from hshare_jax.shared_lists import check_channels
 
     plan = channels = None
     if hshare is not None and hasattr(options, "plan_file"):
-        plan, made_with = load_plan(options.plan_file, model, hshare), plan_settings(options.plan_file)
+        plan, found_with = load_plan(options.plan_file, model, hshare), differing_settings(options.plan_file, hshare)
         for option, names in _FIND_PLAN.items():
-            differing = [name for name in names if made_with.get(name) != str(getattr(hshare, name))]
+            differing = [name for name in names if name in found_with]
             if hasattr(options, option) and differing:
                 raise UsageError(
                     f"{option_name(option)} {getattr(options, option)} has no effect: {options.plan_file} says which "
-                    f"list copies which, found with {differing[0]} {made_with.get(differing[0], 'unknown')}; "
-                    "leave it out"
+                    f"list copies which, found with {differing[0]} {found_with[differing[0]]}; leave it out"
                 )
     if hshare is not None and hasattr(options, "channels_file"):
         channels = load_channels(options.channels_file, model)

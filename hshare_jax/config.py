@@ -7,6 +7,8 @@ from typing import Literal
 
 from hshare_jax.models.config import ModelConfig
 
+PLAN_SETTINGS = ("layer_ratio", "head_ratio", "plan", "plan_scope", "num_probes")  # that a plan is found by
+
 
 @dataclasses.dataclass(frozen=True)
 class HShareConfig:
@@ -77,8 +79,7 @@ class HShareConfig:
 
     def for_decoding(self) -> "HShareConfig":
         """Returns these settings with those that only finding a plan reads as the defaults have them."""
-        found_by = ("layer_ratio", "head_ratio", "plan", "plan_scope", "num_probes")
-        return dataclasses.replace(self, **{name: getattr(HShareConfig, name) for name in found_by})
+        return dataclasses.replace(self, **{name: getattr(HShareConfig, name) for name in PLAN_SETTINGS})
 
     @property
     def budget(self) -> int:

@@ -17,6 +17,7 @@ from lm_eval.utils import simple_parse_args_string
 from tiny_decoder import HSHARE, MODEL, params
 from tiny_tokenizer import LETTERS, byte_tokenizer
 
+from hshare_jax.calibration import calibrate, save_channels, save_plan
 from hshare_jax.config import HShareConfig
 from hshare_jax.evaluation import lm_eval_model
 from hshare_jax.evaluation.likelihood import log_likelihoods
@@ -161,6 +162,36 @@ def test_model_arguments_are_the_settings_by_name():
 def test_wrong_model_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         HShareLM(TINY, **arguments)
+
+
+def test_calibrated_files_take_the_place_of_what_prompts_are_read_for(tmp_path):
+    text = "the rain in spain stays mainly in the plain, or so it is said. " * 4
+    found = calibrate(TINY, [text], hshare=HSHARE)
+    plan, channels = str(tmp_path / "plan.json"), str(tmp_path / "channels.json")
+    save_plan(plan, found.plan, TINY, HSHARE)
+    save_channels(channels, found.channels, TINY)
+    arguments: dict[str, Any] = {name: getattr(HSHARE, name) for name in ("num_sinks", "num_critical", "num_recent")}
+    arguments |= {"label_channels": 3, "num_probes": 4}
+    made = HShareLM(TINY, plan_file=plan, channels_file=channels, **arguments, sharing_ratio="3/4-2/3-1/3")
+    assert made.get_model_info().items() >= {"plan_file": plan, "channels_file": channels}.items()
+    requests = [(TOKENIZER.encode(text[:90]), TOKENIZER.encode(text[90:120]))]
+    given = made._loglikelihood_tokens([(None, *request) for request in requests])
+    expected = log_likelihoods(
+        TINY, requests, method=HSHARE, batch_size=1, plan=found.plan, channels=found.channels
+    )  # fmt: skip
+    assert given == expected
+    assert given != log_likelihoods(TINY, requests, method=HSHARE, batch_size=1)
+    answer = made.generate_until([Instance("generate_until", {}, (text[:90], {"until": [], "max_gen_toks": 12}), 0)])
+    generated = generate(
+        TINY, [requests[0][0]], max_new_tokens=12, method=HSHARE, plan=found.plan, channels=found.channels
+    )
+    assert answer == generated.texts
+    with pytest.raises(ValueError, match=r"layer_ratio=1/8 has no effect: .*plan.json says which .* found with 3/4"):
+        HShareLM(TINY, plan_file=plan, **arguments, sharing_ratio="1/8-2/3-1/3")
+    with pytest.raises(ValueError, match=r"channels_file=.*channels.json has no effect: scoring=exact"):
+        HShareLM(TINY, channels_file=channels, scoring="exact", label_channels=None)
+    with pytest.raises(ValueError, match="plan_file is for method=hshare; leave it or method=h2o out"):
+        HShareLM(TINY, plan_file=plan, method="h2o")
 
 
 def test_a_model_without_a_tokenizer_is_refused():

@@ -1,11 +1,13 @@
 """Log-likelihoods of given continuations, as decode steps of the method that is measured."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Int
 
 from hshare_jax.agreement import score_steps
 from hshare_jax.config import HShareConfig
@@ -16,6 +18,7 @@ from hshare_jax.prefill import prefill
 from hshare_jax.prompts import choose_capacity, pad_prompts
 from hshare_jax.selection import Method
 from hshare_jax.shapes import Logits, PerRow
+from hshare_jax.share_plan import SharePlan
 
 Request = tuple[Sequence[int], Sequence[int]]  # token ids of a context and of its continuation
 
@@ -26,6 +29,8 @@ def log_likelihoods(
     *,
     method: HShareConfig | Method | None,
     batch_size: int,
+    plan: SharePlan | None = None,
+    channels: Int[Array | np.ndarray, "L K ranks"] | None = None,
     impl: str = "auto",
     progress: Callable[[int], object] | None = None,
 ) -> list[tuple[float, bool]]:
@@ -42,6 +47,7 @@ def log_likelihoods(
             lengths; a result does not depend on its batch (but see `HShareConfig.plan_scope`).
         method: the settings to measure; None measures dense decoding.
         batch_size: requests that are computed together.
+        plan, channels: known beforehand, as for `init_state`; None finds them from each context.
         impl: what computes decode steps, as for `decode_step`.
         progress: called with the number of requests in each batch, once it is computed.
 
@@ -63,7 +69,8 @@ def log_likelihoods(
     found: dict[int, tuple[float, bool]] = {}
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        scores = _score_batch(model, [requests[index] for index in batch], method, impl)
+        given = {"method": method, "plan": plan, "channels": channels}
+        scores = _score_batch(model, [requests[index] for index in batch], given, impl)
         found.update(zip(batch, scores, strict=True))
         if progress is not None:
             progress(len(batch))
@@ -98,7 +105,7 @@ def _pad_steps(num_steps: int) -> int:
 
 
 def _score_batch(
-    model: Model, requests: Sequence[Request], method: HShareConfig | Method | None, impl: str
+    model: Model, requests: Sequence[Request], given: dict[str, Any], impl: str
 ) -> list[tuple[float, bool]]:
     config = model.config
     prompts = [list(context[:-1]) or list(context) for context, _ in requests]
@@ -113,7 +120,7 @@ def _score_batch(
     # Steps beyond a row's own come last and are not looked at. They fit into the cache where the model has positions
     # for them; otherwise their tokens are dropped.
     capacity = choose_capacity(config, prompts, min(T, config.max_positions - int(lengths.max())), None)
-    state = init_state(config, len(requests), capacity, method=method, dtype=jnp.dtype(model.dtype))
+    state = init_state(config, len(requests), capacity, dtype=jnp.dtype(model.dtype), **given)
     logits, state = prefill(model.params, jnp.asarray(tokens), jnp.asarray(lengths), state, config=config)
     first_loss, first_chosen = _score_first(logits, jnp.asarray(forced[:, 0]))
     scores = score_steps(model.params, jnp.asarray(forced), state, config=config, impl=impl)

@@ -11,7 +11,7 @@ import dataclasses
 import inspect
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -24,6 +24,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from hshare_jax.calibration import differing_settings, load_channels, load_plan
 from hshare_jax.config import HShareConfig
 from hshare_jax.evaluation.likelihood import Request, log_likelihoods
 from hshare_jax.evaluation.methods import METHODS, has_use_for, method_named
@@ -60,6 +61,8 @@ class HShareLM(TemplateLM):
         max_length: int | str | None = None,
         revision: str | int | None = None,
         cache_dir: str | None = None,
+        plan_file: str | None = None,
+        channels_file: str | None = None,
         impl: str = "auto",
         device: object = None,
         max_batch_size: object = None,
@@ -76,19 +79,22 @@ class HShareLM(TemplateLM):
             dtype, revision, cache_dir: as for `load_model`.
             batch_size: requests that are computed together.
             max_length: tokens of context and output together, at most. None: as many as the model has positions.
+            plan_file, channels_file: of `hshare-jax calibrate`, in place of what is found from each prompt.
             impl: what computes decode steps, as for `decode_step`.
             device, max_batch_size: not used; the command line gives them to every model. JAX chooses the device.
             settings: fields of HShareConfig by their names, as values or as text.
 
         Raises:
-            ValueError: an argument that does not exist, contradicts another or is out of range. For the model, the
-                errors of `load_model`.
+            ValueError: an argument that does not exist, contradicts another or is out of range. For the model and the
+                files, the errors of `load_model`, `load_plan` and `load_channels`.
         """
         super().__init__()
         if unknown := [name for name in settings if name not in _FIELDS]:
             known = [name for name in inspect.signature(HShareLM).parameters if name not in _NO_CHOICE]
             raise ValueError(f"unknown model arguments {', '.join(unknown)}; there are {', '.join([*known, *_FIELDS])}")
-        self.method = _choose_method(method, preset, sharing_ratio, settings)
+        files = {"plan_file": plan_file, "channels_file": channels_file}
+        self._files = {name: path for name, path in files.items() if path is not None}
+        self.method = _choose_method(method, preset, sharing_ratio, settings | self._files)
         self.batch_size = _whole("batch_size", batch_size, 1)
         self._impl = impl
         if not isinstance(pretrained, Model):
@@ -97,6 +103,10 @@ class HShareLM(TemplateLM):
         if pretrained.tokenizer is None:
             raise ValueError(f"{pretrained.name} has no tokenizer, and lm-evaluation-harness gives texts")
         self.model, self.tokenizer = pretrained, pretrained.tokenizer
+        self._constants: dict[str, Any] = {}
+        if isinstance(self.method, HShareConfig):
+            given = {*settings, *(_RATIOS if sharing_ratio is not None else ())}
+            self._constants = _read_constants(self._files, pretrained, self.method, given)
         positions = pretrained.config.max_positions
         self.max_length = positions if max_length is None else _whole("max_length", max_length, 2)
         if self.max_length > positions:
@@ -126,7 +136,8 @@ class HShareLM(TemplateLM):
 
     def get_model_info(self) -> dict[str, str]:
         """Returns what is written beside the results."""
-        return {"model_identity": self.model.identity, "model_dtype": self.model.dtype, "method": repr(self.method)}
+        info = {"model_identity": self.model.identity, "model_dtype": self.model.dtype, "method": repr(self.method)}
+        return info | self._files
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Returns the prompt that the tokenizer's template makes of a chat; its last message may be left open."""
@@ -175,6 +186,7 @@ class HShareLM(TemplateLM):
             return log_likelihoods(
                 self.model, pairs,
                 method=self.method, batch_size=self.batch_size, impl=self._impl, progress=bar.update,
+                **self._constants,
             )  # fmt: skip
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -202,7 +214,7 @@ class HShareLM(TemplateLM):
                     result = generate(
                         self.model, [prompts[index][-room:] for index in batch],
                         max_new_tokens=max_gen_toks, method=self.method, sampling=sampling, seeds=batch, stop=until,
-                        impl=self._impl,
+                        impl=self._impl, **self._constants,
                     )  # fmt: skip
                     for index, text in zip(batch, result.texts, strict=True):
                         answers[index] = text
@@ -220,6 +232,26 @@ class HShareLM(TemplateLM):
 
 
 register_model("hshare_jax")(HShareLM)  # as a decorator it would hide the class from type checkers
+
+
+def _read_constants(
+    files: Mapping[str, str], model: Model, hshare: HShareConfig, given: Collection[str]
+) -> dict[str, Any]:
+    """Returns the plan and the channels that files give; ValueError where they leave a given setting without effect."""
+    found: dict[str, Any] = {}
+    if (plan_file := files.get("plan_file")) is not None:
+        found["plan"] = load_plan(plan_file, model, hshare)
+        differing = differing_settings(plan_file, hshare)
+        if idle := [name for name in differing if name in given]:
+            raise ValueError(
+                f"{idle[0]}={getattr(hshare, idle[0])} has no effect: {plan_file} says which list copies which, found "
+                f"with {differing[idle[0]]}; leave it out"
+            )
+    if (channels_file := files.get("channels_file")) is not None:
+        if hshare.scoring == "exact":
+            raise ValueError(f"channels_file={channels_file} has no effect: scoring=exact reads keys and has no labels")
+        found["channels"] = load_channels(channels_file, model)
+    return found
 
 
 def _choose_method(
@@ -240,7 +272,8 @@ def _choose_method(
         if doubled := [key for key in _RATIOS if key in settings]:
             raise ValueError(f"sharing_ratio={sharing_ratio} sets {doubled[0]} too; leave either out")
         config = config.with_sharing_ratio(str(sharing_ratio))
-    config = dataclasses.replace(config, **{key: _parse(key, value) for key, value in settings.items()})  # pyright: ignore[reportArgumentType]
+    fields = {key: _parse(key, value) for key, value in settings.items() if key in _FIELDS}
+    config = dataclasses.replace(config, **fields)  # pyright: ignore[reportArgumentType]
     return method_named(name, config)
 
 
