@@ -9,7 +9,7 @@ from hshare_jax.agreement import StepScores, forced_logits, score_steps, token_a
 from hshare_jax.calibration import Calibration, calibrate, load_channels, load_plan, save_channels, save_plan
 from hshare_jax.config import HShareConfig
 from hshare_jax.decode import decode_step
-from hshare_jax.decode_state import DecodeState, init_state
+from hshare_jax.decode_state import DecodeState, for_decoding, init_state
 from hshare_jax.generate import Generation, ReadStatistics, Timing, generate, stream
 from hshare_jax.kv_cache import KVCache
 from hshare_jax.models.config import ModelConfig, RopeConfig
@@ -38,6 +38,7 @@ __all__ = [
     "Timing",
     "calibrate",
     "decode_step",
+    "for_decoding",
     "forced_logits",
     "generate",
     "init_state",
