@@ -40,7 +40,7 @@ OF_RESULTS = {
     ),
     "speed": (
         "divergence from dense decoding against the time of a step",
-        "of scripts/study_methods.py, which with --speed adds the times",
+        "of scripts/study_methods.py, which takes the times too",
     ),
 }
 

@@ -3,10 +3,9 @@
 
 Dense decoding is the yardstick: windows of each text are prefilled once, then every method decodes the last tokens of
 each window, reading the text's own tokens. Each finished cell is a line of the results file, so a killed run goes on;
-the report holds what is there. Two contexts are measured side by side, each on one core: threads for the products of
-one would only be in the other's way, so turn them off.
+the report holds what is there. Two stages are measured side by side, each by a process with one thread; then, alone,
+the speeds.
 
-    export XLA_FLAGS=--xla_cpu_multi_thread_eigen=false
     python scripts/study_methods.py --text A.txt B.txt C.txt D.jsonl --results methods.jsonl --report docs/results.md
 """
 
@@ -15,13 +14,13 @@ import dataclasses
 import gc
 import itertools
 import json
+import multiprocessing
 import os
 import platform
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, wait
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -61,12 +60,13 @@ DEFAULT, COMPARED = "hshare 1/2-1-1", "hshare 1/3-1-1"
 # take the whole beyond two hours on two cores.
 STUDY = {4096: (512, 128, 256, 64), 8192: (512, 128), 1024: (128, 512, 64, 256)}
 WINDOWS = 8  # scored together
+RECALL_EVERY = 31  # steps, an odd number: a refresh interval of 2 is met on both of its steps
 CALIBRATED_ON = 8000  # characters of each text, one block or two
 PASSKEY_BUDGETS, PASSKEY_BATCH = (128, 512), 25
 SPEED_CONTEXT, SPEED_BUDGETS = 4096, (512, 128)
 SPEED_STEPS, SPEED_ROUND = 24, 4  # a round holds whole refresh intervals
 ROOM = 256  # decode steps that SnapKV makes room for
-AT_ONCE = 2  # threads, a context each: XLA:CPU runs a loop of decode steps on one core
+AT_ONCE = 2  # processes, a stage each: a decode step gains little from a second core, another stage much
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +133,10 @@ def made() -> str:
     return f"{date.today()}, {versions}, {jax.devices()[0].device_kind}"
 
 
-def measure_context(model: Model, todo: list[Cell], texts: dict[str, str], steps: int, keep: Records) -> None:
+Keep = Callable[[dict[str, Any]], object]  # takes the line of a finished cell
+
+
+def measure_context(model: Model, todo: list[Cell], keep: Keep, *, texts: dict[str, str], steps: int) -> None:
     """Scores cells of one context on all windows; a line a cell."""
     context = todo[0].context
     per_text = WINDOWS // len(texts)
@@ -153,7 +156,7 @@ def measure_context(model: Model, todo: list[Cell], texts: dict[str, str], steps
             constants[cell] = {"plan": found.plan, "channels": found.channels}
 
     def measure(cell: Cell) -> dict[str, Any]:
-        rows = scorer.score(cell.method, **constants.get(cell, {}))
+        rows = scorer.score(cell.method, recall_every=RECALL_EVERY, **constants.get(cell, {}))
         return {
             **cell.key,
             "made": made(),
@@ -168,24 +171,20 @@ def measure_context(model: Model, todo: list[Cell], texts: dict[str, str], steps
     measure_cells(todo, measure, keep, desc=f"cells at {context}")
 
 
-def measure_cells(todo: list[Cell], measure: Callable[[Cell], dict[str, Any]], keep: Records, *, desc: str) -> None:
-    """Keeps the line of every cell, in order; programs, which are large, are dropped after each budget."""
+def measure_cells(todo: list[Cell], measure: Callable[[Cell], dict[str, Any]], keep: Keep, *, desc: str) -> None:
+    """Keeps the line of every cell, in order; the ratios of one kind of plan share their programs, which are large."""
     with tqdm(total=len(todo), desc=desc, disable=None) as bar:
-        for _, group in itertools.groupby(todo, key=lambda cell: cell.budget):
+        for _, group in itertools.groupby(todo, key=lambda cell: (cell.budget, cell.name.split()[0])):
             for cell in group:
-                keep.append(measure(cell))
+                keep(measure(cell))
                 bar.update()
             jax.clear_caches()
             gc.collect()
 
 
-def measure_passkeys(model: Model, book: str, seeds: int, keep: Records) -> None:
+def measure_passkeys(model: Model, todo: list[Cell], keep: Keep, *, book: str, seeds: int) -> None:
     """Asks every method for the numbers hidden in 1,024-token texts; a line a method and budget."""
     assert model.tokenizer is not None
-    cells = [Cell(1024, budget, name) for budget in PASSKEY_BUDGETS for name in NAMES]
-    todo = [cell for cell in cells if {"kind": "passkey", "budget": cell.budget, "name": cell.name} not in keep]
-    if not todo:
-        return
     length, tokenizer = 1024, model.tokenizer
     passkeys = make_passkeys(tokenizer, book[int(len(book) * SKIP) :], length, range(seeds))
     batches = [passkeys[start : start + PASSKEY_BATCH] for start in range(0, seeds, PASSKEY_BATCH)]
@@ -207,11 +206,9 @@ def measure_passkeys(model: Model, book: str, seeds: int, keep: Records) -> None
     measure_cells(todo, measure, keep, desc="passkeys")
 
 
-def measure_speed(model: Model, context: int, todo: list[Cell], text: str, keep: Records) -> None:
-    """Times decode steps of the cells, all rows at once, on one text; a line a cell. The machine must be idle.
-
-    A dispatch a step, since XLA:CPU does not spread the body of a loop over cores; a plan for each row, as by default.
-    """
+def measure_speed(model: Model, todo: list[Cell], keep: Keep, *, text: str) -> None:
+    """Times decode steps of the cells, all rows at once, on one text and core, a plan for each row; a line a cell."""
+    context = todo[0].context
     windows = cut_windows(model, "speed", text, context=context, count=WINDOWS, skip=SKIP)
     tokens = jnp.asarray([window.tokens for window in windows], jnp.int32)
     length = context - SPEED_STEPS
@@ -234,6 +231,41 @@ def measure_speed(model: Model, context: int, todo: list[Cell], text: str, keep:
         return {**cell.key, "kind": "speed", "made": made(), "batch": len(windows), "milliseconds": milliseconds}
 
     measure_cells(todo, measure, keep, desc=f"speed at {context}")
+
+
+Stage = tuple[Callable[..., None], list[Cell], dict[str, Any]]  # what measures, its cells, what else it is given
+
+
+def run_stages(model: str, stages: list[Stage], keep: Records) -> None:
+    """Runs the stages that have cells left, `AT_ONCE` side by side, each in a process of its own with one thread."""
+    os.environ["PJRT_NPROC"] = "1"  # XLA:CPU's threads, in the processes that follow
+    context = multiprocessing.get_context("spawn")
+    lines = context.SimpleQueue()
+    with ProcessPoolExecutor(
+        AT_ONCE, mp_context=context, initializer=_begin, initargs=(lines,), max_tasks_per_child=1
+    ) as pool:
+        running = [pool.submit(_run, model, stage) for stage in stages if stage[1]]
+        is_done = False
+        while not is_done:
+            is_done = not wait(running, timeout=1).not_done
+            while not lines.empty():
+                keep.append(lines.get())
+        for stage in running:
+            stage.result()
+
+
+def _begin(lines: Any) -> None:
+    global _lines  # of this process: where the lines of its stage go
+    _lines = lines
+
+
+def _run(model: str, stage: Stage) -> None:
+    run, todo, given = stage
+    run(load_model(model), todo, _lines.put, **given)
+
+
+def _all_names(context: int, budgets: tuple[int, ...]) -> list[Cell]:
+    return [Cell(context, budget, name) for budget in budgets for name in NAMES]
 
 
 def report(lines: list[dict[str, Any]], header: str) -> str:
@@ -346,7 +378,6 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[*STUDY], choices=[*STUDY])
     parser.add_argument("--steps", type=int, default=256, help="positions scored of each window; eight windows in all")
     parser.add_argument("--seeds", type=int, default=50, help="passkey prompts")
-    parser.add_argument("--speed", action="store_true", help="time decode steps and nothing else, on an idle machine")
     parser.add_argument("--report-only", action="store_true", help="measure nothing")
     options = parser.parse_args()
     if WINDOWS % len(options.text):
@@ -358,34 +389,25 @@ def main() -> None:
         "seeds": options.seeds,
     }  # fmt: skip
     keep = Records(options.results, study, keys=("kind", "context", "budget", "name"))
-    if options.speed:
-        timed = [Cell(SPEED_CONTEXT, budget, name) for budget in SPEED_BUDGETS for name in NAMES]
-        if timed := [cell for cell in timed if {**cell.key, "kind": "speed"} not in keep]:
-            measure_speed(load_model(options.model), SPEED_CONTEXT, timed, read_text(options.text[0]), keep)
-    elif not options.report_only:
-        missing = ([cell for cell in cells(context) if not is_measured(cell, keep)] for context in STUDY)
-        todo = [stage for stage in missing if stage and stage[0].context in options.contexts]
+    if not options.report_only:
         texts = {path.name: read_text(path) for path in options.text}
-        model = load_model(options.model)
-        pool = ThreadPoolExecutor(AT_ONCE)
-        stages = [pool.submit(measure_context, model, stage, texts, options.steps, keep) for stage in todo]
-        stages.append(pool.submit(measure_passkeys, model, next(iter(texts.values())), options.seeds, keep))
-        try:
-            for stage in as_completed(stages):
-                stage.result()
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)  # threads cannot be stopped otherwise; what is measured is on the disk
+        first = next(iter(texts.values()))
+        scored = [[cell for cell in cells(c) if not is_measured(cell, keep)] for c in STUDY if c in options.contexts]
+        asked = [
+            c for c in _all_names(1024, PASSKEY_BUDGETS) if {**c.key, "kind": "passkey", "context": None} not in keep
+        ]
+        timed = [c for c in _all_names(SPEED_CONTEXT, SPEED_BUDGETS) if {**c.key, "kind": "speed"} not in keep]
+        stages: list[Stage] = [(measure_context, todo, {"texts": texts, "steps": options.steps}) for todo in scored]
+        stages.append((measure_passkeys, asked, {"book": first, "seeds": options.seeds}))
+        run_stages(options.model, stages, keep)
+        run_stages(options.model, [(measure_speed, timed, {"text": first})], keep)
     names = [path.name for path in options.text]
     runs = "; ".join(dict.fromkeys(line["made"] for line in keep.lines))
-    commands = [command(options)]
-    if any(line["kind"] == "speed" for line in keep.lines):
-        commands.append(f"{command(options, runner='taskset -c 0 python')} --speed")
     header = (
         f"{options.model}, float32; {runs}. {WINDOWS} windows of {', '.join(names)}; the last {options.steps} "
         f"positions of each scored, {WINDOWS * options.steps} in all. Intervals: paired bootstrap over blocks of "
-        f"neighbouring positions. Layer 0 is dense in every method.\n\n"
-    ) + "\n".join(f"    {line}" for line in commands)
+        f"neighbouring positions. Layer 0 is dense in every method.\n\n    {command(options)}"
+    )
     write_report(options.report, MARK, report(keep.lines, header))
 
 

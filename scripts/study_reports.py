@@ -8,11 +8,9 @@ from pathlib import Path
 
 from hshare_jax.whole_files import whole_file
 
-UNPRINTED = ("--report-only", "--speed")  # they say which part of a study to do now
 
-
-def command(options: argparse.Namespace, *, runner: str = "python") -> str:
-    """Returns the command that was given, XLA's flags before it; files by their names, without `UNPRINTED`."""
+def command(options: argparse.Namespace) -> str:
+    """Returns the command that was given, XLA's flags before it; files by their names, without --report-only."""
     values = [value for entry in vars(options).values() for value in (entry if isinstance(entry, list) else [entry])]
     paths = {value for value in values if isinstance(value, Path)}
 
@@ -22,8 +20,8 @@ def command(options: argparse.Namespace, *, runner: str = "python") -> str:
         return option + equals + (Path(value).name or value if is_path else value)
 
     flags = f"XLA_FLAGS={shlex.quote(os.environ['XLA_FLAGS'])} " if "XLA_FLAGS" in os.environ else ""
-    words = [shorten(word) for word in sys.argv[1:] if word not in UNPRINTED]
-    return f"{flags}{runner} scripts/{Path(sys.argv[0]).name} {shlex.join(words)}"
+    words = [shorten(word) for word in sys.argv[1:] if word != "--report-only"]
+    return f"{flags}python scripts/{Path(sys.argv[0]).name} {shlex.join(words)}"
 
 
 def write_report(path: Path | None, mark: str, text: str) -> None:
