@@ -8,8 +8,8 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from hshare_jax.decode_state import DecodeState
+from hshare_jax.kernels import reference
 from hshare_jax.kernels.api import dense_decode, prefill_attention
-from hshare_jax.kernels.reference import received_attention
 from hshare_jax.kv_cache import KVCache, append
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.decoder import Attend, KeysValues
@@ -39,14 +39,16 @@ def prefill_attend(
         keys, values = cache.keys[index], cache.values[index]
         seen, window = config.sees(layer, starts)
         sees_any = seen[:, None] + jnp.arange(q.shape[1])[None, :] >= 0  # else it looks up from position 0
+        is_token = slots < cache.capacity
         if kept is not None and probe_positions is not None:
-            is_token = slots < cache.capacity
             kept = _keep_queries(kept, layer, index, q, is_token, probe_positions - starts[:, None])
-            if kept.received is not None:
-                new = received_attention(q, keys, seen, is_token & sees_any, window=window)
-                received = _replace_layer(kept.received, layer, kept.received[layer] + new)
-                kept = dataclasses.replace(kept, received=received)
-        out = prefill_attention(q, keys, values, seen, window=window)
+        if kept is not None and kept.received is not None:
+            out, log_total = reference.prefill_attention(q, keys, values, seen, window=window)
+            new = reference.received_attention(q, keys, seen, is_token & sees_any, log_total, window=window)
+            received = _replace_layer(kept.received, layer, kept.received[layer] + new)
+            kept = dataclasses.replace(kept, received=received)
+        else:
+            out = prefill_attention(q, keys, values, seen, window=window)
         if config.looks_up(layer):
             out = jnp.where(sees_any[:, :, None, None], out, 0)
         return out, (cache, kept)

@@ -1,5 +1,7 @@
 """Critical tokens: from scores to the list of cached tokens that a head reads."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -13,6 +15,7 @@ GROUP = 16  # words that are counted together
 LANES = 128  # slots whose counts are kept apart, so that counting needs no sum across a vector
 
 
+@functools.partial(jax.jit, static_argnames=("num_lists", "config"))  # traced once for the layers of a step
 def find_critical_tokens(
     scores: Float[Array, "B N S"],
     lengths: Int[Array, "B"],

@@ -125,7 +125,7 @@ def prefill_attention(
     """Returns causal attention over the cache: see `reference.prefill_attention`; by cuDNN where that can be."""
 
     def plain() -> Array:
-        return reference.prefill_attention(q, keys, values, starts, window=window)
+        return reference.prefill_attention(q, keys, values, starts, window=window)[0]
 
     if not can_fuse_prefill(q, keys, window):
         return plain()

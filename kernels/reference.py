@@ -166,8 +166,8 @@ def prefill_attention(
     starts: Int[Array, "B"],
     *,
     window: int | None = None,
-) -> Float[Array, "B T N H"]:
-    """Returns causal attention of T new tokens per row over the cache that already holds their keys and values.
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+    """Returns (causal attention of T new tokens per row over the cache that holds theirs, log of each softmax's divisor).
 
     Token t of row b sits at position starts[b] + t and sees slots up to its own. Scores exist for one block of slots at
     a time (online softmax, arXiv 1805.02867), and the blocks beyond the longest row are never visited, so the work
@@ -210,9 +210,9 @@ def prefill_attention(
         jnp.full((B, K, G * T), MASKED, jnp.float32),
         jnp.zeros((B, K, G * T), jnp.float32),
     )
-    out, _, total = lax.fori_loop(first, last, visit, carry)
+    out, peak, total = lax.fori_loop(first, last, visit, carry)
     out = (out / total[..., None]).reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4)
-    return out.reshape(B, T, N, H).astype(q.dtype)
+    return out.reshape(B, T, N, H).astype(q.dtype), (peak + jnp.log(total)).reshape(B, N, T)
 
 
 def received_attention(
@@ -220,40 +220,31 @@ def received_attention(
     keys: Float[Array, "B K S H"],
     starts: Int[Array, "B"],
     is_token: Bool[Array, "B T"],
+    log_total: Float[Array, "B N T"],
     *,
     window: int | None = None,
 ) -> Float[Array, "B N S"]:
     """Returns the attention probabilities that each slot receives from these queries of a prefill, summed over them.
 
-    Arguments are those of `prefill_attention`, with what is padding told apart. As there, scores exist for one block of
-    slots at a time: first for every query's log of the sum of exponents, then again for the probabilities.
+    Arguments are those of `prefill_attention`, with what is padding told apart, and what it returns beside the
+    attention. As there, scores exist for one block of slots at a time.
     """
     (B, T, N, H), (K, S) = q.shape, keys.shape[1:3]
     block = min(PREFILL_BLOCK, S)
     grouped = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4) * H**-0.5  # [B, K, G, T, H]
     positions = (starts[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :])[:, None, None, :, None]
+    log_total = log_total.reshape(B, K, N // K, T, 1)
 
-    def score(index: Array) -> Array:
+    def add_weights(index: Array, received: Array) -> Array:
         slots = (index * block + jnp.arange(block, dtype=jnp.int32))[None, None, None, None, :]
         block_keys = lax.dynamic_slice_in_dim(keys, index * block, block, axis=2)
         scores = jnp.einsum("BKGTH,BKSH->BKGTS", grouped, block_keys, preferred_element_type=jnp.float32)
-        is_visible = slots <= positions
+        is_counted = (slots <= positions) & is_token[:, None, None, :, None]
         if window is not None:
-            is_visible &= slots > positions - window
-        return jnp.where(is_visible, scores, MASKED)
-
-    def add_exponents(index: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        scores, (peak, total) = score(index), carry
-        new_peak = jnp.maximum(peak, scores.max(axis=-1))
-        return new_peak, total * jnp.exp(peak - new_peak) + jnp.exp(scores - new_peak[..., None]).sum(axis=-1)
-
-    def add_weights(index: Array, received: Array) -> Array:
-        weights = jnp.where(is_token[:, None, None, :, None], jnp.exp(score(index) - log_total), 0).sum(axis=3)
+            is_counted &= slots > positions - window
+        weights = jnp.where(is_counted, jnp.exp(scores - log_total), 0).sum(axis=3)
         return lax.dynamic_update_slice_in_dim(received, weights.reshape(B, N, block), index * block, axis=2)
 
     first = 0 if window is None else jnp.maximum(starts.min() - window + 1, 0) // block
     last = jnp.minimum((starts.max() + T + block - 1) // block, S // block)
-    none = jnp.full((B, K, N // K, T), MASKED, jnp.float32), jnp.zeros((B, K, N // K, T), jnp.float32)
-    peak, total = lax.fori_loop(first, last, add_exponents, none)
-    log_total = (peak + jnp.log(total))[..., None]
     return lax.fori_loop(first, last, add_weights, jnp.zeros((B, N, S), jnp.float32))

@@ -167,12 +167,15 @@ def test_prefill_attention_equals_the_definition(T, window):
     starts = np.array([0, 1, 255 - T, 256 - T, 257 - T, S - T]).clip(0)
     q = rng.standard_normal((B, T, N, H)).astype(np.float32)
     keys, values = cache(rng, K, starts + T)
-    out = prefill_attention(*map(jnp.asarray, (q, keys, values, starts)), window=window)
+    out, log_total = prefill_attention(*map(jnp.asarray, (q, keys, values, starts)), window=window)
     for b, t in np.ndindex(B, T):
         if t not in (0, 1, T // 2, T - 1):
             continue
         reads = [oracle.dense_reads(starts[b] + t + 1, window)] * N
         np.testing.assert_allclose(out[b, t], oracle.attention(q[b, t], keys[b], values[b], reads), atol=F32, rtol=0)
+        for n in range(N):
+            scores = keys[b, n * K // N][sorted(reads[n])].astype(np.float64) @ q[b, t, n] / np.sqrt(q.shape[-1])
+            np.testing.assert_allclose(log_total[b, n, t], np.log(np.exp(scores).sum()), atol=F32)
 
 
 def test_prefill_attention_refuses_a_cache_of_broken_blocks():
@@ -196,7 +199,7 @@ def test_bfloat16_is_at_most_twice_as_wrong_as_the_plainest_bfloat16_code():
     for out, right, slots in (
         (shared, expected, reads),
         (dense_decode(low_q, low_k, low_v, lengths), all_expected, all_reads),
-        (prefill_attention(low_q[:, None], low_k, low_v, lengths - 1)[:, 0], all_expected, all_reads),
+        (prefill_attention(low_q[:, None], low_k, low_v, lengths - 1)[0][:, 0], all_expected, all_reads),
     ):
         assert out.dtype == jnp.bfloat16
         naive = np.stack([naive_low_precision(low_q[b], low_k[b], low_v[b], slots[b]) for b in rows])
