@@ -167,11 +167,11 @@ def prefill_attention(
     *,
     window: int | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
-    """Returns (causal attention of T new tokens per row over the cache that holds theirs, log of each softmax's divisor).
+    """Returns (causal attention of T new tokens per row over the cache, the log of what each softmax divides by).
 
-    Token t of row b sits at position starts[b] + t and sees slots up to its own. Scores exist for one block of slots at
-    a time (online softmax, arXiv 1805.02867), and the blocks beyond the longest row are never visited, so the work
-    follows the length and not the capacity.
+    Token t of row b sits at position starts[b] + t and sees slots up to its own; the cache holds their keys and values
+    already. Scores exist for one block of slots at a time (online softmax, arXiv 1805.02867), and the blocks beyond the
+    longest row are never visited, so the work follows the length and not the capacity.
     """
     B, T, N, H = q.shape
     K, S = keys.shape[1:3]
