@@ -32,7 +32,6 @@ from hshare_jax.selection import PromptQueries
 from hshare_jax.shapes import Similarity
 from hshare_jax.share_plan import SharePlan, find_plan
 from hshare_jax.shared_lists import SharedLists
-from hshare_jax.similarity import measure_similarity
 from hshare_jax.whole_files import whole_file
 
 _OURS, _PUBLISHED_PLAN = "hshare_jax", "layer.share_config"
@@ -134,7 +133,7 @@ def _find_plan(
         total = [old + new for old, new in zip(total, arrays, strict=True)] if total else arrays
         num_probes += count
     mean = [jnp.asarray(array / num_probes, jnp.float32) for array in total]
-    return to_share_plan(_plan_of(mean[0] if len(mean) == 1 else tuple(mean), model=model.config, config=hshare)[0])
+    return to_share_plan(find_plan(mean[0] if len(mean) == 1 else tuple(mean), model=model.config, config=hshare)[0])
 
 
 def _read_block(
@@ -165,11 +164,7 @@ def _channel_statistics(kept: PromptQueries, cache: KVCache, *, config: ModelCon
 def _measure_block(
     kept: PromptQueries, positions: Array, cache: KVCache, shared: SharedLists, *, config: ModelConfig
 ) -> Similarity:
-    channels, labels = shared.label_prompt(kept, cache, config)
-    return measure_similarity(kept.probes, cache.keys, labels, channels, positions, model=config, config=shared.config)
-
-
-_plan_of = jax.jit(find_plan, static_argnames=("model", "config"))
+    return shared.label_prompt(kept, cache, config).measure_similarity(kept, positions, cache, config)
 
 
 def find_plans(

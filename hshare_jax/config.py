@@ -81,6 +81,11 @@ class HShareConfig:
         """Returns these settings with those that only finding a plan reads as the defaults have them."""
         return dataclasses.replace(self, **{name: getattr(HShareConfig, name) for name in PLAN_SETTINGS})
 
+    def for_measuring(self) -> "HShareConfig":
+        """Returns these settings with those by which similarity becomes a plan as the defaults have them."""
+        plan = "published" if self.plan == "published" else HShareConfig.plan
+        return dataclasses.replace(self.for_decoding(), plan=plan, num_probes=self.num_probes)
+
     @property
     def budget(self) -> int:
         """Returns how many tokens a head reads right after a refresh, at most."""
@@ -159,6 +164,10 @@ class HShareConfig:
             shared = _num_shared(self.layer_ratio * self.head_ratio, layers * J)
             return layers * J - shared
         return (layers - self.num_shared_layers(model)) * (J - self.num_shared_lists(model))
+
+    def shares_lists(self, model: ModelConfig) -> bool:
+        """Returns whether any list copies another, so that a plan must be found."""
+        return self.num_computed_lists(model) < self.num_sparse_layers(model) * self.num_lists(model)
 
 
 def check_whole(name: str, value: object, least: int) -> None:

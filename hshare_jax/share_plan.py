@@ -6,6 +6,7 @@ compilation can be a constant instead: a SharePlan.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -112,6 +113,7 @@ def compose(layer_map: Int[Array, "L"], list_maps: Int[Array, "L J"]) -> Int[Arr
     return layer_map[:, None] * list_maps.shape[1] + list_maps[layer_map]
 
 
+@functools.partial(jax.jit, static_argnames=("model", "config"))
 def find_plan(similarity: Similarity, *, model: ModelConfig, config: HShareConfig) -> Source:
     """Returns each row's plan from what `measure_similarity` found, or the same one for all under `plan_scope="batch"`.
 
@@ -191,7 +193,7 @@ def find_units_plan(caught: Float[Array, "B U U"], *, model: ModelConfig, config
     L, J = model.num_layers, config.num_lists(model)
     identity = identity_plan(1, L, J)[0]
     first, num_sources = config.dense_layers * J, config.num_computed_lists(model)
-    if num_sources >= L * J - first:
+    if not config.shares_lists(model):
         return jnp.tile(identity, (caught.shape[0], 1, 1))
 
     def plan_row(row: Array) -> Array:

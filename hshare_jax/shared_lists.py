@@ -18,7 +18,7 @@ from hshare_jax.kv_cache import KVCache, append
 from hshare_jax.labels import Labels, choose_channels, label_query, make_labels, score_keys, score_labels
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.selection import PromptQueries, Step, count_dense, count_listed, mark_dense, mark_listed
-from hshare_jax.shapes import Lists
+from hshare_jax.shapes import Lists, Similarity
 from hshare_jax.share_plan import SharePlan, find_plan, identity_plan
 from hshare_jax.similarity import measure_similarity, probe_positions
 
@@ -63,20 +63,14 @@ class SharedLists:
         self, queries: PromptQueries, positions: Int[Array, "B P"], cache: KVCache, model: ModelConfig
     ) -> "SharedLists":
         """Returns the lists' state with channels, labels and plan, those that are not given, found from the prompt."""
-        channels, labels = self.label_prompt(queries, cache, model)
-        source = self.source
-        if self.plan is None:
-            similarity = measure_similarity(
-                queries.probes, cache.keys, labels, channels, positions, model=model, config=self.config
-            )
-            source = find_plan(similarity, model=model, config=self.config)
-        age = jnp.zeros_like(self.age)
-        return dataclasses.replace(self, source=source, channels=channels, labels=labels, age=age)
+        lists = self.label_prompt(queries, cache, model)
+        if self.plan is not None:
+            return lists
+        similarity = lists.measure_similarity(queries, positions, cache, model)
+        return dataclasses.replace(lists, source=find_plan(similarity, model=model, config=self.config))
 
-    def label_prompt(
-        self, queries: PromptQueries, cache: KVCache, model: ModelConfig
-    ) -> tuple[Int[Array, "B L K R"], tuple[Labels | None, ...]]:
-        """Returns (channels, those that are not given found from the prompt; labels of the whole cache on them)."""
+    def label_prompt(self, queries: PromptQueries, cache: KVCache, model: ModelConfig) -> "SharedLists":
+        """Returns the lists' state with labels of the whole cache, on channels found from the prompt or given."""
         channels = self.channels
         if not self.has_fixed_channels:
             R = self.config.num_label_channels(model)
@@ -87,7 +81,15 @@ class SharedLists:
             None if old is None else make_labels(keys, channels[:, layer], self.config.label_bits)
             for layer, keys, old in zip(model.kv_layers, cache.keys, self.labels, strict=True)
         )
-        return channels, labels
+        return dataclasses.replace(self, channels=channels, labels=labels, age=jnp.zeros_like(self.age))
+
+    def measure_similarity(
+        self, queries: PromptQueries, positions: Int[Array, "B P"], cache: KVCache, model: ModelConfig
+    ) -> Similarity:
+        """Returns what a plan is found from, by the labels of the prompt."""
+        return measure_similarity(
+            queries.probes, cache.keys, self.labels, self.channels, positions, model=model, config=self.config
+        )
 
     def begin(self, step: Step) -> "SharedLists":
         """Returns these lists a step older, with the recent range where this step reads it."""

@@ -125,6 +125,13 @@ def test_windows_are_spread_over_the_text_and_scored_as_decode_steps():
     assert (sparse["reads"] < 40).all()
     assert (sparse["divergence"] > 0).any()
     np.testing.assert_array_equal(np.isnan(sparse["recall"][0]), [False] + [True] * 7)
+    without = scorer.score(HSHARE, recall_every=None)
+    assert np.isnan(without["recall"]).all()
+    np.testing.assert_allclose(without["loss"], sparse["loss"], atol=SAME)
+
+
+def read_of(windows, length):
+    return jnp.asarray([window.tokens[:length] for window in windows], jnp.int32), jnp.full((len(windows),), length)
 
 
 def test_one_dispatch_scores_a_chunk_and_one_program_all_ratios(monkeypatch):
@@ -140,8 +147,12 @@ def test_one_dispatch_scores_a_chunk_and_one_program_all_ratios(monkeypatch):
         state = scorer.prefilled.start(hshare)
         assert isinstance(state.selection, SharedLists)
         plans.append(np.asarray(state.selection.source))
+        own = prefill_for(TINY, *read_of(windows, 92), 100, [hshare]).start(hshare).selection
+        assert isinstance(own, SharedLists)
+        np.testing.assert_array_equal(plans[-1], own.source)
         scorer.score_state(state)
     assert (plans[0] != plans[1]).any()
+    assert len(scorer.prefilled.measured) == 1
     assert len(calls) == 2
     assert scored._cache_size() == before + 1
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +14,15 @@ from jaxtyping import Float, Int
 from hshare_jax.config import HShareConfig
 from hshare_jax.decode_state import DecodeState, init_state, start_method
 from hshare_jax.kv_cache import KVCache
+from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.pretrained import Model
 from hshare_jax.prefill import after_prefill, read_prompt, unembed
 from hshare_jax.selection import Method, PromptQueries
-from hshare_jax.shapes import PerRow, Tokens
-from hshare_jax.share_plan import SharePlan
+from hshare_jax.shapes import PerRow, Similarity, Tokens
+from hshare_jax.share_plan import SharePlan, find_plan
+from hshare_jax.shared_lists import SharedLists
+
+Tree = TypeVar("Tree")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +34,7 @@ class Prefilled:
     logits: Float[Array, "B V"]  # after each row's last token
     queries: PromptQueries | None
     positions: Int[np.ndarray, "B P"]  # where the queries stand, ascending; beyond each row's last one past all slots
+    measured: dict[HShareConfig, tuple[SharedLists, Similarity]] = dataclasses.field(default_factory=dict, repr=False)
 
     def start(
         self,
@@ -56,9 +62,22 @@ class Prefilled:
         take = functools.partial(jnp.take_along_axis, indices=index, axis=1, mode="fill", fill_value=0)
         probes = tuple(map(take, self.queries.probes))
         received = self.queries.received if selection.wants_received else None
-        queries = PromptQueries(probes, self.queries.sizes, received)
-        selection = after_prefill(selection, queries, jnp.asarray(positions), cache, config=config)
-        return DecodeState(cache, selection)
+        queries, asked = PromptQueries(probes, self.queries.sizes, received), jnp.asarray(positions)
+        is_given = plan is not None or channels is not None
+        if isinstance(selection, SharedLists) and selection.config.shares_lists(config) and not is_given:
+            return DecodeState(cache, self._find_plan(selection, queries, asked))
+        return DecodeState(cache, after_prefill(selection, queries, asked, cache, config=config))
+
+    def _find_plan(self, lists: SharedLists, queries: PromptQueries, positions: Array) -> SharedLists:
+        """Returns lists as after a prefill of their own; what plans are found from is measured once for all ratios."""
+        hshare, config = lists.config, self.model.config
+        key = hshare.for_measuring()
+        if key not in self.measured:
+            lists = dataclasses.replace(lists, config=key)
+            self.measured[key] = _measure(lists, queries, positions, self.cache, config=config)
+        lists, similarity = self.measured[key]
+        source = find_plan(similarity, model=config, config=hshare)
+        return dataclasses.replace(_copy(lists), source=source, config=hshare)
 
 
 def prefill_for(
@@ -97,5 +116,14 @@ def prefill_for(
     return Prefilled(model, cache, unembed(model.params, hidden, config=config), queries, positions)
 
 
-def _copy(cache: KVCache) -> KVCache:
-    return jax.tree.map(lambda array: jnp.array(array, copy=True), cache)
+@functools.partial(jax.jit, static_argnames=("config",))
+def _measure(
+    lists: SharedLists, queries: PromptQueries, positions: Array, cache: KVCache, *, config: ModelConfig
+) -> tuple[SharedLists, Similarity]:
+    lists = lists.label_prompt(queries, cache, config)
+    return lists, lists.measure_similarity(queries, positions, cache, config)
+
+
+def _copy(tree: Tree) -> Tree:
+    """Returns a tree of its own, for a decode step will be given it and not give it back."""
+    return jax.tree.map(lambda array: jnp.array(array, copy=True), tree)

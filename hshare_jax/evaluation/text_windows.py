@@ -99,7 +99,7 @@ class Scorer:
         self._reference = forced_logits(model.params, self._scored[:, :-1], state, config=model.config, impl=impl)
 
     def score(
-        self, method: HShareConfig | Method | None, *, recall_every: int = RECALL_EVERY, **given: Any
+        self, method: HShareConfig | Method | None, *, recall_every: int | None = RECALL_EVERY, **given: Any
     ) -> dict[str, np.ndarray]:
         """Returns the scores of a method: those of `score_state` from where it starts.
 
@@ -110,7 +110,7 @@ class Scorer:
         """
         return self.score_state(self.prefilled.start(method, **given), recall_every=recall_every)
 
-    def score_state(self, state: DecodeState, *, recall_every: int = RECALL_EVERY) -> dict[str, np.ndarray]:
+    def score_state(self, state: DecodeState, *, recall_every: int | None = RECALL_EVERY) -> dict[str, np.ndarray]:
         """Returns the scores of every step by name, each [B, T]; one dispatch.
 
         `loss` (nats), `divergence` (KL from dense decoding, nats), `agrees` (0 or 1), `reads` (tokens) and `recall` (of
@@ -118,15 +118,16 @@ class Scorer:
 
         Args:
             state: from `Prefilled.start`; it is donated.
-            recall_every: recall is taken on the first of so many steps; a multiple of the refresh interval would look
-                only at steps that have just chosen.
+            recall_every: recall is taken on the first of so many steps, or, if None, never; a multiple of the refresh
+                interval would look only at steps that have just chosen.
         """
+        state = state if recall_every is None else measure_recall(state, recall_every)
         scores = score_steps(
-            self._model.params, self._scored, measure_recall(state, recall_every),
+            self._model.params, self._scored, state,
             config=self._model.config, reference=self._reference, impl=self._impl, observe=recall_of,
         )  # fmt: skip
         recall = _by_row(scores.observed)
-        recall[:, np.arange(self.steps) % recall_every != 0] = np.nan
+        recall[:, [recall_every is None or step % recall_every != 0 for step in range(self.steps)]] = np.nan
         return {
             "loss": _by_row(scores.loss),
             "divergence": _by_row(scores.divergence),
