@@ -241,10 +241,10 @@ Stage = tuple[Callable[..., None], list[Cell], dict[str, Any]]  # what measures,
 def run_stages(model: str, stages: list[Stage], keep: Records) -> None:
     """Runs the stages that have cells left, `AT_ONCE` side by side, each in a process of its own with one thread."""
     os.environ["PJRT_NPROC"] = "1"  # XLA:CPU's threads, in the processes that follow
-    context = multiprocessing.get_context("spawn")
-    lines = context.SimpleQueue()
+    spawn = multiprocessing.get_context("spawn")
+    lines = spawn.SimpleQueue()
     with ProcessPoolExecutor(
-        AT_ONCE, mp_context=context, initializer=_begin, initargs=(lines,), max_tasks_per_child=1
+        AT_ONCE, mp_context=spawn, initializer=_begin, initargs=(lines,), max_tasks_per_child=1
     ) as pool:
         running = [pool.submit(_run, model, stage) for stage in stages if stage[1]]
         is_done = False

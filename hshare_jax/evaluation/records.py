@@ -2,7 +2,6 @@
 
 import json
 import os
-import threading
 from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +15,7 @@ class Records:
     """A results file: a first line that says what is measured, then one line for each finished item.
 
     A line that was only half written when a run was killed is cut off again, and its item done anew; so a resumed file
-    equals an uninterrupted one byte for byte. Nothing is written before the first item is finished. Threads may append.
+    equals an uninterrupted one byte for byte. Nothing is written before the first item is finished.
     """
 
     def __init__(
@@ -33,7 +32,7 @@ class Records:
         Raises:
             ValueError: the file holds results of another study, or is no results file.
         """
-        self.path, self._keys, self._lock = Path(path), keys, threading.Lock()
+        self.path, self._keys = Path(path), keys
         self._study: dict[str, Any] = json.loads(json.dumps(_MARK | study))
         text = self.path.read_bytes() if self.path.exists() else b""
         mark = json.dumps(_MARK)[:-1].encode()
@@ -93,13 +92,12 @@ class Records:
 
     def append(self, line: dict[str, Any]) -> None:
         """Writes the line of an item that is finished now; nothing where it was finished before."""
-        with self._lock:
-            if line in self:
-                return
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            new = [line] if self._done else [self._study, line]
-            _write(self.path, new, "ab" if self._done else "wb")
-            self._done[self._key(line)] = json.loads(json.dumps(line))
+        if line in self:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        new = [line] if self._done else [self._study, line]
+        _write(self.path, new, "ab" if self._done else "wb")
+        self._done[self._key(line)] = json.loads(json.dumps(line))
 
 
 def _write(path: Path, lines: list[dict[str, Any]], mode: Literal["ab", "wb"]) -> None:
