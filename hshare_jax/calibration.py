@@ -133,7 +133,7 @@ def _find_plan(
         total = [old + new for old, new in zip(total, arrays, strict=True)] if total else arrays
         num_probes += count
     mean = [jnp.asarray(array / num_probes, jnp.float32) for array in total]
-    return to_share_plan(find_plan(mean[0] if len(mean) == 1 else tuple(mean), model=model.config, config=hshare)[0])
+    return to_share_plan(_plan_of(mean[0] if len(mean) == 1 else tuple(mean), model=model.config, config=hshare)[0])
 
 
 def _read_block(
@@ -165,6 +165,9 @@ def _measure_block(
     kept: PromptQueries, positions: Array, cache: KVCache, shared: SharedLists, *, config: ModelConfig
 ) -> Similarity:
     return shared.label_prompt(kept, cache, config).measure_similarity(kept, positions, cache, config)
+
+
+_plan_of = jax.jit(find_plan, static_argnames=("model", "config"))
 
 
 def find_plans(

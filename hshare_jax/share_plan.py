@@ -6,7 +6,6 @@ compilation can be a constant instead: a SharePlan.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -113,7 +112,6 @@ def compose(layer_map: Int[Array, "L"], list_maps: Int[Array, "L J"]) -> Int[Arr
     return layer_map[:, None] * list_maps.shape[1] + list_maps[layer_map]
 
 
-@functools.partial(jax.jit, static_argnames=("model", "config"))
 def find_plan(similarity: Similarity, *, model: ModelConfig, config: HShareConfig) -> Source:
     """Returns each row's plan from what `measure_similarity` found, or the same one for all under `plan_scope="batch"`.
 

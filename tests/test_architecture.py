@@ -70,6 +70,7 @@ ORDER = (
 # Everything else is a pure function that its caller compiles as part of something larger.
 MAY_JIT = (
     "hshare_jax.kernels.*",  # so that layers of one shape trace a kernel once
+    "hshare_jax.critical_tokens",  # likewise
     "hshare_jax.prefill",
     "hshare_jax.decode",
     "hshare_jax.generate",

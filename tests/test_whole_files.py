@@ -75,12 +75,10 @@ def test_a_command_is_the_one_given_with_paths_by_their_names(
     (model := tmp_path / "model").mkdir()
     options = argparse.Namespace(text=[Path("corpus/a b.txt"), Path("c.txt")], report=Path("docs/new.md"), steps=8)
     given = ["--text", "corpus/a b.txt", "./c.txt", "--report=docs/new.md", "--model", str(model), "--steps", "8"]
-    given += ["--tokenizer", "owner/name", "--report-only", "--speed"]
+    given += ["--tokenizer", "owner/name", "--report-only"]
     monkeypatch.setattr("sys.argv", ["/somewhere/study.py", *given])
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     words = "scripts/study.py --text 'a b.txt' c.txt --report=new.md --model model --steps 8 --tokenizer owner/name"
     assert reports.command(options) == f"python {words}"
     monkeypatch.setenv("XLA_FLAGS", "--a=false --b=1")
-    assert reports.command(options, runner="taskset -c 0 python") == (
-        f"XLA_FLAGS='--a=false --b=1' taskset -c 0 python {words}"
-    )
+    assert reports.command(options) == f"XLA_FLAGS='--a=false --b=1' python {words}"

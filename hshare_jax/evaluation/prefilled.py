@@ -76,7 +76,7 @@ class Prefilled:
             lists = dataclasses.replace(lists, config=key)
             self.measured[key] = _measure(lists, queries, positions, self.cache, config=config)
         lists, similarity = self.measured[key]
-        source = find_plan(similarity, model=config, config=hshare)
+        source = _plan_of(similarity, model=config, config=hshare)
         return dataclasses.replace(_copy(lists), source=source, config=hshare)
 
 
@@ -122,6 +122,9 @@ def _measure(
 ) -> tuple[SharedLists, Similarity]:
     lists = lists.label_prompt(queries, cache, config)
     return lists, lists.measure_similarity(queries, positions, cache, config)
+
+
+_plan_of = jax.jit(find_plan, static_argnames=("model", "config"))
 
 
 def _copy(tree: Tree) -> Tree:
