@@ -34,6 +34,7 @@ class Prefilled:
     logits: Float[Array, "B V"]  # after each row's last token
     queries: PromptQueries | None
     positions: Int[np.ndarray, "B P"]  # where the queries stand, ascending; beyond each row's last one past all slots
+    # What plans are found from, by `HShareConfig.for_measuring`: measured once for all ratios.
     measured: dict[HShareConfig, tuple[SharedLists, Similarity]] = dataclasses.field(default_factory=dict, repr=False)
 
     def start(
@@ -62,14 +63,14 @@ class Prefilled:
         take = functools.partial(jnp.take_along_axis, indices=index, axis=1, mode="fill", fill_value=0)
         probes = tuple(map(take, self.queries.probes))
         received = self.queries.received if selection.wants_received else None
-        queries, asked = PromptQueries(probes, self.queries.sizes, received), jnp.asarray(positions)
+        queries, places = PromptQueries(probes, self.queries.sizes, received), jnp.asarray(positions)
         is_given = plan is not None or channels is not None
         if isinstance(selection, SharedLists) and selection.config.shares_lists(config) and not is_given:
-            return DecodeState(cache, self._find_plan(selection, queries, asked))
-        return DecodeState(cache, after_prefill(selection, queries, asked, cache, config=config))
+            return DecodeState(cache, self._find_plan(selection, queries, places))
+        return DecodeState(cache, after_prefill(selection, queries, places, cache, config=config))
 
     def _find_plan(self, lists: SharedLists, queries: PromptQueries, positions: Array) -> SharedLists:
-        """Returns lists as after a prefill of their own; what plans are found from is measured once for all ratios."""
+        """Returns lists as after a prefill of their own."""
         hshare, config = lists.config, self.model.config
         key = hshare.for_measuring()
         if key not in self.measured:
