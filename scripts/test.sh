@@ -37,12 +37,13 @@ section "ruff format"
 "$python" -m ruff format --check .
 section "ruff check"
 "$python" -m ruff check .
-section "pyright"
-"$python" -m pyright --pythonpath "$python"
+section "pyright, and beside it programs compiled for an H200"
+"$python" -m pyright --pythonpath "$python" &
+pyright=$!
 if [[ $(uname -s) == Linux ]]; then  # the CUDA compiler's wheels are for Linux alone; no GPU is needed
-  section "compile for an H200"
   bash scripts/check_h200_compile.sh "$python"
 fi
+wait "$pyright"
 section "pytest"
 # A file of tests stays on one worker, so that its compiled functions and fixtures are made once; in the order of names,
 # for by number of tests the longest file, with one test, would come last. Pass -n 0 to debug.
