@@ -124,7 +124,8 @@ def score_steps(
         config: the model.
         reference: logits to compare with, of the same steps [T, B, V]; see `forced_logits`.
         impl: what computes the steps, as for `decode_step`.
-        observe: a function of the state after each step and the model, whose values [B] are kept too; traced.
+        observe: a function of the state after each step and the model, whose values [B] are kept too; traced. The state
+            is that of `for_decoding`.
     """
     state = for_decoding(state)
     return _score_steps(params, tokens, state, reference, config=config, impl=impl, observe=observe)[0]
