@@ -147,4 +147,4 @@ def forced_logits(
     params: dict, tokens: Tokens, state: DecodeState, *, config: ModelConfig, impl: str = "auto"
 ) -> Float[Array, "T B V"]:
     """Returns the logits of decode steps that read a given text [B, T]; the state is donated."""
-    return _force(params, tokens, state, config=config, impl=impl)[0]
+    return _force(params, tokens, for_decoding(state), config=config, impl=impl)[0]

@@ -127,19 +127,20 @@ def _find_plan(
             bar.update(len(block))
             continue
         kept, positions, cache, shared = _read_block(model, block, capacity, hshare, channels, bar)
-        similarity = _measure_block(kept, positions, cache, shared, config=model.config)
+        _, similarity = measure_prompt(shared, kept, positions, cache, config=model.config)
         count = int((positions >= 0).sum())
         arrays = [count * np.asarray(array, np.float64) for array in jax.tree.leaves(similarity)]
         total = [old + new for old, new in zip(total, arrays, strict=True)] if total else arrays
         num_probes += count
     mean = [jnp.asarray(array / num_probes, jnp.float32) for array in total]
-    return to_share_plan(_plan_of(mean[0] if len(mean) == 1 else tuple(mean), model=model.config, config=hshare)[0])
+    return to_share_plan(plan_from(mean[0] if len(mean) == 1 else tuple(mean), model=model.config, config=hshare)[0])
 
 
 def _read_block(
     model: Model, block: list[int], capacity: int, hshare: HShareConfig, channels: np.ndarray | None, bar: tqdm
 ) -> tuple[PromptQueries, Array, KVCache, SharedLists]:
     dtype = jnp.dtype(model.dtype)
+    channels = channels if hshare.scoring == "labels" else None  # which nothing else reads
     state = init_state(model.config, 1, capacity, method=hshare, channels=channels, dtype=dtype)
     tokens, lengths = jnp.asarray([block], jnp.int32), jnp.asarray([len(block)], jnp.int32)
     shared = state.selection
@@ -161,13 +162,15 @@ def _channel_statistics(kept: PromptQueries, cache: KVCache, *, config: ModelCon
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
-def _measure_block(
-    kept: PromptQueries, positions: Array, cache: KVCache, shared: SharedLists, *, config: ModelConfig
-) -> Similarity:
-    return shared.label_prompt(kept, cache, config).measure_similarity(kept, positions, cache, config)
+def measure_prompt(
+    lists: SharedLists, queries: PromptQueries, positions: Array, cache: KVCache, *, config: ModelConfig
+) -> tuple[SharedLists, Similarity]:
+    """Returns (lists with the labels of what the cache holds, what its plan is found from) (jitted)."""
+    lists = lists.label_prompt(queries, cache, config)
+    return lists, lists.measure_similarity(queries, positions, cache, config)
 
 
-_plan_of = jax.jit(find_plan, static_argnames=("model", "config"))
+plan_from = jax.jit(find_plan, static_argnames=("model", "config"))
 
 
 def find_plans(

@@ -36,7 +36,7 @@ class HShareConfig:
     scoring: Literal["labels", "exact"] = "labels"  # exact: on all channels of the keys themselves, the yardstick
     label_channels: int | None = None  # channels of a head that labels keep; None: 32, or all of a smaller head
     label_bits: Literal[4, 8] | None = 4  # None: labels are not quantised
-    num_probes: int | Literal["all"] = 64  # prompt queries that similarity is measured on; all: the paper's definition
+    num_probes: int | Literal["all"] = 64  # prompt queries that similarity is measured on; all: as published
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -73,7 +73,11 @@ class HShareConfig:
 
     @classmethod
     def published(cls) -> "HShareConfig":
-        """Returns the method as the paper and its code have it, at the paper's 128 tokens and 7/8-3/4-1/2."""
+        """Returns the method as the paper and its code have it, at the paper's 128 tokens and 7/8-3/4-1/2.
+
+        Similarity is measured from `first_probe` on, though, where lists can differ in all they hold; and labels keep
+        32 channels, as in its code, of heads smaller than its 128 too.
+        """
         published = cls(lists_per="query_head", plan="published", dilate=False, dense_layers=0, num_probes="all")
         return published.with_sharing_ratio("7/8-3/4-1/2")
 

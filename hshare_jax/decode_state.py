@@ -80,10 +80,10 @@ def start_method(
 
 
 def for_decoding(state: DecodeState) -> DecodeState:
-    """Returns a state for loops that only decode: one program then serves all sharing ratios and kinds of plan.
+    """Returns a state for loops that only decode: one program then serves all layer and head ratios and kinds of plan.
 
-    Plans are data, and so decode steps do not read how one was found; those settings are the defaults from here on. A
-    prefill onto this state would find its plan by them.
+    Plans that are found from prompts are data, and so decode steps do not read how one was found; those settings are
+    the defaults from here on. A prefill onto this state would find its plan by them.
     """
 
     def forget(node: object) -> object:

@@ -263,6 +263,7 @@ class _Run:
             raise ValueError(
                 f"{model.name} has a {type(tokenizer).__name__}; only tokenisers of the tokenizers library stream"
             )
+        jax.eval_shape(lambda: jax.tree.leaves(self._init_state()))  # refuses a plan or channels that do not fit
         self.streams = [] if tokenizer is None else [TextStream(tokenizer, stop) for _ in prompts]
         self._tokens: list[list[int]] = [[] for _ in prompts]
         self._seconds = [0.0, 0.0, 0.0]
@@ -276,7 +277,7 @@ class _Run:
             began = time.perf_counter()
             progress = self._start(ends, limit)
             num_blocks = jnp.int32(-(-num_steps // _interval(progress.state)))
-            self._take_over(progress)
+            progress = self._take_over(progress)
             self._seconds[0] = time.perf_counter() - began - clock.seconds
             self._seconds[2] += clock.seconds
         yield max(map(len, self._tokens))
@@ -293,14 +294,17 @@ class _Run:
             yield max(map(len, self._tokens))
         self._usage = self._count_usage(progress)
 
+    def _init_state(self) -> DecodeState:
+        model = self._model
+        return init_state(
+            model.config, len(self._prompts), self._capacity,
+            method=self._method, plan=self._plan, channels=self._channels, dtype=jnp.dtype(model.dtype),
+        )  # fmt: skip
+
     def _start(self, ends: Array, limit: Array) -> _Progress:
         model, B = self._model, len(self._prompts)
         tokens, lengths = pad_prompts(self._prompts)
-        dtype = jnp.dtype(model.dtype)
-        state = init_state(
-            model.config, B, self._capacity,
-            method=self._method, plan=self._plan, channels=self._channels, dtype=dtype,
-        )  # fmt: skip
+        state = self._init_state()
         with tqdm(total=tokens.shape[1], desc="prefill", unit="token", leave=False, disable=None) as bar:
             logits, state = prefill(
                 model.params, jnp.asarray(tokens), jnp.asarray(lengths), state, config=model.config, progress=bar.update

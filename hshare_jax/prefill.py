@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.core import Tracer
 from jaxtyping import Int
@@ -49,12 +50,12 @@ def prefill(
         ValueError: shapes that disagree, or rows that outgrow the capacity. Where lengths are traced, such a row's
             logits are NaN instead.
     """
-    cache, T = state.cache, tokens.shape[-1]
+    cache, T = state.cache, getattr(tokens, "shape", (0,))[-1]
     B = cache.lengths.shape[0]
     check_rows("tokens", tokens, (B, T), jnp.integer)
     check_rows("lengths", lengths, (B,), jnp.integer)
     if not any(isinstance(array, Tracer) for array in (cache.lengths, lengths)):
-        _check_lengths(lengths, cache.lengths, T, min(cache.capacity, config.max_positions))
+        _check_lengths(lengths, cache.lengths, T, cache.capacity, config.max_positions)
     starts, selection = cache.lengths, state.selection
     fits = (lengths >= 1) & (starts + lengths <= min(cache.capacity, config.max_positions))
     positions = None if selection is None else selection.probe_positions(starts, starts + lengths, T)
@@ -97,11 +98,12 @@ def read_prompt(
             received=tuple(jnp.zeros((B, N, S), jnp.float32) for _ in range(L)) if sums_received else None,
         )
     hidden = jnp.zeros((tokens.shape[0], config.width), params["embedding"].dtype)
+    widths = _chunk_widths(T)
+    # On the host where they are at hand: there no length of prompt is a program of its own.
+    padded = (jnp if isinstance(tokens, Tracer) else np).pad(tokens, ((0, 0), (0, sum(widths) - T)))
     offset = 0
-    while offset < T:
-        width = next((width for width in CHUNKS if width >= T - offset), CHUNKS[-1])
-        chunk = jnp.pad(tokens[:, offset : offset + width], ((0, 0), (0, max(0, offset + width - T))))
-        valid = jnp.clip(lengths - offset, 0, width)
+    for width in widths:
+        chunk, valid = padded[:, offset : offset + width], jnp.clip(lengths - offset, 0, width)
         hidden, cache, kept = _prefill_chunk(params, chunk, valid, hidden, cache, kept, positions, config=config)
         offset += width
         if progress is not None:
@@ -110,10 +112,21 @@ def read_prompt(
     return hidden, cache, kept
 
 
-def _check_lengths(lengths: Array, starts: Array, num_tokens: int, capacity: int) -> None:
+def _chunk_widths(num_tokens: int) -> list[int]:
+    widths = []
+    while (left := num_tokens - sum(widths)) > 0:
+        widths.append(next((width for width in CHUNKS if width >= left), CHUNKS[-1]))
+    return widths
+
+
+def _check_lengths(lengths: Array, starts: Array, num_tokens: int, capacity: int, max_positions: int) -> None:
     for row, (length, start) in enumerate(zip(lengths.tolist(), starts.tolist(), strict=True)):
         if not 1 <= length <= num_tokens:
             raise ValueError(f"lengths[{row}]={length} must lie between 1 and the {num_tokens} tokens given")
+        if start + length > max_positions:
+            raise ValueError(
+                f"row {row} would hold {start + length} tokens, but the model has {max_positions} positions"
+            )
         if start + length > capacity:
             raise ValueError(
                 f"row {row} would hold {start + length} tokens, but capacity={capacity}; make the state larger"

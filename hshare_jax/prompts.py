@@ -6,6 +6,7 @@ import numpy as np
 
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.pretrained import Model, ModelFiles
+from hshare_jax.shapes import round_up_coarsely
 
 Prompt = str | Sequence[int]
 
@@ -51,8 +52,7 @@ def choose_capacity(config: ModelConfig, prompts: list[list[int]], max_new_token
             f"beyond the model's {config.max_positions} positions; shorten either"
         )
     if capacity is None:
-        step = max(256, 1 << max(needed.bit_length() - 3, 0))  # at most a quarter too much, four sizes per doubling
-        return min(-(-needed // step) * step, config.max_positions)
+        return min(round_up_coarsely(needed, 256), config.max_positions)
     if capacity > config.max_positions:
         raise ValueError(f"capacity={capacity} must be at most the model's max_positions={config.max_positions}")
     if capacity < needed:

@@ -31,3 +31,14 @@ def check_rows(name: str, array: Array, shape: tuple[int, ...], kind: type) -> N
     if getattr(array, "shape", None) != shape or not jnp.issubdtype(array.dtype, kind):
         given = f"{array.dtype}{list(array.shape)}" if hasattr(array, "dtype") else type(array).__name__
         raise ValueError(f"{name} is {given}; for this state it must be {list(shape)} of dtype {kind.__name__}")
+
+
+def round_up_coarsely(count: int, least: int) -> int:
+    """Returns `count` or at most a quarter more, four sizes a doubling, so that few programs serve all counts.
+
+    Args:
+        count: at least 1.
+        least: the step below which nothing is rounded finer, a power of two.
+    """
+    step = max(least, 1 << max(count.bit_length() - 3, 0))
+    return -(-count // step) * step

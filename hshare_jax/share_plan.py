@@ -21,15 +21,16 @@ from hshare_jax.shapes import Similarity, Source
 class SharePlan:
     """A plan as a constant: hashable, part of the compiled program, so that lists which copy trace to no selection.
 
-    Raises ValueError where a list reads one that is above it, does not exist, or copies itself.
+    Raises ValueError where a list reads one that is above it, does not exist, or is a copy.
     """
 
     source: tuple[tuple[int, ...], ...]  # [L][J] flat ids
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "source", tuple(map(tuple, self.source)))
         J = len(self.source[0]) if self.source else 0
         flat = [target for layer in self.source for target in layer]
-        if J == 0 or len(flat) != len(self.source) * J:
+        if J == 0 or any(len(layer) != J for layer in self.source):
             raise ValueError("source must hold the same number of lists, at least one, for every layer")
         for unit, target in enumerate(flat):
             where = f"source[{unit // J}][{unit % J}]={target!r}"

@@ -18,13 +18,11 @@ from hshare_jax.kv_cache import KVCache, append
 from hshare_jax.labels import Labels, choose_channels, label_query, make_labels, score_keys, score_labels
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.selection import PromptQueries, Step, count_dense, count_listed, mark_dense, mark_listed
-from hshare_jax.shapes import Lists, Similarity
+from hshare_jax.shapes import Lists, Similarity, round_up_coarsely
 from hshare_jax.share_plan import SharePlan, find_plan, identity_plan
 from hshare_jax.similarity import measure_similarity, probe_positions
 
-PROBE_STEP = (
-    64  # with all queries as probes their number rounds up to this, so that a longer prompt may compile nothing
-)
+PROBE_STEP = 64  # with all queries as probes their number rounds up, so that a longer prompt may compile nothing
 
 
 @jax.tree_util.register_dataclass
@@ -56,7 +54,7 @@ class SharedLists:
         """Returns where the probes stand that a plan is found from; nowhere if it is known."""
         P = self.config.num_probes
         if P == "all":
-            P = -(-num_tokens // PROBE_STEP) * PROBE_STEP
+            P = round_up_coarsely(num_tokens, PROBE_STEP)
         return probe_positions(starts, lengths, self.config, P if self.plan is None else 0)[0]
 
     def after_prefill(
@@ -213,6 +211,8 @@ def init_lists(
         plan.check(model, config)
         source = jnp.tile(jnp.asarray(plan.source, jnp.int32), (B, 1, 1))
     first = jnp.tile(jnp.arange(R, dtype=jnp.int32), (L, K, 1))
+    if channels is not None and config.scoring == "exact":
+        raise ValueError("channels were given, but scoring='exact' reads keys and has no labels; leave them out")
     if channels is not None:
         first = check_channels(channels, model, R)[jnp.asarray([model.kv_layer(layer) for layer in range(L)])]
     scored = [layer for layer in range(config.dense_layers, L) if plan is None or plan.owns(layer)]

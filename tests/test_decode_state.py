@@ -44,6 +44,10 @@ CHANNELS = np.stack([np.random.default_rng(1).permutation(H)[:5] for _ in range(
             {"channels": CHANNELS[1:], "method": HSHARE},
             r"channels has shape \[3, 3, 5\]; this model needs \[4, 3\] heads",
         ),
+        (
+            {"channels": CHANNELS, "method": dataclasses.replace(HSHARE, scoring="exact")},
+            "channels were given, but scoring='exact' reads keys and has no labels; leave them out",
+        ),
     ],
 )
 def test_a_state_that_cannot_be_is_refused(arguments, message):

@@ -115,6 +115,15 @@ def test_a_stop_string_ends_its_row_and_is_left_out(greedy):
         assert tokens == whole[: len(tokens)]
 
 
+def test_a_stop_string_in_the_first_token_ends_its_row_before_any_step(monkeypatch, greedy):
+    module = importlib.import_module("hshare_jax.generate")
+    monkeypatch.setattr(module, "decode_tokens", None)
+    first = str(TOKENIZER.decode(greedy.tokens[1][:1]))
+    found = generate(MODEL_OF_TEXT, PROMPTS[1:2], method=HSHARE, seeds=[1], max_new_tokens=NEW, stop=[first])
+    assert (found.texts, found.finish_reasons, found.tokens) == ([""], ["stop"], [greedy.tokens[1][:1]])
+    assert (found.usage.reads, found.usage.selections, found.usage.mean_length) == ([0], 0, 0)
+
+
 def test_an_end_token_ends_its_row(greedy):
     # The first id of the second row that is new there at step 3 or later, so that some steps go before it.
     tokens = greedy.tokens[1]
@@ -269,6 +278,13 @@ def test_an_empty_stop_string_is_refused():
 def test_streaming_needs_a_tokenizer_and_says_so_at_once():
     with pytest.raises(ValueError, match="stream needs a model with a tokenizer; this one has none, so use generate"):
         stream(MODEL_OF_IDS, [[1]])
+
+
+def test_a_stream_refuses_a_plan_and_channels_at_once():
+    with pytest.raises(ValueError, match="the plan is for 1 layers of 3 lists"):
+        stream(MODEL_OF_TEXT, ["there"], method=HSHARE, plan=SharePlan(((0, 1, 2),)))
+    with pytest.raises(ValueError, match="channels has shape"):
+        stream(MODEL_OF_TEXT, ["there"], method=HSHARE, channels=np.zeros((1, 1, 1), np.int32))
 
 
 @pytest.mark.parametrize("size", [1, 255, 256, 257, 500, 1000, 1023, 1024])

@@ -21,6 +21,7 @@ from tiny_decoder import (
 )
 
 from hshare_jax.attend import prefill_attend
+from hshare_jax.compile_clock import compile_clock
 from hshare_jax.decode_state import init_state
 from hshare_jax.kv_cache import init_cache
 from hshare_jax.labels import make_labels
@@ -197,6 +198,31 @@ def test_what_does_not_fit_is_refused_before_computing(shape, lengths, message):
             params(), jnp.zeros(shape, jnp.int32), jnp.asarray(lengths, jnp.int32), init_state(MODEL, 1, 200),
             config=MODEL,
         )  # fmt: skip
+
+
+def test_a_row_beyond_the_models_positions_is_told_so():
+    state = init_state(MODEL, 1, MODEL.max_positions)
+    tokens, lengths = jnp.zeros((1, 1025), jnp.int32), jnp.asarray([1025])
+    with pytest.raises(ValueError, match="row 0 would hold 1025 tokens, but the model has 1024 positions"):
+        prefill(params(), tokens, lengths, state, config=MODEL)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_tokens_that_are_no_array_are_named():
+    with pytest.raises(ValueError, match="tokens is list; for this state it must be"):
+        prefill(params(), [[1, 2]], jnp.asarray([2]), init_state(MODEL, 1, 200), config=MODEL)  # pyright: ignore[reportArgumentType]
+
+
+def test_prompts_of_another_length_compile_nothing():
+    def run(num_tokens):
+        tokens, lengths = jnp.zeros((1, num_tokens), jnp.int32), jnp.asarray([num_tokens])
+        state = init_state(MODEL, 1, 1024, method=HSHARE)
+        with compile_clock() as clock:
+            prefill(params(), tokens, lengths, state, config=MODEL)
+        return clock.seconds
+
+    run(600)
+    assert run(577) == run(70) == 0
 
 
 def test_a_row_that_outgrows_its_capacity_under_jit_yields_nan():

@@ -258,6 +258,7 @@ def test_a_constant_plan_is_hashable_and_knows_which_layers_own_lists():
         ((), "source must hold the same number of lists, at least one, for every layer"),
         (((), ()), "source must hold the same number of lists"),
         (((0, 1), (2,)), "source must hold the same number of lists"),
+        (((0, 1), (2,), (3, 4, 5)), "source must hold the same number of lists"),
         (((0, 1), (2, 5)), r"source\[1\]\[1\]=5 must be a flat id from 0 to its own, 3: a list copies a lower one"),
         (((1, 1),), r"source\[0\]\[0\]=1 must be a flat id from 0 to its own, 0"),
         (((0, -1),), r"source\[0\]\[1\]=-1 must be a flat id from 0 to its own, 1"),
@@ -267,6 +268,11 @@ def test_a_constant_plan_is_hashable_and_knows_which_layers_own_lists():
 def test_a_constant_plan_that_cannot_be_is_refused(source, message):
     with pytest.raises(ValueError, match=message):
         SharePlan(source)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_constant_plan_of_lists_is_hashable_too():
+    assert hash(SharePlan([[0, 1], [0, 3]])) == hash(SharePlan(((0, 1), (0, 3))))  # pyright: ignore[reportArgumentType]
 
 
 def constant(num_layers, num_lists, **changes):

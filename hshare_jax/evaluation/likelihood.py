@@ -17,7 +17,7 @@ from hshare_jax.models.pretrained import Model
 from hshare_jax.prefill import prefill
 from hshare_jax.prompts import choose_capacity, pad_prompts
 from hshare_jax.selection import Method
-from hshare_jax.shapes import Logits, PerRow
+from hshare_jax.shapes import Logits, PerRow, round_up_coarsely
 from hshare_jax.share_plan import SharePlan
 
 Request = tuple[Sequence[int], Sequence[int]]  # token ids of a context and of its continuation
@@ -100,8 +100,7 @@ def _pad_steps(num_steps: int) -> int:
     """Returns the steps that are computed for so many: few different numbers, so that few programs are compiled."""
     if num_steps <= 64:
         return max(1 << (num_steps - 1).bit_length(), 4)
-    step = max(64, 1 << (num_steps.bit_length() - 3))  # at most a quarter too many beyond 256
-    return -(-num_steps // step) * step
+    return round_up_coarsely(num_steps, 64)
 
 
 def _score_batch(

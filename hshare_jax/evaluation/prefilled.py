@@ -9,17 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
+from hshare_jax.calibration import measure_prompt, plan_from
 from hshare_jax.config import HShareConfig
 from hshare_jax.decode_state import DecodeState, init_state, start_method
 from hshare_jax.kv_cache import KVCache
-from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.pretrained import Model
-from hshare_jax.prefill import after_prefill, read_prompt, unembed
+from hshare_jax.prefill import after_prefill, read_prompt
 from hshare_jax.selection import Method, PromptQueries
 from hshare_jax.shapes import PerRow, Similarity, Tokens
-from hshare_jax.share_plan import SharePlan, find_plan
+from hshare_jax.share_plan import SharePlan
 from hshare_jax.shared_lists import SharedLists
 
 Tree = TypeVar("Tree")
@@ -31,10 +31,10 @@ class Prefilled:
 
     model: Model
     cache: KVCache
-    logits: Float[Array, "B V"]  # after each row's last token
     queries: PromptQueries | None
     positions: Int[np.ndarray, "B P"]  # where the queries stand, ascending; beyond each row's last one past all slots
-    # What plans are found from, by `HShareConfig.for_measuring`: measured once for all ratios.
+    # What plans are found from, by `HShareConfig.for_measuring`: measured once for all ratios. Only the last, for its
+    # labels are large.
     measured: dict[HShareConfig, tuple[SharedLists, Similarity]] = dataclasses.field(default_factory=dict, repr=False)
 
     def start(
@@ -45,10 +45,10 @@ class Prefilled:
         channels: Int[Array | np.ndarray, "L K ranks"] | None = None,
     ) -> DecodeState:
         """Returns a state of its own for one of the methods that the prefill was made for."""
-        config, cache = self.model.config, _copy(self.cache)
+        config, cache = self.model.config, self.cache
         selection = start_method(method, config, cache, plan=plan, channels=channels)
         if selection is None:
-            return DecodeState(cache, None)
+            return DecodeState(_copy(cache), None)
         if self.queries is None or (selection.wants_received and self.queries.received is None):
             raise ValueError(f"the prefill was not made for {method}: name it among its methods")
         starts = jnp.zeros_like(cache.lengths)
@@ -66,8 +66,10 @@ class Prefilled:
         queries, places = PromptQueries(probes, self.queries.sizes, received), jnp.asarray(positions)
         is_given = plan is not None or channels is not None
         if isinstance(selection, SharedLists) and selection.config.shares_lists(config) and not is_given:
-            return DecodeState(cache, self._find_plan(selection, queries, places))
-        return DecodeState(cache, after_prefill(selection, queries, places, cache, config=config))
+            selection = self._find_plan(selection, queries, places)
+        else:
+            selection = after_prefill(selection, queries, places, cache, config=config)
+        return DecodeState(_copy(cache), selection)
 
     def _find_plan(self, lists: SharedLists, queries: PromptQueries, positions: Array) -> SharedLists:
         """Returns lists as after a prefill of their own."""
@@ -75,9 +77,10 @@ class Prefilled:
         key = hshare.for_measuring()
         if key not in self.measured:
             lists = dataclasses.replace(lists, config=key)
-            self.measured[key] = _measure(lists, queries, positions, self.cache, config=config)
+            self.measured.clear()
+            self.measured[key] = measure_prompt(lists, queries, positions, self.cache, config=config)
         lists, similarity = self.measured[key]
-        source = _plan_of(similarity, model=config, config=hshare)
+        source = plan_from(similarity, model=config, config=hshare)
         return dataclasses.replace(_copy(lists), source=source, config=hshare)
 
 
@@ -110,22 +113,11 @@ def prefill_for(
     positions = np.full((B, max(map(len, rows))), cache.capacity, np.int32)
     for b, row in enumerate(rows):
         positions[b, : len(row)] = row
-    hidden, cache, queries = read_prompt(
+    _, cache, queries = read_prompt(
         model.params, tokens, lengths, cache, jnp.asarray(positions) if len(asked) > 1 else None,
         config=config, sums_received=sums_received, progress=progress,
     )  # fmt: skip
-    return Prefilled(model, cache, unembed(model.params, hidden, config=config), queries, positions)
-
-
-@functools.partial(jax.jit, static_argnames=("config",))
-def _measure(
-    lists: SharedLists, queries: PromptQueries, positions: Array, cache: KVCache, *, config: ModelConfig
-) -> tuple[SharedLists, Similarity]:
-    lists = lists.label_prompt(queries, cache, config)
-    return lists, lists.measure_similarity(queries, positions, cache, config)
-
-
-_plan_of = jax.jit(find_plan, static_argnames=("model", "config"))
+    return Prefilled(model, cache, queries, positions)
 
 
 def _copy(tree: Tree) -> Tree:
