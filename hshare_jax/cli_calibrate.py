@@ -14,6 +14,7 @@ from hshare_jax.cli_options import (
     as_usage_error,
     check_fit,
     check_not_empty,
+    check_output,
     open_named,
     read_prompts,
     read_settings,
@@ -48,8 +49,8 @@ def run_calibrate(options: argparse.Namespace) -> int:
         raise UsageError("nothing to write: give --channels-file, --plan-file or both")
     if len(outputs) == 2 and outputs[0] == outputs[1]:
         raise UsageError(f"--channels-file and --plan-file are both {outputs[0]}; they need a file each")
-    if there := [path for path in outputs if path.exists() and not options.overwrite]:
-        raise UsageError(f"{there[0]} exists; give --overwrite to replace it")
+    for path in outputs:
+        check_output(path, overwrite=options.overwrite)
     texts = [read_text(name) for name in options.text]
     check_not_empty(options.text, texts)
     hshare = read_settings(options)

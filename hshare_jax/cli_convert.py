@@ -19,6 +19,7 @@ from hshare_jax.cli_options import (
     add_settings,
     check_kv_sharing,
     check_not_empty,
+    check_output,
     open_named,
     option_name,
     read_text,
@@ -65,8 +66,7 @@ def add_info(parser: argparse.ArgumentParser) -> None:
 
 def run_convert(options: argparse.Namespace) -> int:
     """Writes a checkpoint, and returns the exit status."""
-    if options.output.exists() and not options.overwrite:
-        raise UsageError(f"{options.output} exists; give --overwrite to replace it")
+    check_output(options.output, overwrite=options.overwrite)
     check_kv_sharing(options)
     text = None if options.perplexity is None else read_text(options.perplexity, "--perplexity ")
     files = open_named(options)

@@ -15,6 +15,7 @@ from hshare_jax.cli_options import (
     add_settings,
     as_usage_error,
     check_method,
+    check_output,
     choose_method,
     fraction,
     open_named,
@@ -29,6 +30,7 @@ from hshare_jax.host_memory import return_freed_memory
 
 if TYPE_CHECKING:
     from hshare_jax.config import HShareConfig
+    from hshare_jax.evaluation.examples import DataError
     from hshare_jax.evaluation.records import Records
     from hshare_jax.evaluation.run import Settings
     from hshare_jax.models.pretrained import Model, ModelFiles
@@ -103,6 +105,8 @@ def run_eval(options: argparse.Namespace) -> int:
         raise UsageError(f"--seed {options.seed} must be at least 0")
     if options.skip_bad and task not in READERS:
         raise UsageError(f"--skip-bad is for --task {' or '.join(READERS)}, not {task}, whose data holds no examples")
+    if not options.output.exists():  # else the run goes on there
+        check_output(options.output, overwrite=False)
     hshare = read_settings(options)
     check_method(options, options.method, hshare)
     items, num_bad = _read_items(options)
@@ -155,6 +159,13 @@ def _task_module(task: str) -> Any:
         raise UsageError(f"--task {task} needs {error.name}: pip install 'hshare-jax[eval]'") from error
 
 
+def _bad_data(options: argparse.Namespace, error: "DataError") -> UsageError:
+    from hshare_jax.evaluation.examples import FileError
+
+    has_way_out = not options.skip_bad and not isinstance(error, FileError)
+    return UsageError(f"{error}{' (--skip-bad leaves such examples out)' if has_way_out else ''}")
+
+
 def _read_items(options: argparse.Namespace) -> tuple[Any, int]:
     """Returns (what the task reads from its files, the number of bad records)."""
     from hshare_jax.evaluation.examples import DataError
@@ -168,8 +179,7 @@ def _read_items(options: argparse.Namespace) -> tuple[Any, int]:
     try:
         items, num_bad = read(options.data[0], limit=options.limit, skip_bad=options.skip_bad, **more)
     except DataError as error:
-        way_out = "" if options.skip_bad else " (--skip-bad leaves such examples out)"
-        raise UsageError(f"{error}{way_out}") from error
+        raise _bad_data(options, error) from error
     except ValueError as error:
         raise UsageError(str(error).replace("tasks holds", "--subset names", 1)) from error
     except OSError as error:
@@ -216,8 +226,7 @@ def _fit_items(options: argparse.Namespace, files: "ModelFiles", items: Any) -> 
         book = book[int(len(book) * skip) :]
         return make_passkeys(files.tokenizer, book, context, seeds, depth=None if depth is None else float(depth)), 0
     except DataError as error:
-        way_out = "" if options.skip_bad else " (--skip-bad leaves such examples out)"
-        raise UsageError(f"{error}{way_out}") from error
+        raise _bad_data(options, error) from error
     except ValueError as error:
         raise UsageError(str(as_usage_error(error)).replace("count=", "--limit ", 1)) from error
 

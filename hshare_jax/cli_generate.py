@@ -6,6 +6,7 @@ import functools
 import json
 import resource
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from hshare_jax.cli_options import (
@@ -94,10 +95,13 @@ def run_generate(options: argparse.Namespace) -> int:
     constants = read_constants(options, model, hshare)
     seeds = [options.seed + row for row in range(len(texts))]
     is_streamed = len(texts) == 1 and not options.json and not options.no_stream
-    result = _decode(model, texts, method, constants, sampling, seeds, options, is_streamed)
+    show = functools.partial(print, end="", flush=True) if is_streamed else None
+    result = _decode(model, texts, method, constants, sampling, seeds, options, show)
+    if is_streamed:
+        print(flush=True)
     statistics = _statistics(result, model, options.method, method, constants[0])
     if options.compare_dense:
-        statistics |= _compare(model, texts, method, constants, statistics, options)
+        statistics |= _compare(model, texts, method, constants, statistics, options, is_streamed)
     if options.json:
         _print_json(model, result, statistics)
     elif not is_streamed:
@@ -132,23 +136,24 @@ def _decode(
     sampling: "SamplingConfig",
     seeds: list[int],
     options: argparse.Namespace,
-    is_streamed: bool,
+    show: Callable[[str], object] | None,
 ) -> "Generation":
+    """Decodes, and shows new text of the one prompt as it comes, if asked to."""
     from hshare_jax.generate import Generation, generate, stream
 
     decode = functools.partial(
-        stream if is_streamed else generate,
+        generate if show is None else stream,
         max_new_tokens=options.max_new_tokens, method=method, plan=constants[0], channels=constants[1],
         sampling=sampling, seeds=seeds, stop=options.stop, impl=options.impl,
     )  # fmt: skip
     pieces = decode(model, prompts)
     if isinstance(pieces, Generation):
         return pieces
+    assert show is not None
     while True:
         try:
-            print(next(pieces)[0], end="", flush=True)
+            show(next(pieces)[0])
         except StopIteration as end:
-            print(flush=True)
             return end.value
 
 
@@ -192,11 +197,15 @@ def _compare(
     constants: "tuple[SharePlan | None, np.ndarray | None]",
     statistics: dict[str, Any],
     options: argparse.Namespace,
+    is_streamed: bool,
 ) -> dict[str, Any]:
     from hshare_jax.agreement import token_agreement
-    from hshare_jax.generate import generate
+    from hshare_jax.sampling import SamplingConfig
 
-    dense = generate(model, prompts, max_new_tokens=options.max_new_tokens, method=None, impl=options.impl)
+    # As the sparse run was decoded, back to the host as often.
+    show = (lambda text: None) if is_streamed else None
+    seeds = list(range(len(prompts)))
+    dense = _decode(model, prompts, None, (None, None), SamplingConfig(), seeds, options, show)
     rows = [row for row, tokens in enumerate(dense.tokens) if len(tokens) > 1]
     if not rows:
         return {"agreement_with_dense": None}

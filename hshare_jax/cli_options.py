@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -168,6 +169,17 @@ def check_not_empty(names: Sequence[str], texts: Sequence[str]) -> None:
             raise UsageError(f"{'standard input' if name == '-' else name} is empty")
 
 
+def check_output(path: Path, *, overwrite: bool) -> None:
+    """Raises UsageError for what is there already, and for a place that nothing can be written to."""
+    if path.exists() and not overwrite:
+        raise UsageError(f"{path} exists; give --overwrite to replace it")
+    nearest = next(parent for parent in path.absolute().parents if parent.exists())
+    if not nearest.is_dir():
+        raise UsageError(f"{path} cannot be written: {nearest} is not a directory")
+    if not os.access(nearest, os.W_OK):
+        raise UsageError(f"{path} cannot be written: no permission to write in {nearest}")
+
+
 def setting_names() -> list[str]:
     """Returns the arguments that belong to sparse decoding."""
     from hshare_jax.config import HShareConfig
@@ -233,7 +245,10 @@ def check_effect(options: argparse.Namespace, settings: "HShareConfig") -> None:
 
 
 # Options that a plan is found with, and the settings that they mean.
-_FIND_PLAN = {"sharing_ratio": ("layer_ratio", "head_ratio"), "plan": ("plan",), "num_probes": ("num_probes",)}
+_FIND_PLAN = {
+    "sharing_ratio": ("layer_ratio", "head_ratio"),
+    **{name: (name,) for name in ("plan", "plan_scope", "num_probes")},
+}
 
 
 def read_constants(

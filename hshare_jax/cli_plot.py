@@ -15,6 +15,7 @@ from hshare_jax.cli_options import (
     apply_chat_template,
     as_usage_error,
     check_not_empty,
+    check_output,
     open_named,
     read_constants,
     read_settings,
@@ -100,8 +101,7 @@ def _check_outputs(options: argparse.Namespace) -> None:
             raise UsageError(f"--output names {path} twice")
         if path.is_dir():
             raise UsageError(f"--output {path}: Is a directory")
-        if path.exists() and not options.overwrite:
-            raise UsageError(f"{path} exists; give --overwrite to replace it")
+        check_output(path, overwrite=options.overwrite)
 
 
 def _draw_text(options: argparse.Namespace) -> "Figure":

@@ -188,21 +188,6 @@ def test_text_goes_to_stdout_and_statistics_to_stderr(capsys: pytest.CaptureFixt
     assert err.count("\n") == 1
 
 
-def test_prompts_from_everywhere_form_one_json_batch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "prompt.txt").write_text("Name a colour.", encoding="utf-8")
-    monkeypatch.setattr(sys, "stdin", io.StringIO("Name a fruit."))
-    arguments = ["generate", "Say hello.", "-f", str(tmp_path / "prompt.txt"), "-f", "-", "--json", "-n", "16"]
-    status, out, _ = call(arguments, capsys)
-    result = json.loads(out)
-    assert status == 0
-    assert result["model"] == "smollm2-135m-instruct"
-    assert len(result["outputs"]) == 3
-    assert all(output["text"] and output["finish_reason"] in ("stop", "length") for output in result["outputs"])
-    assert result["statistics"]["new_tokens"] == sum(len(output["tokens"]) for output in result["outputs"])
-
-
 def settings(*arguments: str) -> HShareConfig:
     return cli_options.read_settings(cli._parser().parse_args(["generate", "a", *arguments]))
 
@@ -262,6 +247,20 @@ def text_file(tmp_path: Path) -> str:
     return str(tmp_path / "text.txt")
 
 
+def test_prompts_from_everywhere_form_one_json_batch(
+    tiny: str, text_file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("name a fruit."))
+    files = ["--prompt-file", text_file, "-f", "-"]
+    status, out, _ = call(["generate", "say hello.", *files, "--model", tiny, "--json", "-n", "16"], capsys)
+    result = json.loads(out)
+    assert status == 0
+    assert result["model"] == "tiny"
+    assert len(result["outputs"]) == 3
+    assert all(output["text"] and output["finish_reason"] in ("stop", "length") for output in result["outputs"])
+    assert result["statistics"]["new_tokens"] == sum(len(output["tokens"]) for output in result["outputs"])
+
+
 def test_what_calibrate_writes_generate_reads(
     tiny: str, text_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -285,6 +284,7 @@ def test_what_calibrate_writes_generate_reads(
     for option, value, made_with in (
         ("--sharing-ratio", "1/8-1-1/2", "layer_ratio 1/2"),
         ("--num-probes", "5", "num_pro"),
+        ("--plan-scope", "batch", "plan_scope sequence"),
     ):
         status, _, err = call(["generate", TEXT, "--model", tiny, *files, *SMALL, option, value], capsys)
         assert status == 2

@@ -201,6 +201,10 @@ MISTAKES = {
         ["--task", "perplexity", "--data", "{data}/rain.txt", "--context", "120", "--steps", "8", "--limit", "10000"],
         "--limit 10000 must be at most",
     ),
+    "output below a file": (
+        ["--task", "passkey", "--data", "{data}/rain.txt", "--output", "{data}/rain.txt/new/out.jsonl"],
+        "rain.txt is not a directory",
+    ),
     "no such longbench task": (
         ["--task", "longbench", "--data", "{data}/rendered.jsonl", "--subset", "magic"], "--subset names magic",
     ),
@@ -222,6 +226,16 @@ def test_a_mistake_is_told_before_the_model_is_loaded(
     assert err.count("\n") == 1
     assert message in err
     assert not (data / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize(("file", "is_offered"), [("rain.txt", False), ("bad.json", True)])
+def test_skipping_is_offered_where_it_would_help(
+    file: str, is_offered: bool, tiny: str, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (data / "bad.json").write_text(json.dumps({"data": [STORY | {"story": ""}, STORY]}))
+    status, _, err = call(evaluate(tiny, data, "--task", "coqa", "--data", str(data / file)), capsys)
+    assert status == 2
+    assert ("--skip-bad" in err) == is_offered
 
 
 def test_results_of_another_run_are_refused_and_kept(tiny: str, data: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -217,6 +217,22 @@ def test_repeats_are_sampled_differently_and_not_by_their_batch():
     assert found == generate(TINY, ["there"] * 4, max_new_tokens=8, method=None, sampling=sampling).texts
 
 
+def test_contexts_too_short_for_a_plan_are_told(caplog):
+    budget: dict[str, Any] = {"num_sinks": 2, "num_critical": 6, "num_recent": 4}
+    model = HShareLM(TINY, batch_size=2, sharing_ratio="3/4-2/3-1/3", **budget)
+    asked = requests("loglikelihood", ("the rain in spain stays mainly in the plain.", " in"), ("in", " the end"))
+    with caplog.at_level(logging.WARNING, logger=lm_eval_model.__name__):
+        model.loglikelihood(asked)
+    assert caplog.messages == [
+        "1 of 2 contexts are shorter than the 18 tokens that a plan is found from: decoding after them shares nothing "
+        "across layers and heads; give plan_file and channels_file, from hshare-jax calibrate"
+    ]
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger=lm_eval_model.__name__):
+        HShareLM(TINY, method="h2o", batch_size=2, **budget).loglikelihood(asked)
+    assert not caplog.messages
+
+
 def test_prompts_lose_their_beginning_where_they_leave_no_room(caplog):
     model = HShareLM(TINY, method="dense", batch_size=3, max_length=20)
     long = "the rain in spain stays mainly in the plain."

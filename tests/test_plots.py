@@ -265,6 +265,25 @@ def test_results_that_cannot_stand_together_are_refused(
         read_results([first, write(tmp_path / "second.jsonl", *lines)])
 
 
+def test_runs_of_other_settings_share_the_methods_that_have_no_use_for_them(tmp_path: Path) -> None:
+    other = EVAL | {"settings": EVAL["settings"] | {"layer_ratio": "1/3"}, "plan_file": "p", "plan_file_sha256": "0"}
+    files = [
+        write(tmp_path / "a.jsonl", EVAL, eval_line("hshare", 0.02), eval_line("h2o", 0.2)),
+        write(tmp_path / "b.jsonl", other, eval_line("hshare", 0.03), eval_line("h2o", 0.4), eval_line("dense", 0.0)),
+    ]
+    lines, _ = read_results(files)
+    assert [line["name"] for line in lines] == [DEFAULT, "h2o", "hshare p", "h2o", "dense"]
+    budget = EVAL | {"settings": EVAL["settings"] | {"dense_layers": "2"}}
+    with pytest.raises(ValueError, match=r"both hold h2o at .* differ in dense_layers"):
+        read_results([files[0], write(tmp_path / "c.jsonl", budget, eval_line("h2o", 0.2))])
+
+
+def test_a_study_of_several_models_is_no_results_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "models.jsonl", {"model": {"layers": 4}}, {"kind": "loss"})
+    with pytest.raises(ValueError, match="does not begin with a line that names the model"):
+        read_results([path])
+
+
 def test_what_is_no_json_is_named(tmp_path: Path) -> None:
     path = tmp_path / "prose.jsonl"
     path.write_text(json.dumps(STUDY) + "\nIt is a truth\n")

@@ -111,6 +111,23 @@ def test_a_first_line_without_results_gives_way_to_another_study(whole: bytes, t
     assert write_all(path) == whole
 
 
+def test_of_two_runs_on_one_file_the_second_to_write_ends_and_loses_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "shared.jsonl"
+    one, other = Records(path, STUDY, keys=KEYS), Records(path, STUDY, keys=KEYS)
+    one.append(LINES[0])
+    with pytest.raises(ValueError, match=r"another run has written to .*shared.jsonl: let it end"):
+        other.append(LINES[1])
+    one.append(LINES[2])
+    assert Records(path, STUDY, keys=KEYS).lines == [LINES[0], LINES[2]]
+
+
+def test_reading_leaves_the_line_that_a_run_is_writing(whole: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "running.jsonl"
+    path.write_bytes(whole[:-5])
+    assert Records(path, STUDY, keys=KEYS).lines == LINES[:-1]
+    assert path.read_bytes() == whole[:-5]
+
+
 def test_what_differs_is_named_setting_by_setting(tmp_path: Path) -> None:
     path = tmp_path / "settings.jsonl"
     Records(path, {"settings": {"a": 1, "b": 2}}, keys=("id",)).append({"id": 1})

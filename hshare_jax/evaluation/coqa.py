@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from hshare_jax.evaluation.examples import DataError, Example, as_record, gather, load_json, text_at
+from hshare_jax.evaluation.examples import DataError, Example, FileError, as_record, gather, load_json, text_at
 from hshare_jax.evaluation.metrics import exact_match, leave_one_out, token_f1
 
 _STOP = ("\nQ:",)
@@ -29,13 +29,16 @@ def read(
             prompt, with their answers.
 
     Raises:
-        DataError: a bad conversation, named by its record number from 1, or a file that is not CoQA's.
+        DataError: a bad conversation, named by its record number from 1; FileError, a file that is not CoQA's.
         OSError: a file that cannot be read.
     """
     name = Path(path).name
-    records = as_record(name, load_json(name, Path(path).read_bytes()), "data")["data"]
+    try:
+        records = as_record(name, load_json(name, Path(path).read_bytes()), "data")["data"]
+    except DataError as error:
+        raise FileError(str(error)) from error
     if not isinstance(records, list):
-        raise DataError(f"{name}: key 'data' must be a list; it is a {type(records).__name__}")
+        raise FileError(f"{name}: key 'data' must be a list; it is a {type(records).__name__}")
     places = ((f"{name}: record {number}", record) for number, record in enumerate(records, 1))
     return gather(name, places, lambda where, value: _parse(where, value, turns), limit=limit, skip_bad=skip_bad)
 

@@ -12,6 +12,10 @@ class DataError(ValueError):
     """Bad data; the message names the file and the line or record."""
 
 
+class FileError(DataError):
+    """Bad data of which no example is left, whatever is skipped."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Example:
     """A prompt, and what the text that follows it is scored against."""
@@ -42,7 +46,7 @@ def read_json_lines(
         skip_bad: skip bad lines and count them; otherwise the first one raises.
 
     Raises:
-        DataError: a bad line, or a file without examples.
+        DataError: a bad line; FileError, a file without examples.
         OSError: a file that cannot be read.
     """
     name = Path(path).name
@@ -80,7 +84,7 @@ def gather(
         if limit is not None and len(examples) >= limit:
             break
     if not examples:
-        raise DataError(f"{name} holds no examples to read; of its {num_read} records {num_bad} are bad")
+        raise FileError(f"{name} holds no examples to read; of its {num_read} records {num_bad} are bad")
     return examples[:limit], num_bad
 
 

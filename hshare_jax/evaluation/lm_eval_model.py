@@ -44,7 +44,7 @@ class HShareLM(TemplateLM):
 
     `method` is one of `evaluation.methods.METHODS`. Answers are decoded by `generate`, and log-likelihoods are those of
     decode steps (`log_likelihoods`). A rolling one has a single token of context, so all of its text is decoded, token
-    by token.
+    by token. No plan can be found from so short a context, and label channels only badly: give files of both.
     """
 
     tokenizer: PreTrainedTokenizerBase  # pyright: ignore[reportIncompatibleVariableOverride] (None there)
@@ -182,6 +182,7 @@ class HShareLM(TemplateLM):
         return [sum(scores[start:end], 0.0) for start, end in zip([0, *ends], ends, strict=False)]
 
     def _score(self, pairs: Sequence[Request], disable_tqdm: bool) -> list[tuple[float, bool]]:
+        self._warn_of_no_plan([max(len(context) - 1, 1) for context, _ in pairs])  # the last token is decoded
         with tqdm(total=len(pairs), desc="log-likelihoods", disable=disable_tqdm or None) as bar:
             return log_likelihoods(
                 self.model, pairs,
@@ -201,6 +202,7 @@ class HShareLM(TemplateLM):
         for index in sorted(range(len(requests)), key=lambda index: len(prompts[index]), reverse=True):
             groups.setdefault(repr(given[index][1]), []).append(index)
         answers = [""] * len(requests)
+        self._warn_of_no_plan([len(prompt) for prompt in prompts])
         num_cut = 0
         with tqdm(total=len(requests), desc="answers", disable=disable_tqdm or None) as bar:
             for indices in groups.values():
@@ -222,6 +224,19 @@ class HShareLM(TemplateLM):
                     bar.update(len(batch))
         self._warn_of_cuts(num_cut, len(requests))
         return answers
+
+    def _warn_of_no_plan(self, lengths: Sequence[int]) -> None:
+        hshare = self.method
+        if not isinstance(hshare, HShareConfig) or not hshare.shares_lists(self.model.config):
+            return
+        if "plan" in self._constants:
+            return
+        if num_short := sum(length <= hshare.first_probe for length in lengths):
+            _log.warning(
+                "%d of %d contexts are shorter than the %d tokens that a plan is found from: decoding after them "
+                "shares nothing across layers and heads; give plan_file and channels_file, from hshare-jax calibrate",
+                num_short, len(lengths), hshare.first_probe + 1,
+            )  # fmt: skip
 
     def _warn_of_cuts(self, num_cut: int, num_requests: int) -> None:
         if num_cut:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,14 @@ from jax import Array, lax
 from jaxtyping import Int
 from transformers import PreTrainedTokenizerBase
 
+from hshare_jax.config import HShareConfig
 from hshare_jax.decode import decode_step
 from hshare_jax.decode_state import DecodeState, for_decoding
+from hshare_jax.evaluation.prefilled import Prefilled, prefill_for
 from hshare_jax.evaluation.text_windows import encode_text
 from hshare_jax.models.config import ModelConfig
+from hshare_jax.models.pretrained import Model
+from hshare_jax.selection import Method
 
 NEEDLE = "\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n"
 QUESTION = "\n\nWhat is the pass key? The pass key is"
@@ -109,6 +114,39 @@ def ask(
     B = state.cache.lengths.shape[0]
     asked = jnp.tile(jnp.asarray(question, jnp.int32)[:, None], (1, B))
     return np.asarray(_ask(params, asked, for_decoding(state), config=config, impl=impl)[0]).T
+
+
+def read_passkeys(
+    model: Model, passkeys: Sequence[Passkey], methods: Sequence[HShareConfig | Method | None]
+) -> Prefilled:
+    """Returns the texts of passkeys of one length, read densely once, from which any of `methods` may be asked."""
+    tokens = jnp.asarray([passkey.text for passkey in passkeys], jnp.int32)
+    lengths = jnp.full((len(passkeys),), tokens.shape[1], jnp.int32)
+    capacity = tokens.shape[1] + len(passkeys[0].question) + ANSWER_TOKENS
+    return prefill_for(model, tokens, lengths, capacity, methods)
+
+
+def answer(
+    model: Model,
+    passkeys: Sequence[Passkey],
+    prefilled: Prefilled,
+    method: HShareConfig | Method | None,
+    *,
+    impl: str = "auto",
+    **given: Any,
+) -> list[str]:
+    """Returns what a method answers to each of the passkeys that were read.
+
+    Args:
+        model, passkeys: as for `read_passkeys`, which returned `prefilled`.
+        method: one of those that it was made for.
+        impl: as for `decode_step`.
+        given: a plan or channels, as for `Prefilled.start`.
+    """
+    assert model.tokenizer is not None
+    state = prefilled.start(method, **given)
+    tokens = ask(model.params, passkeys[0].question, state, config=model.config, impl=impl)
+    return list(map(str, model.tokenizer.batch_decode(tokens)))
 
 
 def is_found(passkey: Passkey, answer: str) -> bool:

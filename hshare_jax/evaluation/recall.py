@@ -96,7 +96,13 @@ def measure_recall(state: DecodeState, every: int = 1) -> DecodeState:
 
 
 def recall_of(state: DecodeState, model: ModelConfig) -> Float[Array, "B"]:
-    """Returns the recall of the last step, the mean over layers and heads; 0 where it was not taken, 1 if dense."""
-    if isinstance(state.selection, Measured):
-        return state.selection.total / model.num_layers
-    return jnp.ones(state.cache.lengths.shape, jnp.float32)
+    """Returns the recall of the last step, the mean over layers and heads; 0 where it was not taken, 1 if dense.
+
+    Raises:
+        ValueError: the state of a sparse method that `measure_recall` was not asked for.
+    """
+    if state.selection is None:
+        return jnp.ones(state.cache.lengths.shape, jnp.float32)
+    if not isinstance(state.selection, Measured):
+        raise ValueError("the state takes no recall along: give measure_recall(state) to the steps")
+    return state.selection.total / model.num_layers

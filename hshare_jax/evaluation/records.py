@@ -2,9 +2,9 @@
 
 import json
 import os
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from hshare_jax.whole_files import whole_file
 
@@ -15,7 +15,8 @@ class Records:
     """A results file: a first line that says what is measured, then one line for each finished item.
 
     A line that was only half written when a run was killed is cut off again, and its item done anew; so a resumed file
-    equals an uninterrupted one byte for byte. Nothing is written before the first item is finished.
+    equals an uninterrupted one byte for byte. Nothing is written before the first item is finished. Of two runs that
+    write to one file the second to do so ends, and what the first wrote is kept.
     """
 
     def __init__(
@@ -38,15 +39,14 @@ class Records:
         mark = json.dumps(_MARK)[:-1].encode()
         if not text.startswith(mark[: len(text)]):
             raise ValueError(f"{self.path} is no results file; name another one")
-        whole, _, torn = text.rpartition(b"\n")
+        whole = text.rpartition(b"\n")[0]
         lines = [self._parse(number, line) for number, line in enumerate(whole.split(b"\n"), start=1) if whole]
         self._done = {self._key(line): line for line in lines[1:]}
         # A first line alone is of no results: it may be replaced.
         self._found: dict[str, Any] | None = lines[0] if self._done else None
         self._compare({} if self._found is None else {name: self._found[name] for name in later if name in self._found})
-        if torn and self._done:
-            with open(self.path, "r+b") as file:
-                file.truncate(len(text) - len(torn))
+        self._size = len(text)  # of the file, as far as is known
+        self._kept = len(whole) + 1 if self._done else 0  # bytes of whole lines, after which the next one goes
 
     def settle(self, **facts: Any) -> None:
         """Adds to the study what was not known before; ValueError where the file holds results of another study."""
@@ -87,28 +87,36 @@ class Records:
         if len(kept) == len(self._done):
             return
         with whole_file(self.path) as draft:
-            _write(draft, [self._study, *kept.values()], "wb")
-        self._done = kept
+            draft.write_bytes(_encode([self._study, *kept.values()]))
+            self._size = draft.stat().st_size
+        self._done, self._kept = kept, self._size if kept else 0
 
     def append(self, line: dict[str, Any]) -> None:
-        """Writes the line of an item that is finished now; nothing where it was finished before."""
+        """Writes the line of an item that is finished now, to the disk itself; nothing where it was finished before.
+
+        Raises:
+            ValueError: another run has written to the file since it was read.
+            OSError: the disk takes no more.
+        """
         if line in self:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        new = [line] if self._done else [self._study, line]
-        _write(self.path, new, "ab" if self._done else "wb")
+        try:
+            with open(self.path, "ab") as file:
+                if file.tell() != self._size:
+                    raise ValueError(f"another run has written to {self.path}: let it end, or name another file")
+                file.truncate(self._kept)
+                file.write(_encode([line] if self._done else [self._study, line]))
+                file.flush()
+                os.fsync(file.fileno())
+                self._size = self._kept = file.tell()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
         self._done[self._key(line)] = json.loads(json.dumps(line))
 
 
-def _write(path: Path, lines: list[dict[str, Any]], mode: Literal["ab", "wb"]) -> None:
-    """Writes lines to the disk itself; OSError, which names the file, where that takes no more."""
-    try:
-        with open(path, mode) as file:
-            file.write(b"".join(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in lines))
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
+def _encode(lines: Iterable[dict[str, Any]]) -> bytes:
+    return b"".join(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in lines)
 
 
 def difference(found: dict[str, Any], study: dict[str, Any]) -> str:

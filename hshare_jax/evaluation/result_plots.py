@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from hshare_jax.config import HShareConfig
+from hshare_jax.evaluation.methods import METHODS, has_use_for
 from hshare_jax.evaluation.plots import (
     BLACK,
     BLUE,
@@ -142,14 +143,15 @@ def read_results(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[dict[str
         if len(models) > 1:
             (one, first), (other, second) = models.items()
             raise ValueError(f"{first} is about {one} and {second} about {other}; plot them apart")
-        setting = {key: value for key, value in study.items() if key not in _SAME_WHATEVER}
         for line in found:
+            setting = _setting_of(study, line["name"])
             key = tuple(line.get(name) for name in ("kind", "context", "budget", "name", "batch"))
             other, known = studies.setdefault(key, (path, setting))
-            if difference := _difference(known, setting):
+            names = (name for name in {**known, **setting} if known.get(name) != setting.get(name))
+            if name := next(names, None):
                 raise ValueError(
                     f"{other} and {path} both hold {line['name']} at {line['budget']} of {line['context']} tokens, but "
-                    f"differ in {difference}; plot them apart"
+                    f"differ in {name}, {known.get(name)} and {setting.get(name)}; plot them apart"
                 )
             lines.append(line)
     return lines, next(iter(models), "")
@@ -166,12 +168,17 @@ _SAME_WHATEVER = (
     "seeds",
     "batch_size",
 )  # what lines may be pooled over
+_FILES = ("plan_file", "plan_file_sha256", "channels_file", "channels_file_sha256")
 
 
-def _difference(known: dict[str, Any], setting: dict[str, Any]) -> str:
-    known, setting = ({**study, **study.get("settings", {})} for study in (known, setting))
-    names = (name for name in {**known, **setting} if name != "settings" and known.get(name) != setting.get(name))
-    return next((f"{name}, {known.get(name)} and {setting.get(name)}" for name in names), "")
+def _setting_of(study: dict[str, Any], name: str) -> dict[str, Any]:
+    """Returns what lines of one name must agree in: of HShare's settings and files those the method has a use for."""
+    family = name.partition(" ")[0]
+    method = family if family in METHODS else "hshare"  # "published 7/8-3/4-1/2"
+    settings = study.get("settings", {})
+    setting = {key: value for key, value in study.items() if key not in (*_SAME_WHATEVER, "settings")} | settings
+    of_hshare = (*settings, *_FILES)
+    return {k: v for k, v in setting.items() if k not in of_hshare or has_use_for(method, k.removesuffix("_sha256"))}
 
 
 def _read_file(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -183,7 +190,7 @@ def _read_file(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
             raise ValueError(f"{path}:{number} is not JSON ({error}); this is no results file") from error
         if not isinstance(parsed[-1], dict):
             raise ValueError(f"{path}:{number} is not a JSON object; this is no results file")
-    if not parsed or "model" not in parsed[0]:
+    if not parsed or not isinstance(parsed[0].get("model"), str):
         raise ValueError(f"{path} does not begin with a line that names the model; this is no results file")
     study, *lines = parsed
     try:

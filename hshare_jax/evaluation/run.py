@@ -4,14 +4,12 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
 from hshare_jax.config import HShareConfig
-from hshare_jax.evaluation.examples import DataError, Example
-from hshare_jax.evaluation.passkey import ANSWER_TOKENS, Passkey, ask, is_found
-from hshare_jax.evaluation.prefilled import prefill_for
+from hshare_jax.evaluation.examples import DataError, Example, FileError
+from hshare_jax.evaluation.passkey import Passkey, answer, is_found, read_passkeys
 from hshare_jax.evaluation.records import Records
 from hshare_jax.evaluation.text_windows import Scorer, Window
 from hshare_jax.generate import generate
@@ -75,7 +73,7 @@ def encode_examples(
     """Returns (examples with their token ids, how many were left out because they are too long for the model).
 
     Raises:
-        DataError: a prompt that is too long, unless `skip_bad`; or all of them.
+        DataError: a prompt that is too long, unless `skip_bad`; FileError, all of them.
     """
     encoded, num_bad = [], 0
     for example in examples:
@@ -86,7 +84,7 @@ def encode_examples(
                 raise
             num_bad += 1
     if not encoded:
-        raise DataError(f"no example is left: all {num_bad} prompts are too long for the model")
+        raise FileError(f"no example is left: all {num_bad} prompts are too long for the model")
     return encoded, num_bad
 
 
@@ -151,19 +149,14 @@ def run_passkeys(
     **given: Any,
 ) -> None:
     """Asks every method for every number; a batch of texts is prefilled once for all methods."""
-    assert model.tokenizer is not None
     batches = [list(passkeys[start : start + batch_size]) for start in range(0, len(passkeys), batch_size)]
     held = None
     for name, method, batch in _todo(methods, batches, records, lambda passkey: passkey.id, is_batch_outer=True):
         if held is None or held[0] is not batch:
-            tokens = jnp.asarray([passkey.text for passkey in batch], jnp.int32)
-            lengths = jnp.full((len(batch),), tokens.shape[1], jnp.int32)
-            capacity = tokens.shape[1] + len(batch[0].question) + ANSWER_TOKENS
-            held = batch, prefill_for(model, tokens, lengths, capacity, list(methods.values()))
-        state = held[1].start(method, **_for(name, given))
-        answers = ask(model.params, batch[0].question, state, config=model.config, impl=impl)
-        for passkey, answer in zip(batch, answers, strict=True):
-            text = str(model.tokenizer.decode(answer))
+            held = None  # two batches would not fit where one does
+            held = batch, read_passkeys(model, batch, list(methods.values()))
+        texts = answer(model, batch, held[1], method, impl=impl, **_for(name, given))
+        for passkey, text in zip(batch, texts, strict=True):
             records.append(
                 {
                     "id": passkey.id, "method": name, "task": "passkey", "depth": round(passkey.depth, 4),
@@ -188,6 +181,7 @@ def run_texts(
     held = None
     for name, method, batch in _todo(methods, batches, records, lambda window: window.id, is_batch_outer=True):
         if held is None or held[0] is not batch:
+            held = None  # two batches would not fit where one does
             held = batch, Scorer(model, batch, steps, list(methods.values()), impl=impl)
         scores = held[1].score(method, **_for(name, given))
         for row, window in enumerate(batch):

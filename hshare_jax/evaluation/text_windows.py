@@ -58,8 +58,8 @@ def cut_windows(
     if room < 0:
         raise ValueError(f"{name} has {len(ids) - first} tokens to cut from; a window needs context={context} and one")
     most = (len(ids) - first) // size
-    if count is not None and count > room + 1:
-        raise ValueError(f"count={count} must be at most {room + 1}: {name} has no more windows that differ")
+    if count is not None and count > max(room, 1):
+        raise ValueError(f"count={count} must be at most {max(room, 1)}: {name} has no more windows that differ")
     starts = [first + (size * index if count is None else room * index // count) for index in range(count or most)]
     return [Window(f"{name}:{start}", (*prefix, *map(int, ids[start : start + size]))) for start in starts]
 
@@ -124,10 +124,12 @@ class Scorer:
         state = state if recall_every is None else measure_recall(state, recall_every)
         scores = score_steps(
             self._model.params, self._scored, state,
-            config=self._model.config, reference=self._reference, impl=self._impl, observe=recall_of,
+            config=self._model.config, reference=self._reference, impl=self._impl,
+            observe=None if recall_every is None else recall_of,
         )  # fmt: skip
-        recall = _by_row(scores.observed)
-        recall[:, [recall_every is None or step % recall_every != 0 for step in range(self.steps)]] = np.nan
+        recall = np.full((len(self.windows), self.steps), np.nan)
+        if recall_every is not None:
+            recall[:, ::recall_every] = _by_row(scores.observed)[:, ::recall_every]
         return {
             "loss": _by_row(scores.loss),
             "divergence": _by_row(scores.divergence),
