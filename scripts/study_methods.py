@@ -12,6 +12,7 @@ the speeds.
 import argparse
 import dataclasses
 import gc
+import hashlib
 import itertools
 import json
 import multiprocessing
@@ -19,9 +20,10 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterator, Sequence
 from datetime import date
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +39,8 @@ from hshare_jax.decode import decode_step
 from hshare_jax.decode_state import for_decoding
 from hshare_jax.evaluation.bootstrap import interval, mean_ratio
 from hshare_jax.evaluation.methods import method_named
-from hshare_jax.evaluation.passkey import ANSWER_TOKENS, Passkey, ask, is_found, make_passkeys
-from hshare_jax.evaluation.prefilled import Prefilled, prefill_for
+from hshare_jax.evaluation.passkey import Passkey, answer, is_found, make_passkeys, read_passkeys
+from hshare_jax.evaluation.prefilled import prefill_for
 from hshare_jax.evaluation.records import Records
 from hshare_jax.evaluation.text_windows import Scorer, Window, cut_windows
 from hshare_jax.models.pretrained import Model, load_model
@@ -56,17 +58,40 @@ NAMES = (
 PLANS = ("anchors 1/2-1-1", "anchors 1/3-1-1", "calibrated 1/2-1-1", "calibrated 1/3-1-1")
 MARK = "<!-- What follows is written by scripts/study_methods.py. -->"
 DEFAULT, COMPARED = "hshare 1/2-1-1", "hshare 1/3-1-1"
-# Of each context, the longest stage first; within one, what matters most. At 8k two budgets of the four: more would
-# take the whole beyond two hours on two cores.
-STUDY = {4096: (512, 128, 256, 64), 8192: (512, 128), 1024: (128, 512, 64, 256)}
+# Contexts and budgets that are measured in one go, from one prefill; the longest first, so that those side by side end
+# together. At 8k two budgets of the four: more would take the whole beyond two hours on two cores.
+STAGES = (
+    (4096, (512, 128, 256, 64)), (8192, (512, 128)),
+    (1024, (128,)), (1024, (512,)), (1024, (64,)), (1024, (256,)),
+)  # fmt: skip
 WINDOWS = 8  # scored together
 RECALL_OF = {(4096, 512), (1024, 128)}  # contexts and budgets: it takes time
 CALIBRATED_ON = 8000  # characters of each text, one block or two
-PASSKEY_BUDGETS, PASSKEY_BATCH = (128, 512), 25
+PASSKEY_CONTEXT, PASSKEY_BUDGET, PASSKEY_BATCH = 1024, 128, 25
+MAX_SEEDS = 2 * PASSKEY_BATCH  # all are prefilled at once, and a batch is a gigabyte and a half
 SPEED_CONTEXT, SPEED_BUDGETS = 4096, (512, 128)
 SPEED_STEPS, SPEED_ROUND = 24, 4  # a round holds whole refresh intervals
 ROOM = 256  # decode steps that SnapKV makes room for
 AT_ONCE = 2  # processes, a stage each: a decode step gains little from a second core, another stage much
+
+Keep = Callable[[dict[str, Any]], object]  # takes the line of a finished cell
+Stage = tuple[Callable[..., None], "list[Cell]", dict[str, Any]]  # what measures, its cells, what else it is given
+
+
+def ours(budget: int, ratio: str = "1-1-1", **settings: object) -> HShareConfig:
+    """Returns the package's defaults at a budget and ratio."""
+    return _spend(budget, ratio, HShareConfig(), **settings)
+
+
+def published(budget: int, ratio: str, **settings: object) -> HShareConfig:
+    """Returns the published method at a budget and ratio, with layer 0 dense and bounded probes unless told."""
+    alike = {"num_probes": HShareConfig.num_probes, "dense_layers": HShareConfig.dense_layers}
+    return _spend(budget, ratio, HShareConfig.published(), **alike | settings)
+
+
+def _spend(budget: int, ratio: str, hshare: HShareConfig, **settings: object) -> HShareConfig:
+    split = dict(zip(("num_sinks", "num_critical", "num_recent"), BUDGETS[budget], strict=True))
+    return dataclasses.replace(hshare.with_sharing_ratio(ratio), **split | settings)  # pyright: ignore[reportArgumentType]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,30 +105,33 @@ class Cell:
     @property
     def method(self) -> HShareConfig | Method | None:
         """Returns the settings; layer 0 is dense in all."""
-        sinks, critical, recent = BUDGETS[self.budget]
-        ours = HShareConfig(num_sinks=sinks, num_critical=critical, num_recent=recent)
         kind, _, ratio = self.name.partition(" ")
         if kind in ("hshare", "calibrated"):
-            return ours.with_sharing_ratio(ratio)
+            return ours(self.budget, ratio)
         if kind == "anchors":
-            return dataclasses.replace(ours, plan="anchors").with_sharing_ratio(ratio)
+            return ours(self.budget, ratio, plan="anchors")
         if kind == "published":
-            changes = {"num_probes": ours.num_probes, "dense_layers": ours.dense_layers}
-            split = {"num_sinks": sinks, "num_critical": critical, "num_recent": recent}
-            return dataclasses.replace(HShareConfig.published().with_sharing_ratio(ratio), **changes, **split)
-        return method_named(self.name, ours, max_new_tokens=ROOM)
+            return published(self.budget, ratio)
+        return method_named(self.name, ours(self.budget), max_new_tokens=ROOM)
 
-    @property
-    def key(self) -> dict[str, Any]:
-        """Returns the fields that tell this cell's line."""
-        return {"kind": "text", "context": self.context, "budget": self.budget, "name": self.name}
+    def begin_line(self, kind: str) -> dict[str, Any]:
+        """Returns the fields of a line that tell what is measured, when and with what."""
+        versions = f"jax {jax.__version__}, Python {platform.python_version()}"
+        made = f"{date.today()}, {versions}, {jax.devices()[0].device_kind}"
+        return {"kind": kind, **dataclasses.asdict(self), "settings": repr(self.method), "made": made}
 
 
-def cells(context: int) -> Iterator[Cell]:
-    """Yields the cells of one context; dense decoding once, and other ways to plan in one cell of the study."""
-    for budget in STUDY[context]:
+def all_cells(context: int, budgets: tuple[int, ...]) -> list[Cell]:
+    """Returns the cells of all methods at these budgets."""
+    return [Cell(context, budget, name) for budget in budgets for name in NAMES]
+
+
+def cells(context: int, budgets: tuple[int, ...]) -> Iterator[Cell]:
+    """Yields the cells of one stage; dense decoding once a context, and other ways to plan at 512 of 4,096 alone."""
+    first = next(of_stage[0] for its_context, of_stage in STAGES if its_context == context)
+    for budget in budgets:
         for name in (*NAMES, *(PLANS if (context, budget) == (4096, 512) else ())):
-            if name != "dense" or budget == STUDY[context][0]:
+            if name != "dense" or budget == first:
                 yield Cell(context, budget, name)
 
 
@@ -115,44 +143,57 @@ def read_text(path: Path) -> str:
     return text
 
 
-def is_measured(cell: Cell, keep: Records) -> bool:
-    """Returns whether the results hold this cell; ends the run where they hold it with other settings."""
-    for line in keep.lines:
-        if cell.key.items() <= line.items():
-            if line["settings"] != repr(cell.method):
-                sys.exit(
-                    f"{keep.path} holds {cell.key} with settings that are no longer this script's; name another file"
-                )
-            return True
-    return False
+def read_texts(parser: argparse.ArgumentParser, paths: Sequence[Path]) -> dict[str, str]:
+    """Returns texts by their files' names; a usage error where windows cannot be spread evenly over them."""
+    names = [path.name for path in paths]
+    if len(set(names)) < len(names):
+        parser.error("--text names two files of one name, which results could not tell apart; rename one")
+    if WINDOWS % len(names):
+        parser.error(f"--text names {len(names)} files; {WINDOWS} windows must divide evenly among them")
+    return {path.name: read_text(path) for path in paths}
 
 
-def made() -> str:
-    """Returns when and with what a line was measured."""
-    versions = f"jax {jax.__version__}, Python {platform.python_version()}"
-    return f"{date.today()}, {versions}, {jax.devices()[0].device_kind}"
+def hash_text(text: str) -> str:
+    """Returns what tells a text from another of its name."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-Keep = Callable[[dict[str, Any]], object]  # takes the line of a finished cell
+def windows_of(model: Model, texts: dict[str, str], context: int) -> list[Window]:
+    """Returns the windows of one context, as many of each text."""
+    count = WINDOWS // len(texts)
+    by_text = (cut_windows(model, *text, context=context, count=count, skip=SKIP) for text in texts.items())
+    return list(itertools.chain.from_iterable(by_text))
 
 
-def measure_context(model: Model, todo: list[Cell], keep: Keep, *, texts: dict[str, str], steps: int) -> None:
+def beginnings(texts: dict[str, str]) -> list[str]:
+    """Returns what precedes all windows, to calibrate on."""
+    return [text[: int(len(text) * SKIP)] for text in texts.values()]
+
+
+def left(keep: Records, kind: str, wanted: Sequence[Cell]) -> list[Cell]:
+    """Returns the cells that the results lack; ends the run where they hold one with other settings."""
+    found = {(line["kind"], line["context"], line["budget"], line["name"]): line["settings"] for line in keep.lines}
+    keys = {cell: (kind, *dataclasses.astuple(cell)) for cell in wanted}
+    for cell, key in keys.items():
+        if found.get(key, repr(cell.method)) != repr(cell.method):
+            sys.exit(f"{keep.path} holds {key} with settings that are no longer this script's; name another file")
+    return [cell for cell, key in keys.items() if key not in found]
+
+
+def measure_context(
+    model: Model, todo: list[Cell], keep: Keep, *, windows: list[Window], calibrated_on: list[str], steps: int
+) -> None:
     """Scores cells of one context on all windows; a line a cell."""
     context = todo[0].context
-    per_text = WINDOWS // len(texts)
-    windows: list[Window] = []
-    for name, text in texts.items():
-        windows += cut_windows(model, name, text, context=context, count=per_text, skip=SKIP)
     methods = [cell.method for cell in todo]
     with tqdm(total=context - steps, desc=f"prefill {context}", unit="token", disable=None) as bar:
         scorer = Scorer(model, windows, steps, methods, progress=bar.update)
 
-    beginnings = [text[: int(len(text) * SKIP)][:CALIBRATED_ON] for text in texts.values()]  # before all windows
     constants: dict[Cell, dict[str, Any]] = {}
     for cell in todo:
         if cell.name.startswith("calibrated"):
             assert isinstance(cell.method, HShareConfig)
-            found = calibrate(model, beginnings, hshare=cell.method)
+            found = calibrate(model, calibrated_on, hshare=cell.method)
             constants[cell] = {"plan": found.plan, "channels": found.channels}
 
     def measure(cell: Cell) -> dict[str, Any]:
@@ -160,9 +201,7 @@ def measure_context(model: Model, todo: list[Cell], keep: Keep, *, texts: dict[s
         given = constants.get(cell, {}) | ({} if takes_recall else {"recall_every": None})
         rows = scorer.score(cell.method, **given)
         return {
-            **cell.key,
-            "made": made(),
-            "settings": repr(cell.method),
+            **cell.begin_line("text"),
             "reads": round(float(rows["reads"].mean()), 1),
             "recall": round(float(np.nanmean(rows["recall"])), 4) if takes_recall else None,
             "loss": round(float(rows["loss"].mean()), 5),
@@ -184,34 +223,29 @@ def measure_cells(todo: list[Cell], measure: Callable[[Cell], dict[str, Any]], k
             gc.collect()
 
 
-def measure_passkeys(model: Model, todo: list[Cell], keep: Keep, *, book: str, seeds: int) -> None:
-    """Asks every method for the numbers hidden in 1,024-token texts; a line a method and budget."""
+def hide_passkeys(model: Model, book: str, seeds: int) -> list[Passkey]:
+    """Returns numbers hidden in a book, where windows are cut from too."""
     assert model.tokenizer is not None
-    length, tokenizer = 1024, model.tokenizer
-    passkeys = make_passkeys(tokenizer, book[int(len(book) * SKIP) :], length, range(seeds))
-    batches = [passkeys[start : start + PASSKEY_BATCH] for start in range(0, seeds, PASSKEY_BATCH)]
+    return make_passkeys(model.tokenizer, book[int(len(book) * SKIP) :], PASSKEY_CONTEXT, range(seeds))
 
-    def read(batch: list[Passkey]) -> Prefilled:
-        tokens = jnp.asarray([passkey.text for passkey in batch], jnp.int32)
-        lengths = jnp.full((len(batch),), tokens.shape[1], jnp.int32)
-        return prefill_for(model, tokens, lengths, length + ANSWER_TOKENS, [cell.method for cell in todo])
+
+def measure_passkeys(model: Model, todo: list[Cell], keep: Keep, *, passkeys: list[Passkey]) -> None:
+    """Asks every method for the numbers hidden in texts; a line a method and budget."""
+    batches = [passkeys[start : start + PASSKEY_BATCH] for start in range(0, len(passkeys), PASSKEY_BATCH)]
+    methods = [cell.method for cell in todo]
 
     def measure(cell: Cell) -> dict[str, Any]:
-        found = []
-        for batch, prefilled in zip(batches, read_batches, strict=True):
-            answers = ask(model.params, batch[0].question, prefilled.start(cell.method), config=model.config)
-            texts = map(str, tokenizer.batch_decode(answers))
-            found += [int(is_found(p, text)) for p, text in zip(batch, texts, strict=True)]
-        return {"kind": "passkey", "budget": cell.budget, "name": cell.name, "made": made(), "found": found}
+        answers = [answer(model, batch, held, cell.method) for batch, held in zip(batches, prefilled, strict=True)]
+        found = map(is_found, passkeys, itertools.chain.from_iterable(answers))
+        return {**cell.begin_line("passkey"), "found": list(map(int, found))}
 
-    read_batches = [read(batch) for batch in tqdm(batches, "prefill passkeys", disable=None)]
+    prefilled = [read_passkeys(model, batch, methods) for batch in tqdm(batches, "prefill passkeys", disable=None)]
     measure_cells(todo, measure, keep, desc="passkeys")
 
 
-def measure_speed(model: Model, todo: list[Cell], keep: Keep, *, text: str) -> None:
-    """Times decode steps of the cells, all rows at once, on one text and core, a plan for each row; a line a cell."""
+def measure_speed(model: Model, todo: list[Cell], keep: Keep, *, windows: list[Window]) -> None:
+    """Times decode steps of the cells, all windows at once, on one core, a plan for each row; a line a cell."""
     context = todo[0].context
-    windows = cut_windows(model, "speed", text, context=context, count=WINDOWS, skip=SKIP)
     tokens = jnp.asarray([window.tokens for window in windows], jnp.int32)
     length = context - SPEED_STEPS
     lengths = jnp.full((len(windows),), length, jnp.int32)
@@ -230,44 +264,45 @@ def measure_speed(model: Model, todo: list[Cell], keep: Keep, *, text: str) -> N
             seconds.append(time.perf_counter() - began)
         rounds = np.reshape(seconds[SPEED_ROUND:], (-1, SPEED_ROUND)).mean(axis=1)  # the first round compiles
         milliseconds = round(1000 * float(np.median(rounds)), 2)
-        return {**cell.key, "kind": "speed", "made": made(), "batch": len(windows), "milliseconds": milliseconds}
+        return {**cell.begin_line("speed"), "batch": len(windows), "milliseconds": milliseconds}
 
     measure_cells(todo, measure, keep, desc=f"speed at {context}")
 
 
-Stage = tuple[Callable[..., None], list[Cell], dict[str, Any]]  # what measures, its cells, what else it is given
-
-
 def run_stages(model: str, stages: list[Stage], keep: Records) -> None:
-    """Runs the stages that have cells left, `AT_ONCE` side by side, each in a process of its own with one thread."""
+    """Runs the stages that have cells left, `AT_ONCE` side by side, each in a process of its own with one thread.
+
+    Lines come through a pipe, whose end is the process's. Where one fails, all end.
+    """
     os.environ["PJRT_NPROC"] = "1"  # XLA:CPU's threads, in the processes that follow
     spawn = multiprocessing.get_context("spawn")
-    lines = spawn.SimpleQueue()
-    with ProcessPoolExecutor(
-        AT_ONCE, mp_context=spawn, initializer=_begin, initargs=(lines,), max_tasks_per_child=1
-    ) as pool:
-        running = [pool.submit(_run, model, stage) for stage in stages if stage[1]]
-        is_done = False
-        while not is_done:
-            is_done = not wait(running, timeout=1).not_done
-            while not lines.empty():
-                keep.append(lines.get())
-        for stage in running:
-            stage.result()
+    waiting = [stage for stage in stages if stage[1]]
+    running: dict[Connection, SpawnProcess] = {}  # by the pipes of their lines
+    try:
+        while waiting or running:
+            while waiting and len(running) < AT_ONCE:
+                lines, into = spawn.Pipe(duplex=False)
+                process = spawn.Process(target=_run, args=(model, waiting.pop(0), into), daemon=True)
+                process.start()
+                into.close()  # here: the process has its own
+                running[lines] = process
+            ready = wait(list(running))
+            for lines in [pipe for pipe in running if pipe in ready]:
+                try:
+                    keep.append(lines.recv())
+                except EOFError:
+                    process = running.pop(lines)
+                    process.join()
+                    if process.exitcode:
+                        sys.exit("a stage failed, as told above; the same command goes on where the results end")
+    finally:
+        for process in running.values():
+            process.terminate()
 
 
-def _begin(lines: Any) -> None:
-    global _lines  # of this process: where the lines of its stage go
-    _lines = lines
-
-
-def _run(model: str, stage: Stage) -> None:
+def _run(model: str, stage: Stage, lines: Connection) -> None:
     run, todo, given = stage
-    run(load_model(model), todo, _lines.put, **given)
-
-
-def _all_names(context: int, budgets: tuple[int, ...]) -> list[Cell]:
-    return [Cell(context, budget, name) for budget in budgets for name in NAMES]
+    run(load_model(model), todo, lines.send, **given)
 
 
 def report(lines: list[dict[str, Any]], header: str) -> str:
@@ -295,7 +330,7 @@ def report(lines: list[dict[str, Any]], header: str) -> str:
 
 
 def _table(context: int, budget: int, lines: dict[str, dict[str, Any]]) -> list[str]:
-    base = np.array(lines[DEFAULT]["divergence"]) if DEFAULT in lines else None
+    base = np.array(lines[DEFAULT]["divergence"])
     out = [
         f"\n### {budget} of {context} tokens\n",
         "| method | KL to dense, mean (95 %) | median | over the default's (95 %) | top-1 agreement (95 %) | "
@@ -305,7 +340,7 @@ def _table(context: int, budget: int, lines: dict[str, dict[str, Any]]) -> list[
     for name, line in lines.items():
         kl, agrees = np.array(line["divergence"]), np.array(line["agrees"])
         ratio = "-"
-        if base is not None and name not in (DEFAULT, "dense"):
+        if name not in (DEFAULT, "dense"):
             low, high = interval(mean_ratio, kl, base)
             ratio = f"{mean_ratio(kl, base):.2f} ({low:.2f}-{high:.2f})"
         kl_low, kl_high = interval(np.mean, kl)
@@ -373,38 +408,44 @@ def _surprises(lines: list[dict[str, Any]]) -> list[str]:
 
 def main() -> None:
     """Measures the cells that the results lack, and writes the report."""
+    contexts = [*dict.fromkeys(context for context, _ in STAGES)]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="text files; of .jsonl the field `prompt`")
     parser.add_argument("--results", type=Path, required=True, help="JSONL to write to and to go on from")
     parser.add_argument("--report", type=Path, help="Markdown to write; default: standard output")
     parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--contexts", type=int, nargs="+", default=[*STUDY], choices=[*STUDY])
+    parser.add_argument("--contexts", type=int, nargs="+", choices=contexts, default=contexts)
     parser.add_argument("--steps", type=int, default=256, help="positions scored of each window; eight windows in all")
     parser.add_argument("--seeds", type=int, default=50, help="passkey prompts")
     parser.add_argument("--report-only", action="store_true", help="measure nothing")
     options = parser.parse_args()
-    if WINDOWS % len(options.text):
-        parser.error(f"--text names {len(options.text)} files; {WINDOWS} windows must divide evenly among them")
     if options.steps > ROOM:
         parser.error(f"--steps {options.steps} must be at most {ROOM}")
+    if not 1 <= options.seeds <= MAX_SEEDS:
+        parser.error(f"--seeds {options.seeds} must lie between 1 and {MAX_SEEDS}")
+    texts = read_texts(parser, options.text)
+    names = list(texts)
     study = {
-        "model": options.model, "texts": [path.name for path in options.text], "steps": options.steps,
-        "seeds": options.seeds,
+        "model": options.model, "texts": {name: hash_text(text) for name, text in texts.items()},
+        "steps": options.steps, "seeds": options.seeds,
     }  # fmt: skip
-    keep = Records(options.results, study, keys=("kind", "context", "budget", "name"))
+    keep = Records(options.results, study, keys=("kind", "context", "budget", "name"), later=("identity",))
     if not options.report_only:
-        texts = {path.name: read_text(path) for path in options.text}
-        first = next(iter(texts.values()))
-        scored = [[cell for cell in cells(c) if not is_measured(cell, keep)] for c in STUDY if c in options.contexts]
-        asked = [
-            c for c in _all_names(1024, PASSKEY_BUDGETS) if {**c.key, "kind": "passkey", "context": None} not in keep
-        ]
-        timed = [c for c in _all_names(SPEED_CONTEXT, SPEED_BUDGETS) if {**c.key, "kind": "speed"} not in keep]
-        stages: list[Stage] = [(measure_context, todo, {"texts": texts, "steps": options.steps}) for todo in scored]
-        stages.append((measure_passkeys, asked, {"book": first, "seeds": options.seeds}))
+        # What does not fit together is told here and now: this process loads the model too, and forgets it again.
+        book, model = texts[names[0]], load_model(options.model)
+        keep.settle(identity=model.identity)
+        given = {"calibrated_on": [text[:CALIBRATED_ON] for text in beginnings(texts)], "steps": options.steps}
+        stages: list[Stage] = [
+            (measure_context, left(keep, "text", [*cells(c, b)]), given | {"windows": windows_of(model, texts, c)})
+            for c, b in STAGES if c in options.contexts
+        ]  # fmt: skip
+        asked = left(keep, "passkey", all_cells(PASSKEY_CONTEXT, (PASSKEY_BUDGET,)))
+        stages.append((measure_passkeys, asked, {"passkeys": hide_passkeys(model, book, options.seeds)}))
+        timed = left(keep, "speed", all_cells(SPEED_CONTEXT, SPEED_BUDGETS))
+        speeds: Stage = measure_speed, timed, {"windows": windows_of(model, {names[0]: book}, SPEED_CONTEXT)}
+        del model
         run_stages(options.model, stages, keep)
-        run_stages(options.model, [(measure_speed, timed, {"text": first})], keep)
-    names = [path.name for path in options.text]
+        run_stages(options.model, [speeds], keep)
     runs = "; ".join(dict.fromkeys(line["made"] for line in keep.lines))
     header = (
         f"{options.model}, float32; {runs}. {WINDOWS} windows of {', '.join(names)}; the last {options.steps} "

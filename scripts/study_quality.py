@@ -12,25 +12,34 @@ again, so a killed run goes on where it was.
 
 import argparse
 import dataclasses
+import itertools
 import platform
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from study_methods import BUDGETS, PASSKEY_BATCH, SKIP, WINDOWS, read_text
+from study_methods import (
+    PASSKEY_BATCH,
+    WINDOWS,
+    beginnings,
+    hash_text,
+    hide_passkeys,
+    ours,
+    published,
+    read_texts,
+    windows_of,
+)
 from study_reports import command, write_report
 from tqdm import tqdm
 
 from hshare_jax.calibration import calibrate
 from hshare_jax.config import HShareConfig
 from hshare_jax.evaluation.bootstrap import interval, mean_ratio
-from hshare_jax.evaluation.passkey import ANSWER_TOKENS, ask, is_found, make_passkeys
-from hshare_jax.evaluation.prefilled import prefill_for
+from hshare_jax.evaluation.passkey import Passkey, answer, is_found, read_passkeys
 from hshare_jax.evaluation.records import Records
-from hshare_jax.evaluation.text_windows import Scorer, Window, cut_windows
+from hshare_jax.evaluation.text_windows import Scorer
 from hshare_jax.models.pretrained import Model, load_model
 from hshare_jax.shared_lists import SharedLists
 
@@ -53,32 +62,15 @@ class Cell:
         return f"{self.hshare} {self.channels}"
 
 
-def default(budget: int, ratio: str = "1-1-1", **settings: object) -> HShareConfig:
-    """Returns the package's defaults at a budget and ratio."""
-    sinks, critical, recent = BUDGETS[budget]
-    config = HShareConfig(num_sinks=sinks, num_critical=critical, num_recent=recent).with_sharing_ratio(ratio)
-    return dataclasses.replace(config, **settings)  # pyright: ignore[reportArgumentType]
-
-
-def published(budget: int, ratio: str, **settings: object) -> HShareConfig:
-    """Returns the published method at a budget and ratio, layer 0 dense unless told, with bounded probes."""
-    common = dataclasses.replace(HShareConfig.published(), num_probes=HShareConfig().num_probes, dense_layers=1)
-    sinks, critical, recent = BUDGETS[budget]
-    config = dataclasses.replace(common, num_sinks=sinks, num_critical=critical, num_recent=recent)
-    return dataclasses.replace(config.with_sharing_ratio(ratio), **settings)  # pyright: ignore[reportArgumentType]
-
-
 def cells(context: int) -> Iterator[Cell]:
     """Yields the study, the answers that matter most first."""
     exact = {"scoring": "exact"}
     for budget in (512, 128, 256, 64):
         table = f"{budget} of {context} tokens"
-        yield Cell(table, "oracle: exact scores, lists per kv head", default(budget, **exact))
-        yield Cell(
-            table, "oracle: exact scores, lists per query head", default(budget, lists_per="query_head", **exact)
-        )
+        yield Cell(table, "oracle: exact scores, lists per kv head", ours(budget, **exact))
+        yield Cell(table, "oracle: exact scores, lists per query head", ours(budget, lists_per="query_head", **exact))
         for ratio in ("1-1-1", "2/3-1-1", "1/2-1-1", "1/3-1-1", "1/8-1-1"):
-            yield Cell(table, f"units, {ratio}", default(budget, ratio))
+            yield Cell(table, f"units, {ratio}", ours(budget, ratio))
         for ratio in PUBLISHED_RATIOS if budget in (512, 128) else PUBLISHED_RATIOS[:2]:
             yield Cell(table, f"published, {ratio}", published(budget, ratio))
     table = "Which part loses what (512)"
@@ -87,35 +79,35 @@ def cells(context: int) -> Iterator[Cell]:
     for steps in (2, 4, 8):
         for dilate in (True, False):
             name = f"1-1-1/{steps}, {'dilated' if dilate else 'not dilated'}"
-            yield Cell(table, f"units, {name}", default(512, f"1-1-1/{steps}", dilate=dilate))
+            yield Cell(table, f"units, {name}", ours(512, f"1-1-1/{steps}", dilate=dilate))
     table = "The same work in other ways: a third, or an eighth, of the selections (512)"
     for ratio in ("1/3-1-1", "2/3-1-1/2", "1/8-1-1", "1/4-1-1/2", "1/2-1-1/4"):
-        yield Cell(table, f"units, {ratio}", default(512, ratio))
+        yield Cell(table, f"units, {ratio}", ours(512, ratio))
     for ratio in ("2/3-1-1/2", "1/4-1-1/2"):
-        yield Cell(table, f"units, {ratio}, not dilated", default(512, ratio, dilate=False))
+        yield Cell(table, f"units, {ratio}, not dilated", ours(512, ratio, dilate=False))
     for ratio in (PUBLISHED_RATIOS[1], PUBLISHED_RATIOS[3]):
         for lists in ("kv_head", "query_head"):
             for dilate in (True, False):
                 name = f"published, {ratio}, lists per {lists}, {'dilated' if dilate else 'not dilated'}"
                 yield Cell(table, name, published(512, ratio, lists_per=lists, dilate=dilate))
-    yield Cell(table, "units, 1/3-1-1, lists per query head", default(512, "1/3-1-1", lists_per="query_head"))
-    yield Cell(table, "units, 1/3-1-1, one plan for the batch", default(512, "1/3-1-1", plan_scope="batch"))
-    yield Cell(table, "units, 1/8-1-1, one plan for the batch", default(512, "1/8-1-1", plan_scope="batch"))
+    yield Cell(table, "units, 1/3-1-1, lists per query head", ours(512, "1/3-1-1", lists_per="query_head"))
+    yield Cell(table, "units, 1/3-1-1, one plan for the batch", ours(512, "1/3-1-1", plan_scope="batch"))
+    yield Cell(table, "units, 1/8-1-1, one plan for the batch", ours(512, "1/8-1-1", plan_scope="batch"))
     for probes in (8, 32, 128):
-        yield Cell(table, f"units, 1/8-1-1, {probes} probes", default(512, "1/8-1-1", num_probes=probes))
+        yield Cell(table, f"units, 1/8-1-1, {probes} probes", ours(512, "1/8-1-1", num_probes=probes))
     table = "Labels, 1-1-1 (512)"
     for channels in (8, 16, 32, 64):
-        yield Cell(table, f"{channels} of 64 channels, 4 bits", default(512, label_channels=channels))
-    yield Cell(table, "32 of 64 channels, 8 bits", default(512, label_bits=8))
-    yield Cell(table, "32 of 64 channels, not quantised", default(512, label_bits=None))
+        yield Cell(table, f"{channels} of 64 channels, 4 bits", ours(512, label_channels=channels))
+    yield Cell(table, "32 of 64 channels, 8 bits", ours(512, label_bits=8))
+    yield Cell(table, "32 of 64 channels, not quantised", ours(512, label_bits=None))
     for channels in (16, 32):
         name = f"{channels} of 64 channels, 4 bits, calibrated on the texts' beginnings"
-        yield Cell(table, name, default(512, label_channels=channels), "calibrated")
+        yield Cell(table, name, ours(512, label_channels=channels), "calibrated")
     table = "Dense first layers (512)"
     for dense in (0, 1, 2):
-        yield Cell(table, f"{dense} dense, 1-1-1", default(512, dense_layers=dense))
-        yield Cell(table, f"{dense} dense, units 1/2-1-1", default(512, "1/2-1-1", dense_layers=dense))
-        hshare = default(512, dense_layers=dense, lists_per="query_head", **exact)
+        yield Cell(table, f"{dense} dense, 1-1-1", ours(512, dense_layers=dense))
+        yield Cell(table, f"{dense} dense, units 1/2-1-1", ours(512, "1/2-1-1", dense_layers=dense))
+        hshare = ours(512, dense_layers=dense, lists_per="query_head", **exact)
         yield Cell(table, f"{dense} dense, oracle per query head", hshare)
 
 
@@ -171,27 +163,22 @@ def measure(scorer: Scorer, cell: Cell, ranked: np.ndarray | None) -> dict[str, 
     }
 
 
-def passkey(model: Model, book: str, hshare: HShareConfig | None, seeds: int) -> int:
-    """Returns in how many of `seeds` texts of 1,024 tokens the number is found, the question decoded sparsely."""
-    assert model.tokenizer is not None
+def count_found(model: Model, passkeys: list[Passkey], hshare: HShareConfig | None) -> int:
+    """Returns how many of the numbers are found, the question decoded sparsely."""
     found = 0
-    for start in range(0, seeds, PASSKEY_BATCH):
-        batch = make_passkeys(model.tokenizer, book, 1024, range(start, min(start + PASSKEY_BATCH, seeds)))
-        tokens = jnp.asarray([passkey.text for passkey in batch], jnp.int32)
-        lengths = jnp.full((len(batch),), tokens.shape[1], jnp.int32)
-        prefilled = prefill_for(model, tokens, lengths, 1024 + ANSWER_TOKENS, [hshare])
-        answers = ask(model.params, batch[0].question, prefilled.start(hshare), config=model.config)
-        texts = map(str, model.tokenizer.batch_decode(answers))
-        found += sum(is_found(passkey, text) for passkey, text in zip(batch, texts, strict=True))
+    for start in range(0, len(passkeys), PASSKEY_BATCH):
+        batch = passkeys[start : start + PASSKEY_BATCH]
+        answers = answer(model, batch, read_passkeys(model, batch, [hshare]), hshare)
+        found += sum(map(is_found, batch, answers))
     return found
 
 
 def passkey_settings() -> Iterator[tuple[str, HShareConfig | None]]:
     """Yields (name, settings) at 128 tokens."""
     yield "dense", None
-    yield "oracle: exact scores, per kv head", default(128, scoring="exact")
+    yield "oracle: exact scores, per kv head", ours(128, scoring="exact")
     for ratio in ("1-1-1", "2/3-1-1", "1/2-1-1", "1/3-1-1", "1/8-1-1", "1-1-1/2"):
-        yield f"units, {ratio}", default(128, ratio)
+        yield f"units, {ratio}", ours(128, ratio)
     for ratio in PUBLISHED_RATIOS:
         yield f"published, {ratio}", published(128, ratio)
 
@@ -211,7 +198,7 @@ def report(results: dict[str, dict], header: str, context: int) -> str:
         ]
         for cell in rows:
             result = results[cell.key]
-            base = results.get(Cell("", "", default(cell.hshare.budget)).key)
+            base = results.get(Cell("", "", ours(cell.hshare.budget)).key)
             kl, agrees = np.array(result["divergence"]), np.array(result["agrees"])
             ratio = "-"
             if base is not None and base is not result:
@@ -245,13 +232,12 @@ def main() -> None:
     parser.add_argument("--tables", nargs="+", help="measure only tables that begin so")
     parser.add_argument("--core", action="store_true", help="measure only what the advice in docs/quality.md rests on")
     options = parser.parse_args()
-    if WINDOWS % len(options.text):
-        parser.error(f"--text names {len(options.text)} files; {WINDOWS} windows must divide evenly among them")
+    texts = read_texts(parser, options.text)
     study = {
-        "model": options.model, "texts": [path.name for path in options.text],
+        "model": options.model, "texts": {name: hash_text(text) for name, text in texts.items()},
         "context": options.context, "steps": options.steps, "seeds": options.seeds,
     }  # fmt: skip
-    records = Records(options.results, study, keys=("key",))
+    records = Records(options.results, study, keys=("key",), later=("identity",))
 
     def is_wanted(table: str) -> bool:
         return not options.tables or table.startswith(tuple(options.tables))
@@ -261,25 +247,24 @@ def main() -> None:
     wanted = first if options.core else first + wanted
     todo = list({cell.key: cell for cell in wanted if {"key": cell.key} not in records}.values())
     model = load_model(options.model)
-    texts = {path.name: read_text(path) for path in options.text}
+    records.settle(identity=model.identity)
     if todo:
-        windows: list[Window] = []
-        for name, text in texts.items():
-            count = WINDOWS // len(texts)
-            windows += cut_windows(model, name, text, context=options.context, count=count, skip=SKIP)
+        windows = windows_of(model, texts, options.context)
         scorer = Scorer(model, windows, options.steps, [cell.hshare for cell in todo])
         ranked = None
         if any(cell.channels == "calibrated" for cell in todo):
-            beginnings = [text[: int(len(text) * SKIP)] for text in texts.values()]
-            ranked = calibrate(model, beginnings, hshare=HShareConfig(), max_blocks=8).channels
-        for cell in tqdm(todo, desc="cells", disable=None):
-            records.append(measure(scorer, cell, ranked))
-            jax.clear_caches()  # every cell has programs of its own, and they are large
+            ranked = calibrate(model, beginnings(texts), hshare=HShareConfig(), max_blocks=8).channels
+        with tqdm(total=len(todo), desc="cells", disable=None) as bar:
+            for _, group in itertools.groupby(todo, key=lambda cell: cell.hshare.for_decoding()):
+                for cell in group:
+                    records.append(measure(scorer, cell, ranked))
+                    bar.update()
+                jax.clear_caches()  # the programs of other settings are others, and large
         del scorer
-    book = next(iter(texts.values()))
+    passkeys = hide_passkeys(model, next(iter(texts.values())), options.seeds)
     for name, hshare in passkey_settings() if is_wanted("Passkey") else ():
         if {"key": f"passkey {name}"} not in records:
-            found = passkey(model, book[int(len(book) * SKIP) :], hshare, options.seeds)
+            found = count_found(model, passkeys, hshare)
             records.append({"key": f"passkey {name}", "found": found, "seeds": options.seeds})
     results = {line["key"]: line for line in records.lines}
     names = ", ".join(path.name for path in options.text)
