@@ -406,6 +406,25 @@ def _surprises(lines: list[dict[str, Any]]) -> list[str]:
     return out
 
 
+def plan_stages(options: argparse.Namespace, texts: dict[str, str], keep: Records) -> list[list[Stage]]:
+    """Returns what is left to measure, in rounds: stages that may run side by side; then the speeds, alone.
+
+    The model is loaded here too, and forgotten again: what does not fit it is told before anything is measured.
+    """
+    (name, book), *_ = texts.items()
+    model = load_model(options.model)
+    keep.settle(identity=model.identity)
+    given = {"calibrated_on": [text[:CALIBRATED_ON] for text in beginnings(texts)], "steps": options.steps}
+    stages: list[Stage] = [
+        (measure_context, left(keep, "text", [*cells(c, b)]), given | {"windows": windows_of(model, texts, c)})
+        for c, b in STAGES if c in options.contexts
+    ]  # fmt: skip
+    asked = left(keep, "passkey", all_cells(PASSKEY_CONTEXT, (PASSKEY_BUDGET,)))
+    stages.append((measure_passkeys, asked, {"passkeys": hide_passkeys(model, book, options.seeds)}))
+    timed = left(keep, "speed", all_cells(SPEED_CONTEXT, SPEED_BUDGETS))
+    return [stages, [(measure_speed, timed, {"windows": windows_of(model, {name: book}, SPEED_CONTEXT)})]]
+
+
 def main() -> None:
     """Measures the cells that the results lack, and writes the report."""
     contexts = [*dict.fromkeys(context for context, _ in STAGES)]
@@ -424,31 +443,20 @@ def main() -> None:
     if not 1 <= options.seeds <= MAX_SEEDS:
         parser.error(f"--seeds {options.seeds} must lie between 1 and {MAX_SEEDS}")
     texts = read_texts(parser, options.text)
-    names = list(texts)
     study = {
         "model": options.model, "texts": {name: hash_text(text) for name, text in texts.items()},
         "steps": options.steps, "seeds": options.seeds,
     }  # fmt: skip
-    keep = Records(options.results, study, keys=("kind", "context", "budget", "name"), later=("identity",))
-    if not options.report_only:
-        # What does not fit together is told here and now: this process loads the model too, and forgets it again.
-        book, model = texts[names[0]], load_model(options.model)
-        keep.settle(identity=model.identity)
-        given = {"calibrated_on": [text[:CALIBRATED_ON] for text in beginnings(texts)], "steps": options.steps}
-        stages: list[Stage] = [
-            (measure_context, left(keep, "text", [*cells(c, b)]), given | {"windows": windows_of(model, texts, c)})
-            for c, b in STAGES if c in options.contexts
-        ]  # fmt: skip
-        asked = left(keep, "passkey", all_cells(PASSKEY_CONTEXT, (PASSKEY_BUDGET,)))
-        stages.append((measure_passkeys, asked, {"passkeys": hide_passkeys(model, book, options.seeds)}))
-        timed = left(keep, "speed", all_cells(SPEED_CONTEXT, SPEED_BUDGETS))
-        speeds: Stage = measure_speed, timed, {"windows": windows_of(model, {names[0]: book}, SPEED_CONTEXT)}
-        del model
+    try:
+        keep = Records(options.results, study, keys=("kind", "context", "budget", "name"), later=("identity",))
+        rounds = [] if options.report_only else plan_stages(options, texts, keep)
+    except ValueError as error:
+        parser.error(str(error))
+    for stages in rounds:
         run_stages(options.model, stages, keep)
-        run_stages(options.model, [speeds], keep)
     runs = "; ".join(dict.fromkeys(line["made"] for line in keep.lines))
     header = (
-        f"{options.model}, float32; {runs}. {WINDOWS} windows of {', '.join(names)}; the last {options.steps} "
+        f"{options.model}, float32; {runs}. {WINDOWS} windows of {', '.join(texts)}; the last {options.steps} "
         f"positions of each scored, {WINDOWS * options.steps} in all. Intervals: paired bootstrap over blocks of "
         f"neighbouring positions. Layer 0 is dense in every method.\n\n    {command(options)}"
     )
