@@ -12,16 +12,12 @@ the speeds.
 import argparse
 import dataclasses
 import gc
-import hashlib
 import itertools
-import json
 import multiprocessing
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from datetime import date
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -30,100 +26,52 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from study_cells import (
+    NAMES,
+    PASSKEY_BATCH,
+    PASSKEY_BUDGET,
+    PASSKEY_CONTEXT,
+    PLANS,
+    ROOM,
+    WINDOWS,
+    Cell,
+    all_cells,
+    beginnings,
+    hash_text,
+    hide_passkeys,
+    read_texts,
+    windows_of,
+)
 from study_reports import command, write_report
+from study_tables import report
 from tqdm import tqdm
 
 from hshare_jax.calibration import calibrate
 from hshare_jax.config import HShareConfig
 from hshare_jax.decode import decode_step
 from hshare_jax.decode_state import for_decoding
-from hshare_jax.evaluation.bootstrap import interval, mean_ratio
-from hshare_jax.evaluation.methods import method_named
-from hshare_jax.evaluation.passkey import Passkey, answer, is_found, make_passkeys, read_passkeys
+from hshare_jax.evaluation.passkey import Passkey, answer, is_found, read_passkeys
 from hshare_jax.evaluation.prefilled import prefill_for
 from hshare_jax.evaluation.records import Records
-from hshare_jax.evaluation.text_windows import Scorer, Window, cut_windows
+from hshare_jax.evaluation.text_windows import Scorer, Window
 from hshare_jax.models.pretrained import Model, load_model
-from hshare_jax.selection import Method
 
-SKIP = 0.25  # of a text, title pages and licences
-BUDGETS = {64: (4, 44, 16), 128: (8, 88, 32), 256: (8, 200, 48), 512: (16, 432, 64)}  # sinks, critical, recent
-RATIOS = ("7/8-3/4-1/2", "3/4-3/4-1/2", "1/2-1/2-1/2")
-OURS = ("hshare 1-1-1", "hshare 1/2-1-1", "hshare 1/3-1-1", "hshare 1/8-1-1")
-SIMPLER = ("streaming_llm", "h2o", "quest", "quest_window", "snapkv", "snapkv_fixed")  # no labels, no plan
-NAMES = (
-    "dense", "exact_topk", "double_sparsity", *OURS, *(f"published {ratio}" for ratio in RATIOS),
-    *SIMPLER,
-)  # fmt: skip
-PLANS = ("anchors 1/2-1-1", "anchors 1/3-1-1", "calibrated 1/2-1-1", "calibrated 1/3-1-1")
 MARK = "<!-- What follows is written by scripts/study_methods.py. -->"
-DEFAULT, COMPARED = "hshare 1/2-1-1", "hshare 1/3-1-1"
 # Contexts and budgets that are measured in one go, from one prefill; the longest first, so that those side by side end
 # together. At 8k two budgets of the four: more would take the whole beyond two hours on two cores.
 STAGES = (
     (4096, (512, 128, 256, 64)), (8192, (512, 128)),
     (1024, (128,)), (1024, (512,)), (1024, (64,)), (1024, (256,)),
 )  # fmt: skip
-WINDOWS = 8  # scored together
 RECALL_OF = {(4096, 512), (1024, 128)}  # contexts and budgets: it takes time
 CALIBRATED_ON = 8000  # characters of each text, one block or two
-PASSKEY_CONTEXT, PASSKEY_BUDGET, PASSKEY_BATCH = 1024, 128, 25
 MAX_SEEDS = 2 * PASSKEY_BATCH  # all are prefilled at once, and a batch is a gigabyte and a half
 SPEED_CONTEXT, SPEED_BUDGETS = 4096, (512, 128)
 SPEED_STEPS, SPEED_ROUND = 24, 4  # a round holds whole refresh intervals
-ROOM = 256  # decode steps that SnapKV makes room for
 AT_ONCE = 2  # processes, a stage each: a decode step gains little from a second core, another stage much
 
 Keep = Callable[[dict[str, Any]], object]  # takes the line of a finished cell
-Stage = tuple[Callable[..., None], "list[Cell]", dict[str, Any]]  # what measures, its cells, what else it is given
-
-
-def ours(budget: int, ratio: str = "1-1-1", **settings: object) -> HShareConfig:
-    """Returns the package's defaults at a budget and ratio."""
-    return _spend(budget, ratio, HShareConfig(), **settings)
-
-
-def published(budget: int, ratio: str, **settings: object) -> HShareConfig:
-    """Returns the published method at a budget and ratio, with layer 0 dense and bounded probes unless told."""
-    alike = {"num_probes": HShareConfig.num_probes, "dense_layers": HShareConfig.dense_layers}
-    return _spend(budget, ratio, HShareConfig.published(), **alike | settings)
-
-
-def _spend(budget: int, ratio: str, hshare: HShareConfig, **settings: object) -> HShareConfig:
-    split = dict(zip(("num_sinks", "num_critical", "num_recent"), BUDGETS[budget], strict=True))
-    return dataclasses.replace(hshare.with_sharing_ratio(ratio), **split | settings)  # pyright: ignore[reportArgumentType]
-
-
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """One method at one budget and context."""
-
-    context: int
-    budget: int
-    name: str
-
-    @property
-    def method(self) -> HShareConfig | Method | None:
-        """Returns the settings; layer 0 is dense in all."""
-        kind, _, ratio = self.name.partition(" ")
-        if kind in ("hshare", "calibrated"):
-            return ours(self.budget, ratio)
-        if kind == "anchors":
-            return ours(self.budget, ratio, plan="anchors")
-        if kind == "published":
-            return published(self.budget, ratio)
-        return method_named(self.name, ours(self.budget), max_new_tokens=ROOM)
-
-    def begin_line(self, kind: str) -> dict[str, Any]:
-        """Returns the fields of a line that tell what is measured, when and with what."""
-        versions = f"jax {jax.__version__}, Python {platform.python_version()}"
-        made = f"{date.today()}, {versions}, {jax.devices()[0].device_kind}"
-        return {"kind": kind, **dataclasses.asdict(self), "settings": repr(self.method), "made": made}
-
-
-def all_cells(context: int, budgets: tuple[int, ...]) -> list[Cell]:
-    """Returns the cells of all methods at these budgets."""
-    return [Cell(context, budget, name) for budget in budgets for name in NAMES]
+Stage = tuple[Callable[..., None], list[Cell], dict[str, Any]]  # what measures, its cells, what else it is given
 
 
 def cells(context: int, budgets: tuple[int, ...]) -> Iterator[Cell]:
@@ -133,41 +81,6 @@ def cells(context: int, budgets: tuple[int, ...]) -> Iterator[Cell]:
         for name in (*NAMES, *(PLANS if (context, budget) == (4096, 512) else ())):
             if name != "dense" or budget == first:
                 yield Cell(context, budget, name)
-
-
-def read_text(path: Path) -> str:
-    """Returns a file's text; of .jsonl the field `prompt` of all lines."""
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".jsonl":
-        text = "\n\n".join(json.loads(line)["prompt"] for line in text.splitlines() if line.strip())
-    return text
-
-
-def read_texts(parser: argparse.ArgumentParser, paths: Sequence[Path]) -> dict[str, str]:
-    """Returns texts by their files' names; a usage error where windows cannot be spread evenly over them."""
-    names = [path.name for path in paths]
-    if len(set(names)) < len(names):
-        parser.error("--text names two files of one name, which results could not tell apart; rename one")
-    if WINDOWS % len(names):
-        parser.error(f"--text names {len(names)} files; {WINDOWS} windows must divide evenly among them")
-    return {path.name: read_text(path) for path in paths}
-
-
-def hash_text(text: str) -> str:
-    """Returns what tells a text from another of its name."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def windows_of(model: Model, texts: dict[str, str], context: int) -> list[Window]:
-    """Returns the windows of one context, as many of each text."""
-    count = WINDOWS // len(texts)
-    by_text = (cut_windows(model, *text, context=context, count=count, skip=SKIP) for text in texts.items())
-    return list(itertools.chain.from_iterable(by_text))
-
-
-def beginnings(texts: dict[str, str]) -> list[str]:
-    """Returns what precedes all windows, to calibrate on."""
-    return [text[: int(len(text) * SKIP)] for text in texts.values()]
 
 
 def left(keep: Records, kind: str, wanted: Sequence[Cell]) -> list[Cell]:
@@ -221,12 +134,6 @@ def measure_cells(todo: list[Cell], measure: Callable[[Cell], dict[str, Any]], k
                 bar.update()
             jax.clear_caches()
             gc.collect()
-
-
-def hide_passkeys(model: Model, book: str, seeds: int) -> list[Passkey]:
-    """Returns numbers hidden in a book, where windows are cut from too."""
-    assert model.tokenizer is not None
-    return make_passkeys(model.tokenizer, book[int(len(book) * SKIP) :], PASSKEY_CONTEXT, range(seeds))
 
 
 def measure_passkeys(model: Model, todo: list[Cell], keep: Keep, *, passkeys: list[Passkey]) -> None:
@@ -303,107 +210,6 @@ def run_stages(model: str, stages: list[Stage], keep: Records) -> None:
 def _run(model: str, stage: Stage, lines: Connection) -> None:
     run, todo, given = stage
     run(load_model(model), todo, lines.send, **given)
-
-
-def report(lines: list[dict[str, Any]], header: str) -> str:
-    """Returns the tables in Markdown."""
-    lines = sorted(lines, key=lambda line: (line["kind"], line.get("context", 0)))  # as stages took turns, now by stage
-    text = {(line["context"], line["budget"], line["name"]): line for line in lines if line["kind"] == "text"}
-    out = [header]
-    for context in sorted({key[0] for key in text}):
-        for budget in BUDGETS:
-            names = [name for name in (*NAMES, *PLANS) if (context, budget, name) in text]
-            if DEFAULT in names:  # what the others are compared with
-                out += _table(context, budget, {name: text[context, budget, name] for name in names})
-    passkeys = [line for line in lines if line["kind"] == "passkey"]
-    if passkeys:
-        out += _passkey_table(passkeys)
-    if speed := [line for line in lines if line["kind"] == "speed"]:
-        out += _speed_table(speed)
-    out += [
-        "\n### Where a cheaper or simpler method does better\n",
-        "Mean and median of KL, top-1 agreement, and passkeys, beside methods that score no token by itself. "
-        "Times have a table of their own.\n",
-        *(_surprises(lines) or ["None."]),
-    ]
-    return "\n".join(out) + "\n"
-
-
-def _table(context: int, budget: int, lines: dict[str, dict[str, Any]]) -> list[str]:
-    base = np.array(lines[DEFAULT]["divergence"])
-    out = [
-        f"\n### {budget} of {context} tokens\n",
-        "| method | KL to dense, mean (95 %) | median | over the default's (95 %) | top-1 agreement (95 %) | "
-        "recall of attention | perplexity | tokens read |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name, line in lines.items():
-        kl, agrees = np.array(line["divergence"]), np.array(line["agrees"])
-        ratio = "-"
-        if name not in (DEFAULT, "dense"):
-            low, high = interval(mean_ratio, kl, base)
-            ratio = f"{mean_ratio(kl, base):.2f} ({low:.2f}-{high:.2f})"
-        kl_low, kl_high = interval(np.mean, kl)
-        low, high = interval(np.mean, agrees)
-        recall = "-" if line["recall"] is None else f"{line['recall']:.1%}"
-        out.append(
-            f"| {name} | {kl.mean():.4f} ({kl_low:.4f}-{kl_high:.4f}) | {np.median(kl):.4f} | {ratio} "
-            f"| {agrees.mean():.1%} ({low:.1%}-{high:.1%}) | {recall} | {np.exp(line['loss']):.2f} "
-            f"| {line['reads']:.0f} |"
-        )
-    return out
-
-
-def _passkey_table(lines: list[dict[str, Any]]) -> list[str]:
-    found = {(line["name"], line["budget"]): f"{sum(line['found'])} of {len(line['found'])}" for line in lines}
-    heads = {budget: f"reading {budget}" for budget in sorted({line["budget"] for line in lines})}
-    return ["\n### Passkeys found in 1,024 tokens, the question decoded by sparse steps\n", *_by_method(found, heads)]
-
-
-def _speed_table(lines: list[dict[str, Any]]) -> list[str]:
-    milliseconds = {(line["name"], (line["context"], line["budget"])): line["milliseconds"] for line in lines}
-    cells = {}
-    for (name, size), own in milliseconds.items():
-        dense = milliseconds.get(("dense", size))
-        cells[name, size] = f"{own:.1f} ms" + (f", {dense / own:.2f}" if dense else "")
-    heads = {(line["context"], line["budget"]): f"{line['budget']} of {line['context']}" for line in lines}
-    batch = lines[0]["batch"]
-    title = f"\n### Speed of decode steps: milliseconds, and how many times as fast as dense, batch {batch}\n"
-    return [title, *_by_method(cells, heads)]
-
-
-def _by_method(cells: dict[tuple[str, Any], str], heads: dict[Any, str]) -> list[str]:
-    """Returns a table with a row for each method and a column for each head; cells are found by both."""
-    names = dict.fromkeys(name for name, _ in cells)
-    rows = [[name, *(cells.get((name, column), "-") for column in heads)] for name in names]
-    return [f"| {' | '.join(row)} |" for row in (["method", *heads.values()], ["---"] * (1 + len(heads)), *rows)]
-
-
-def _surprises(lines: list[dict[str, Any]]) -> list[str]:
-    """Returns what a method that shares nothing and computes no label does better than one of ours, cell by cell."""
-    ours = (DEFAULT, COMPARED, "hshare 1/8-1-1", *(f"published {ratio}" for ratio in RATIOS))
-    known = {(line["kind"], line.get("context"), line["budget"], line["name"]): line for line in lines}
-    out = []
-    for (kind, context, budget, name), line in known.items():
-        for mine in ours if name in SIMPLER else ():
-            if (other := known.get((kind, context, budget, mine))) is None:
-                continue
-            if kind == "text":
-                theirs, kl = np.array(line["divergence"]), np.array(other["divergence"])
-                ways = [way for way, pick in (("mean", np.mean), ("median", np.median)) if pick(theirs) < pick(kl)]
-                agreements = np.mean(line["agrees"]), np.mean(other["agrees"])
-                ways += ["top-1 agreement"] if agreements[0] > agreements[1] else []
-                if ways:
-                    out.append(
-                        f"- {budget} of {context}: {name} ({theirs.mean():.4f} / {np.median(theirs):.4f} / "
-                        f"{agreements[0]:.1%}, reads {line['reads']:.0f}) ahead of {mine} ({kl.mean():.4f} / "
-                        f"{np.median(kl):.4f} / {agreements[1]:.1%}, reads {other['reads']:.0f}) by {', '.join(ways)}"
-                    )
-            if kind == "passkey" and sum(line["found"]) > sum(other["found"]):
-                out.append(
-                    f"- passkeys, reading {budget}: {name} finds {sum(line['found'])}, {mine} {sum(other['found'])}"
-                )
-    return out
 
 
 def plan_stages(options: argparse.Namespace, texts: dict[str, str], keep: Records) -> list[list[Stage]]:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from study_methods import (
+from study_cells import (
     PASSKEY_BATCH,
     WINDOWS,
     beginnings,

@@ -1,0 +1,125 @@
+"""What the studies measure: methods by name at their budgets, and the texts, windows and passkeys."""
+
+import argparse
+import dataclasses
+import hashlib
+import itertools
+import json
+import platform
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from hshare_jax.config import HShareConfig
+from hshare_jax.evaluation.methods import method_named
+from hshare_jax.evaluation.passkey import Passkey, make_passkeys
+from hshare_jax.evaluation.text_windows import Window, cut_windows
+from hshare_jax.models.pretrained import Model
+from hshare_jax.selection import Method
+
+SKIP = 0.25  # of a text, title pages and licences
+BUDGETS = {64: (4, 44, 16), 128: (8, 88, 32), 256: (8, 200, 48), 512: (16, 432, 64)}  # sinks, critical, recent
+RATIOS = ("7/8-3/4-1/2", "3/4-3/4-1/2", "1/2-1/2-1/2")
+OURS = ("hshare 1-1-1", "hshare 1/2-1-1", "hshare 1/3-1-1", "hshare 1/8-1-1")
+SIMPLER = ("streaming_llm", "h2o", "quest", "quest_window", "snapkv", "snapkv_fixed")  # no labels, no plan
+NAMES = (
+    "dense", "exact_topk", "double_sparsity", *OURS, *(f"published {ratio}" for ratio in RATIOS),
+    *SIMPLER,
+)  # fmt: skip
+PLANS = ("anchors 1/2-1-1", "anchors 1/3-1-1", "calibrated 1/2-1-1", "calibrated 1/3-1-1")
+DEFAULT = "hshare 1/2-1-1"
+WINDOWS = 8  # scored together
+PASSKEY_CONTEXT, PASSKEY_BUDGET, PASSKEY_BATCH = 1024, 128, 25
+ROOM = 256  # decode steps that SnapKV makes room for
+
+
+def ours(budget: int, ratio: str = "1-1-1", **settings: object) -> HShareConfig:
+    """Returns the package's defaults at a budget and ratio."""
+    return _spend(budget, ratio, HShareConfig(), **settings)
+
+
+def published(budget: int, ratio: str, **settings: object) -> HShareConfig:
+    """Returns the published method at a budget and ratio, with layer 0 dense and bounded probes unless told."""
+    alike = {"num_probes": HShareConfig.num_probes, "dense_layers": HShareConfig.dense_layers}
+    return _spend(budget, ratio, HShareConfig.published(), **alike | settings)
+
+
+def _spend(budget: int, ratio: str, hshare: HShareConfig, **settings: object) -> HShareConfig:
+    split = dict(zip(("num_sinks", "num_critical", "num_recent"), BUDGETS[budget], strict=True))
+    return dataclasses.replace(hshare.with_sharing_ratio(ratio), **split | settings)  # pyright: ignore[reportArgumentType]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One method at one budget and context."""
+
+    context: int
+    budget: int
+    name: str
+
+    @property
+    def method(self) -> HShareConfig | Method | None:
+        """Returns the settings; layer 0 is dense in all."""
+        kind, _, ratio = self.name.partition(" ")
+        if kind in ("hshare", "calibrated"):
+            return ours(self.budget, ratio)
+        if kind == "anchors":
+            return ours(self.budget, ratio, plan="anchors")
+        if kind == "published":
+            return published(self.budget, ratio)
+        return method_named(self.name, ours(self.budget), max_new_tokens=ROOM)
+
+    def begin_line(self, kind: str) -> dict[str, Any]:
+        """Returns the fields of a line that tell what is measured, when and with what."""
+        versions = f"jax {jax.__version__}, Python {platform.python_version()}"
+        made = f"{date.today()}, {versions}, {jax.devices()[0].device_kind}"
+        return {"kind": kind, **dataclasses.asdict(self), "settings": repr(self.method), "made": made}
+
+
+def all_cells(context: int, budgets: tuple[int, ...]) -> list[Cell]:
+    """Returns the cells of all methods at these budgets."""
+    return [Cell(context, budget, name) for budget in budgets for name in NAMES]
+
+
+def read_text(path: Path) -> str:
+    """Returns a file's text; of .jsonl the field `prompt` of all lines."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".jsonl":
+        text = "\n\n".join(json.loads(line)["prompt"] for line in text.splitlines() if line.strip())
+    return text
+
+
+def read_texts(parser: argparse.ArgumentParser, paths: Sequence[Path]) -> dict[str, str]:
+    """Returns texts by their files' names; a usage error where windows cannot be spread evenly over them."""
+    names = [path.name for path in paths]
+    if len(set(names)) < len(names):
+        parser.error("--text names two files of one name, which results could not tell apart; rename one")
+    if WINDOWS % len(names):
+        parser.error(f"--text names {len(names)} files; {WINDOWS} windows must divide evenly among them")
+    return {path.name: read_text(path) for path in paths}
+
+
+def hash_text(text: str) -> str:
+    """Returns what tells a text from another of its name."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def windows_of(model: Model, texts: dict[str, str], context: int) -> list[Window]:
+    """Returns the windows of one context, as many of each text."""
+    count = WINDOWS // len(texts)
+    by_text = (cut_windows(model, *text, context=context, count=count, skip=SKIP) for text in texts.items())
+    return list(itertools.chain.from_iterable(by_text))
+
+
+def beginnings(texts: dict[str, str]) -> list[str]:
+    """Returns what precedes all windows, to calibrate on."""
+    return [text[: int(len(text) * SKIP)] for text in texts.values()]
+
+
+def hide_passkeys(model: Model, book: str, seeds: int) -> list[Passkey]:
+    """Returns numbers hidden in a book, where windows are cut from too."""
+    assert model.tokenizer is not None
+    return make_passkeys(model.tokenizer, book[int(len(book) * SKIP) :], PASSKEY_CONTEXT, range(seeds))
