@@ -12,7 +12,7 @@ COMPARED = (DEFAULT, "hshare 1/3-1-1", "hshare 1/8-1-1", *(f"published {ratio}" 
 
 def report(lines: list[dict[str, Any]], header: str) -> str:
     """Returns the tables in Markdown."""
-    lines = sorted(lines, key=lambda line: (line["kind"], line.get("context", 0)))  # as stages took turns, now by stage
+    lines = sorted(lines, key=lambda line: (line["kind"], line["context"]))  # as stages took turns, now by stage
     text = {(line["context"], line["budget"], line["name"]): line for line in lines if line["kind"] == "text"}
     out = [header]
     for context in sorted({key[0] for key in text}):
@@ -86,7 +86,7 @@ def _by_method(cells: dict[tuple[str, Any], str], heads: dict[Any, str]) -> list
 
 def _surprises(lines: list[dict[str, Any]]) -> list[str]:
     """Returns what a method that shares nothing and computes no label does better than one of ours, cell by cell."""
-    known = {(line["kind"], line.get("context"), line["budget"], line["name"]): line for line in lines}
+    known = {(line["kind"], line["context"], line["budget"], line["name"]): line for line in lines}
     out = []
     for (kind, context, budget, name), line in known.items():
         for mine in COMPARED if name in SIMPLER else ():
