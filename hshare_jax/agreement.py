@@ -67,7 +67,7 @@ def token_agreement(
     dtype = jnp.dtype(model.dtype)
     state = init_state(model.config, len(encoded), capacity, method=method, plan=plan, channels=channels, dtype=dtype)
     _, state = prefill(model.params, jnp.asarray(tokens), jnp.asarray(lengths), state, config=model.config)
-    scores = score_steps(model.params, jnp.asarray(forced), state, config=model.config, impl=impl)
+    scores, _ = score_steps(model.params, jnp.asarray(forced), state, config=model.config, impl=impl)
     chosen = np.asarray(scores.chosen).T
     return [float((chosen[row, : size - 1] == forced[row, 1:size]).mean()) for row, size in enumerate(sizes.tolist())]
 
@@ -102,7 +102,7 @@ def _score_steps(
 
     following = tokens[:, 1:].T
     state, scores = lax.scan(step, state, (tokens[:, :-1].T, following, reference))
-    return scores, state  # the state too, so that its buffers are used again
+    return scores, state
 
 
 def score_steps(
@@ -114,13 +114,13 @@ def score_steps(
     reference: Array | None = None,
     impl: str = "auto",
     observe: Observe | None = None,
-) -> StepScores:
-    """Returns the scores of decode steps that read a given text (teacher forcing), as one jitted scan.
+) -> tuple[StepScores, DecodeState]:
+    """Returns (scores of decode steps that read a given text (teacher forcing), the state); one jitted scan.
 
     Args:
         params: the decoder's parameters.
         tokens: the text that follows what the state holds [B, T + 1]; the last token is only predicted.
-        state: from `prefill`; it is donated.
+        state: from `prefill`; it is donated: use the returned one.
         config: the model.
         reference: logits to compare with, of the same steps [T, B, V]; see `forced_logits`.
         impl: what computes the steps, as for `decode_step`.
@@ -128,7 +128,7 @@ def score_steps(
             is that of `for_decoding`.
     """
     state = for_decoding(state)
-    return _score_steps(params, tokens, state, reference, config=config, impl=impl, observe=observe)[0]
+    return _score_steps(params, tokens, state, reference, config=config, impl=impl, observe=observe)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "impl"), donate_argnames=("state",))
@@ -145,6 +145,6 @@ def _force(
 
 def forced_logits(
     params: dict, tokens: Tokens, state: DecodeState, *, config: ModelConfig, impl: str = "auto"
-) -> Float[Array, "T B V"]:
-    """Returns the logits of decode steps that read a given text [B, T]; the state is donated."""
-    return _force(params, tokens, for_decoding(state), config=config, impl=impl)[0]
+) -> tuple[Float[Array, "T B V"], DecodeState]:
+    """Returns (logits of decode steps that read a given text [B, T], the state); the one given is donated."""
+    return _force(params, tokens, for_decoding(state), config=config, impl=impl)

@@ -169,6 +169,7 @@ def measure_speed(model: Model, todo: list[Cell], keep: Keep, *, windows: list[W
             logits, state = decode_step(model.params, token, state, config=model.config, refresh=refresh)
             jax.block_until_ready(logits)
             seconds.append(time.perf_counter() - began)
+        prefilled.take_back(state)
         rounds = np.reshape(seconds[SPEED_ROUND:], (-1, SPEED_ROUND)).mean(axis=1)  # the first round compiles
         milliseconds = round(1000 * float(np.median(rounds)), 2)
         return {**cell.begin_line("speed"), "batch": len(windows), "milliseconds": milliseconds}

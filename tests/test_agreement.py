@@ -53,7 +53,7 @@ def sparse_logits():
 
 
 def test_forced_logits_are_those_of_the_full_forward(dense):
-    logits = forced_logits(params(), jnp.asarray(CONTINUATIONS[:, :-1]), prompted(None), config=MODEL)
+    logits, _ = forced_logits(params(), jnp.asarray(CONTINUATIONS[:, :-1]), prompted(None), config=MODEL)
     np.testing.assert_allclose(logits, dense, atol=SAME, rtol=0)
 
 
@@ -65,7 +65,7 @@ def test_scores_are_those_of_the_logits(dense, hshare):
     else:
         expected, reads = sparse_logits()
     reference = jnp.asarray(dense, jnp.float32)
-    scores = score_steps(params(), tokens, prompted(hshare), config=MODEL, reference=reference)
+    scores, _ = score_steps(params(), tokens, prompted(hshare), config=MODEL, reference=reference)
     following = CONTINUATIONS[:, 1:].T
     loss = -np.take_along_axis(log_softmax(expected), following[:, :, None], axis=-1)[:, :, 0]
     np.testing.assert_allclose(scores.loss, loss, atol=F32, rtol=0)
@@ -82,7 +82,7 @@ def test_scores_are_those_of_the_logits(dense, hshare):
 
 
 def test_without_a_reference_nothing_is_compared():
-    scores = score_steps(params(), jnp.asarray(CONTINUATIONS), prompted(None), config=MODEL)
+    scores, _ = score_steps(params(), jnp.asarray(CONTINUATIONS), prompted(None), config=MODEL)
     assert (scores.divergence, scores.agrees) == (None, None)
 
 

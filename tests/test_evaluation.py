@@ -58,7 +58,24 @@ def test_what_starts_from_the_shared_prefill_is_what_its_own_prefill_gives(name)
     assert jax.tree.structure(state) == jax.tree.structure(expected)
     for found, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(np.asarray(found, np.float64), np.asarray(wanted, np.float64), atol=1e-4, rtol=1e-4)
-    assert held.start(ALL[name]) is not state, "a state of its own each time"
+
+
+def test_every_method_decodes_on_the_one_cache_of_the_prefill():
+    rows, texts = random_rows(21), jnp.asarray(np.stack(random_rows(26, lengths=(9,) * 4)))
+    tokens, lengths = (jnp.asarray(array) for array in pad_prompts([list(map(int, row)) for row in rows]))
+    held = prefill_for(dataclasses.replace(TINY, params=params()), tokens, lengths, 100, list(ALL.values()))
+    assert held.cache is not None
+    buffers = [keys.unsafe_buffer_pointer() for keys in held.cache.keys]
+    for name in [*ALL, *ALL]:  # each after what another left behind the prompts
+        expected, _ = score_steps(params(), texts, prefill_rows(rows, hshare=ALL[name])[1], config=MODEL)
+        state = held.start(ALL[name])
+        with pytest.raises(ValueError, match="has the prompts' cache: give it to take_back first"):
+            held.start(None)
+        found, state = score_steps(params(), texts, state, config=MODEL)
+        held.take_back(state)
+        np.testing.assert_allclose(found.loss, expected.loss, atol=F32)
+        np.testing.assert_array_equal(found.reads, expected.reads)
+        assert [keys.unsafe_buffer_pointer() for keys in held.cache.keys] == buffers, "a cache was copied"
 
 
 def test_a_method_that_the_prefill_was_not_made_for_is_refused():
@@ -93,8 +110,8 @@ def test_recall_is_taken_on_the_first_of_every_so_many_steps_and_changes_nothing
     rows = random_rows(24, lengths=(60,), more=6)
     tokens = jnp.asarray(rows[0][None, 60:])
     plain, measured = (prefill_rows([rows[0][:60]], hshare=HSHARE)[1] for _ in range(2))
-    expected = score_steps(params(), tokens, plain, config=MODEL)
-    found = score_steps(params(), tokens, measure_recall(measured, every=3), config=MODEL, observe=recall_of)
+    expected, _ = score_steps(params(), tokens, plain, config=MODEL)
+    found, _ = score_steps(params(), tokens, measure_recall(measured, every=3), config=MODEL, observe=recall_of)
     np.testing.assert_allclose(found.loss, expected.loss, atol=SAME)
     np.testing.assert_array_equal(np.asarray(found.observed)[:, 0] > 0, [True, False, False, True, False])
 
@@ -222,7 +239,7 @@ def test_an_answer_is_what_greedy_decoding_says_after_the_question():
     question = [3, 1, 4]
     tokens, lengths = (jnp.asarray(array) for array in pad_prompts(rows))
     state = prefill_for(TINY, tokens, lengths, 64, [None]).start(None)
-    answers = ask(TINY.params, question, state, config=TINY.config)
+    answers, _ = ask(TINY.params, question, state, config=TINY.config)
     expected = generate(TINY, [row + question for row in rows], max_new_tokens=ANSWER_TOKENS, method=None)
     assert answers.tolist() == expected.tokens
 

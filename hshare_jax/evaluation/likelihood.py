@@ -122,7 +122,7 @@ def _score_batch(
     state = init_state(config, len(requests), capacity, dtype=jnp.dtype(model.dtype), **given)
     logits, state = prefill(model.params, jnp.asarray(tokens), jnp.asarray(lengths), state, config=config)
     first_loss, first_chosen = _score_first(logits, jnp.asarray(forced[:, 0]))
-    scores = score_steps(model.params, jnp.asarray(forced), state, config=config, impl=impl)
+    scores, _ = score_steps(model.params, jnp.asarray(forced), state, config=config, impl=impl)
     loss = np.concatenate([np.asarray(first_loss)[None], scores.loss])  # [T + 1, B], of each token of `forced`
     chosen = np.concatenate([np.asarray(first_chosen)[None], scores.chosen])
     starts = sizes - [len(continuation) for _, continuation in requests]  # behind the context's last token

@@ -99,21 +99,25 @@ def _ask(
 
 def ask(
     params: dict, question: Sequence[int], state: DecodeState, *, config: ModelConfig, impl: str = "auto"
-) -> Int[np.ndarray, "B answer"]:
-    """Returns the greedy answers to a question that every row's decode steps read after its text; one dispatch.
+) -> tuple[Int[np.ndarray, "B answer"], DecodeState]:
+    """Returns (greedy answers to a question that every row's decode steps read after its text, the state).
+
+    One dispatch.
 
     The question is read by sparse steps: a method that chose its tokens before it cannot have known what is asked for.
 
     Args:
         params: the decoder's parameters.
         question: token ids.
-        state: with the texts in it; it is donated. It has room for the question and `ANSWER_TOKENS` more.
+        state: with the texts in it, and room for the question and `ANSWER_TOKENS` more; it is donated: use the
+            returned one.
         config: the model.
         impl: as for `decode_step`.
     """
     B = state.cache.lengths.shape[0]
     asked = jnp.tile(jnp.asarray(question, jnp.int32)[:, None], (1, B))
-    return np.asarray(_ask(params, asked, for_decoding(state), config=config, impl=impl)[0]).T
+    tokens, state = _ask(params, asked, for_decoding(state), config=config, impl=impl)
+    return np.asarray(tokens).T, state
 
 
 def read_passkeys(
@@ -145,7 +149,8 @@ def answer(
     """
     assert model.tokenizer is not None
     state = prefilled.start(method, **given)
-    tokens = ask(model.params, passkeys[0].question, state, config=model.config, impl=impl)
+    tokens, state = ask(model.params, passkeys[0].question, state, config=model.config, impl=impl)
+    prefilled.take_back(state)
     return list(map(str, model.tokenizer.batch_decode(tokens)))
 
 

@@ -67,14 +67,16 @@ def measure_patterns(
     )
     with tqdm(total=length, desc="prefill", unit="token", leave=False, disable=None) as bar:
         prefilled = prefill_for(model, tokens, lengths, len(prompt), [hshare, alone], progress=bar.update)
-    shared = prefilled.start(hshare, channels=channels).selection
+    state = prefilled.start(hshare, channels=channels)
+    shared = state.selection
     assert isinstance(shared, SharedLists)
     assert prefilled.queries is not None
     of_layers, of_heads = _measure_overlap(
-        prefilled.queries.probes, prefilled.cache.keys, shared.labels, shared.channels,
+        prefilled.queries.probes, state.cache.keys, shared.labels, shared.channels,
         jnp.asarray(prefilled.positions), model=model.config, config=dataclasses.replace(hshare, plan="published"),
     )  # fmt: skip
     of_steps = np.zeros((0, model.config.num_layers), np.float32)
+    prefilled.take_back(state)
     if steps:
         state, rest = prefilled.start(alone, channels=channels), jnp.asarray([prompt[length:]], jnp.int32)
         lists, _ = _collect_lists(model.params, rest, state, config=model.config)

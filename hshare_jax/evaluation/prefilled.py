@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,20 +16,23 @@ from hshare_jax.decode_state import DecodeState, init_state, start_method
 from hshare_jax.kv_cache import KVCache
 from hshare_jax.models.pretrained import Model
 from hshare_jax.prefill import after_prefill, read_prompt
-from hshare_jax.selection import Method, PromptQueries
+from hshare_jax.selection import Method, PromptQueries, Selection
 from hshare_jax.shapes import PerRow, Similarity, Tokens
 from hshare_jax.share_plan import SharePlan
 from hshare_jax.shared_lists import SharedLists
 
-Tree = TypeVar("Tree")
 
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Prefilled:
-    """Prompts in a cache, and the queries that methods find their channels, plans and lists from."""
+    """Prompts in a cache, and the queries that methods find their channels, plans and lists from.
+
+    One state at a time decodes on that cache, which is not copied: decode steps write behind a row's prompt alone, so
+    what they leave there is forgotten with the row's length.
+    """
 
     model: Model
-    cache: KVCache
+    cache: KVCache | None  # None while a state has it
+    lengths: Int[np.ndarray, "B"]
     queries: PromptQueries | None
     positions: Int[np.ndarray, "B P"]  # where the queries stand, ascending; beyond each row's last one past all slots
     # What plans are found from, by `HShareConfig.for_measuring`: measured once for all ratios. Only the last, for its
@@ -44,11 +46,29 @@ class Prefilled:
         plan: SharePlan | None = None,
         channels: Int[Array | np.ndarray, "L K ranks"] | None = None,
     ) -> DecodeState:
-        """Returns a state of its own for one of the methods that the prefill was made for."""
+        """Returns a state for one of the methods that the prefill was made for; `take_back` it before the next.
+
+        Raises:
+            ValueError: a method that it was not made for, or the state before has not been taken back.
+        """
+        if self.cache is None:
+            raise ValueError("a state that was started has the prompts' cache: give it to take_back first")
         config, cache = self.model.config, self.cache
         selection = start_method(method, config, cache, plan=plan, channels=channels)
-        if selection is None:
-            return DecodeState(_copy(cache), None)
+        if selection is not None:
+            selection = self._prepare(selection, method, cache, is_given=plan is not None or channels is not None)
+        self.cache = None
+        return DecodeState(cache, selection)
+
+    def take_back(self, state: DecodeState) -> None:
+        """Takes the cache back from the last state that decode steps on it returned; what they read is forgotten."""
+        self.cache = dataclasses.replace(state.cache, lengths=jnp.array(self.lengths))
+
+    def _prepare(
+        self, selection: Selection, method: HShareConfig | Method | None, cache: KVCache, *, is_given: bool
+    ) -> Selection:
+        """Returns the selection as after a prefill of its own; `is_given`: its plan or channels were."""
+        config = self.model.config
         if self.queries is None or (selection.wants_received and self.queries.received is None):
             raise ValueError(f"the prefill was not made for {method}: name it among its methods")
         starts = jnp.zeros_like(cache.lengths)
@@ -64,24 +84,22 @@ class Prefilled:
         probes = tuple(map(take, self.queries.probes))
         received = self.queries.received if selection.wants_received else None
         queries, places = PromptQueries(probes, self.queries.sizes, received), jnp.asarray(positions)
-        is_given = plan is not None or channels is not None
         if isinstance(selection, SharedLists) and selection.config.shares_lists(config) and not is_given:
-            selection = self._find_plan(selection, queries, places)
-        else:
-            selection = after_prefill(selection, queries, places, cache, config=config)
-        return DecodeState(_copy(cache), selection)
+            return self._find_plan(selection, queries, places, cache)
+        return after_prefill(selection, queries, places, cache, config=config)
 
-    def _find_plan(self, lists: SharedLists, queries: PromptQueries, positions: Array) -> SharedLists:
+    def _find_plan(self, lists: SharedLists, queries: PromptQueries, positions: Array, cache: KVCache) -> SharedLists:
         """Returns lists as after a prefill of their own."""
         hshare, config = lists.config, self.model.config
         key = hshare.for_measuring()
         if key not in self.measured:
             lists = dataclasses.replace(lists, config=key)
             self.measured.clear()
-            self.measured[key] = measure_prompt(lists, queries, positions, self.cache, config=config)
+            self.measured[key] = measure_prompt(lists, queries, positions, cache, config=config)
         lists, similarity = self.measured[key]
         source = plan_from(similarity, model=config, config=hshare)
-        return dataclasses.replace(_copy(lists), source=source, config=hshare)
+        lists = jax.tree.map(lambda array: jnp.array(array, copy=True), lists)  # decode steps will be given them
+        return dataclasses.replace(lists, source=source, config=hshare)
 
 
 def prefill_for(
@@ -117,9 +135,4 @@ def prefill_for(
         model.params, tokens, lengths, cache, jnp.asarray(positions) if len(asked) > 1 else None,
         config=config, sums_received=sums_received, progress=progress,
     )  # fmt: skip
-    return Prefilled(model, cache, queries, positions)
-
-
-def _copy(tree: Tree) -> Tree:
-    """Returns a tree of its own, for a decode step will be given it and not give it back."""
-    return jax.tree.map(lambda array: jnp.array(array, copy=True), tree)
+    return Prefilled(model, cache, np.array(lengths), queries, positions)

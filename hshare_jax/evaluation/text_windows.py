@@ -96,7 +96,9 @@ class Scorer:
         )
         self._scored = tokens[:, length:]
         state = self.prefilled.start(None)
-        self._reference = forced_logits(model.params, self._scored[:, :-1], state, config=model.config, impl=impl)
+        given = {"config": model.config, "impl": impl}
+        self._reference, state = forced_logits(model.params, self._scored[:, :-1], state, **given)
+        self.prefilled.take_back(state)
 
     def score(
         self, method: HShareConfig | Method | None, *, recall_every: int | None = RECALL_EVERY, **given: Any
@@ -117,16 +119,17 @@ class Scorer:
         the true attention mass; NaN on the steps between those it is taken on).
 
         Args:
-            state: from `Prefilled.start`; it is donated.
+            state: from `Prefilled.start`, which takes it back.
             recall_every: recall is taken on the first of so many steps, or, if None, never; a multiple of the refresh
                 interval would look only at steps that have just chosen.
         """
         state = state if recall_every is None else measure_recall(state, recall_every)
-        scores = score_steps(
+        scores, state = score_steps(
             self._model.params, self._scored, state,
             config=self._model.config, reference=self._reference, impl=self._impl,
             observe=None if recall_every is None else recall_of,
         )  # fmt: skip
+        self.prefilled.take_back(state)
         recall = np.full((len(self.windows), self.steps), np.nan)
         if recall_every is not None:
             recall[:, ::recall_every] = _by_row(scores.observed)[:, ::recall_every]
