@@ -16,7 +16,7 @@ from hshare_jax.decode_state import DecodeState
 from hshare_jax.kv_cache import KVCache
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.decoder import Decoder
-from hshare_jax.selection import PromptQueries, Selection
+from hshare_jax.selection import PromptQueries
 from hshare_jax.shapes import Logits, PerRow, Tokens, check_rows
 
 CHUNKS = (64, 512)  # widths of a prefill program: two programs serve prompts of every length
@@ -64,7 +64,9 @@ def prefill(
         sums_received=selection is not None and selection.wants_received, config=config, progress=progress,
     )  # fmt: skip
     if selection is not None:
-        selection = after_prefill(selection, queries, positions, cache, config=config)
+        assert positions is not None
+        assert queries is not None
+        selection = selection.after_prefill(queries, positions, cache, config)
     logits = unembed(params, hidden, config=config)
     return jnp.where(fits[:, None], logits, jnp.nan), DecodeState(cache, selection)
 
@@ -162,11 +164,3 @@ def _prefill_chunk(
 def unembed(params: dict, hidden: Array, *, config: ModelConfig) -> Array:
     """Returns float32 logits [B, V] of hidden states [B, D] (jitted)."""
     return Decoder(config).apply({"params": params}, hidden, method="unembed")  # pyright: ignore[reportReturnType]
-
-
-@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("selection",))
-def after_prefill(
-    selection: Selection, queries: PromptQueries, positions: Array, cache: KVCache, *, config: ModelConfig
-) -> Selection:
-    """Returns what decoding starts from, found from the prompts that the cache now holds (jitted)."""
-    return selection.after_prefill(queries, positions, cache, config)

@@ -61,11 +61,7 @@ class SharedLists:
         self, queries: PromptQueries, positions: Int[Array, "B P"], cache: KVCache, model: ModelConfig
     ) -> "SharedLists":
         """Returns the lists' state with channels, labels and plan, those that are not given, found from the prompt."""
-        lists = self.label_prompt(queries, cache, model)
-        if self.plan is not None:
-            return lists
-        similarity = lists.measure_similarity(queries, positions, cache, model)
-        return dataclasses.replace(lists, source=find_plan(similarity, model=model, config=self.config))
+        return _find_lists(self, queries, positions, cache, model=model)
 
     def label_prompt(self, queries: PromptQueries, cache: KVCache, model: ModelConfig) -> "SharedLists":
         """Returns the lists' state with labels of the whole cache, on channels found from the prompt or given."""
@@ -238,6 +234,17 @@ def _empty_labels(keys: Array, num_channels: int, config: HShareConfig) -> Label
     return Labels(
         jnp.zeros(codes.shape, codes.dtype), None if scales is None else jnp.zeros(scales.shape, scales.dtype)
     )
+
+
+@functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("lists",))
+def _find_lists(
+    lists: SharedLists, queries: PromptQueries, positions: Int[Array, "B P"], cache: KVCache, *, model: ModelConfig
+) -> SharedLists:
+    lists = lists.label_prompt(queries, cache, model)
+    if lists.plan is not None:
+        return lists
+    similarity = lists.measure_similarity(queries, positions, cache, model)
+    return dataclasses.replace(lists, source=find_plan(similarity, model=model, config=lists.config))
 
 
 @functools.cache  # eval_shape traces anew on every call

@@ -23,7 +23,7 @@ from hshare_jax.config import HShareConfig
 from hshare_jax.decode import decode_step
 from hshare_jax.decode_state import DecodeState, count_reads, init_state
 from hshare_jax.models.pretrained import Model, load_model
-from hshare_jax.prefill import after_prefill, prefill, read_prompt
+from hshare_jax.prefill import prefill, read_prompt
 from hshare_jax.shared_lists import SharedLists
 
 ROUND = 4  # steps of one side before the next has its turn; a multiple of every refresh interval below
@@ -125,7 +125,7 @@ def _time_plan(model: Model, tokens: jax.Array, hshare: HShareConfig) -> tuple[f
     jax.block_until_ready(cache)
     read = time.perf_counter()
     assert kept is not None
-    jax.block_until_ready(after_prefill(shared, kept, positions, cache, config=model.config))
+    jax.block_until_ready(shared.after_prefill(kept, positions, cache, model.config))
     return read - began, time.perf_counter() - read
 
 

@@ -227,8 +227,8 @@ def test_prompts_of_another_length_compile_nothing():
 
 def test_a_row_that_outgrows_its_capacity_under_jit_yields_nan():
     state = init_state(MODEL, 2, 256)
-    tokens = jnp.ones((2, 300), jnp.int32)
-    run = jax.jit(lambda lengths, state: prefill(params(), tokens, lengths, state, config=MODEL)[0])
+    tokens, weights = jnp.ones((2, 300), jnp.int32), params()
+    run = jax.jit(lambda lengths, state: prefill(weights, tokens, lengths, state, config=MODEL)[0])
     logits = np.asarray(run(jnp.array([300, 20]), state))
     assert np.isnan(logits[0]).all()
     assert np.isfinite(logits[1]).all()

@@ -1,6 +1,7 @@
 """The other methods: each equals its float64 oracle step by step, and dense decoding where it reads everything."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from hshare_jax.decode import decode_step
 from hshare_jax.decode_state import DecodeState, count_reads, init_state
 from hshare_jax.prefill import prefill
 from hshare_jax.selectors import H2O, Quest, SnapKV, StreamingLLM, double_sparsity, exact_topk
-from hshare_jax.selectors.listed import Listed
+from hshare_jax.selectors.listed import Listed, _list_prompt
 
 F32 = 1e-4  # absolute, on float32 logits of about 5 after four layers, against float64
 SAME = 1e-5  # between two float32 programs of the same model
@@ -153,6 +154,14 @@ def test_the_attention_that_slots_receive_does_not_depend_on_chunks():
         np.testing.assert_allclose(one, other, atol=1e-4)
     # Every query hands out a total of one.
     np.testing.assert_allclose(np.asarray(whole.selection.memory).sum(axis=-1), 100, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", [Quest(num_pages=3), H2O(num_heavy=7), SnapKV(num_critical=7)])
+def test_one_program_lists_a_prompt_for_every_layer(method):
+    of_a_layer: Any = _list_prompt
+    before = of_a_layer._cache_size()
+    prefill_rows(random_rows(20), hshare=method)
+    assert of_a_layer._cache_size() == before + 1, "what each layer writes would be held at once"
 
 
 def test_an_answer_that_outgrows_snapkvs_room_still_reads_its_own_token():

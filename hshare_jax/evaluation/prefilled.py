@@ -15,7 +15,7 @@ from hshare_jax.config import HShareConfig
 from hshare_jax.decode_state import DecodeState, init_state, start_method
 from hshare_jax.kv_cache import KVCache
 from hshare_jax.models.pretrained import Model
-from hshare_jax.prefill import after_prefill, read_prompt
+from hshare_jax.prefill import read_prompt
 from hshare_jax.selection import Method, PromptQueries, Selection
 from hshare_jax.shapes import PerRow, Similarity, Tokens
 from hshare_jax.share_plan import SharePlan
@@ -86,7 +86,7 @@ class Prefilled:
         queries, places = PromptQueries(probes, self.queries.sizes, received), jnp.asarray(positions)
         if isinstance(selection, SharedLists) and selection.config.shares_lists(config) and not is_given:
             return self._find_plan(selection, queries, places, cache)
-        return after_prefill(selection, queries, places, cache, config=config)
+        return selection.after_prefill(queries, places, cache, config)
 
     def _find_plan(self, lists: SharedLists, queries: PromptQueries, positions: Array, cache: KVCache) -> SharedLists:
         """Returns lists as after a prefill of their own."""

@@ -1,6 +1,7 @@
 """What the methods of this folder share: all read sinks, a list and recent tokens; they differ in what is listed."""
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import jax
@@ -17,6 +18,7 @@ from hshare_jax.selection import PromptQueries, Step, count_dense, count_listed,
 from hshare_jax.share_plan import identity_plan
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PromptLayer:
     """One layer right after the prefill, as a method sees it."""
@@ -27,8 +29,8 @@ class PromptLayer:
     keys: Float[Array, "B K S H"]
     lengths: Int[Array, "B"]
     recent_start: Int[Array, "B"]
-    window: int | None
-    num_lists: int
+    window: int | None = dataclasses.field(metadata={"static": True})
+    num_lists: int = dataclasses.field(metadata={"static": True})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,12 +162,12 @@ class Listed:
                 lists.append(self.token_indices[layer])
                 memory.append(self.memory[layer])
                 continue
-            found = self.method.list_prompt(prompt, self.memory[layer])
+            found = _list_prompt(prompt, self.memory[layer], method=self.method)
             lists.append(found[0])
             memory.append(found[1])
         return dataclasses.replace(
-            self, token_indices=jnp.stack(lists), recent_start=recent_start, prompt_lengths=lengths,
-            memory=tuple(memory),
+            self, token_indices=jnp.stack(lists), recent_start=recent_start, memory=tuple(memory),
+            prompt_lengths=jnp.copy(lengths),  # not the cache's own: a step donates both
         )  # fmt: skip
 
     def begin(self, step: Step) -> "Listed":
@@ -216,6 +218,12 @@ class Listed:
         if layer < self.method.dense_layers:
             return dense
         return dense & mark_listed(self.token_indices[layer], self.recent_start, self.method.num_sinks, cache.capacity)
+
+
+@functools.partial(jax.jit, static_argnames=("method",))
+def _list_prompt(prompt: PromptLayer, memory: Any, *, method: ListMethod) -> tuple[Int[Array, "B J C"], Any]:
+    """Returns what the method finds; a program for all layers, since one of them all holds what each writes."""
+    return method.list_prompt(prompt, memory)
 
 
 def sum_over_lists(x: Float[Array, "B N S"], num_lists: int) -> Float[Array, "B J S"]:
