@@ -71,6 +71,8 @@ ORDER = (
 MAY_JIT = (
     "hshare_jax.kernels.*",  # so that layers of one shape trace a kernel once
     "hshare_jax.critical_tokens",  # likewise
+    "hshare_jax.selectors.listed",  # likewise, and one layer's prompt at a time, for memory
+    "hshare_jax.shared_lists",  # a whole prompt's plan, beside the former
     "hshare_jax.prefill",
     "hshare_jax.decode",
     "hshare_jax.generate",
