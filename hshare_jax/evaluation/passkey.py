@@ -100,9 +100,7 @@ def _ask(
 def ask(
     params: dict, question: Sequence[int], state: DecodeState, *, config: ModelConfig, impl: str = "auto"
 ) -> tuple[Int[np.ndarray, "B answer"], DecodeState]:
-    """Returns (greedy answers to a question that every row's decode steps read after its text, the state).
-
-    One dispatch.
+    """Returns (greedy answers to a question that decode steps read after every row's text, the state); one dispatch.
 
     The question is read by sparse steps: a method that chose its tokens before it cannot have known what is asked for.
 
