@@ -71,7 +71,10 @@ def test_every_method_decodes_on_the_one_cache_of_the_prefill():
         state = held.start(ALL[name])
         with pytest.raises(ValueError, match="has the prompts' cache: give it to take_back first"):
             held.start(None)
-        found, state = score_steps(params(), texts, state, config=MODEL)
+        given = state
+        found, state = score_steps(params(), texts, given, config=MODEL)
+        with pytest.raises(ValueError, match="donates it: give the state that they returned"):
+            held.take_back(given)
         held.take_back(state)
         np.testing.assert_allclose(found.loss, expected.loss, atol=F32)
         np.testing.assert_array_equal(found.reads, expected.reads)

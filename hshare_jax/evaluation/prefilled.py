@@ -32,7 +32,7 @@ class Prefilled:
 
     model: Model
     cache: KVCache | None  # None while a state has it
-    lengths: Int[np.ndarray, "B"]
+    lengths: Int[np.ndarray, "B"]  # the prompts' tokens
     queries: PromptQueries | None
     positions: Int[np.ndarray, "B P"]  # where the queries stand, ascending; beyond each row's last one past all slots
     # What plans are found from, by `HShareConfig.for_measuring`: measured once for all ratios. Only the last, for its
@@ -48,6 +48,10 @@ class Prefilled:
     ) -> DecodeState:
         """Returns a state for one of the methods that the prefill was made for; `take_back` it before the next.
 
+        Args:
+            method: the settings; None is dense decoding.
+            plan, channels: known beforehand, as for `init_state`; None finds them from the prompts.
+
         Raises:
             ValueError: a method that it was not made for, or the state before has not been taken back.
         """
@@ -61,7 +65,13 @@ class Prefilled:
         return DecodeState(cache, selection)
 
     def take_back(self, state: DecodeState) -> None:
-        """Takes the cache back from the last state that decode steps on it returned; what they read is forgotten."""
+        """Takes the cache back from the last state that decode steps on it returned; what they read is forgotten.
+
+        Raises:
+            ValueError: a state that was given to steps, which donates it.
+        """
+        if state.cache.keys[0].is_deleted():
+            raise ValueError("state was given to decode steps, which donates it: give the state that they returned")
         self.cache = dataclasses.replace(state.cache, lengths=jnp.array(self.lengths))
 
     def _prepare(
