@@ -24,6 +24,7 @@ SKIP = 0.25  # of a text, title pages and licences
 BUDGETS = {64: (4, 44, 16), 128: (8, 88, 32), 256: (8, 200, 48), 512: (16, 432, 64)}  # sinks, critical, recent
 RATIOS = ("7/8-3/4-1/2", "3/4-3/4-1/2", "1/2-1/2-1/2")
 OURS = ("hshare 1-1-1", "hshare 1/2-1-1", "hshare 1/3-1-1", "hshare 1/8-1-1")
+EXTREMES = (OURS[0], OURS[-1])
 SIMPLER = ("streaming_llm", "h2o", "quest", "quest_window", "snapkv", "snapkv_fixed")  # no labels, no plan
 NAMES = (
     "dense", "exact_topk", "double_sparsity", *OURS, *(f"published {ratio}" for ratio in RATIOS),

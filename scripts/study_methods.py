@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from study_cells import (
+    EXTREMES,
     NAMES,
     PASSKEY_BATCH,
     PASSKEY_BUDGET,
@@ -63,11 +64,11 @@ STAGES = (
     (8192, (512, 128, 256, 64)), (4096, (512, 128, 256, 64)),
     (1024, (128,)), (1024, (512,)), (1024, (64,)), (1024, (256,)),
 )  # fmt: skip
-RECALL_OF = {(4096, 512), (1024, 128)}  # contexts and budgets: it takes time
+RECALL_AT, RECALL_EVERY = (4096, 512), 53  # a context and budget, and a prime number of steps: it takes time
 CALIBRATED_ON = 8000  # characters of each text, one block or two
 MAX_SEEDS = 2 * PASSKEY_BATCH  # all are prefilled at once, and a batch is a gigabyte and a half
 SPEED_CONTEXT, SPEED_BUDGETS = 4096, (512, 128)
-SPEED_STEPS, SPEED_ROUND = 24, 4  # a round holds whole refresh intervals
+SPEED_STEPS, SPEED_ROUND = 16, 4  # a round holds whole refresh intervals
 AT_ONCE = 2  # processes, a stage each: a decode step gains little from a second core, another stage much
 
 Keep = Callable[[dict[str, Any]], object]  # takes the line of a finished cell
@@ -75,11 +76,16 @@ Stage = tuple[Callable[..., None], list[Cell], dict[str, Any]]  # what measures,
 
 
 def cells(context: int, budgets: tuple[int, ...]) -> Iterator[Cell]:
-    """Yields the cells of one stage; dense decoding once a context, and other ways to plan at 512 of 4,096 alone."""
+    """Yields the cells of one stage: dense decoding once a context, other ways to plan at 512 of 4,096 alone.
+
+    The least and the most that this package computes are left to where speeds are measured too.
+    """
     first = next(of_stage[0] for its_context, of_stage in STAGES if its_context == context)
     for budget in budgets:
+        is_timed = context == SPEED_CONTEXT and budget in SPEED_BUDGETS
+        left_out = {*(() if budget == first else ("dense",)), *(() if is_timed else EXTREMES)}
         for name in (*NAMES, *(PLANS if (context, budget) == (4096, 512) else ())):
-            if name != "dense" or budget == first:
+            if name not in left_out:
                 yield Cell(context, budget, name)
 
 
@@ -110,9 +116,9 @@ def measure_context(
             constants[cell] = {"plan": found.plan, "channels": found.channels}
 
     def measure(cell: Cell) -> dict[str, Any]:
-        takes_recall = (context, cell.budget) in RECALL_OF
-        given = constants.get(cell, {}) | ({} if takes_recall else {"recall_every": None})
-        rows = scorer.score(cell.method, **given)
+        takes_recall = (context, cell.budget) == RECALL_AT
+        recall_every = RECALL_EVERY if takes_recall else None
+        rows = scorer.score(cell.method, recall_every=recall_every, **constants.get(cell, {}))
         return {
             **cell.begin_line("text"),
             "reads": round(float(rows["reads"].mean()), 1),
