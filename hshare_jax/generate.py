@@ -1,7 +1,6 @@
-"""Generation: prompts in, text out, with the whole decode loop in one jitted program."""
+"""Generation: prompts in, text out, and an account of time, tokens read and lists chosen."""
 
 import dataclasses
-import functools
 import time
 from collections.abc import Iterator, Sequence
 from typing import Literal
@@ -9,21 +8,20 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 from jaxtyping import Int
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from hshare_jax.compile_clock import compile_clock
 from hshare_jax.config import HShareConfig
-from hshare_jax.decode import decode_step
-from hshare_jax.decode_state import DecodeState, count_reads, for_decoding, init_state
+from hshare_jax.decode_loop import NO_TOKEN, Progress, decode_tokens, refresh_interval, take_token
+from hshare_jax.decode_state import DecodeState, for_decoding, init_state
 from hshare_jax.kernels.api import check_impl
-from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.pretrained import Model
 from hshare_jax.prefill import prefill
 from hshare_jax.prompts import Prompt, choose_capacity, encode_prompts, pad_prompts
-from hshare_jax.sampling import SamplingConfig, sample
+from hshare_jax.sampling import SamplingConfig
 from hshare_jax.selection import Method
 from hshare_jax.share_plan import SharePlan
 from hshare_jax.shared_lists import SharedLists
@@ -31,7 +29,6 @@ from hshare_jax.text_stream import TextStream
 
 STREAM_STEPS = 4  # decode steps between two looks at the tokens from the host, to show them or to find stop strings
 REPORT_STEPS = 64  # the same where it is only to tell how far it is
-NO_TOKEN = -1  # fills the output of a row beyond its last token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +100,7 @@ def generate(
         channels: label channels, from `calibrate` or `load_channels`. None: those of each prompt.
         sampling: greedy unless told otherwise.
         seeds: one a row; a row's output does not depend on its batch. None: 0, 1, 2, ...
-        stop: a row ends before the first of these strings.
+        stop: a row ends before the first of these strings; special tokens may be among them.
         capacity: cache slots per row, to keep one compiled program over calls of different lengths. None: as needed, in
             coarse steps.
         impl: what computes decode steps, as for `decode_step`.
@@ -142,82 +139,6 @@ def stream(
     if not run.streams:
         raise ValueError("stream needs a model with a tokenizer; this one has none, so use generate")
     return run.pieces()
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Progress:
-    """The decode loop's carry."""
-
-    state: DecodeState
-    token: Array  # [B] sampled, not yet in the cache
-    output: Array  # [B, M]
-    count: Array  # [B] tokens in output
-    is_active: Array  # [B]
-    seen: Array | None  # [B, V], for a repetition penalty
-    keys: Array  # [B]
-    reads: Array  # [B] float32, tokens read in all steps so far, each step's the mean over layers and heads
-
-
-@functools.partial(jax.jit, static_argnames=("sampling",), donate_argnames=("progress",))
-def _take_token(
-    logits: Array, progress: _Progress, ends: Array, max_new_tokens: Array, *, sampling: SamplingConfig
-) -> _Progress:
-    """Samples the next token of each active row into the output; a row ends with an end token or its last place."""
-    rows = jnp.arange(logits.shape[0])
-    keys = jax.vmap(jax.random.fold_in)(progress.keys, progress.count)
-    token = jnp.where(progress.is_active, sample(logits, keys, sampling, seen=progress.seen), progress.token)
-    place = jnp.where(progress.is_active, progress.count, progress.output.shape[1])
-    count = progress.count + progress.is_active
-    is_end = (token[:, None] == ends[None, :]).any(axis=1)
-    return dataclasses.replace(
-        progress,
-        token=token,
-        output=progress.output.at[rows, place].set(token, mode="drop"),
-        count=count,
-        is_active=progress.is_active & ~is_end & (count < max_new_tokens),
-        seen=None if progress.seen is None else progress.seen.at[rows, token].set(True),
-    )
-
-
-@functools.partial(jax.jit, static_argnames=("config", "sampling", "impl"), donate_argnames=("progress",))
-def decode_tokens(
-    params: dict,
-    progress: _Progress,
-    num_blocks: Array,
-    ends: Array,
-    max_new_tokens: Array,
-    *,
-    config: ModelConfig,
-    sampling: SamplingConfig,
-    impl: str,
-) -> _Progress:
-    """Runs the decode loop for `num_blocks` blocks or until every row has ended.
-
-    A block is one step that chooses critical tokens and the steps that reuse them, so the schedule is static.
-    """
-    interval = _interval(progress.state)
-
-    def is_running(carry: tuple[Array, _Progress]) -> Array:
-        return (carry[0] < num_blocks) & carry[1].is_active.any()
-
-    def run_block(carry: tuple[Array, _Progress]) -> tuple[Array, _Progress]:
-        block, progress = carry
-        for step in range(interval):
-            logits, state = decode_step(
-                params, progress.token, progress.state,
-                config=config, refresh=step == 0, is_active=progress.is_active, impl=impl,
-            )  # fmt: skip
-            reads = jnp.where(progress.is_active, count_reads(state, config), 0)
-            progress = dataclasses.replace(progress, state=state, reads=progress.reads + reads)
-            progress = _take_token(logits, progress, ends, max_new_tokens, sampling=sampling)
-        return block + 1, progress
-
-    return lax.while_loop(is_running, run_block, (jnp.int32(0), progress))[1]
-
-
-def _interval(state: DecodeState) -> int:
-    return 1 if state.selection is None else state.selection.refresh_interval
 
 
 class _Run:
@@ -263,6 +184,10 @@ class _Run:
             raise ValueError(
                 f"{model.name} has a {type(tokenizer).__name__}; only tokenisers of the tokenizers library stream"
             )
+        # A special token has no text, so that no stop string is found there.
+        added = {} if tokenizer is None else tokenizer.added_tokens_decoder
+        special = {token.content: index for index, token in added.items() if token.special}
+        self._ends = (*model.eos_token_ids, *(special[text] for text in stop if text in special))
         jax.eval_shape(lambda: jax.tree.leaves(self._init_state()))  # refuses a plan or channels that do not fit
         self.streams = [] if tokenizer is None else [TextStream(tokenizer, stop) for _ in prompts]
         self._tokens: list[list[int]] = [[] for _ in prompts]
@@ -271,12 +196,12 @@ class _Run:
     def steps(self, num_steps: int) -> Iterator[int]:
         """Decodes, and every `num_steps` steps yields the tokens of the longest row, with stopped rows ended."""
         model, sampling = self._model, self._sampling
-        ends = jnp.asarray(model.eos_token_ids or (NO_TOKEN,), jnp.int32)
+        ends = jnp.asarray(self._ends or (NO_TOKEN,), jnp.int32)
         limit = jnp.int32(self._max_new_tokens)
         with compile_clock() as clock:
             began = time.perf_counter()
             progress = self._start(ends, limit)
-            num_blocks = jnp.int32(-(-num_steps // _interval(progress.state)))
+            num_blocks = jnp.int32(-(-num_steps // refresh_interval(progress.state)))
             progress = self._take_over(progress)
             self._seconds[0] = time.perf_counter() - began - clock.seconds
             self._seconds[2] += clock.seconds
@@ -301,7 +226,7 @@ class _Run:
             method=self._method, plan=self._plan, channels=self._channels, dtype=jnp.dtype(model.dtype),
         )  # fmt: skip
 
-    def _start(self, ends: Array, limit: Array) -> _Progress:
+    def _start(self, ends: Array, limit: Array) -> Progress:
         model, B = self._model, len(self._prompts)
         tokens, lengths = pad_prompts(self._prompts)
         state = self._init_state()
@@ -315,7 +240,7 @@ class _Run:
             for row, prompt in enumerate(self._prompts):
                 seen[row, prompt] = True
             seen = jnp.asarray(seen)
-        progress = _Progress(
+        progress = Progress(
             state=for_decoding(state),
             token=jnp.zeros((B,), jnp.int32),
             # Whole steps of 64, so that a slightly different limit does not compile anew.
@@ -326,9 +251,9 @@ class _Run:
             keys=jnp.stack([jax.random.key(seed) for seed in self._seeds]),
             reads=jnp.zeros((B,), jnp.float32),
         )
-        return _take_token(logits, progress, ends, limit, sampling=self._sampling)
+        return take_token(logits, progress, ends, limit, sampling=self._sampling)
 
-    def _take_over(self, progress: _Progress) -> _Progress:
+    def _take_over(self, progress: Progress) -> Progress:
         """Copies new tokens to the host and ends the rows whose text met a stop string."""
         output, count = np.asarray(progress.output), np.asarray(progress.count)
         for row, tokens in enumerate(self._tokens):
@@ -345,7 +270,7 @@ class _Run:
         is_stopped = jnp.asarray([stream.is_stopped for stream in self.streams])
         return dataclasses.replace(progress, is_active=progress.is_active & ~is_stopped)
 
-    def _count_usage(self, progress: _Progress) -> ReadStatistics:
+    def _count_usage(self, progress: Progress) -> ReadStatistics:
         config, shared = self._model.config, progress.state.selection
         steps = np.asarray(progress.count, np.int64) - 1
         prompts = np.array([len(prompt) for prompt in self._prompts])
@@ -384,13 +309,12 @@ class _Run:
 
     def result(self) -> Generation:
         """Returns the generation, once `steps` has run out."""
-        ends = set(self._model.eos_token_ids)
         is_stopped = [stream.is_stopped for stream in self.streams] or [False] * len(self._tokens)
         return Generation(
             tokens=self._tokens,
             texts=[stream.finish() for stream in self.streams],
             finish_reasons=[
-                "stop" if stopped or tokens[-1] in ends else "length"
+                "stop" if stopped or tokens[-1] in self._ends else "length"
                 for stopped, tokens in zip(is_stopped, self._tokens, strict=True)
             ],
             timing=Timing(

@@ -22,7 +22,7 @@ class TextStream:
         """Takes the next token; after a stop string everything is ignored."""
         if self.is_stopped:
             return
-        piece = self._stream.step(self._tokenizer, token)
+        piece = self._decode(token)
         self._tail = [*self._tail, token] if piece is None else []
         self._pending += piece or ""
         ends = [end for end in (self._pending.find(stop) for stop in self._stop) if end >= 0]
@@ -34,6 +34,18 @@ class TextStream:
         released = len(self._pending) - held
         self.text += self._pending[:released]
         self._pending = self._pending[released:]
+
+    def _decode(self, token: int) -> str | None:
+        """Returns the text that a token completes, if it does."""
+        try:
+            return self._stream.step(self._tokenizer, token)
+        except Exception as error:  # the library has no narrower one
+            if "Invalid prefix" not in str(error):
+                raise
+        # Byte fallback makes U+FFFD of every byte in a row that is no text, of those that were text by themselves and
+        # have been shown too. They stay, and what has come since begins anew.
+        self._stream = DecodeStream(ids=[token], skip_special_tokens=True)
+        return self._tokenizer.decode([*self._tail, token], skip_special_tokens=True)
 
     def finish(self) -> str:
         """Returns the whole text, once no more tokens come."""

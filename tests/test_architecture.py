@@ -44,6 +44,7 @@ ORDER = (
     "hshare_jax.prefill",
     "hshare_jax.decode",
     "hshare_jax.sampling",
+    "hshare_jax.decode_loop",
     "hshare_jax.prompts",
     "hshare_jax.text_stream",
     "hshare_jax.compile_clock",
@@ -75,7 +76,7 @@ MAY_JIT = (
     "hshare_jax.shared_lists",  # a whole prompt's plan, beside the former
     "hshare_jax.prefill",
     "hshare_jax.decode",
-    "hshare_jax.generate",
+    "hshare_jax.decode_loop",
     "hshare_jax.agreement",
     "hshare_jax.calibration",
     "hshare_jax.training.*",

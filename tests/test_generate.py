@@ -12,13 +12,15 @@ import pytest
 from program_text import count_copies
 from tiny_decoder import HSHARE, MODEL, params
 from tiny_tokenizer import LETTERS, byte_tokenizer
+from transformers import AddedToken
 
 from hshare_jax.agreement import token_agreement
 from hshare_jax.calibration import find_plans
 from hshare_jax.config import HShareConfig
 from hshare_jax.decode import decode_step
+from hshare_jax.decode_loop import NO_TOKEN, Progress, decode_tokens
 from hshare_jax.decode_state import init_state
-from hshare_jax.generate import NO_TOKEN, _Progress, decode_tokens, generate, stream
+from hshare_jax.generate import generate, stream
 from hshare_jax.models.pretrained import Model
 from hshare_jax.prefill import prefill
 from hshare_jax.prompts import choose_capacity
@@ -122,6 +124,19 @@ def test_a_stop_string_in_the_first_token_ends_its_row_before_any_step(monkeypat
     found = generate(MODEL_OF_TEXT, PROMPTS[1:2], method=HSHARE, seeds=[1], max_new_tokens=NEW, stop=[first])
     assert (found.texts, found.finish_reasons, found.tokens) == ([""], ["stop"], [greedy.tokens[1][:1]])
     assert (found.usage.reads, found.usage.selections, found.usage.mean_length) == ([0], 0, 0)
+
+
+def test_a_stop_string_that_is_a_special_token_ends_its_row(greedy):
+    tokens = greedy.tokens[1]
+    place = next(i for i in range(3, NEW) if tokens[i] not in tokens[:i])
+    tokenizer = byte_tokenizer(LETTERS)
+    name = str(tokenizer.convert_ids_to_tokens(tokens[place]))
+    tokenizer.add_tokens([AddedToken(name, special=True)], special_tokens=True)
+    prompt = [TOKENIZER(PROMPTS[1])["input_ids"]]
+    model = dataclasses.replace(MODEL_OF_TEXT, tokenizer=tokenizer)
+    found = generate(model, prompt, method=HSHARE, seeds=[1], max_new_tokens=NEW, stop=[name])
+    assert (found.tokens, found.finish_reasons) == ([tokens[: place + 1]], ["stop"])
+    assert found.texts == [TOKENIZER.decode(tokens[:place])]
 
 
 def test_an_end_token_ends_its_row(greedy):
@@ -320,7 +335,7 @@ def test_the_compiled_loop_updates_its_buffers_in_place(hshare, batch):
     jaxtyping.config.update("jaxtyping_disable", True)
     try:
         state = init_state(SHALLOW, batch, 256, method=hshare)
-        progress = _Progress(
+        progress = Progress(
             state=state,
             token=jnp.zeros((batch,), jnp.int32),
             output=jnp.full((batch, 64), NO_TOKEN, jnp.int32),

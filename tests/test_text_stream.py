@@ -6,12 +6,13 @@ import itertools
 import hypothesis
 import hypothesis.strategies as st
 import pytest
-from tiny_tokenizer import END, byte_tokenizer
+from tiny_tokenizer import END, byte_fallback_tokenizer, byte_tokenizer
 
 from hshare_jax.text_stream import TextStream
 
 TOKENIZER = byte_tokenizer()
 END_ID = TOKENIZER.convert_tokens_to_ids(END)
+FALLBACK = byte_fallback_tokenizer(["▁", "▁and", "é"])
 
 
 def bytes_of(text):
@@ -19,9 +20,9 @@ def bytes_of(text):
     return list(text.encode())
 
 
-def run(tokens, stop=()):
+def run(tokens, stop=(), tokenizer=TOKENIZER):
     """Returns (what was shown after each token, the final text)."""
-    stream, shown = TextStream(TOKENIZER, stop), []
+    stream, shown = TextStream(tokenizer, stop), []
     for token in tokens:
         stream.push(token)
         shown.append(stream.text)
@@ -106,3 +107,20 @@ def test_any_tokens_at_all_give_the_tokenisers_own_text(tokens):
     shown, final = run(tokens)
     assert final == TOKENIZER.decode(tokens, skip_special_tokens=True)
     assert all(final.startswith(text) for text in shown)
+
+
+def test_a_byte_that_was_shown_stays_where_the_next_ones_are_no_text():
+    tokens = [0x0A, 0xE2, 257, 256, 258]
+    assert FALLBACK.decode(tokens) == "\N{REPLACEMENT CHARACTER}" * 2 + " and é"
+    shown, final = run(tokens, tokenizer=FALLBACK)
+    assert shown == ["\n", "\n", "\n\N{REPLACEMENT CHARACTER} and", final[:7], final]
+    assert final == "\n\N{REPLACEMENT CHARACTER} and é"
+
+
+@hypothesis.given(tokens=st.lists(st.sampled_from([0x0A, 0x61, *"あ".encode(), 0xFF, 256, 257, 258])))
+def test_any_bytes_to_fall_back_on_give_text_that_only_grows(tokens):
+    shown, final = run(tokens, tokenizer=FALLBACK)
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise([*shown, final]))
+    expected = FALLBACK.decode(tokens)
+    if "\N{REPLACEMENT CHARACTER}" not in expected:
+        assert final == expected

@@ -1,4 +1,4 @@
-"""A byte-level tokeniser that is built here: one token a byte, some pairs merged, an end token."""
+"""Tokenisers that are built here: one with a token a byte, some pairs merged; and one that falls back on bytes."""
 
 from collections.abc import Sequence
 
@@ -22,6 +22,17 @@ def byte_tokenizer(alphabet: bytes = bytes(range(256)), merges: Sequence[str] = 
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, clean_up_tokenization_spaces=False)
+
+
+def byte_fallback_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
+    """Returns a tokeniser as LLaMA 2 has: a token for each byte (0 to 255), which stands for what no word has."""
+    names = [*(f"<0x{byte:02X}>" for byte in range(256)), *words]
+    bpe = models.BPE(vocab={name: index for index, name in enumerate(names)}, merges=[], byte_fallback=True)
+    tokenizer = tokenizers.Tokenizer(bpe)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
 
 
 def _byte_symbols() -> dict[int, str]:
