@@ -30,6 +30,7 @@ from hshare_jax.cli_options import (
     UsageError,
     add_kv_sharing,
     check_kv_sharing,
+    check_output,
     option_name,
     read_text,
     share_kv_as_told,
@@ -94,7 +95,9 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, TrainingConf
     options = parser.parse_args(arguments)
     if options.warmup_steps is None:
         options.warmup_steps = max(0, min(WARMUP, options.num_steps // 10))
+    options.output = options.output.expanduser()
     try:
+        check_output(options.output / METRICS, overwrite=True)
         settings = TrainingConfig(**{name: getattr(options, name) for name in HELP})
         if not 0 < options.eval_fraction < 1:
             raise ValueError(f"eval_fraction={options.eval_fraction} must lie between 0 and 1")
@@ -218,6 +221,14 @@ def main(arguments: list[str] | None = None) -> int:
         return USAGE
     except (OSError, ValueError, FloatingPointError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
+        return FAILURE
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):  # how JAX says it
+            raise
+        print(
+            f"train.py: error: out of memory; lower --batch-size, or raise --accumulation-steps: {error}",
+            file=sys.stderr,
+        )
         return FAILURE
     except KeyboardInterrupt:
         print("train.py: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)

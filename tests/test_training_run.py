@@ -116,6 +116,25 @@ def test_a_finished_run_is_not_trained_again(whole, tmp_path):
     assert_same_run(directory, whole)
 
 
+def test_a_finished_run_without_checkpoints_is_not_trained_again(whole, tmp_path):
+    directory = copy_of(whole, tmp_path, without=(20, 24))
+    result = tiny_run(directory)
+    assert (result.resumed_from, result.eval_loss) == (24, timeless(whole)[-1]["loss"])
+    assert timeless(directory) == timeless(whole)
+    assert not checkpoints(directory)
+
+
+def test_time_is_not_lost_where_a_run_goes_on(tmp_path):
+    settings = dataclasses.replace(SETTINGS, log_every=24, eval_every=24)
+    tiny_run(tmp_path / "run", settings)
+    shutil.rmtree(tmp_path / "run" / "step_000024")
+    until = json.loads((tmp_path / "run" / "step_000020" / "run.json").read_text())["seconds"]
+    result = tiny_run(tmp_path / "run", settings)
+    assert result.resumed_from == 20
+    assert result.seconds is not None
+    assert result.seconds > until > 0  # though no line of the metrics tells of the steps before
+
+
 @pytest.mark.parametrize("name", ["run.json", "arrays/state/manifest.ocdbt", "arrays/_CHECKPOINT_METADATA"])
 def test_a_damaged_checkpoint_is_named_and_so_is_the_one_before_it(whole, tmp_path, name):
     directory = copy_of(whole, tmp_path)
@@ -275,6 +294,7 @@ def test_the_script_trains_a_model_that_generates(tmp_path, script, capsys, monk
         (["--preset", "tiny", "--eval-text", "-"], "--eval-text must name files, not -"),
         (["--preset", "tiny", "--eval-text", "b.txt"], "--eval-text b.txt: No such file"),
         (["--preset", "tiny", "--batch-size", "3"], "--batch-size 3 in --accumulation-steps 1 makes micro-batches"),
+        (["--preset", "tiny", "--output", "a.txt"], "a.txt is not a directory"),
         ([], "one of the arguments --model --preset --config is required"),
     ],
 )
@@ -320,11 +340,12 @@ def test_every_setting_is_an_option_of_the_script(script):
 def test_what_is_not_the_runs_own_stays(tmp_path):
     (tmp_path / ".model.backup").mkdir()
     (tmp_path / ".step_notes").write_text("mine")
-    (tmp_path / ".model.abcd1234").mkdir()  # as a kill leaves a draft
+    for draft in (".model.abcd1234", ".metrics.jsonl.abcd1234"):
+        (tmp_path / draft).mkdir()  # as a kill leaves it
     tiny_run(tmp_path, SHORT)
     assert (tmp_path / ".model.backup").is_dir()
     assert (tmp_path / ".step_notes").read_text() == "mine"
-    assert not (tmp_path / ".model.abcd1234").exists()
+    assert not list(tmp_path.glob(".*.abcd1234"))
 
 
 def test_a_model_that_no_run_made_is_not_replaced(tmp_path):

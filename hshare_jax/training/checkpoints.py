@@ -1,6 +1,6 @@
 """Checkpoints of a run: DIR/step_000123 with every array, the run's settings and checksums.
 
-    run.json     format, step, and what tells this run from others: settings, model, text
+    run.json     format, step, seconds of training, and what tells this run from others: settings, model, text
     arrays/      Orbax: parameters, optimiser state, step
     SHA256SUMS   of all the files above
 
@@ -26,9 +26,8 @@ from hshare_jax.training.step import TrainState
 
 _RUN, _ARRAYS, _FORMAT = "run.json", "arrays", 1
 _NAME = re.compile(r"step_(\d{6,})")
-_LEFTOVER = re.compile(
-    r"\.(step_\d{6,}|model)\.([a-z0-9_]{8}|old)"
-)  # as drafts of this module and of save_model are called
+# As drafts of what a run writes are called.
+_LEFTOVER = re.compile(r"\.(step_\d{6,}|model|metrics\.jsonl|metrics\.png)\.([a-z0-9_]{8}|old)")
 
 
 def checkpoints(directory: Path) -> list[Path]:
@@ -37,13 +36,14 @@ def checkpoints(directory: Path) -> list[Path]:
     return [path for _, path in sorted((int(match[1]), path) for match, path in found)]
 
 
-def save_train_state(directory: Path, state: TrainState, study: dict[str, Any], *, keep: int) -> Path:
+def save_train_state(directory: Path, state: TrainState, study: dict[str, Any], *, seconds: float, keep: int) -> Path:
     """Returns the checkpoint that it wrote of a state; then only the `keep` newest stay.
 
     Args:
         directory: of the run.
         state: what to write.
         study: what tells this run from others, as JSON.
+        seconds: how long it has trained.
         keep: how many checkpoints stay.
 
     Raises:
@@ -54,7 +54,8 @@ def save_train_state(directory: Path, state: TrainState, study: dict[str, Any], 
     try:
         with whole_directory(path) as draft:
             write_arrays(draft / _ARRAYS, {name: np.asarray(leaf) for name, leaf in _named(state).items()})
-            (draft / _RUN).write_text(json.dumps({"format": _FORMAT, "step": step, "study": study}, indent=1) + "\n")
+            run = {"format": _FORMAT, "step": step, "seconds": round(seconds, 3), "study": study}
+            (draft / _RUN).write_text(json.dumps(run, indent=1) + "\n")
     except OSError as error:
         last = (checkpoints(directory) or ["none, it is the first"])[-1]
         message = f"the checkpoint could not be written ({error.strerror or error}); the last good one is {last}"
@@ -104,6 +105,12 @@ def load_train_state(directory: Path, shapes: TrainState, study: dict[str, Any])
     with orbax_context():
         arrays = ocp.load(str(path / _ARRAYS), wanted)
     return jax.tree.unflatten(jax.tree.structure(shapes), [np.asarray(arrays[name]) for name in wanted])
+
+
+def seconds_of(directory: Path) -> float:
+    """Returns how long a run had trained at its newest checkpoint; 0 without one."""
+    *_, path = [None, *checkpoints(directory)]
+    return 0.0 if path is None else json.loads((path / _RUN).read_bytes()).get("seconds", 0.0)
 
 
 def remove_leftovers(directory: Path) -> None:

@@ -25,7 +25,7 @@ from hshare_jax.evaluation.records import Records
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.orbax_checkpoint import is_orbax_directory
 from hshare_jax.models.pretrained import Model, save_model
-from hshare_jax.training.checkpoints import load_train_state, remove_leftovers, save_train_state
+from hshare_jax.training.checkpoints import load_train_state, remove_leftovers, save_train_state, seconds_of
 from hshare_jax.training.config import TrainingConfig
 from hshare_jax.training.data import TrainingData
 from hshare_jax.training.loss import perplexity_of
@@ -103,7 +103,10 @@ def _train(
     loaded = load_train_state(directory, state_shapes(model.params, settings), study)
     done = -1 if loaded is None else int(loaded.step)
     metrics = Records(directory / METRICS, study, keys=("kind", "step"))
-    if loaded is None and not metrics.lines and (directory / MODEL).exists():
+    has_model = (directory / MODEL).exists()
+    if loaded is None and has_model and {"kind": "eval", "step": settings.num_steps} in metrics:
+        return _result(metrics, settings, settings.num_steps, directory)  # finished; its checkpoints were deleted
+    if loaded is None and not metrics.lines and has_model:
         raise ValueError(
             f"{directory / MODEL} is there already, and no run that made it; the trained model would replace it: name "
             "another directory"
@@ -156,7 +159,7 @@ def _run_steps(
         found = {"loss": loss, "perplexity": perplexity_of(loss), "tokens": held_out[:, 1:].size}
         metrics.append({"kind": "eval", "step": step, **found, "seconds": round(seconds, 3)})
 
-    seconds = max((line["seconds"] for line in metrics.lines), default=0.0)  # of training alone
+    seconds = seconds_of(directory)  # of training alone
     if first in (0, last):
         add_evaluation(first)
     if first == last:
@@ -187,7 +190,7 @@ def _run_steps(
             if is_evaluated:
                 add_evaluation(step)
             if is_saved:
-                save_train_state(directory, state, study, keep=settings.keep_checkpoints)
+                save_train_state(directory, state, study, seconds=seconds, keep=settings.keep_checkpoints)
             began = time.perf_counter()
     return jax.tree.map(np.asarray, state.params)
 
@@ -210,9 +213,9 @@ def _check(model: Model, data: TrainingData, settings: TrainingConfig, directory
 def _check_finite(step: int, line: dict[str, float], directory: Path) -> None:
     for name, value in line.items():
         if not math.isfinite(value):
+            way_out = "lower learning_rate, or lengthen warmup_steps" if step else "start from other weights"
             raise FloatingPointError(
-                f"{name} is {value} at step {step}; lower learning_rate, or lengthen "
-                f"warmup_steps, and name another directory than {directory}"
+                f"{name} is {value} at step {step}; {way_out}, and name another directory than {directory}"
             )
 
 
