@@ -30,6 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, OSError) and error.filename is not None:
             return _complain(f"{error.filename}: {error.strerror}", FAILURE)
         return _complain(str(error) or type(error).__name__, FAILURE)
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):  # how JAX says that a device is out of memory
+            raise
+        return _complain(f"out of memory, take fewer or shorter texts at once: {error}", FAILURE)
     except KeyboardInterrupt:
         return 130
 

@@ -66,7 +66,9 @@ def add_info(parser: argparse.ArgumentParser) -> None:
 
 def run_convert(options: argparse.Namespace) -> int:
     """Writes a checkpoint, and returns the exit status."""
-    check_output(options.output, overwrite=options.overwrite)
+    from hshare_jax.models.orbax_checkpoint import is_orbax_directory
+
+    check_output(options.output, overwrite=options.overwrite, may_replace=is_orbax_directory)
     check_kv_sharing(options)
     text = None if options.perplexity is None else read_text(options.perplexity, "--perplexity ")
     files = open_named(options)
@@ -85,12 +87,14 @@ def run_convert(options: argparse.Namespace) -> int:
         model = shared
     save_model(model, options.output, overwrite=options.overwrite)
     print(f"wrote {model.name} ({model.dtype}) to {options.output}", file=sys.stderr)
-    if (config.kv_layer_map, config.windows) != (files.config.kv_layer_map, files.config.windows):
+    if config.kv_layer_map != files.config.kv_layer_map:
         print(
             f"WARNING: {len(config.kv_layers)} of {config.num_layers} layers have keys and values, and the others were "
             "not made for them: untrained, this model is of no use. Train it before you judge it.",
             file=sys.stderr,
         )
+    elif config.windows != files.config.windows:
+        print("WARNING: this model was made for other sliding windows; train it before you judge it.", file=sys.stderr)
     return 0
 
 
@@ -138,8 +142,7 @@ def run_info(options: argparse.Namespace) -> int:
         raise UsageError(f"{name} is for showing a plan; add --plan")
     files = open_named(options)
     if options.kv_sharing is None:
-        model = files.load(options.dtype)
-        facts = _facts(model.config, files, model.dtype, model.identity)
+        facts = _facts(files.config, files, options.dtype or files.dtype, files.identify(options.dtype))
     else:
         facts = _facts(share_kv_as_told(options, files.config), files, options.dtype or files.dtype, None)
     if options.json:

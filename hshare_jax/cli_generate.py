@@ -81,8 +81,8 @@ def run_generate(options: argparse.Namespace) -> int:
         raise UsageError(f"--max-new-tokens {options.max_new_tokens} must be at least 1")
     if not all(options.stop):
         raise UsageError("--stop is empty and would end every answer at once; leave it out")
-    if options.seed < 0 or options.seed >= 2**31:
-        raise UsageError(f"--seed {options.seed} must lie between 0 and {2**31 - 1}")
+    if not 0 <= options.seed <= 2**31 - len(prompts):
+        raise UsageError(f"--seed {options.seed} must lie between 0 and {2**31 - len(prompts)}")
     if options.compare_dense and options.method == "dense":
         raise UsageError("--compare-dense compares with dense decoding; choose another --method")
     hshare, sampling = read_settings(options), _sampling(options)

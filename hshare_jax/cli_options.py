@@ -10,7 +10,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from hshare_jax.evaluation.methods import has_use_for, method_named
+from hshare_jax.evaluation.methods import METHODS, has_use_for, method_named
 from hshare_jax.models.kv_sharing import INITS, KNOWN_SPECS, share_kv
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def share_kv_as_told(options: argparse.Namespace, config: "ModelConfig") -> "Mod
         return share_kv(dataclasses.replace(config, **changes), options.kv_sharing, window=options.kv_window)
     except ValueError as error:
         message = str(error).replace(f"spec={options.kv_sharing!r}", f"--kv-sharing {options.kv_sharing}", 1)
-        message = message.replace("window=", "--kv-window ")
+        message = message.replace("window=", "--kv-window ").replace("or None: until", "or exact: until")
         raise UsageError(re.sub(r"\b(\w+_passes)=", lambda match: f"{option_name(match[1])} ", message)) from error
 
 
@@ -169,8 +169,12 @@ def check_not_empty(names: Sequence[str], texts: Sequence[str]) -> None:
             raise UsageError(f"{'standard input' if name == '-' else name} is empty")
 
 
-def check_output(path: Path, *, overwrite: bool) -> None:
+def check_output(
+    path: Path, *, overwrite: bool, may_replace: Callable[[Path], bool] = lambda path: not path.is_dir()
+) -> None:
     """Raises UsageError for what is there already, and for a place that nothing can be written to."""
+    if path.exists() and not may_replace(path):
+        raise UsageError(f"{path} exists, and is nothing that this command writes; name another path")
     if path.exists() and not overwrite:
         raise UsageError(f"{path} exists; give --overwrite to replace it")
     nearest = next(parent for parent in path.absolute().parents if parent.exists())
@@ -235,8 +239,9 @@ def read_settings(options: argparse.Namespace) -> "HShareConfig":
 
 def check_effect(options: argparse.Namespace, settings: "HShareConfig") -> None:
     """Refuses options that the others leave without effect."""
+    has_labels = settings.scoring == "labels" or "double_sparsity" in getattr(options, "method", ())
     reasons = {
-        ("label_channels", "label_bits"): (settings.scoring == "exact", "--scoring exact reads keys and has no labels"),
+        ("label_channels", "label_bits"): (not has_labels, "--scoring exact reads keys and has no labels"),
         ("dilate",): (settings.refresh_interval == 1, "dilation is for lists that later steps reuse; here none is"),
     }  # fmt: skip
     for names, (is_idle, reason) in reasons.items():
@@ -307,7 +312,13 @@ def apply_chat_template(model: "ModelFiles", prompts: list[str], options: argpar
         return [model.tokenizer(prompt)["input_ids"] for prompt in prompts]
     system = [{"role": "system", "content": options.system}] if options.system else []
     conversations = [[*system, {"role": "user", "content": prompt}] for prompt in prompts]
-    texts = model.tokenizer.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
+    from jinja2 import TemplateError
+
+    try:
+        texts = model.tokenizer.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
+    except TemplateError as error:  # what a template raises of itself too: some know no system message
+        way_out = "leave out --system, or give --no-chat-template" if system else "give --no-chat-template"
+        raise UsageError(f"the chat template of {model.name} refuses: {error}; {way_out}") from error
     # The template writes the special tokens itself.
     return [model.tokenizer(str(text), add_special_tokens=False)["input_ids"] for text in texts]
 
@@ -316,7 +327,8 @@ def check_method(options: argparse.Namespace, names: Sequence[str], hshare: "HSh
     """Raises UsageError for settings that nothing has a use for, or a budget too small for a method."""
     for name in setting_names():
         if hasattr(options, name) and not any(has_use_for(method, name) for method in names):
-            whom = "sparse decoding" if list(names) == ["dense"] else "--method hshare"
+            takers = [method for method in METHODS if has_use_for(method, name)]
+            whom = "sparse decoding" if list(names) == ["dense"] else f"--method {' or '.join(takers)}"
             raise UsageError(f"{option_name(name)} is for {whom}, not {' or '.join(names)}; leave it out")
     if hshare.scoring == "exact" and hasattr(options, "channels_file"):
         raise UsageError("--channels-file has no effect: --scoring exact reads keys and has no labels")

@@ -18,7 +18,12 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     # In the same directory, because only there is a rename one indivisible step.
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent, ignore_cleanup_errors=True) as scratch:
         draft = Path(scratch) / path.name
-        yield draft
-        with open(draft, "rb+") as file:
-            os.fsync(file.fileno())
-        draft.replace(path)
+        try:
+            yield draft
+            with open(draft, "rb+") as file:
+                os.fsync(file.fileno())
+            draft.replace(path)
+        except OSError as error:
+            if error.errno is None or error.filename not in (None, str(draft), draft):
+                raise
+            raise OSError(error.errno, error.strerror, str(path)) from error  # by the name that a user knows

@@ -57,13 +57,18 @@ def read_hf_config(directory: Path) -> tuple[ModelConfig, tuple[int, ...]]:
 
 
 def read_hf_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
-    """Returns the directory's tokeniser, or None where it has none."""
+    """Returns the directory's tokeniser, or None where it has none; CheckpointError for one that cannot be read."""
     if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
         return None
     from transformers import AutoTokenizer  # imports torch where it is installed: slow
 
     verify_checksums(directory, [*_TOKENIZER_FILES, *_TOKENIZER_EXTRAS])
-    return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # the tokenizers library has no narrower one for a damaged file
+        is_model = not (directory / _TOKENIZER_FILES[0]).is_file()
+        hint = "; a tokenizer.model is read by another package: pip install sentencepiece" if is_model else ""
+        raise CheckpointError(f"{directory}: its tokeniser cannot be read: {error}{hint}") from error
 
 
 class HFTensors:
@@ -136,17 +141,12 @@ class HFTensors:
                 self._shapes[name] = tuple(view.get_shape())
 
 
-def is_hf_directory(directory: Path) -> bool:
-    """Returns whether `directory` has a config.json."""
-    return (directory / _CONFIG).is_file()
-
-
-def check_hf_directory(directory: Path) -> None:
-    """Raises FileNotFoundError if the directory has no weights in safetensors."""
+def check_hf_directory(directory: Path, name: str) -> None:
+    """Raises FileNotFoundError if the directory of the model `name` has no configuration, or no safetensors."""
+    if not (directory / _CONFIG).is_file():
+        raise FileNotFoundError(f"{name} has no {_CONFIG} (a Hugging Face model) and no model.json (a converted one)")
     if not ((directory / _WEIGHTS).is_file() or (directory / _INDEX).is_file()):
-        raise FileNotFoundError(
-            f"{directory} has neither {_WEIGHTS} nor {_INDEX}; weights in other formats are not read"
-        )
+        raise FileNotFoundError(f"{name} has neither {_WEIGHTS} nor {_INDEX}; weights in other formats are not read")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

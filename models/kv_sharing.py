@@ -24,7 +24,6 @@ YOCO_WINDOW = 1024
 
 _NAMED: dict[str, tuple[Pattern, Target]] = {
     **{f"{pattern}-{target}": (pattern, target) for pattern in PATTERNS for target in TARGETS},
-    "cla": ("lasagna", "bottom"),
     "lckv": ("sandwich", "top"),
 }
 KNOWN_SPECS = (
@@ -59,8 +58,7 @@ def kv_layer_map(pattern: Pattern, target: Target, num_layers: int, num_kv_layer
         raise ValueError(f"pattern={pattern!r} must be one of {', '.join(PATTERNS)}")
     if target not in TARGETS:
         raise ValueError(f"target={target!r} must be one of {', '.join(TARGETS)}")
-    if not 1 <= num_kv_layers <= num_layers:
-        raise ValueError(f"num_kv_layers={num_kv_layers} must lie between 1 and the model's {num_layers} layers")
+    _check_number(num_layers, num_kv_layers)
     layers = tuple(range(num_layers))
     if num_kv_layers == 1:
         groups = [layers]
@@ -78,6 +76,11 @@ def kv_layer_map(pattern: Pattern, target: Target, num_layers: int, num_kv_layer
             "values (quality drops far without); take bottom, or at least 2 KV layers"
         )
     return tuple(shared for group, shared in zip(groups, chosen, strict=True) for _ in group)
+
+
+def _check_number(num_layers: int, num_kv_layers: int) -> None:
+    if not 1 <= num_kv_layers <= num_layers:
+        raise ValueError(f"num_kv_layers={num_kv_layers} must lie between 1 and the model's {num_layers} layers")
 
 
 def _split(layers: Sequence[int], num_groups: int) -> list[Sequence[int]]:
@@ -99,7 +102,8 @@ def share_kv(config: ModelConfig, spec: str, *, window: int | None = None) -> Mo
         config: the model. One that shares already can only share more: weights that it lacks cannot be had back.
         spec: one of
             `PATTERN-TARGET:KV_LAYERS`, such as sandwich-middle:11 (see `kv_layer_map`);
-            `cla:KV_LAYERS`, which is lasagna-bottom;
+            `cla:KV_LAYERS`, groups as equal as possible, layer 0 in the first, that share those of their lowest layer
+            (Brandon et al. 2024, arXiv 2405.12981): lasagna-bottom, but that layer 0 is not alone;
             `lckv:OWN_LAYERS`, which is sandwich-top with one KV layer more;
             `yoco` or `yoco:WINDOW`: the lower half of the layers keep their own and attend within a window (1024), the
             upper half attend in full and share those of their lowest layer;
@@ -132,7 +136,7 @@ def _read_spec(config: ModelConfig, spec: str, window: int | None) -> tuple[tupl
         return _read_notation(config, spec.split("_"), window)
     L = config.num_layers
     name, colon, number = spec.partition(":")
-    if name != "yoco" and name not in _NAMED:
+    if name not in ("yoco", "cla", *_NAMED):
         raise ValueError(f"no way of sharing is called so; known are {KNOWN_SPECS}")
     if name == "yoco" and not colon:
         size = window or YOCO_WINDOW
@@ -147,6 +151,9 @@ def _read_spec(config: ModelConfig, spec: str, window: int | None) -> tuple[tupl
             raise ValueError(f"window={window} contradicts it; leave either out")
         return kv_layer_map("pizza", "bottom", L, L // 2 + 1), (size,) * (L // 2) + (None,) * (L - L // 2)
     _check_no_window(window)
+    if name == "cla":
+        _check_number(L, size)
+        return tuple(group[0] for group in _split(range(L), size) for _ in group), config.windows
     pattern, target = _NAMED[name]
     return kv_layer_map(pattern, target, L, size + 1 if name == "lckv" else size), config.windows
 

@@ -105,9 +105,15 @@ def whole_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
             yield draft
             write_checksums(draft)
             _flush(draft)
-            if overwrite and path.exists():
-                path.rename(Path(here) / "replaced")
-            draft.rename(path)
+            replaced = Path(here) / "replaced"
+            try:
+                if overwrite and path.exists():
+                    path.rename(replaced)
+                draft.rename(path)
+            except BaseException:  # an interrupt too
+                if replaced.exists() and not path.exists():
+                    replaced.rename(path)
+                raise
             _flush_directory(path.parent)
     except OSError as error:
         if error.filename is None and error.errno is not None:  # a full disk does not say of itself where it is

@@ -22,7 +22,6 @@ from hshare_jax.models.gguf_tokenizer import end_tokens_of_gguf, tokenizer_from_
 from hshare_jax.models.hf_checkpoint import (
     HFTensors,
     check_hf_directory,
-    is_hf_directory,
     read_hf_config,
     read_hf_tokenizer,
 )
@@ -39,6 +38,7 @@ from hshare_jax.models.weights import (
     CheckpointError,
     DType,
     dtype_of,
+    identify,
     load_parameters,
     stream_parameters,
     tensor_layout,
@@ -47,6 +47,7 @@ from hshare_jax.models.weights import (
 ModelForm = Literal["built-in", "gguf", "checkpoint", "hf", "hub"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja", "SHA256SUMS")
+_NOT_HUB_FILES = ("consolidated*", "*/*")  # the same weights in another form, and folders of other forms
 # Tokens that end a turn in a chat template; a file's single end token often ends only whole documents.
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "</s>")
 
@@ -81,12 +82,19 @@ class ModelFiles:
 
     def load(self, dtype: DType | None = None) -> Model:
         """Returns the model, its parameters in `dtype` on JAX's default device; errors are those of `load_model`."""
-        dtype = dtype or self.dtype
-        # disable=None: a bar only where stderr is a terminal.
-        arrays, total = self.stream(dtype), len(tensor_layout(self.config))
-        with tqdm(arrays, f"loading {self.name}", total, leave=False, file=sys.stderr, disable=None) as bar:
+        with self._read("loading", dtype) as bar:
             params, identity = load_parameters(self.config, iter(bar))
         return Model(self.config, params, self.tokenizer, self.eos_token_ids, self.name, identity)
+
+    def identify(self, dtype: DType | None = None) -> str:
+        """Returns the identity of the model that `load` returns, without keeping its parameters."""
+        with self._read("reading", dtype) as bar:
+            return identify(self.config, iter(bar))
+
+    def _read(self, verb: str, dtype: DType | None) -> tqdm:
+        arrays, total = self.stream(dtype or self.dtype), len(tensor_layout(self.config))
+        # disable=None: a bar only where stderr is a terminal.
+        return tqdm(arrays, f"{verb} {self.name}", total, leave=False, file=sys.stderr, disable=None)
 
 
 def load_model(
@@ -133,7 +141,9 @@ def open_model(
     if form == "built-in":
         return _open_builtin(name, cache_dir)
     if form == "hub":
-        return _open_hf(_snapshot(name, cache_dir, revision), name)
+        directory = _snapshot(name, cache_dir, revision)
+        check_hf_directory(directory, name)
+        return _open_hf(directory, name)
     path = Path(name).expanduser()
     if form == "gguf":
         return _open_gguf(path, path.stem)
@@ -173,11 +183,7 @@ def _form(name: str) -> ModelForm:
     if name and path.is_dir():
         if is_orbax_directory(path):
             return "checkpoint"
-        if not is_hf_directory(path):
-            raise FileNotFoundError(
-                f"{name} has no config.json (a Hugging Face model) and no model.json (a converted one)"
-            )
-        check_hf_directory(path)
+        check_hf_directory(path, name)
         return "hf"
     if path.is_file():
         if path.suffix != ".gguf":
@@ -207,7 +213,8 @@ def _snapshot(name: str, cache_dir: str | os.PathLike[str] | None, revision: str
 
     try:
         cache = None if cache_dir is None else Path(cache_dir)
-        return Path(snapshot_download(name, revision=revision, cache_dir=cache, allow_patterns=list(_HUB_FILES)))
+        wanted = {"allow_patterns": list(_HUB_FILES), "ignore_patterns": list(_NOT_HUB_FILES)}
+        return Path(snapshot_download(name, revision=revision, cache_dir=cache, **wanted))
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise ConnectionError(
             f"the Hugging Face hub cannot be reached for {name!r}, and it is not cached {_known_forms()}"

@@ -141,8 +141,17 @@ def load_parameters(config: ModelConfig, arrays: Iterator[tuple[str, np.ndarray]
             node = node.setdefault(branch, {})
         samples[path] = _sample(array)
         node[leaf] = jax.device_put(array)
+    return params, _identity(config, samples)
+
+
+def identify(config: ModelConfig, arrays: Iterator[tuple[str, np.ndarray]]) -> str:
+    """Returns a model's identity, as `load_parameters` does, of arrays that are read one by one and not kept."""
+    return _identity(config, {path: _sample(array) for path, array in arrays})
+
+
+def _identity(config: ModelConfig, samples: Mapping[str, str]) -> str:
     digest = sha256(json.dumps([asdict(config), sorted(samples.items())], sort_keys=True).encode())
-    return params, digest.hexdigest()[:16]
+    return digest.hexdigest()[:16]
 
 
 def _sample(array: np.ndarray) -> str:

@@ -44,6 +44,7 @@ USAGE_MISTAKES = {
     "negative top-k": (["a", "--top-k", "-3"], "--top-k -3 must be at least 0"),
     "repetition penalty of 0": (["a", "--repetition-penalty", "0"], "--repetition-penalty 0.0 must be above 0"),
     "negative seed": (["a", "--seed", "-1"], "--seed -1 must lie between 0 and"),
+    "seed too large for two": (["a", "b", "--seed", "2147483647"], "must lie between 0 and 2147483646"),
     "empty stop": (["a", "--stop", ""], "--stop is empty"),
     "unknown dtype": (["a", "--dtype", "int8"], "invalid choice: 'int8'"),
     "unknown method": (["a", "--method", "magic"], "invalid choice: 'magic'"),
@@ -166,9 +167,35 @@ def test_no_prompt_at_all_is_a_mistake(monkeypatch: pytest.MonkeyPatch, capsys: 
 def test_convert_refuses_an_existing_target_before_the_model_is_loaded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    for more in ([], ["--overwrite"]):
+        status, _, err = call(["convert", "smollm2-135m-instruct", str(tmp_path), *more], capsys)
+        assert status == 2
+        assert f"{tmp_path} exists, and is nothing that this command writes; name another path" in err
+    (tmp_path / "model.json").touch()
     status, _, err = call(["convert", "smollm2-135m-instruct", str(tmp_path)], capsys)
     assert status == 2
     assert "exists; give --overwrite to replace it" in err
+
+
+def test_a_chat_template_that_refuses_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('there is no system here') }}"
+    pretrained.save_model(pretrained.Model(TINY, random_params(TINY), tokenizer, (), "tiny", ""), tmp_path / "tiny")
+    status, _, err = call(["generate", "hi", "--model", str(tmp_path / "tiny"), "--system", "be kind"], capsys)
+    assert status == 2
+    assert "the chat template of tiny refuses: there is no system here; leave out --system, or give --no-chat" in err
+
+
+def test_a_device_without_memory_is_a_failure(
+    tiny: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load(*_: object) -> None:
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 5 bytes.")
+
+    monkeypatch.setattr(pretrained.ModelFiles, "load", load)
+    status, _, err = call(["generate", "hi", "--model", tiny], capsys)
+    assert status == 1
+    assert err.startswith("hshare-jax: error: out of memory, take fewer or shorter texts at once: RESOURCE_EXHAUSTED")
 
 
 def test_a_damaged_model_is_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -310,6 +337,7 @@ def test_what_calibrate_writes_generate_reads(
         (["{text}"], "nothing to write: give --channels-file, --plan-file or both"),
         (["{text}", "--plan-file", "a", "--channels-file", "a"], "--channels-file and --plan-file are both a"),
         (["{text}", "--plan-file", "{text}"], "exists; give --overwrite to replace it"),
+        (["{text}", "--plan-file", "/", "--overwrite"], "/ exists, and is nothing that this command writes; name"),
         (["no/text.txt", "--plan-file", "a"], "no/text.txt: No such file"),
         (["{text}", "--plan-file", "a", "--num-critical", "90"], "a plan needs 186, with which there are twice"),
         (["{text}", "--plan-file", "a", "--block-length", "10"], "--block-length 10 must lie between 18, so that"),

@@ -156,6 +156,7 @@ def test_info_shows_what_sharing_saves_and_costs(tiny: str, tmp_path: Path, caps
         json.loads(call(["info", *arguments, "--json"], capsys)[1])
         for arguments in ([tiny], [out], [tiny, "--kv-sharing", "0s_2_2_3s", "--kv-window", "8"])
     )
+    assert plain["identity"] == pretrained.load_model(tiny).identity
     assert plain["num_kv_layers"] == 4
     assert plain["relative_prefill_cost"] == 1.0
     assert "kv_layer_map" not in plain

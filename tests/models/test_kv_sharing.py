@@ -76,7 +76,9 @@ def test_the_nine_patterns_of_12_layers_with_6_kv_layers(pattern, target, expect
         (5, "cla:1", "0_0_0_0_0"),
         (5, "pizza-bottom:1", "0_0_0_0_0"),
         (5, "sandwich-bottom:1", "0_0_0_0_0"),
-        (5, "cla:3", "0_1_1_3_3"),
+        (5, "cla:3", "0_0_2_2_4"),
+        (8, "cla:4", "0_0_2_2_4_4_6_6"),
+        (5, "lasagna-bottom:3", "0_1_1_3_3"),
         (6, "lckv:1", "0_5_5_5_5_5"),
         (6, "lckv:2", "0_4_4_4_4_5"),
         (6, "yoco", "0s_1s_2s_3_3_3"),
@@ -210,7 +212,7 @@ def test_a_model_that_shares_can_only_share_more():
         match=r"layer 1 would keep its own keys and values, but this model, 0_0_2_2_4_4, has no weights for them; "
         r"choose KV layers among 0, 2, 4$",
     ):
-        share_kv(config, "cla:3")
+        share_kv(config, "lasagna-bottom:3")
 
 
 @pytest.mark.parametrize(

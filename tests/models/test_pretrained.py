@@ -174,6 +174,15 @@ def test_a_hub_model_is_loaded_from_its_snapshot(tmp_path, monkeypatch):
     assert not any("bin" in pattern for pattern in asked["allow_patterns"])
 
 
+def test_a_hub_model_in_another_form_is_told_by_its_id(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"organisation/name has no config.json"):
+        load_model("organisation/name")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"organisation/name has neither model.safetensors nor"):
+        load_model("organisation/name")
+
+
 def test_without_a_network_a_hub_model_is_told_what_works_without(monkeypatch):
     def snapshot_download(name, **_):
         raise LocalEntryNotFoundError("offline")
