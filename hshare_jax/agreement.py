@@ -61,7 +61,7 @@ def token_agreement(
     if len(continuations) != len(encoded) or min(map(len, continuations)) < 2:
         raise ValueError(f"continuations must hold at least 2 tokens for each of the {len(encoded)} prompts")
     tokens, lengths = pad_prompts(encoded)
-    forced, sizes = pad_prompts(encode_prompts(model, continuations))
+    forced, sizes = pad_prompts(encode_prompts(model, continuations, name="continuations"))
     longest = int(sizes.max())
     capacity = choose_capacity(model.config, encoded, longest, None)
     dtype = jnp.dtype(model.dtype)
@@ -117,6 +117,8 @@ def score_steps(
 ) -> tuple[StepScores, DecodeState]:
     """Returns (scores of decode steps that read a given text (teacher forcing), the state); one jitted scan.
 
+    The state is that of `for_decoding`: made for more decode steps, not for another prefill.
+
     Args:
         params: the decoder's parameters.
         tokens: the text that follows what the state holds [B, T + 1]; the last token is only predicted.
@@ -124,8 +126,7 @@ def score_steps(
         config: the model.
         reference: logits to compare with, of the same steps [T, B, V]; see `forced_logits`.
         impl: what computes the steps, as for `decode_step`.
-        observe: a function of the state after each step and the model, whose values [B] are kept too; traced. The state
-            is that of `for_decoding`.
+        observe: a function of the state after each step and the model, whose values [B] are kept too; traced.
     """
     state = for_decoding(state)
     return _score_steps(params, tokens, state, reference, config=config, impl=impl, observe=observe)
@@ -146,5 +147,8 @@ def _force(
 def forced_logits(
     params: dict, tokens: Tokens, state: DecodeState, *, config: ModelConfig, impl: str = "auto"
 ) -> tuple[Float[Array, "T B V"], DecodeState]:
-    """Returns (logits of decode steps that read a given text [B, T], the state); the one given is donated."""
+    """Returns (logits of decode steps that read a given text [B, T], the state, as of `score_steps`).
+
+    The state that is given is donated.
+    """
     return _force(params, tokens, for_decoding(state), config=config, impl=impl)

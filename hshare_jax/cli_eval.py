@@ -5,7 +5,9 @@ import dataclasses
 import hashlib
 import importlib
 import json
+import os
 import sys
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +27,7 @@ from hshare_jax.cli_options import (
     read_text,
     whole,
 )
-from hshare_jax.evaluation.methods import METHODS
+from hshare_jax.evaluation.methods import METHODS, tell_short
 from hshare_jax.host_memory import return_freed_memory
 
 if TYPE_CHECKING:
@@ -52,7 +54,7 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
                         help="a line for each item and method; a run that was stopped goes on here")  # fmt: skip
     parser.add_argument(
         "--limit", type=whole, metavar="N",
-        help="only the first N examples, N passkeys (50), or N windows spread over each text",
+        help="read only the first N examples, N passkeys (50), or N windows spread over each text",
     )  # fmt: skip
     parser.add_argument("--skip-bad", action="store_true", help="leave bad examples out and count them")
     parser.add_argument("--batch-size", type=whole, default=8, metavar="N", help="items computed together (8)")
@@ -79,34 +81,36 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     sharing.add_argument("--plan-file", metavar="FILE", help="a plan, from calibrate or as published")
 
 
-_OF_TASK = {
-    # the tasks that an option is for, and its default as results have it
+_OF_TASK: dict[str, tuple[tuple[str, ...], Any]] = {
+    # the tasks that an option is for, and its default
     "max_new_tokens": (("gsm8k", "coqa"), None), "turns": (("coqa",), "last"), "subset": (("longbench",), None),
-    "context": (("passkey", "perplexity"), "1024"), "steps": (("perplexity",), "256"),
-    "skip_start": (("passkey", "perplexity"), "0"), "depth": (("passkey",), None), "seed": (("passkey",), "0"),
+    "context": (("passkey", "perplexity"), 1024), "steps": (("perplexity",), 256),
+    "skip_start": (("passkey", "perplexity"), Fraction(0)), "depth": (("passkey",), None), "seed": (("passkey",), 0),
 }  # fmt: skip
 
 
 def run_eval(options: argparse.Namespace) -> int:
     """Runs `hshare-jax eval`."""
     task = options.task
-    for name, (tasks, _) in _OF_TASK.items():
+    for name, (tasks, default) in _OF_TASK.items():
         if hasattr(options, name) and task not in tasks:
             raise UsageError(f"{option_name(name)} is for --task {' or '.join(tasks)}, not {task}")
+        setattr(options, name, getattr(options, name, default))
     for name in ("limit", "batch_size", "max_new_tokens", "context", "steps"):
-        value = getattr(options, name, None)
-        if value is not None and value < 1:
+        if (value := getattr(options, name)) is not None and value < 1:
             raise UsageError(f"{option_name(name)} {value} must be at least 1")
     if task != "perplexity" and len(options.data) > 1:
         raise UsageError(f"--data names {len(options.data)} files; --task {task} reads one")
     if len({path.name for path in options.data}) < len(options.data):
         raise UsageError("--data names two files of one name, which results could not tell apart; rename one")
-    if getattr(options, "seed", 0) < 0:
+    if options.seed < 0:
         raise UsageError(f"--seed {options.seed} must be at least 0")
     if options.skip_bad and task not in READERS:
         raise UsageError(f"--skip-bad is for --task {' or '.join(READERS)}, not {task}, whose data holds no examples")
     if not options.output.exists():  # else the run goes on there
         check_output(options.output, overwrite=False)
+    elif not os.access(options.output, os.W_OK):
+        raise UsageError(f"--output {options.output} cannot be written: no permission")
     hshare = read_settings(options)
     check_method(options, options.method, hshare)
     items, num_bad = _read_items(options)
@@ -118,7 +122,7 @@ def run_eval(options: argparse.Namespace) -> int:
     items, too_long = _fit_items(options, files, items)
     num_bad += too_long
     # What SnapKV makes room for: the answer, with a passkey's question before it.
-    room = {"perplexity": getattr(options, "steps", 256), "passkey": 64}.get(task)
+    room = {"perplexity": options.steps, "passkey": 64}.get(task)
     room = room or max((example.max_new_tokens for example, _ in items), default=1)
     methods = {name: choose_method(name, hshare, max_new_tokens=room) for name in options.method}
     try:
@@ -130,6 +134,9 @@ def run_eval(options: argparse.Namespace) -> int:
         raise as_usage_error(error) from error
     except OSError as error:
         raise UsageError(f"{error.filename}: {error.strerror}") from error
+    notes = _tell_short(options, files, hshare, items)
+    for note in notes:
+        print(f"hshare-jax: note: {note}", file=sys.stderr)
     model = files.load(options.dtype)
     try:
         records.settle(identity=model.identity)
@@ -138,7 +145,7 @@ def run_eval(options: argparse.Namespace) -> int:
     _evaluate(options, model, methods, items, records)
     ids = set(map(_id_of, items))
     wanted = [line for line in records.lines if line["method"] in methods and line["id"] in ids]
-    summary = {"task": task, "model": files.name, "bad": num_bad, "methods": summarise(wanted)}
+    summary = {"task": task, "model": files.name, "bad": num_bad, "notes": notes, "methods": summarise(wanted)}
     if options.json:
         print(json.dumps(summary))
     else:
@@ -172,9 +179,7 @@ def _read_items(options: argparse.Namespace) -> tuple[Any, int]:
 
     if options.task not in READERS:
         return {path.name: read_text(str(path), "--data ") for path in options.data}, 0
-    more = {"turns": getattr(options, "turns", "last")} if options.task == "coqa" else {}
-    if options.task == "longbench":
-        more = {"tasks": getattr(options, "subset", None)}
+    more = {"coqa": {"turns": options.turns}, "longbench": {"tasks": options.subset}}.get(options.task, {})
     read = _task_module(options.task).read
     try:
         items, num_bad = read(options.data[0], limit=options.limit, skip_bad=options.skip_bad, **more)
@@ -184,7 +189,7 @@ def _read_items(options: argparse.Namespace) -> tuple[Any, int]:
         raise UsageError(str(error).replace("tasks holds", "--subset names", 1)) from error
     except OSError as error:
         raise UsageError(f"--data {error.filename}: {error.strerror}") from error
-    if hasattr(options, "max_new_tokens"):
+    if options.max_new_tokens is not None:
         items = [dataclasses.replace(item, max_new_tokens=options.max_new_tokens) for item in items]
     return items, num_bad
 
@@ -198,7 +203,7 @@ def _fit_items(options: argparse.Namespace, files: "ModelFiles", items: Any) -> 
 
     if files.tokenizer is None:
         raise ValueError(f"{files.name} has no tokeniser, so text cannot be given to it")
-    context, skip = getattr(options, "context", 1024), float(getattr(options, "skip_start", 0))
+    context, skip = options.context, float(options.skip_start)
     if not 0 <= skip < 1:
         raise UsageError(f"--skip-start {skip} must lie in [0, 1)")
     try:
@@ -206,9 +211,8 @@ def _fit_items(options: argparse.Namespace, files: "ModelFiles", items: Any) -> 
             shorten = _task_module("longbench").truncate_middle if options.task == "longbench" else None
             return encode_examples(files, items, shorten=shorten, skip_bad=options.skip_bad)
         if options.task == "perplexity":
-            steps = getattr(options, "steps", 256)
-            if steps >= context:
-                raise UsageError(f"--steps {steps} must be less than --context {context}")
+            if options.steps >= context:
+                raise UsageError(f"--steps {options.steps} must be less than --context {context}")
             windows = [
                 window
                 for name, text in items.items()
@@ -219,7 +223,7 @@ def _fit_items(options: argparse.Namespace, files: "ModelFiles", items: Any) -> 
             most = files.config.max_positions - ANSWER_TOKENS
             raise UsageError(f"--context {context} must be at most {most}, so that the model has room for the answer")
         (book,) = items.values()
-        seed, depth = getattr(options, "seed", 0), getattr(options, "depth", None)
+        seed, depth = options.seed, options.depth
         if depth is not None and not 0 <= depth <= 1:
             raise UsageError(f"--depth {depth} must lie in [0, 1]")
         seeds = range(seed, seed + (options.limit or 50))
@@ -243,15 +247,35 @@ def _open_records(options: argparse.Namespace, files: "ModelFiles", hshare: "HSh
         "settings": {field.name: str(getattr(hshare, field.name)) for field in dataclasses.fields(hshare)},
         "batch_size": options.batch_size,
         "impl": options.impl,
+        "dtype": options.dtype or files.dtype,
     }
-    study |= {name: default for name, (tasks, default) in _OF_TASK.items() if options.task in tasks}
-    names = ("dtype", "revision", "plan_file", "channels_file", *_OF_TASK)
+    for name in (name for name, (tasks, _) in _OF_TASK.items() if options.task in tasks):
+        value = getattr(options, name)
+        study[name] = None if value is None else str(value)
+    names = ("revision", "plan_file", "channels_file")
     study |= {name: str(value) for name in names if (value := getattr(options, name, None)) is not None}
     study |= {f"{name}_sha256": _hash(study[name]) for name in ("plan_file", "channels_file") if name in study}
     if options.task == "perplexity" or hshare.plan_scope == "batch":
         study["limit"] = options.limit  # it changes where windows stand, or which rows share a plan
     # The model is known by its weights, which are read later: trained again, it keeps its name.
     return Records(options.output, study, keys=KEYS, later=("identity",))
+
+
+def _tell_short(options: argparse.Namespace, files: "ModelFiles", hshare: "HShareConfig", items: Any) -> list[str]:
+    """Returns what a user must know of items that are too short for the settings."""
+    from hshare_jax.evaluation.passkey import ANSWER_TOKENS
+
+    if options.method == ["dense"]:
+        return []
+    match options.task:
+        case "perplexity":
+            sizes = [(len(window.tokens) - 1 - options.steps, len(window.tokens) - 1) for window in items]
+        case "passkey":
+            sizes = [(len(item.text), len(item.text) + len(item.question) + ANSWER_TOKENS) for item in items]
+        case _:
+            sizes = [(len(ids), len(ids) + example.max_new_tokens) for example, ids in items]
+    needs_plan = "hshare" in options.method and not hasattr(options, "plan_file")
+    return tell_short(hshare, files.config, sizes, needs_plan=needs_plan)
 
 
 def _hash(path: str | Path) -> str:
@@ -270,7 +294,7 @@ def _evaluate(
     elif options.task == "passkey":
         run_passkeys(model, items, methods, records, **common)
     else:
-        run_texts(model, items, methods, records, steps=getattr(options, "steps", 256), **common)
+        run_texts(model, items, methods, records, steps=options.steps, **common)
 
 
 def _print_summary(summary: dict[str, Any]) -> None:

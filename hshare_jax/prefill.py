@@ -34,8 +34,8 @@ def prefill(
     """Returns (float32 logits after each row's last token [B, V], the state with the prompts in it).
 
     Runs onto an empty state or one that already holds tokens (the next turn of a chat). Attention is dense and exact.
-    With shared lists the plan is found anew from this prefill's tokens, and the next decode step refreshes. The state
-    is donated: use the returned one.
+    With shared lists the plan and the label channels are found anew from this prefill's tokens alone, however few, and
+    the next decode step refreshes. The state is donated: use the returned one.
 
     Args:
         params: the decoder's parameters.

@@ -11,23 +11,26 @@ from hshare_jax.shapes import round_up_coarsely
 Prompt = str | Sequence[int]
 
 
-def encode_prompts(model: Model | ModelFiles, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Returns the token ids of prompts, checked. A text is encoded with the tokenizer's special tokens."""
+def encode_prompts(model: Model | ModelFiles, prompts: Sequence[Prompt], *, name: str = "prompts") -> list[list[int]]:
+    """Returns the token ids of prompts, checked. A text is encoded with the tokenizer's special tokens.
+
+    `name` is the argument that errors speak of.
+    """
     if isinstance(prompts, str) or len(prompts) == 0 or isinstance(prompts[0], int):
-        raise ValueError(f"prompts={prompts!r} must be a sequence of at least one prompt; put a single one in a list")
+        raise ValueError(f"{name}={prompts!r} must be a sequence of at least one prompt; put a single one in a list")
     encoded = []
     for row, prompt in enumerate(prompts):
         if isinstance(prompt, str):
             if model.tokenizer is None:
-                raise ValueError(f"prompts[{row}] is text, but the model has no tokenizer; give token ids")
+                raise ValueError(f"{name}[{row}] is text, but the model has no tokenizer; give token ids")
             prompt = model.tokenizer(prompt)["input_ids"]
         ids = [int(token) for token in prompt]
         if not ids:
-            raise ValueError(f"prompts[{row}] is empty; it must hold at least one token")
+            raise ValueError(f"{name}[{row}] is empty; it must hold at least one token")
         if not 0 <= min(ids) <= max(ids) < model.config.vocab_size:
             outside = min(ids) if min(ids) < 0 else max(ids)
             raise ValueError(
-                f"prompts[{row}] holds token id {outside}; ids must lie in [0, vocab_size={model.config.vocab_size})"
+                f"{name}[{row}] holds token id {outside}; ids must lie in [0, vocab_size={model.config.vocab_size})"
             )
         encoded.append(ids)
     return encoded

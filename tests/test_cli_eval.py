@@ -79,8 +79,8 @@ def test_every_task_scores_every_item_with_every_method(
     arguments, scores, count = TASKS[task]
     command = evaluate(tiny, data, "--task", task, *arguments, "--method", "hshare", "dense", "--json")
     status, out, err = call(command, capsys)
-    assert (status, err) == (0, "")
     summary = json.loads(out)
+    assert (status, err) == (0, "".join(f"hshare-jax: note: {note}\n" for note in summary["notes"]))
     assert (summary["task"], summary["model"], summary["bad"]) == (task, "tiny", 0)
     for method in ("hshare", "dense"):
         assert summary["methods"][method]["items"] == count
@@ -91,6 +91,37 @@ def test_every_task_scores_every_item_with_every_method(
     again = (data / "out.jsonl").read_bytes()
     assert call(command, capsys)[1] == out, "nothing is left to do, and the summary is the same"
     assert (data / "out.jsonl").read_bytes() == again
+
+
+@pytest.mark.parametrize(
+    ("arguments", "notes"),
+    [
+        ([], ["6 of 6 texts have fewer than the 60 tokens before decoding that a plan is found from"]),
+        (["--method", "double_sparsity"], []),
+        (["--sharing-ratio", "1-1-1"], []),
+        (["--num-recent", "20"], ["6 of 6 texts are no longer than the 48 tokens that a head reads: every method"]),
+    ],
+)
+def test_texts_too_short_for_the_settings_are_told(
+    arguments: list[str], notes: list[str], tiny: str, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gsm8k = ["--task", "gsm8k", "--data", "{data}/questions.jsonl", "--max-new-tokens", "8", "--json"]
+    status, out, err = call(evaluate(tiny, data, *gsm8k, *arguments), capsys)
+    assert status == 0
+    found = json.loads(out)["notes"]
+    assert [note[: len(start)] for note, start in zip(found, notes, strict=True)] == notes
+    assert err == "".join(f"hshare-jax: note: {note}\n" for note in found)
+
+
+def test_a_results_file_that_cannot_be_written_is_refused(
+    tiny: str, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = evaluate(tiny, data, "--task", "gsm8k", "--data", "{data}/questions.jsonl", "--max-new-tokens", "2")
+    assert call(command, capsys)[0] == 0
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # as root a file's mode would change nothing
+    monkeypatch.setattr(pretrained.ModelFiles, "load", None)
+    status, _, err = call(command, capsys)
+    assert (status, err) == (2, f"hshare-jax: error: --output {data / 'out.jsonl'} cannot be written: no permission\n")
 
 
 def test_longbench_prompts_that_are_too_long_are_cut_in_the_middle(
@@ -191,6 +222,10 @@ MISTAKES = {
     ),
     "only prompts longer than the model": (
         ["--task", "gsm8k", "--data", "{data}/long.jsonl", "--skip-bad"], "no example is left: all 1 prompts are too",
+    ),
+    "no room for an answer": (
+        ["--task", "gsm8k", "--data", "{data}/questions.jsonl", "--max-new-tokens", "512"],
+        "questions.jsonl:1: max_new_tokens=512 of gsm8k must be below the model's 512 positions (--skip-bad",
     ),
     "broken line": (["--task", "gsm8k", "--data", "{data}/broken.jsonl"], "broken.jsonl:1: not JSON"),
     "empty prompt": (["--task", "gsm8k", "--data", "{data}/empty.jsonl"], "empty.jsonl:1: key 'question' is empty"),

@@ -21,6 +21,8 @@ from hshare_jax.evaluation.methods import METHODS, method_named
 from hshare_jax.evaluation.passkey import ANSWER_TOKENS, ask, is_found, make_passkeys
 from hshare_jax.evaluation.prefilled import prefill_for
 from hshare_jax.evaluation.recall import measure_recall, recall_of
+from hshare_jax.evaluation.records import Records
+from hshare_jax.evaluation.run import KEYS, run_texts
 from hshare_jax.evaluation.text_windows import Scorer, cut_windows
 from hshare_jax.generate import generate
 from hshare_jax.models.pretrained import Model
@@ -149,6 +151,15 @@ def test_windows_are_spread_over_the_text_and_scored_as_decode_steps():
     np.testing.assert_allclose(without["loss"], sparse["loss"], atol=SAME)
 
 
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
+    windows = cut_windows(TINY, "rain.txt", TEXT, context=40, count=1)
+    broken = dataclasses.replace(TINY, params=jax.tree.map(lambda weight: weight * np.nan, TINY.params))
+    records = Records(tmp_path / "out.jsonl", {}, keys=KEYS)
+    with pytest.raises(ValueError, match=r"rain.txt:0: the loss of dense is nan in float32: the weights are"):
+        run_texts(broken, windows, {"dense": None}, records, steps=4, batch_size=1)
+    assert not records.path.exists()
+
+
 def read_of(windows, length):
     return jnp.asarray([window.tokens[:length] for window in windows], jnp.int32), jnp.full((len(windows),), length)
 
@@ -251,6 +262,7 @@ def test_an_answer_counts_where_it_begins_with_the_number():
     (passkey,) = make_passkeys(byte_tokenizer(), TEXT * 3, 400, [0])
     assert is_found(passkey, f" {passkey.key}. It")
     assert not is_found(passkey, f" not {passkey.key}")
+    assert not is_found(passkey, f" {passkey.key}0")
     assert not is_found(passkey, f" {passkey.key[:4]}")
 
 

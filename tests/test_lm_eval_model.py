@@ -5,6 +5,7 @@ import json
 import logging
 import sys
 from fractions import Fraction
+from types import SimpleNamespace
 from typing import Any
 
 import lm_eval.tasks
@@ -220,17 +221,33 @@ def test_repeats_are_sampled_differently_and_not_by_their_batch():
 def test_contexts_too_short_for_a_plan_are_told(caplog):
     budget: dict[str, Any] = {"num_sinks": 2, "num_critical": 6, "num_recent": 4}
     model = HShareLM(TINY, batch_size=2, sharing_ratio="3/4-2/3-1/3", **budget)
-    asked = requests("loglikelihood", ("the rain in spain stays mainly in the plain.", " in"), ("in", " the end"))
+    long = "the rain in spain stays mainly in the plain."
+    asked = requests("loglikelihood", (long, " in"), ("in", " the end"), ("in", long))
     with caplog.at_level(logging.WARNING, logger=lm_eval_model.__name__):
         model.loglikelihood(asked)
     assert caplog.messages == [
-        "1 of 2 contexts are shorter than the 18 tokens that a plan is found from: decoding after them shares nothing "
-        "across layers and heads; give plan_file and channels_file, from hshare-jax calibrate"
+        "1 of 3 texts are no longer than the 12 tokens that a head reads: every method decodes them as dense decoding "
+        "does; choose fewer critical or recent tokens",
+        "1 of 3 texts have fewer than the 18 tokens before decoding that a plan is found from: hshare shares nothing "
+        "across layers and heads there; give a plan and channels made beforehand, by hshare-jax calibrate",
     ]
     caplog.clear()
     with caplog.at_level(logging.WARNING, logger=lm_eval_model.__name__):
         HShareLM(TINY, method="h2o", batch_size=2, **budget).loglikelihood(asked)
     assert not caplog.messages
+
+
+def test_every_score_is_cached_as_soon_as_it_is_known():
+    model, kept = HShareLM(TINY, method="dense", batch_size=1, max_length=20), []
+    model.cache_hook = SimpleNamespace(add_partial=lambda *entry: kept.append(entry))  # pyright: ignore
+    pairs, texts = [("there", " in"), ("in", " the end")], ["the rain in spain stays mainly in the plain.", "in"]
+    scores = model.loglikelihood(requests("loglikelihood", *pairs))
+    totals = model.loglikelihood_rolling(requests("loglikelihood_rolling", *[(text,) for text in texts]))
+    assert {entry[:2]: entry[2] for entry in kept} == {
+        **{("loglikelihood", pair): score for pair, score in zip(pairs, scores, strict=True)},
+        **{("loglikelihood_rolling", (text,)): total for text, total in zip(texts, totals, strict=True)},
+    }
+    assert len(kept) == 4
 
 
 def test_prompts_lose_their_beginning_where_they_leave_no_room(caplog):

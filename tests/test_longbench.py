@@ -72,7 +72,7 @@ def test_there_are_sixteen_tasks(write):
         "longbench/lcc",
         "longbench/repobench-p",
     ]
-    assert [example.task for example in examples if example.stop == ("\n",)] == ["longbench/samsum"]
+    assert not any(example.stop for example in examples)  # what counts of an answer is cut by its score
     assert [example.task for example in examples if example.classes] == ["longbench/trec"]
     assert all("Paris {is} a city." in example.prompt for example in examples)
     no_input = [example.task for example in examples if "Which {city}?" not in example.prompt]

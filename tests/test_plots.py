@@ -250,10 +250,18 @@ def test_results_of_studies_and_evaluations_become_one(tmp_path: Path) -> None:
         ([], "does not begin with a line that names the model"),
         ([{"text": "a story"}], "does not begin with a line that names the model"),
         ([STUDY, {"kind": "text", "context": 1024}], "has a line without 'budget'"),
-        ([STUDY | {"model": "other"}], "first.jsonl is about tiny and .*second.jsonl about other"),
+        ([STUDY | {"model": "other"}], "first.jsonl and .*second.jsonl both hold .* differ in model, tiny and other"),
+        ([STUDY | {"identity": "1"}], "first.jsonl and .*second.jsonl both hold .* differ in identity, None and 1"),
         (
-            [STUDY | {"steps": 64}, text_line("quest", 64, 100, [[0.4]])],
-            "both hold quest at 64 of 1024 tokens, but differ in steps, 256 and 64; plot them apart",
+            [STUDY | {"steps": 64}, text_line("h2o", 64, 100, [[0.4]])],
+            "both hold results of 1024 tokens, but differ in steps, 256 and 64; plot them apart",
+        ),
+        (
+            [
+                EVAL | {"context": "1024", "settings": EVAL["settings"] | {"num_critical": "24"}},
+                eval_line("quest", 0.3),
+            ],
+            "both hold quest at 64 of 1024 tokens, but differ in what made them, a study and hshare-jax eval",
         ),
     ],
 )

@@ -32,7 +32,7 @@ def log_likelihoods(
     plan: SharePlan | None = None,
     channels: Int[Array | np.ndarray, "L K ranks"] | None = None,
     impl: str = "auto",
-    progress: Callable[[int], object] | None = None,
+    progress: Callable[[dict[int, tuple[float, bool]]], object] | None = None,
 ) -> list[tuple[float, bool]]:
     """Returns, for each request, its continuation's log-likelihood in nats and whether greedy decoding would choose it.
 
@@ -49,7 +49,7 @@ def log_likelihoods(
         batch_size: requests that are computed together.
         plan, channels: known beforehand, as for `init_state`; None finds them from each context.
         impl: what computes decode steps, as for `decode_step`.
-        progress: called with the number of requests in each batch, once it is computed.
+        progress: called with the results of each batch, by the requests' indices, once it is computed.
 
     Raises:
         ValueError: a request with an empty part, an id outside the vocabulary or more tokens than the model has
@@ -71,9 +71,10 @@ def log_likelihoods(
         batch = order[start : start + batch_size]
         given = {"method": method, "plan": plan, "channels": channels}
         scores = _score_batch(model, [requests[index] for index in batch], given, impl)
-        found.update(zip(batch, scores, strict=True))
+        of_batch = dict(zip(batch, scores, strict=True))
+        found |= of_batch
         if progress is not None:
-            progress(len(batch))
+            progress(of_batch)
     return [found[index] for index in range(len(requests))]
 
 

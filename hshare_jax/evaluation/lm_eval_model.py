@@ -11,7 +11,8 @@ import dataclasses
 import inspect
 import logging
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -27,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from hshare_jax.calibration import differing_settings, load_channels, load_plan
 from hshare_jax.config import HShareConfig
 from hshare_jax.evaluation.likelihood import Request, log_likelihoods
-from hshare_jax.evaluation.methods import METHODS, has_use_for, method_named
+from hshare_jax.evaluation.methods import METHODS, has_use_for, method_named, tell_short
 from hshare_jax.generate import generate
 from hshare_jax.models.pretrained import Model, load_model
 from hshare_jax.sampling import SamplingConfig
@@ -162,31 +163,53 @@ class HShareLM(TemplateLM):
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: object
     ) -> list[tuple[float, bool]]:
         pairs, num_cut = [], 0
+        texts = [text for text, _, _ in requests]
         for _, context, continuation in requests:
             room = max(self.max_length + 1 - len(continuation), 1)  # the last token is only predicted
             num_cut += len(context) > room
             pairs.append((context[-room:] or [self.prefix_token_id], continuation))
         self._warn_of_cuts(num_cut, len(pairs))
-        return self._score(pairs, disable_tqdm)
+        return self._score(
+            pairs, disable_tqdm, lambda index, score: self.cache_hook.add_partial("loglikelihood", texts[index], score)
+        )
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Returns the log-likelihood of each whole text, in windows of `max_length` that predict every token once."""
         pairs: list[Request] = []
-        ends = []
-        for request in requests:
+        owners: list[int] = []
+        for index, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
             windows = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1)
             pairs += map(make_disjoint_window, windows)
-            ends.append(len(pairs))
-        scores = [score for score, _ in self._score(pairs, disable_tqdm)]
-        return [sum(scores[start:end], 0.0) for start, end in zip([0, *ends], ends, strict=False)]
+            owners += [index] * (len(pairs) - len(owners))
+        totals, num_left = [0.0] * len(requests), Counter(owners)
 
-    def _score(self, pairs: Sequence[Request], disable_tqdm: bool) -> list[tuple[float, bool]]:
-        self._warn_of_no_plan([max(len(context) - 1, 1) for context, _ in pairs])  # the last token is decoded
+        def add(pair: int, score: tuple[float, bool]) -> None:
+            index = owners[pair]
+            totals[index] += score[0]
+            num_left[index] -= 1
+            if not num_left[index]:
+                self.cache_hook.add_partial("loglikelihood_rolling", requests[index].args, totals[index])
+
+        self._score(pairs, disable_tqdm, add)
+        return totals
+
+    def _score(
+        self, pairs: Sequence[Request], disable_tqdm: bool, keep: Callable[[int, tuple[float, bool]], object]
+    ) -> list[tuple[float, bool]]:
+        """Returns the scores of all pairs, and gives each to `keep` as soon as it is known."""
+        # The last token of a context is decoded, and the last of all is only predicted.
+        self._warn_of_short([(max(len(start) - 1, 1), len(start) + len(end) - 1) for start, end in pairs])
         with tqdm(total=len(pairs), desc="log-likelihoods", disable=disable_tqdm or None) as bar:
+
+            def keep_batch(scores: dict[int, tuple[float, bool]]) -> None:
+                for index, score in scores.items():
+                    keep(index, score)
+                bar.update(len(scores))
+
             return log_likelihoods(
                 self.model, pairs,
-                method=self.method, batch_size=self.batch_size, impl=self._impl, progress=bar.update,
+                method=self.method, batch_size=self.batch_size, impl=self._impl, progress=keep_batch,
                 **self._constants,
             )  # fmt: skip
 
@@ -201,16 +224,19 @@ class HShareLM(TemplateLM):
         groups: dict[str, list[int]] = {}
         for index in sorted(range(len(requests)), key=lambda index: len(prompts[index]), reverse=True):
             groups.setdefault(repr(given[index][1]), []).append(index)
-        answers = [""] * len(requests)
-        self._warn_of_no_plan([len(prompt) for prompt in prompts])
-        num_cut = 0
+        answers, num_cut = [""] * len(requests), 0
+        limits = {name: _read_gen_kwargs(given[indices[0]][1], self.max_gen_toks) for name, indices in groups.items()}
+        for name, (_, max_gen_toks, _) in limits.items():
+            room = self.max_length - max_gen_toks
+            if room < 1:
+                raise ValueError(f"max_gen_toks={max_gen_toks} must be less than max_length={self.max_length}")
+            num_cut += sum(len(prompts[index]) > room for index in groups[name])
+        sizes = [(len(prompts[i]), len(prompts[i]) + limits[name][1]) for name, group in groups.items() for i in group]
+        self._warn_of_short(sizes)
         with tqdm(total=len(requests), desc="answers", disable=disable_tqdm or None) as bar:
-            for indices in groups.values():
-                until, max_gen_toks, sampling = _read_gen_kwargs(given[indices[0]][1], self.max_gen_toks)
+            for name, indices in groups.items():
+                until, max_gen_toks, sampling = limits[name]
                 room = self.max_length - max_gen_toks
-                if room < 1:
-                    raise ValueError(f"max_gen_toks={max_gen_toks} must be less than max_length={self.max_length}")
-                num_cut += sum(len(prompts[index]) > room for index in indices)
                 for start in range(0, len(indices), self.batch_size):
                     batch = indices[start : start + self.batch_size]
                     result = generate(
@@ -225,18 +251,10 @@ class HShareLM(TemplateLM):
         self._warn_of_cuts(num_cut, len(requests))
         return answers
 
-    def _warn_of_no_plan(self, lengths: Sequence[int]) -> None:
-        hshare = self.method
-        if not isinstance(hshare, HShareConfig) or not hshare.shares_lists(self.model.config):
-            return
-        if "plan" in self._constants:
-            return
-        if num_short := sum(length <= hshare.first_probe for length in lengths):
-            _log.warning(
-                "%d of %d contexts are shorter than the %d tokens that a plan is found from: decoding after them "
-                "shares nothing across layers and heads; give plan_file and channels_file, from hshare-jax calibrate",
-                num_short, len(lengths), hshare.first_probe + 1,
-            )  # fmt: skip
+    def _warn_of_short(self, sizes: Sequence[tuple[int, int]]) -> None:
+        if isinstance(self.method, HShareConfig):
+            for note in tell_short(self.method, self.model.config, sizes, needs_plan="plan" not in self._constants):
+                _log.warning(note)
 
     def _warn_of_cuts(self, num_cut: int, num_requests: int) -> None:
         if num_cut:
@@ -280,7 +298,8 @@ def _choose_method(
     options = {"preset": preset, "sharing_ratio": sharing_ratio, **settings}
     given = [key for key, value in options.items() if value is not None and not has_use_for(name, key)]
     if given:
-        whom = "sparse decoding" if name == "dense" else "method=hshare"
+        takers = [method for method in METHODS if all(has_use_for(method, key) for key in given)]
+        whom = "sparse decoding" if name == "dense" else f"method={' or '.join(takers)}"
         raise ValueError(f"{', '.join(given)} is for {whom}; leave it or method={name} out")
     config = HShareConfig() if preset is None else HShareConfig.published()
     if sharing_ratio is not None:

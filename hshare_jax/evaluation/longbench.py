@@ -161,7 +161,7 @@ def _parse(where: str, value: Any, tasks: Collection[str]) -> list[Example]:
             prompt=template.format(**fields),
             references=references,
             max_new_tokens=_MAX_NEW_TOKENS[task],
-            stop=("\n",) if task == "samsum" else (),
+            stop=(),
             wants_chat=task not in _FEW_SHOT + _CODE,
             task=f"longbench/{task}",
             classes=texts_at(where, record, "all_classes") if task == "trec" else (),

@@ -1,8 +1,10 @@
 """The methods by their names, each at the same budget of tokens."""
 
 import dataclasses
+from collections.abc import Sequence
 
 from hshare_jax.config import HShareConfig
+from hshare_jax.models.config import ModelConfig
 from hshare_jax.selection import Method
 from hshare_jax.selectors import H2O, Quest, SnapKV, StreamingLLM, double_sparsity, exact_topk
 
@@ -22,6 +24,35 @@ WITHOUT_GATES = ("streaming_llm", "h2o", "quest", "quest_window", "snapkv", "sna
 def has_use_for(name: str, setting: str) -> bool:
     """Returns whether a method takes a setting of HShare, by its name: all have a budget, HShare itself takes all."""
     return name == "hshare" or setting in _OF_METHOD.get(name, _OF_BUDGET)
+
+
+def tell_short(
+    hshare: HShareConfig, config: ModelConfig, sizes: Sequence[tuple[int, int]], *, needs_plan: bool
+) -> list[str]:
+    """Returns what a user must know of texts that are too short for the settings to show; nothing where none is.
+
+    Args:
+        hshare: the budget of all methods, and HShare's settings.
+        config: the model.
+        sizes: of each text, (tokens that are prefilled, tokens in the end).
+        needs_plan: whether HShare finds a plan from each of them.
+    """
+    notes = []
+    is_whole = [hshare.budget_ratio is None and size <= hshare.budget for _, size in sizes]
+    if num_whole := sum(is_whole):
+        notes.append(
+            f"{num_whole} of {len(sizes)} texts are no longer than the {hshare.budget} tokens that a head reads: every "
+            "method decodes them as dense decoding does; choose fewer critical or recent tokens"
+        )
+    has_none = [prefilled <= hshare.first_probe for prefilled, _ in sizes]
+    num_unshared = sum(short and not whole for short, whole in zip(has_none, is_whole, strict=True))
+    if needs_plan and hshare.shares_lists(config) and num_unshared:
+        notes.append(
+            f"{num_unshared} of {len(sizes)} texts have fewer than the {hshare.first_probe + 1} tokens before decoding "
+            "that a plan is found from: hshare shares nothing across layers and heads there; give a plan and channels "
+            "made beforehand, by hshare-jax calibrate"
+        )
+    return notes
 
 
 def method_named(name: str, hshare: HShareConfig, *, max_new_tokens: int | None = None) -> HShareConfig | Method | None:

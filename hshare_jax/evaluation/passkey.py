@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -153,5 +154,6 @@ def answer(
 
 
 def is_found(passkey: Passkey, answer: str) -> bool:
-    """Returns whether the answer begins with the number."""
-    return answer.strip().startswith(passkey.key)
+    """Returns whether the answer begins with the number; one that goes on with more digits is another number."""
+    number = re.match(r"\s*(\d+)", answer)
+    return number is not None and number[1] == passkey.key

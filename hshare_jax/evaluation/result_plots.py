@@ -130,33 +130,41 @@ def read_results(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[dict[str
     other tasks and kinds are left out, and so is a last line that was only half written.
 
     Raises:
-        ValueError: a file that holds no results, files of different models, or files that measured one method, context
-            and budget with different settings.
+        ValueError: a file that holds no results, files of different models, or files that measured one context in
+            different ways, or one method, context and budget with different settings.
         OSError: a file that cannot be read.
     """
     lines: list[dict[str, Any]] = []
-    studies: dict[tuple[Any, ...], tuple[Path, dict[str, Any]]] = {}
-    models: dict[str, Path] = {}
+    known: dict[tuple[Any, ...], tuple[Path, dict[str, Any]]] = {}  # what must be the same, by what it is of
+
+    def compare(about: tuple[Any, ...], path: Path, own: dict[str, Any], what: str) -> None:
+        other, theirs = known.setdefault(about, (path, own))
+        names = (name for name in {**theirs, **own} if str(theirs.get(name)) != str(own.get(name)))
+        if name := next(names, None):
+            raise ValueError(
+                f"{other} and {path} both hold {what}, but differ in {name}, {theirs.get(name)} and {own.get(name)}; "
+                "plot them apart"
+            )
+
+    model = ""
     for path in map(Path, paths):
         study, found = _read_file(path)
-        models.setdefault(study["model"], path)
-        if len(models) > 1:
-            (one, first), (other, second) = models.items()
-            raise ValueError(f"{first} is about {one} and {second} about {other}; plot them apart")
+        model = study["model"]
+        compare((), path, {name: study.get(name) for name in ("model", "identity")}, "results of a model")
         for line in found:
-            setting = _setting_of(study, line["name"])
+            context = line["context"]
+            for name in _PROTOCOL:
+                if name in study:
+                    about = (line["kind"], context, name)
+                    compare(about, path, {name: study[name]}, f"results of {context} tokens")
             key = tuple(line.get(name) for name in ("kind", "context", "budget", "name", "batch"))
-            other, known = studies.setdefault(key, (path, setting))
-            names = (name for name in {**known, **setting} if known.get(name) != setting.get(name))
-            if name := next(names, None):
-                raise ValueError(
-                    f"{other} and {path} both hold {line['name']} at {line['budget']} of {line['context']} tokens, but "
-                    f"differ in {name}, {known.get(name)} and {setting.get(name)}; plot them apart"
-                )
+            what = f"{line['name']} at {line['budget']} of {context} tokens"
+            compare((*key, "settings"), path, _setting_of(study, line["name"]), what)
             lines.append(line)
-    return lines, next(iter(models), "")
+    return lines, model
 
 
+_PROTOCOL = ("steps", "dtype")  # what all lines of a panel share
 _SAME_WHATEVER = (
     "results",
     "task",
@@ -176,7 +184,8 @@ def _setting_of(study: dict[str, Any], name: str) -> dict[str, Any]:
     family = name.partition(" ")[0]
     method = family if family in METHODS else "hshare"  # "published 7/8-3/4-1/2"
     settings = study.get("settings", {})
-    setting = {key: value for key, value in study.items() if key not in (*_SAME_WHATEVER, "settings")} | settings
+    setting = {"what made them": "hshare-jax eval" if settings else "a study"} | settings
+    setting |= {key: value for key, value in study.items() if key not in (*_SAME_WHATEVER, "settings")}
     of_hshare = (*settings, *_FILES)
     return {k: v for k, v in setting.items() if k not in of_hshare or has_use_for(method, k.removesuffix("_sha256"))}
 
@@ -209,7 +218,7 @@ def _as_study_line(study: dict[str, Any], line: dict[str, Any]) -> dict[str, Any
     settings = study["settings"]
     return {
         "kind": "text",
-        "context": int(study.get("context", 1024)),
+        "context": int(study["context"]),
         "budget": sum(int(settings[name]) for name in ("num_sinks", "num_critical", "num_recent")),
         "name": _study_name(study, line["method"]),
         "reads": line["reads"],

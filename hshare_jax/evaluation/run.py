@@ -38,7 +38,10 @@ def encode_example(
     tokenizer, most = model.tokenizer, model.config.max_positions - example.max_new_tokens
     assert tokenizer is not None
     if most < 1:
-        raise ValueError(f"max_new_tokens={example.max_new_tokens} must be below the model's positions")
+        raise DataError(
+            f"{example.id}: max_new_tokens={example.max_new_tokens} of {example.task} must be below the model's "
+            f"{model.config.max_positions} positions"
+        )
     text, has_template = example.prompt, bool(example.wants_chat and tokenizer.chat_template)
     ids = _encode(tokenizer, text, has_template)
     if len(ids) > most and shorten is not None:  # the text and not its template, as published
@@ -185,7 +188,13 @@ def run_texts(
             held = batch, Scorer(model, batch, steps, list(methods.values()), impl=impl)
         scores = held[1].score(method, **_for(name, given))
         for row, window in enumerate(batch):
-            means = {key: round(float(np.nanmean(values[row])), 6) for key, values in scores.items()}
+            means = {key: round(float(values[row].mean()), 6) for key, values in scores.items() if key != "recall"}
+            if not np.isfinite(means["loss"]):
+                raise ValueError(
+                    f"{window.id}: the loss of {name} is {means['loss']} in {model.dtype}: the weights are broken, or "
+                    "the dtype is too narrow for them; float32 is the widest"
+                )
+            means["recall"] = round(float(np.nanmean(scores["recall"][row])), 6)  # it is not taken on every step
             reads = means.pop("reads")
             records.append(
                 {"id": window.id, "method": name, "task": "perplexity", "steps": steps, "reads": reads, "scores": means}
