@@ -34,6 +34,7 @@ from study_cells import (
     PASSKEY_CONTEXT,
     PLANS,
     ROOM,
+    SKIP,
     WINDOWS,
     Cell,
     all_cells,
@@ -68,7 +69,12 @@ RECALL_AT, RECALL_EVERY = (4096, 512), 53  # a context and budget, and a prime n
 CALIBRATED_ON = 8000  # characters of each text, one block or two
 MAX_SEEDS = 2 * PASSKEY_BATCH  # all are prefilled at once, and a batch is a gigabyte and a half
 SPEED_CONTEXT, SPEED_BUDGETS = 4096, (512, 128)
-SPEED_STEPS, SPEED_ROUND = 16, 4  # a round holds whole refresh intervals
+SPEED_STEPS, SPEED_ROUND = 12, 4  # a round holds whole refresh intervals
+# What a results file that is gone on from must have been made by.
+PROTOCOL = {
+    "recall_at": RECALL_AT, "recall_every": RECALL_EVERY, "calibrated_on": CALIBRATED_ON, "speed_steps": SPEED_STEPS,
+    "skip": SKIP, "windows": WINDOWS,
+}  # fmt: skip
 AT_ONCE = 2  # processes, a stage each: a decode step gains little from a second core, another stage much
 
 Keep = Callable[[dict[str, Any]], object]  # takes the line of a finished cell
@@ -258,7 +264,7 @@ def main() -> None:
     texts = read_texts(parser, options.text)
     study = {
         "model": options.model, "texts": {name: hash_text(text) for name, text in texts.items()},
-        "steps": options.steps, "seeds": options.seeds,
+        "steps": options.steps, "seeds": options.seeds, "protocol": PROTOCOL,
     }  # fmt: skip
     try:
         keep = Records(options.results, study, keys=("kind", "context", "budget", "name"), later=("identity",))
