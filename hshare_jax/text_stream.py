@@ -39,8 +39,8 @@ class TextStream:
         """Returns the text that a token completes, if it does."""
         try:
             return self._stream.step(self._tokenizer, token)
-        except Exception as error:  # the library has no narrower one
-            if "Invalid prefix" not in str(error):
+        except Exception as error:  # the library raises Exception itself, known by its text alone: all else goes on
+            if type(error) is not Exception or "Invalid prefix" not in str(error):
                 raise
         # Byte fallback makes U+FFFD of every byte in a row that is no text, of those that were text by themselves and
         # have been shown too. They stay, and what has come since begins anew.

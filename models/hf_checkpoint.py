@@ -65,7 +65,11 @@ def read_hf_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
     verify_checksums(directory, [*_TOKENIZER_FILES, *_TOKENIZER_EXTRAS])
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except Exception as error:  # the tokenizers library has no narrower one for a damaged file
+    except Exception as error:
+        # For a damaged file transformers raises these, and the tokenizers library Exception itself, which no narrower
+        # clause catches. All else goes on: memory, a mistake of ours.
+        if type(error) is not Exception and not isinstance(error, ImportError | KeyError | TypeError | ValueError):
+            raise
         is_model = not (directory / _TOKENIZER_FILES[0]).is_file()
         hint = "; a tokenizer.model is read by another package: pip install sentencepiece" if is_model else ""
         raise CheckpointError(f"{directory}: its tokeniser cannot be read: {error}{hint}") from error

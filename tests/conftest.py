@@ -42,6 +42,14 @@ def no_compile_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hshare_jax.cli_options.keep_compiled_programs", lambda directory: None)
 
 
+@pytest.fixture(scope="session")
+def cached_model() -> None:
+    """Fetches and converts the built-in model, so that no test sees that first start."""
+    from hshare_jax.models import pretrained  # not before the hook of jaxtyping
+
+    pretrained.open_model("smollm2-135m-instruct")
+
+
 @pytest.fixture
 def unchecked():
     """Switches type checks off: for wrong values, and for what jax puts into states that it only describes."""

@@ -286,6 +286,9 @@ def test_results_of_another_run_are_refused_and_kept(tiny: str, data: Path, caps
     assert call(evaluate(tiny, data, *arguments, "--method", "hshare", "dense"), capsys)[0] == 0
     assert (data / "out.jsonl").read_bytes().startswith(before)
     assert len(lines_of(data)) == 1 + 4
+    status, _, err = call(evaluate(tiny, data, *arguments, "--dtype", "bfloat16"), capsys)
+    assert status == 2
+    assert "out.jsonl holds results for dtype='float32', and this run has dtype='bfloat16'" in err
     # Nor are they those of another model of the same name, such as the one trained further.
     other = data / "tiny"
     changed = jax.tree.map(lambda weight: 2 * weight, random_params(TINY))

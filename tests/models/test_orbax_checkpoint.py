@@ -1,7 +1,9 @@
 """Our own checkpoints: what is written comes back, all of it or nothing is written, and any damage is an error."""
 
 import dataclasses
+import errno
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -89,6 +91,23 @@ def test_an_existing_path_is_refused_unless_a_checkpoint_is_to_be_overwritten(tm
     with pytest.raises(FileExistsError, match="diary exists; it is not a checkpoint of this library"):
         save_model(model, tmp_path / "diary", overwrite=True)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["diary", "saved"]
+
+
+def test_an_overwrite_that_fails_at_the_end_leaves_what_was_there(tmp_path, model, monkeypatch):
+    path = tmp_path / "saved"
+    save_model(model, path)
+    rename = Path.rename
+
+    def fail(self: Path, target: Path) -> Path:
+        if self.name == "checkpoint":  # the draft; what it replaces has been moved away by now
+            raise PermissionError(errno.EACCES, "no permission", str(self))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(PermissionError):
+        save_model(dataclasses.replace(model, name="another"), path, overwrite=True)
+    assert load_model(path).name == model.name
+    assert [found.name for found in tmp_path.iterdir()] == ["saved"]
 
 
 def test_a_save_that_fails_leaves_nothing_behind(tmp_path, model, monkeypatch):
