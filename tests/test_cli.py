@@ -1,4 +1,4 @@
-"""The command line: what it prints where, and one clear line with the right exit status for every mistake."""
+"""The command line: what it prints where, which settings its options make, and one line for a failure."""
 
 import dataclasses
 import io
