@@ -5,27 +5,27 @@ import os
 # Of transformers only configurations and tokenisers are used; its advice to install torch would mislead.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
-from hshare_jax.agreement import StepScores, forced_logits, score_steps, token_agreement
 from hshare_jax.calibration import Calibration, calibrate, load_channels, load_plan, save_channels, save_plan
-from hshare_jax.config import HShareConfig
-from hshare_jax.decode import decode_step
 from hshare_jax.decode_state import DecodeState, for_decoding, init_state
+from hshare_jax.decode_step import decode_step
+from hshare_jax.errors import CheckpointError
+from hshare_jax.evaluation.teacher_forcing import StepScores, forced_logits, score_steps, token_agreement
 from hshare_jax.generate import Generation, ReadStatistics, Timing, generate, stream
 from hshare_jax.kv_cache import KVCache
+from hshare_jax.methods.hshare.settings import HShareSettings
+from hshare_jax.methods.hshare.share_plan import SharePlan, kv_layer_plan
+from hshare_jax.methods.hshare.shared_lists import SharedLists
 from hshare_jax.models.config import ModelConfig, RopeConfig
 from hshare_jax.models.pretrained import Model, load_model, save_model
-from hshare_jax.models.weights import CheckpointError
 from hshare_jax.prefill import prefill
 from hshare_jax.sampling import SamplingConfig
-from hshare_jax.share_plan import SharePlan, kv_layer_plan
-from hshare_jax.shared_lists import SharedLists
 
 __all__ = [
     "Calibration",
     "CheckpointError",
     "DecodeState",
     "Generation",
-    "HShareConfig",
+    "HShareSettings",
     "KVCache",
     "Model",
     "ModelConfig",

@@ -8,12 +8,12 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from hshare_jax.decode_state import DecodeState
-from hshare_jax.kernels import reference
+from hshare_jax.kernels import reference_attention
 from hshare_jax.kernels.api import dense_decode, prefill_attention
 from hshare_jax.kv_cache import KVCache, append
+from hshare_jax.methods.base import PromptQueries, Step
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.decoder import Attend, KeysValues
-from hshare_jax.selection import PromptQueries, Step
 
 # Of training's attention: no smaller blocks, for they cost more than they save, and no more, for each is compiled.
 _QUERY_BLOCK, _MOST_QUERY_BLOCKS = 64, 4
@@ -43,8 +43,8 @@ def prefill_attend(
         if kept is not None and probe_positions is not None:
             kept = _keep_queries(kept, layer, index, q, is_token, probe_positions - starts[:, None])
         if kept is not None and kept.received is not None:
-            out, log_total = reference.prefill_attention(q, keys, values, seen, window=window)
-            new = reference.received_attention(q, keys, seen, is_token & sees_any, log_total, window=window)
+            out, log_total = reference_attention.prefill_attention(q, keys, values, seen, window=window)
+            new = reference_attention.received_attention(q, keys, seen, is_token & sees_any, log_total, window=window)
             received = _replace_layer(kept.received, layer, kept.received[layer] + new)
             kept = dataclasses.replace(kept, received=received)
         else:
@@ -78,7 +78,7 @@ def decode_attend(step: Step) -> Attend[DecodeState]:
     def attend(layer: int, q: Array, k: Array | None, v: Array | None, state: DecodeState) -> tuple[Array, DecodeState]:
         index = step.model.kv_index(layer)
         cache = _append_layer(state.cache, index, k, v, step.slots)
-        query, keys, values, selection = q[:, 0], cache.keys[index], cache.values[index], state.selection
+        query, keys, values, selection = q[:, 0], cache.keys[index], cache.values[index], state.method_state
         if selection is None:
             lengths, window = step.sees(layer)
             out = dense_decode(query, keys, values, lengths, window=window, impl=step.impl)

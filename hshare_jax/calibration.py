@@ -20,19 +20,19 @@ from jax import Array
 from jaxtyping import Float, Int
 from tqdm import tqdm
 
-from hshare_jax.config import PLAN_SETTINGS, HShareConfig
 from hshare_jax.decode_state import init_state
+from hshare_jax.files.atomic import whole_file
+from hshare_jax.kernels.labels import channel_statistic
 from hshare_jax.kv_cache import KVCache
-from hshare_jax.labels import channel_statistic
+from hshare_jax.methods.base import PromptQueries
+from hshare_jax.methods.hshare.settings import PLAN_SETTINGS, HShareSettings
+from hshare_jax.methods.hshare.share_plan import SharePlan, find_plan
+from hshare_jax.methods.hshare.shared_lists import SharedLists
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.pretrained import Model, ModelFiles
 from hshare_jax.prefill import prefill, read_prompt
 from hshare_jax.prompts import Prompt, choose_capacity, encode_prompts, pad_prompts
-from hshare_jax.selection import PromptQueries
 from hshare_jax.shapes import Similarity
-from hshare_jax.share_plan import SharePlan, find_plan
-from hshare_jax.shared_lists import SharedLists
-from hshare_jax.whole_files import whole_file
 
 _OURS, _PUBLISHED_PLAN = "hshare_jax", "layer.share_config"
 _CHANNELS = "model.layers.{}.self_attn.qk_proj"
@@ -51,7 +51,7 @@ def calibrate(
     model: Model,
     texts: Sequence[Prompt],
     *,
-    hshare: HShareConfig = HShareConfig(),  # noqa: B008 (frozen)
+    hshare: HShareSettings = HShareSettings(),  # noqa: B008 (frozen)
     block_length: int | None = None,
     max_blocks: int | None = None,
 ) -> Calibration:
@@ -71,7 +71,7 @@ def calibrate(
         max_blocks: read no more than these first blocks. None reads all.
 
     Raises:
-        ValueError: texts that `generate` would refuse, or none long enough for a probe (`HShareConfig.first_probe`); a
+        ValueError: texts that `generate` would refuse, or none long enough for a probe (`HShareSettings.first_probe`); a
             block that is shorter than this or beyond the model's positions; before anything is computed.
     """
     blocks = cut_blocks(model, texts, hshare=hshare, block_length=block_length, max_blocks=max_blocks)
@@ -86,7 +86,7 @@ def cut_blocks(
     model: Model | ModelFiles,
     texts: Sequence[Prompt],
     *,
-    hshare: HShareConfig,
+    hshare: HShareSettings,
     block_length: int | None = None,
     max_blocks: int | None = None,
 ) -> list[list[int]]:
@@ -110,7 +110,9 @@ def cut_blocks(
     return blocks
 
 
-def _rank_channels(model: Model, blocks: list[list[int]], hshare: HShareConfig, bar: tqdm) -> Int[np.ndarray, "L K H"]:
+def _rank_channels(
+    model: Model, blocks: list[list[int]], hshare: HShareSettings, bar: tqdm
+) -> Int[np.ndarray, "L K H"]:
     total, capacity = np.zeros(()), max(map(len, blocks))
     for block in blocks:
         kept, _, cache, _ = _read_block(model, block, capacity, hshare, None, bar)
@@ -119,7 +121,7 @@ def _rank_channels(model: Model, blocks: list[list[int]], hshare: HShareConfig, 
 
 
 def _find_plan(
-    model: Model, blocks: list[list[int]], hshare: HShareConfig, channels: np.ndarray, bar: tqdm
+    model: Model, blocks: list[list[int]], hshare: HShareSettings, channels: np.ndarray, bar: tqdm
 ) -> SharePlan:
     total, num_probes, capacity = [], 0, max(map(len, blocks))
     for block in blocks:
@@ -137,13 +139,13 @@ def _find_plan(
 
 
 def _read_block(
-    model: Model, block: list[int], capacity: int, hshare: HShareConfig, channels: np.ndarray | None, bar: tqdm
+    model: Model, block: list[int], capacity: int, hshare: HShareSettings, channels: np.ndarray | None, bar: tqdm
 ) -> tuple[PromptQueries, Array, KVCache, SharedLists]:
     dtype = jnp.dtype(model.dtype)
     channels = channels if hshare.scoring == "labels" else None  # which nothing else reads
     state = init_state(model.config, 1, capacity, method=hshare, channels=channels, dtype=dtype)
     tokens, lengths = jnp.asarray([block], jnp.int32), jnp.asarray([len(block)], jnp.int32)
-    shared = state.selection
+    shared = state.method_state
     assert isinstance(shared, SharedLists)
     positions = shared.probe_positions(jnp.zeros_like(lengths), lengths, len(block))
     _, cache, kept = read_prompt(
@@ -177,7 +179,7 @@ def find_plans(
     model: Model,
     prompts: Sequence[Prompt],
     *,
-    hshare: HShareConfig = HShareConfig(),  # noqa: B008 (frozen)
+    hshare: HShareSettings = HShareSettings(),  # noqa: B008 (frozen)
     channels: Int[Array | np.ndarray, "L K ranks"] | None = None,
 ) -> list[SharePlan]:
     """Returns the plan that decoding each prompt would follow; a prompt too short for a probe shares nothing."""
@@ -186,8 +188,8 @@ def find_plans(
     capacity = choose_capacity(model.config, ids, 1, None)
     state = init_state(model.config, len(ids), capacity, method=hshare, channels=channels, dtype=jnp.dtype(model.dtype))
     _, state = prefill(model.params, jnp.asarray(tokens), jnp.asarray(lengths), state, config=model.config)
-    assert isinstance(state.selection, SharedLists)
-    return [to_share_plan(source) for source in np.asarray(state.selection.source)]
+    assert isinstance(state.method_state, SharedLists)
+    return [to_share_plan(source) for source in np.asarray(state.method_state.source)]
 
 
 def to_share_plan(source: Int[Array | np.ndarray, "L J"]) -> SharePlan:
@@ -208,7 +210,7 @@ def save_channels(
 
 
 def save_plan(
-    path: str | os.PathLike[str], plan: SharePlan, model: Model, hshare: HShareConfig, *, overwrite: bool = False
+    path: str | os.PathLike[str], plan: SharePlan, model: Model, hshare: HShareSettings, *, overwrite: bool = False
 ) -> None:
     """Writes `plan`, found with the settings `hshare`, as a file that `load_plan` reads: all of it or nothing.
 
@@ -280,7 +282,7 @@ def _channels_of(where: str, heads: object, config: ModelConfig) -> Int[np.ndarr
     return np.argsort(ranks.reshape(K, N // K, H).sum(axis=1), axis=1, kind="stable")
 
 
-def load_plan(path: str | os.PathLike[str], model: Model | ModelFiles, hshare: HShareConfig) -> SharePlan:
+def load_plan(path: str | os.PathLike[str], model: Model | ModelFiles, hshare: HShareSettings) -> SharePlan:
     """Returns the plan in a file of `save_plan`, or in a published one, whose lists copy those of the same head.
 
     Args:
@@ -310,7 +312,7 @@ def load_plan(path: str | os.PathLike[str], model: Model | ModelFiles, hshare: H
     return plan
 
 
-def differing_settings(path: str | os.PathLike[str], hshare: HShareConfig) -> dict[str, str]:
+def differing_settings(path: str | os.PathLike[str], hshare: HShareSettings) -> dict[str, str]:
     """Returns what the plan in a file of `save_plan` was found with where these settings would find another, by name.
 
     Of a published plan nothing is known, so that all of them differ.

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from hshare_jax.decode import decode_step
 from hshare_jax.decode_state import DecodeState, count_reads
+from hshare_jax.decode_step import decode_step
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.sampling import SamplingConfig, sample
 
@@ -89,4 +89,4 @@ def decode_tokens(
 
 def refresh_interval(state: DecodeState) -> int:
     """Returns the steps of a block: one that chooses critical tokens, and those that reuse them."""
-    return 1 if state.selection is None else state.selection.refresh_interval
+    return 1 if state.method_state is None else state.method_state.refresh_interval

@@ -8,21 +8,21 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
-from hshare_jax.config import HShareConfig
 from hshare_jax.kv_cache import KVCache, init_cache
+from hshare_jax.methods.base import Method, MethodState, count_dense
+from hshare_jax.methods.hshare.settings import HShareSettings
+from hshare_jax.methods.hshare.share_plan import SharePlan
+from hshare_jax.methods.hshare.shared_lists import SharedLists, init_lists
 from hshare_jax.models.config import ModelConfig
-from hshare_jax.selection import Method, Selection, count_dense
-from hshare_jax.share_plan import SharePlan
-from hshare_jax.shared_lists import SharedLists, init_lists
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
-    """All that a decode step reads and writes. `selection` is None for dense decoding, for HShare `SharedLists`."""
+    """All that a decode step reads and writes. `method_state` is None for dense decoding, for HShare `SharedLists`."""
 
     cache: KVCache
-    selection: Selection | None
+    method_state: MethodState | None
 
 
 def init_state(
@@ -30,7 +30,7 @@ def init_state(
     batch_size: int,
     capacity: int,
     *,
-    method: HShareConfig | Method | None = None,
+    method: HShareSettings | Method | None = None,
     plan: SharePlan | None = None,
     channels: Int[Array | np.ndarray, "L K ranks"] | None = None,
     dtype: jnp.dtype | type = jnp.float32,
@@ -41,7 +41,7 @@ def init_state(
         config: the model.
         batch_size: B.
         capacity: tokens that each row must be able to hold, prompt and output together; rounds up to whole blocks.
-        method: how to share critical tokens, or another method of `hshare_jax.selectors`; None decodes dense.
+        method: how to share critical tokens, or another method of `hshare_jax.methods`; None decodes dense.
         plan: how lists are shared, known beforehand; None finds a plan for each prompt after its prefill.
         channels: label channels of every kv head, the best first, at least as many as labels keep; None takes those of
             each prompt.
@@ -63,18 +63,18 @@ def init_state(
 
 
 def start_method(
-    method: HShareConfig | Method | None,
+    method: HShareSettings | Method | None,
     config: ModelConfig,
     cache: KVCache,
     *,
     plan: SharePlan | None = None,
     channels: Int[Array | np.ndarray, "L K ranks"] | None = None,
-) -> Selection | None:
+) -> MethodState | None:
     """Returns what a method carries beside an empty cache; arguments and errors are those of `init_state`."""
-    if not isinstance(method, HShareConfig) and (plan is not None or channels is not None):
+    if not isinstance(method, HShareSettings) and (plan is not None or channels is not None):
         name = "dense decoding" if method is None else type(method).__name__
         raise ValueError(f"a plan or channels were given, but method={method!r}: {name} uses neither")
-    if isinstance(method, HShareConfig):
+    if isinstance(method, HShareSettings):
         return init_lists(config, method, plan, channels, cache)
     return None if method is None else method.start(config, cache)
 
@@ -94,6 +94,6 @@ def for_decoding(state: DecodeState) -> DecodeState:
 
 def count_reads(state: DecodeState, model: ModelConfig) -> Float[Array, "B"]:
     """Returns the tokens that the last decode step read, the mean over layers and heads."""
-    if state.selection is None:
+    if state.method_state is None:
         return count_dense(state.cache, model).mean(axis=0, dtype=jnp.float32)
-    return state.selection.count_reads(state.cache, model)
+    return state.method_state.count_reads(state.cache, model)

@@ -14,17 +14,17 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from hshare_jax.compile_clock import compile_clock
-from hshare_jax.config import HShareConfig
 from hshare_jax.decode_loop import NO_TOKEN, Progress, decode_tokens, refresh_interval, take_token
 from hshare_jax.decode_state import DecodeState, for_decoding, init_state
 from hshare_jax.kernels.api import check_impl
+from hshare_jax.methods.base import Method
+from hshare_jax.methods.hshare.settings import HShareSettings
+from hshare_jax.methods.hshare.share_plan import SharePlan
+from hshare_jax.methods.hshare.shared_lists import SharedLists
 from hshare_jax.models.pretrained import Model
 from hshare_jax.prefill import prefill
 from hshare_jax.prompts import Prompt, choose_capacity, encode_prompts, pad_prompts
 from hshare_jax.sampling import SamplingConfig
-from hshare_jax.selection import Method
-from hshare_jax.share_plan import SharePlan
-from hshare_jax.shared_lists import SharedLists
 from hshare_jax.text_stream import TextStream
 
 STREAM_STEPS = 4  # decode steps between two looks at the tokens from the host, to show them or to find stop strings
@@ -80,7 +80,7 @@ def generate(
     prompts: Sequence[Prompt],
     *,
     max_new_tokens: int = 128,
-    method: HShareConfig | Method | None = HShareConfig(),  # noqa: B008 (frozen)
+    method: HShareSettings | Method | None = HShareSettings(),  # noqa: B008 (frozen)
     plan: SharePlan | None = None,
     channels: Int[Array | np.ndarray, "L K ranks"] | None = None,
     sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 (frozen)
@@ -95,7 +95,7 @@ def generate(
         model: from `load_model`.
         prompts: texts, or token ids, of any lengths; they form one batch.
         max_new_tokens: where a row ends at the latest.
-        method: how critical tokens are shared, or another method of `hshare_jax.selectors`; None decodes dense.
+        method: how critical tokens are shared, or another method of `hshare_jax.methods`; None decodes dense.
         plan: which lists copy which, from `calibrate` or `load_plan`. None: found for each prompt.
         channels: label channels, from `calibrate` or `load_channels`. None: those of each prompt.
         sampling: greedy unless told otherwise.
@@ -121,7 +121,7 @@ def stream(
     prompts: Sequence[Prompt],
     *,
     max_new_tokens: int = 128,
-    method: HShareConfig | Method | None = HShareConfig(),  # noqa: B008 (frozen)
+    method: HShareSettings | Method | None = HShareSettings(),  # noqa: B008 (frozen)
     plan: SharePlan | None = None,
     channels: Int[Array | np.ndarray, "L K ranks"] | None = None,
     sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 (frozen)
@@ -149,7 +149,7 @@ class _Run:
         model: Model,
         prompts: Sequence[Prompt],
         max_new_tokens: int,
-        method: HShareConfig | Method | None,
+        method: HShareSettings | Method | None,
         plan: SharePlan | None,
         channels: Array | np.ndarray | None,
         sampling: SamplingConfig,
@@ -271,7 +271,7 @@ class _Run:
         return dataclasses.replace(progress, is_active=progress.is_active & ~is_stopped)
 
     def _count_usage(self, progress: Progress) -> ReadStatistics:
-        config, shared = self._model.config, progress.state.selection
+        config, shared = self._model.config, progress.state.method_state
         steps = np.asarray(progress.count, np.int64) - 1
         prompts = np.array([len(prompt) for prompt in self._prompts])
         num_steps = max(int(steps.sum()), 1)

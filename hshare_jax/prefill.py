@@ -14,9 +14,9 @@ from jaxtyping import Int
 from hshare_jax.attend import prefill_attend
 from hshare_jax.decode_state import DecodeState
 from hshare_jax.kv_cache import KVCache
+from hshare_jax.methods.base import PromptQueries
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.decoder import Decoder
-from hshare_jax.selection import PromptQueries
 from hshare_jax.shapes import Logits, PerRow, Tokens, check_rows
 
 CHUNKS = (64, 512)  # widths of a prefill program: two programs serve prompts of every length
@@ -56,7 +56,7 @@ def prefill(
     check_rows("lengths", lengths, (B,), jnp.integer)
     if not any(isinstance(array, Tracer) for array in (cache.lengths, lengths)):
         _check_lengths(lengths, cache.lengths, T, cache.capacity, config.max_positions)
-    starts, selection = cache.lengths, state.selection
+    starts, selection = cache.lengths, state.method_state
     fits = (lengths >= 1) & (starts + lengths <= min(cache.capacity, config.max_positions))
     positions = None if selection is None else selection.probe_positions(starts, starts + lengths, T)
     hidden, cache, queries = read_prompt(

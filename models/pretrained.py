@@ -13,8 +13,9 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from hshare_jax.errors import CheckpointError
+from hshare_jax.files.checksums import verify_checksums
 from hshare_jax.models.builtin_model import BUILTIN_MODELS, builtin_checkpoint
-from hshare_jax.models.checksums import verify_checksums
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.gguf_checkpoint import GGUFTensors, config_from_gguf
 from hshare_jax.models.gguf_file import read_gguf
@@ -35,7 +36,6 @@ from hshare_jax.models.orbax_checkpoint import (
 )
 from hshare_jax.models.weights import (
     DTYPES,
-    CheckpointError,
     DType,
     dtype_of,
     identify,

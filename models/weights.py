@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hshare_jax.errors import CheckpointError
 from hshare_jax.models.config import ModelConfig
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -28,10 +29,6 @@ BLOCK_BYTES = 16 << 20
 _HARMLESS = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 _ALIGNMENT = 64  # what XLA:CPU asks of memory that it is to use without a copy
 _SAMPLES = 256
-
-
-class CheckpointError(ValueError):
-    """A checkpoint whose files are damaged or do not hold the model that their configuration describes."""
 
 
 @runtime_checkable

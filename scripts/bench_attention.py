@@ -23,9 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from hshare_jax.config import HShareConfig
-from hshare_jax.kernels import api, reference, select, sparse_decode
+from hshare_jax.kernels import api, pallas_attention, pallas_selection, reference_attention
 from hshare_jax.kernels.tiling import Tiles
+from hshare_jax.methods.hshare.settings import HShareSettings
 
 PUBLISHED = "published kernel"
 RATIOS = ("7/8-3/4-1/2", "1/2-1/2-1/2", "1-1-1")
@@ -128,9 +128,11 @@ def sparse_attention(cell: Cell, *, impl: str = "auto", tiles: Tiles | None = No
     source, lengths = sharing_source(cell, 1), jnp.full((cell.B,), cell.S, jnp.int32)
     settings = {"num_sinks": sinks, "max_recent": recent}
     if tiles is None:
-        attend = functools.partial(api.shared_decode, impl=impl, **settings)
+        attend = functools.partial(api.sparse_decode, impl=impl, **settings)
     else:
-        attend = functools.partial(sparse_decode.shared_decode, tiles=tiles, interpret=impl == "interpret", **settings)
+        attend = functools.partial(
+            pallas_attention.sparse_decode, tiles=tiles, interpret=impl == "interpret", **settings
+        )
     return lambda q, d: attend(q, d.keys, d.values, d.lists, source, 0, lengths, lengths - recent)
 
 
@@ -142,7 +144,7 @@ def selection(
     source, every = sharing_source(cell, share), jnp.ones((cell.B,), jnp.int32)
     bounds = (every > 0, sinks * every, (cell.S - recent) * every, critical * every)
     return lambda lists, d: (
-        select.select_labels(
+        pallas_selection.select_labels(
             lists, 0, d.label_query, d.codes, d.scales, source, *bounds, tiles=tiles, interpret=interpret
         ),
         None,
@@ -160,7 +162,7 @@ def dense_sides(cell: Cell, impl: str) -> dict[str, Callable[[Array, Data], Arra
 
     return {
         "ours dense": lambda q, d: api.dense_decode(q, d.keys, d.values, lengths, impl=impl),
-        "XLA dense": lambda q, d: reference.dense_decode(q, d.keys, d.values, lengths),
+        "XLA dense": lambda q, d: reference_attention.dense_decode(q, d.keys, d.values, lengths),
         "cuDNN": cudnn,
     }
 
@@ -212,7 +214,7 @@ def sides(
     time_sparse = functools.cache(lambda: time_chain(sparse))
     yield "ours sparse", size, time_sparse
     for ratio in RATIOS:
-        config = HShareConfig().with_sharing_ratio(ratio)
+        config = HShareSettings().with_sharing_ratio(ratio)
         share, interval = float(config.layer_ratio * config.head_ratio), config.refresh_interval
         step = selection(cell, share, interpret=impl == "interpret")
 

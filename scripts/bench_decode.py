@@ -20,8 +20,8 @@ from datetime import date
 import jax
 import jax.numpy as jnp
 
-from hshare_jax.decode import decode_step
 from hshare_jax.decode_state import DecodeState, init_state
+from hshare_jax.decode_step import decode_step
 from hshare_jax.models.config import ModelConfig, RopeConfig
 from hshare_jax.models.decoder import parameter_shapes
 from hshare_jax.prefill import prefill

@@ -25,12 +25,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from hshare_jax.config import HShareConfig
-from hshare_jax.decode import decode_step
 from hshare_jax.decode_state import DecodeState, count_reads, init_state
+from hshare_jax.decode_step import decode_step
+from hshare_jax.methods.hshare.settings import HShareSettings
+from hshare_jax.methods.hshare.shared_lists import SharedLists
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.decoder import parameter_shapes
-from hshare_jax.shared_lists import SharedLists
 
 Tree = TypeVar("Tree")
 BF16 = jnp.dtype(jnp.bfloat16)
@@ -45,10 +45,10 @@ TOY = ModelConfig(
 )  # fmt: skip
 
 
-def settings(context: int) -> dict[str, HShareConfig | None]:
+def settings(context: int) -> dict[str, HShareSettings | None]:
     """Returns the sides: dense, half of the lists computed, which is the default, and a third, as at 7/8-3/4-1/2."""
     sinks, recent = (16, 64) if context >= 4096 else (2, 8)
-    base = HShareConfig(num_sinks=sinks, num_critical=context // 8 - sinks - recent, num_recent=recent)
+    base = HShareSettings(num_sinks=sinks, num_critical=context // 8 - sinks - recent, num_recent=recent)
     sides = (base, base.with_sharing_ratio("1/3-1-1"))
     return {"dense": None} | {f"HShare {side.sharing_ratio}": side for side in sides}
 
@@ -64,7 +64,7 @@ def random_tree(shapes: Tree, seed: int, dtype: jnp.dtype | None = None, scale: 
     return tree.unflatten(arrays)
 
 
-def random_plan(config: ModelConfig, hshare: HShareConfig, batch: int) -> Array:
+def random_plan(config: ModelConfig, hshare: HShareSettings, batch: int) -> Array:
     """Returns plans [B, L, J] in which the settings' number of lists is computed; others copy a lower one of those."""
     L, J = config.num_layers, hshare.num_lists(config)
     first, size = hshare.dense_layers * J, L * J
@@ -77,7 +77,7 @@ def random_plan(config: ModelConfig, hshare: HShareConfig, batch: int) -> Array:
     return jnp.asarray(source.reshape(batch, L, J), jnp.int32)
 
 
-def make_state(config: ModelConfig, batch: int, context: int, hshare: HShareConfig | None) -> DecodeState:
+def make_state(config: ModelConfig, batch: int, context: int, hshare: HShareSettings | None) -> DecodeState:
     """Returns a state that lacks ROOM tokens to be full; what is random is allocated once."""
     init = functools.partial(init_state, config, batch, context, method=hshare, dtype=jnp.bfloat16)
     shapes = jax.eval_shape(init)
@@ -91,8 +91,8 @@ def make_state(config: ModelConfig, batch: int, context: int, hshare: HShareConf
         assert isinstance(shared, SharedLists)
         return dataclasses.replace(shared, labels=())
 
-    assert isinstance(shapes.selection, SharedLists)
-    labels = random_tree(shapes.selection.labels, seed=1000)
+    assert isinstance(shapes.method_state, SharedLists)
+    labels = random_tree(shapes.method_state.labels, seed=1000)
     shared = dataclasses.replace(jax.jit(lists_and_plan)(), labels=labels, source=random_plan(config, hshare, batch))
     return DecodeState(cache, shared)
 
@@ -102,7 +102,7 @@ def decode_steps(
     params: dict, tokens: Array, state: DecodeState, *, config: ModelConfig, steps: int, impl: str
 ) -> tuple[Array, DecodeState]:
     """Returns (the last greedy tokens [B], the state) after so many steps, a multiple of the refresh interval."""
-    interval = 1 if state.selection is None else state.selection.refresh_interval
+    interval = 1 if state.method_state is None else state.method_state.refresh_interval
 
     def run_block(carry: tuple[Array, DecodeState], _: None) -> tuple[tuple[Array, DecodeState], None]:
         tokens, state = carry
@@ -119,7 +119,7 @@ def bytes_to_read(config: ModelConfig, params: dict, state: DecodeState) -> tupl
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     if not config.tie_embeddings:
         size -= params["embedding"].nbytes
-    B, shared = state.cache.lengths.shape[0], state.selection
+    B, shared = state.cache.lengths.shape[0], state.method_state
     reads, length = float(count_reads(state, config).mean()), float(state.cache.lengths.mean())
     size += B * reads * config.cache_bytes_per_token(BF16.itemsize)
     if isinstance(shared, SharedLists):
@@ -133,7 +133,7 @@ def measure(
     params: dict,
     config: ModelConfig,
     size: tuple[int, int],
-    hshare: HShareConfig | None,
+    hshare: HShareSettings | None,
     options: argparse.Namespace,
     impl: str,
 ) -> dict:
@@ -152,7 +152,7 @@ def measure(
     return {"seconds": statistics.median(times[2:]), "bytes": must_read, "reads": reads}
 
 
-def state_bytes(config: ModelConfig, batch: int, context: int, hshare: HShareConfig | None) -> int:
+def state_bytes(config: ModelConfig, batch: int, context: int, hshare: HShareSettings | None) -> int:
     """Returns the bytes of a state."""
     shapes = jax.eval_shape(lambda: init_state(config, batch, context, method=hshare, dtype=jnp.bfloat16))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))

@@ -19,21 +19,21 @@ import jax
 import jax.numpy as jnp
 from bench_decode import read_bandwidth
 
-from hshare_jax.config import HShareConfig
-from hshare_jax.decode import decode_step
 from hshare_jax.decode_state import DecodeState, count_reads, init_state
+from hshare_jax.decode_step import decode_step
+from hshare_jax.methods.hshare.settings import HShareSettings
+from hshare_jax.methods.hshare.shared_lists import SharedLists
 from hshare_jax.models.pretrained import Model, load_model
 from hshare_jax.prefill import prefill, read_prompt
-from hshare_jax.shared_lists import SharedLists
 
 ROUND = 4  # steps of one side before the next has its turn; a multiple of every refresh interval below
 
 
-def settings() -> dict[str, HShareConfig | None]:
+def settings() -> dict[str, HShareSettings | None]:
     """Returns the sides: dense, and 512 tokens at several ratios with one plan for the whole batch."""
-    base = HShareConfig(num_sinks=16, num_critical=432, num_recent=64, plan_scope="batch")
+    base = HShareSettings(num_sinks=16, num_critical=432, num_recent=64, plan_scope="batch")
     published = dataclasses.replace(base, plan="published", dilate=False)
-    sides: dict[str, HShareConfig | None] = {"dense": None}
+    sides: dict[str, HShareSettings | None] = {"dense": None}
     for ratio in ("1-1-1", "1/2-1-1", "1/3-1-1", "1/8-1-1", "2/3-1-1/2"):
         sides[f"units {ratio}"] = base.with_sharing_ratio(ratio)
     for ratio in ("7/8-3/4-1/2", "1/2-1/2-1/2"):
@@ -86,18 +86,18 @@ def _repeat(row: DecodeState, batch: int) -> DecodeState:
     return jax.tree.map(repeat, row)
 
 
-def bytes_of_step(model: Model, state: DecodeState, hshare: HShareConfig | None) -> tuple[float, float, float]:
+def bytes_of_step(model: Model, state: DecodeState, hshare: HShareSettings | None) -> tuple[float, float, float]:
     """Returns (lists computed a step, bytes that a step must read, tokens read by a head)."""
     config, B = model.config, state.cache.lengths.shape[0]
     length, reads = float(state.cache.lengths.mean()), float(count_reads(state, config).mean())
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)) + B * reads * config.cache_bytes_per_token(4)
-    if hshare is None or not isinstance(state.selection, SharedLists):
+    if hshare is None or not isinstance(state.method_state, SharedLists):
         return 0, size, reads
-    source = state.selection.source.reshape(B, -1)
+    source = state.method_state.source.reshape(B, -1)
     first = hshare.dense_layers * hshare.num_lists(config)
     is_own = (source == jnp.arange(source.shape[1]))[:, first:]
     computed = float(is_own.sum(axis=1).mean()) / hshare.refresh_interval
-    labels = state.selection.labels[-1]
+    labels = state.method_state.labels[-1]
     per_token = sum(leaf.nbytes for leaf in jax.tree.leaves(labels)) / (B * config.num_kv_heads * state.cache.capacity)
     return computed, size + B * computed * length * per_token, reads
 
@@ -110,14 +110,14 @@ def bench_plan(model: Model, contexts: list[int]) -> None:
         tokens = jax.random.randint(jax.random.key(1), (1, context), 0, model.config.vocab_size)
         for plan in ("units", "published"):
             # The first of three compiles.
-            times = zip(*(_time_plan(model, tokens, HShareConfig(plan=plan)) for _ in range(3)), strict=True)
+            times = zip(*(_time_plan(model, tokens, HShareSettings(plan=plan)) for _ in range(3)), strict=True)
             read, share = (min(seconds) for seconds in times)
             print(f"| {context} | {plan} | {read:.3f} s | {share:.3f} s | {share / read:.1%} |", flush=True)
 
 
-def _time_plan(model: Model, tokens: jax.Array, hshare: HShareConfig) -> tuple[float, float]:
+def _time_plan(model: Model, tokens: jax.Array, hshare: HShareSettings) -> tuple[float, float]:
     state, lengths = init_state(model.config, 1, tokens.shape[1], method=hshare), jnp.array([tokens.shape[1]])
-    shared = state.selection
+    shared = state.method_state
     assert isinstance(shared, SharedLists)
     positions = shared.probe_positions(jnp.zeros_like(lengths), lengths, tokens.shape[1])
     began = time.perf_counter()

@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from hshare_jax.decode import decode_step
 from hshare_jax.decode_state import DecodeState, init_state
+from hshare_jax.decode_step import decode_step
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.kv_sharing import PATTERNS, TARGETS, layer_passes, papers_prefill_cost, share_kv
 from hshare_jax.prefill import prefill

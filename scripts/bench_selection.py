@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from hshare_jax.kernels import select
-from hshare_jax.share_plan import identity_plan
+from hshare_jax.kernels import pallas_selection
+from hshare_jax.methods.hshare.share_plan import identity_plan
 
 NUM_CHANNELS = 32
 COLUMNS = (
@@ -70,10 +70,10 @@ def ours(
     source, every = identity_plan(B, 1, J), jnp.ones((B,), jnp.int32)
     bounds = (every > 0, 0 * every, num_slots * every, k * every)
     return {
-        "select_scores": lambda lists, d: select.select_scores(
+        "select_scores": lambda lists, d: pallas_selection.select_scores(
             lists, 0, d.scores, source, *bounds, interpret=interpret
         ),
-        "select_labels": lambda lists, d: select.select_labels(
+        "select_labels": lambda lists, d: pallas_selection.select_labels(
             lists, 0, d.label_query, d.codes, d.scales, source, *bounds, interpret=interpret
         ),
     }  # fmt: skip

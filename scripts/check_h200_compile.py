@@ -22,9 +22,9 @@ import jax_plugins.xla_cuda13  # noqa: F401  # pyright: ignore[reportMissingImpo
 from gpu_timing import LLAMA2_7B, LLAMA3_8B
 from jax.experimental import topologies
 
-from hshare_jax.config import HShareConfig
-from hshare_jax.decode import decode_step
 from hshare_jax.decode_state import init_state
+from hshare_jax.decode_step import decode_step
+from hshare_jax.methods.hshare.settings import HShareSettings
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.decoder import parameter_shapes
 from hshare_jax.models.kv_sharing import share_kv
@@ -68,7 +68,7 @@ MODELS = {
     "LLaMA3-8B, 4 layers, batch 1, 128k": (LONG, 1, 131_072),  # lists chosen in chunks
     "LLaMA3-8B, 4 layers, 3 KV layers": (SHARED_KV, 8, 4096),
 }
-HSHARE = HShareConfig(num_sinks=16, num_critical=432, num_recent=64)
+HSHARE = HShareSettings(num_sinks=16, num_critical=432, num_recent=64)
 STEPS = {"dense": (None, None)} | {f"hshare, refresh={refresh}": (HSHARE, refresh) for refresh in (True, False, None)}
 # The most kernels of a whole step and MiB of temporaries, model by model in the order of STEPS: as counted with jax
 # 0.10.2. Whoever changes a step changes these numbers with it, and says why.
@@ -92,7 +92,7 @@ class Program:
 
 
 def compile_step(
-    config: ModelConfig, hshare: HShareConfig | None, refresh: bool | None, batch: int = 8, slots: int = 4096
+    config: ModelConfig, hshare: HShareSettings | None, refresh: bool | None, batch: int = 8, slots: int = 4096
 ) -> Program:
     """Compiles a donated bfloat16 decode step."""
     topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1")

@@ -3,7 +3,7 @@
 
 import sys
 
-from hshare_jax.cli import main
+from hshare_jax.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main(["generate", *sys.argv[1:]]))

@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from hshare_jax.files.atomic import whole_file
 from hshare_jax.models.config import ModelConfig, RopeConfig
-from hshare_jax.whole_files import whole_file
 
 COLD_BYTES = 200 * 10**6  # of all data sets together: an H200's second-level cache holds 50 MB
 FAILURES = (ValueError, NotImplementedError, RuntimeError)  # of a side that cannot run; RuntimeError: XLA, cuDNN, torch

@@ -1,8 +1,8 @@
-"""Writes tests/fixtures/logits.npz: what transformers computes for the cases of tests/logit_cases.py.
+"""Writes tests/fixtures/logits.npz: what transformers computes for the cases of tests/support/logit_cases.py.
 
     PYTHONPATH=tests python scripts/make_logit_fixtures.py
 
-The weights are not stored: tests/random_weights.py makes them from their names. Run it again after changing a case.
+The weights are not stored: tests/support/random_weights.py makes them from their names. Run it again after changing a case.
 """
 
 import json

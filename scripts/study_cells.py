@@ -13,12 +13,12 @@ from typing import Any
 
 import jax
 
-from hshare_jax.config import HShareConfig
-from hshare_jax.evaluation.methods import method_named
-from hshare_jax.evaluation.passkey import Passkey, make_passkeys
+from hshare_jax.evaluation.tasks.passkey import Passkey, make_passkeys
 from hshare_jax.evaluation.text_windows import Window, cut_windows
+from hshare_jax.methods.base import Method
+from hshare_jax.methods.hshare.settings import HShareSettings
+from hshare_jax.methods.registry import method_named
 from hshare_jax.models.pretrained import Model
-from hshare_jax.selection import Method
 
 SKIP = 0.25  # of a text, title pages and licences
 BUDGETS = {64: (4, 44, 16), 128: (8, 88, 32), 256: (8, 200, 48), 512: (16, 432, 64)}  # sinks, critical, recent
@@ -37,18 +37,18 @@ PASSKEY_CONTEXT, PASSKEY_BUDGET, PASSKEY_BATCH = 1024, 128, 25
 ROOM = 256  # decode steps that SnapKV makes room for
 
 
-def ours(budget: int, ratio: str = "1-1-1", **settings: object) -> HShareConfig:
+def ours(budget: int, ratio: str = "1-1-1", **settings: object) -> HShareSettings:
     """Returns the package's defaults at a budget and ratio."""
-    return _spend(budget, ratio, HShareConfig(), **settings)
+    return _spend(budget, ratio, HShareSettings(), **settings)
 
 
-def published(budget: int, ratio: str, **settings: object) -> HShareConfig:
+def published(budget: int, ratio: str, **settings: object) -> HShareSettings:
     """Returns the published method at a budget and ratio, with layer 0 dense and bounded probes unless told."""
-    alike = {"num_probes": HShareConfig.num_probes, "dense_layers": HShareConfig.dense_layers}
-    return _spend(budget, ratio, HShareConfig.published(), **alike | settings)
+    alike = {"num_probes": HShareSettings.num_probes, "dense_layers": HShareSettings.dense_layers}
+    return _spend(budget, ratio, HShareSettings.published(), **alike | settings)
 
 
-def _spend(budget: int, ratio: str, hshare: HShareConfig, **settings: object) -> HShareConfig:
+def _spend(budget: int, ratio: str, hshare: HShareSettings, **settings: object) -> HShareSettings:
     split = dict(zip(("num_sinks", "num_critical", "num_recent"), BUDGETS[budget], strict=True))
     return dataclasses.replace(hshare.with_sharing_ratio(ratio), **split | settings)  # pyright: ignore[reportArgumentType]
 
@@ -62,7 +62,7 @@ class Cell:
     name: str
 
     @property
-    def method(self) -> HShareConfig | Method | None:
+    def method(self) -> HShareSettings | Method | None:
         """Returns the settings; layer 0 is dense in all."""
         kind, _, ratio = self.name.partition(" ")
         if kind in ("hshare", "calibrated"):

@@ -28,7 +28,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from hshare_jax.evaluation.records import Records
+from hshare_jax.files.records import Records
 from hshare_jax.host_memory import keep_freed_memory
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.kv_sharing import layer_passes, papers_prefill_cost, share_kv

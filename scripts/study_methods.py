@@ -49,13 +49,13 @@ from study_tables import report
 from tqdm import tqdm
 
 from hshare_jax.calibration import calibrate
-from hshare_jax.config import HShareConfig
-from hshare_jax.decode import decode_step
 from hshare_jax.decode_state import for_decoding
-from hshare_jax.evaluation.passkey import Passkey, answer, is_found, read_passkeys
+from hshare_jax.decode_step import decode_step
 from hshare_jax.evaluation.prefilled import prefill_for
-from hshare_jax.evaluation.records import Records
+from hshare_jax.evaluation.tasks.passkey import Passkey, answer, is_found, read_passkeys
 from hshare_jax.evaluation.text_windows import Scorer, Window
+from hshare_jax.files.records import Records
+from hshare_jax.methods.hshare.settings import HShareSettings
 from hshare_jax.models.pretrained import Model, load_model
 
 MARK = "<!-- What follows is written by scripts/study_methods.py. -->"
@@ -117,7 +117,7 @@ def measure_context(
     constants: dict[Cell, dict[str, Any]] = {}
     for cell in todo:
         if cell.name.startswith("calibrated"):
-            assert isinstance(cell.method, HShareConfig)
+            assert isinstance(cell.method, HShareSettings)
             found = calibrate(model, calibrated_on, hshare=cell.method)
             constants[cell] = {"plan": found.plan, "channels": found.channels}
 
@@ -173,7 +173,7 @@ def measure_speed(model: Model, todo: list[Cell], keep: Keep, *, windows: list[W
 
     def measure(cell: Cell) -> dict[str, Any]:
         method, seconds = cell.method, []
-        interval = method.refresh_interval if isinstance(method, HShareConfig) else 1
+        interval = method.refresh_interval if isinstance(method, HShareSettings) else 1
         state = jax.block_until_ready(for_decoding(prefilled.start(method)))
         for step in range(SPEED_STEPS):
             began = time.perf_counter()

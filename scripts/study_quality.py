@@ -35,13 +35,13 @@ from study_reports import command, write_report
 from tqdm import tqdm
 
 from hshare_jax.calibration import calibrate
-from hshare_jax.config import HShareConfig
 from hshare_jax.evaluation.bootstrap import interval, mean_ratio
-from hshare_jax.evaluation.passkey import Passkey, answer, is_found, read_passkeys
-from hshare_jax.evaluation.records import Records
+from hshare_jax.evaluation.tasks.passkey import Passkey, answer, is_found, read_passkeys
 from hshare_jax.evaluation.text_windows import Scorer
+from hshare_jax.files.records import Records
+from hshare_jax.methods.hshare.settings import HShareSettings
+from hshare_jax.methods.hshare.shared_lists import SharedLists
 from hshare_jax.models.pretrained import Model, load_model
-from hshare_jax.shared_lists import SharedLists
 
 PUBLISHED_RATIOS = ("1-1-1", "7/8-3/4-1/2", "3/4-3/4-1/2", "1/2-1/2-1/2")
 MARK = "<!-- What follows is written by scripts/study_quality.py. -->"
@@ -53,7 +53,7 @@ class Cell:
 
     table: str  # the question that it helps to answer
     name: str
-    hshare: HShareConfig
+    hshare: HShareSettings
     channels: str = "prompt"  # or "calibrated": from what precedes the windows in the texts
 
     @property
@@ -146,10 +146,10 @@ def core(context: int) -> dict[str, tuple[str, ...]]:
 def measure(scorer: Scorer, cell: Cell, ranked: np.ndarray | None) -> dict[str, object]:
     """Returns a cell's line of the results file."""
     state = scorer.prefilled.start(cell.hshare, channels=ranked if cell.channels == "calibrated" else None)
-    assert isinstance(state.selection, SharedLists)
-    source = np.asarray(state.selection.source).reshape(len(scorer.windows), -1)
+    assert isinstance(state.method_state, SharedLists)
+    source = np.asarray(state.method_state.source).reshape(len(scorer.windows), -1)
     is_own = source == np.arange(source.shape[1])
-    first = cell.hshare.dense_layers * state.selection.source.shape[2]
+    first = cell.hshare.dense_layers * state.method_state.source.shape[2]
     scores = scorer.score_state(state)
     return {
         "key": cell.key,
@@ -163,7 +163,7 @@ def measure(scorer: Scorer, cell: Cell, ranked: np.ndarray | None) -> dict[str, 
     }
 
 
-def count_found(model: Model, passkeys: list[Passkey], hshare: HShareConfig | None) -> int:
+def count_found(model: Model, passkeys: list[Passkey], hshare: HShareSettings | None) -> int:
     """Returns how many of the numbers are found, the question decoded sparsely."""
     found = 0
     for start in range(0, len(passkeys), PASSKEY_BATCH):
@@ -173,7 +173,7 @@ def count_found(model: Model, passkeys: list[Passkey], hshare: HShareConfig | No
     return found
 
 
-def passkey_settings() -> Iterator[tuple[str, HShareConfig | None]]:
+def passkey_settings() -> Iterator[tuple[str, HShareSettings | None]]:
     """Yields (name, settings) at 128 tokens."""
     yield "dense", None
     yield "oracle: exact scores, per kv head", ours(128, scoring="exact")
@@ -253,7 +253,7 @@ def main() -> None:
         scorer = Scorer(model, windows, options.steps, [cell.hshare for cell in todo])
         ranked = None
         if any(cell.channels == "calibrated" for cell in todo):
-            ranked = calibrate(model, beginnings(texts), hshare=HShareConfig(), max_blocks=8).channels
+            ranked = calibrate(model, beginnings(texts), hshare=HShareSettings(), max_blocks=8).channels
         with tqdm(total=len(todo), desc="cells", disable=None) as bar:
             for _, group in itertools.groupby(todo, key=lambda cell: cell.hshare.for_decoding()):
                 for cell in group:

@@ -6,7 +6,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from hshare_jax.whole_files import whole_file
+from hshare_jax.files.atomic import whole_file
 
 
 def command(options: argparse.Namespace) -> str:

@@ -2,7 +2,7 @@
 # Runs every check of this repository: format, lint, types, compilation for a GPU, tests. Extra arguments go to pytest:
 #
 #   bash scripts/test.sh                       everything
-#   bash scripts/test.sh tests/test_labels.py  the static checks, then one file of tests
+#   bash scripts/test.sh tests/kernels/test_labels.py  the static checks, then one file of tests
 #
 # Uses the active virtual environment, or makes .venv-test with $PYTHON (default python3, 3.11 or newer). Installs only
 # when pyproject.toml or the checkout's place has changed since the last time.

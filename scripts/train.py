@@ -22,7 +22,7 @@ from pathlib import Path
 
 import jax
 
-from hshare_jax.cli_options import (
+from hshare_jax.cli.options import (
     DEFAULT_MODEL,
     FAILURE,
     USAGE,
@@ -202,7 +202,7 @@ def run(options: argparse.Namespace, settings: TrainingConfig) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         print("no plot is drawn: that needs matplotlib, pip install 'hshare-jax[eval]'", file=sys.stderr)
     else:
-        from hshare_jax.evaluation.plots import save
+        from hshare_jax.evaluation.plots.overlap import save
         from hshare_jax.training.curves import plot_training, read_metrics
 
         summary["plot"] = str(options.output / "metrics.png")

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from bench_attention import TOY_CELLS, Cell, Data, make_data, num_data_sets, selection, sparse_attention
 from jax import Array
 
-from hshare_jax.kernels import sparse_decode
+from hshare_jax.kernels import pallas_attention
 from hshare_jax.kernels.tiling import Tiles, attention_tiles, selection_tiles
 
 BLOCKS, SPLITS, WARPS, STAGES = (16, 32, 64, 128), (1, 2, 4, 8, 16), (2, 4, 8), (1, 2, 3, 4)
@@ -49,7 +49,7 @@ def tune_attention(cell: Cell, *, is_dense: bool, full: bool, toy: bool) -> dict
 
     def run(tiles: Tiles) -> float:
         def dense(q: Array, d: Data) -> Array:
-            return sparse_decode.dense_decode(q, d.keys, d.values, lengths, tiles=tiles, interpret=toy)
+            return pallas_attention.dense_decode(q, d.keys, d.values, lengths, tiles=tiles, interpret=toy)
 
         attend = dense if is_dense else sparse_attention(cell, impl=impl, tiles=tiles)
         return timing.seconds_per_call(lambda q, d: (attend(q, d), None), q, data, effort)

@@ -39,7 +39,7 @@ def compiled_programs():
 def no_compile_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keeps the command line's compile cache out of the other tests of this process."""
     # By name: a module that is imported before the hook of jaxtyping goes unchecked.
-    monkeypatch.setattr("hshare_jax.cli_options.keep_compiled_programs", lambda directory: None)
+    monkeypatch.setattr("hshare_jax.cli.options.keep_compiled_programs", lambda directory: None)
 
 
 @pytest.fixture(scope="session")

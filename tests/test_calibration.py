@@ -22,13 +22,13 @@ from hshare_jax.calibration import (
     save_plan,
     to_share_plan,
 )
-from hshare_jax.config import HShareConfig
 from hshare_jax.decode_state import init_state
+from hshare_jax.methods.hshare.settings import HShareSettings
+from hshare_jax.methods.hshare.shared_lists import SharedLists
 from hshare_jax.models.config import ModelConfig, RopeConfig
 from hshare_jax.models.decoder import Decoder
 from hshare_jax.models.pretrained import Model, ModelFiles
 from hshare_jax.prefill import prefill
-from hshare_jax.shared_lists import SharedLists
 
 MODEL = ModelConfig(
     vocab_size=48, width=32, mlp_width=48, num_layers=3, num_heads=6, num_kv_heads=3, head_dim=8, max_positions=1024,
@@ -39,7 +39,7 @@ MODEL_OF_IDS = Model(MODEL, PARAMS, None, (), "tiny", "0" * 16)
 FILES = ModelFiles(MODEL, None, (), "tiny", "float32", lambda dtype: iter(()))
 L, K, N, H = MODEL.num_layers, MODEL.num_kv_heads, MODEL.num_heads, MODEL.head_dim
 # A budget of 12, and a plan in which half of the lists of the last two layers copy.
-HSHARE = HShareConfig(
+HSHARE = HShareSettings(
     num_sinks=2, num_critical=6, num_recent=4, num_probes=5, label_channels=3, dense_layers=1
 ).with_sharing_ratio("1/2-1-1/2")
 PUBLISHED = dataclasses.replace(HSHARE, plan="published", lists_per="query_head")
@@ -97,8 +97,8 @@ def test_the_plan_of_a_text_of_one_block_is_that_of_its_prefill_with_these_chann
     state = init_state(MODEL, 1, BLOCK, method=hshare, channels=found.channels)
     tokens, lengths = jnp.asarray([TEXT[:BLOCK]], jnp.int32), jnp.asarray([BLOCK], jnp.int32)
     _, state = prefill(PARAMS, tokens, lengths, state, config=MODEL)
-    assert isinstance(state.selection, SharedLists)
-    assert found.plan == to_share_plan(np.asarray(state.selection.source[0]))
+    assert isinstance(state.method_state, SharedLists)
+    assert found.plan == to_share_plan(np.asarray(state.method_state.source[0]))
     assert any(unit != place for place, unit in enumerate(sum(found.plan.source, ())))
     assert find_plans(MODEL_OF_IDS, [TEXT[:BLOCK]], hshare=hshare, channels=found.channels) == [found.plan]
 

@@ -13,11 +13,11 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from program_text import count_copies
 from tiny_decoder import CAPACITY, HSHARE, MODEL, SHARED_KV, params, prefill_rows, random_rows
 
-import hshare_jax.decode
-from hshare_jax.decode import decode_step
+import hshare_jax.decode_step
 from hshare_jax.decode_state import DecodeState, for_decoding, init_state
-from hshare_jax.share_plan import SharePlan, kv_layer_plan
-from hshare_jax.shared_lists import SharedLists
+from hshare_jax.decode_step import decode_step
+from hshare_jax.methods.hshare.share_plan import SharePlan, kv_layer_plan
+from hshare_jax.methods.hshare.shared_lists import SharedLists
 
 # Where only the program is looked at: two layers, both sparse. Groups of 4, so that nothing but a buffer has its shape.
 SHALLOW = dataclasses.replace(MODEL, num_layers=2, num_heads=12, windows=(None,) * 2)
@@ -65,7 +65,7 @@ def random_state(rng, lengths, hshare):
 
         return jax.tree.map(random, arrays)
 
-    cache, shared = state.cache, state.selection
+    cache, shared = state.cache, state.method_state
     cache = dataclasses.replace(
         cache, keys=fill(cache.keys), values=fill(cache.values), lengths=jnp.asarray(lengths, jnp.int32)
     )
@@ -82,8 +82,8 @@ def random_state(rng, lengths, hshare):
 @variants
 def test_one_trace_serves_every_prompt_plan_and_length(monkeypatch, hshare, refresh):
     traces, compiled = [], []
-    make = hshare_jax.decode.decode_attend
-    monkeypatch.setattr(hshare_jax.decode, "decode_attend", lambda *args: traces.append(args) or make(*args))
+    make = hshare_jax.decode_step.decode_attend
+    monkeypatch.setattr(hshare_jax.decode_step, "decode_attend", lambda *args: traces.append(args) or make(*args))
     rng = np.random.default_rng(13)
     for lengths in ([3, 60], [20, 20], [41, 9]):
         state = random_state(rng, lengths, hshare)
@@ -113,7 +113,7 @@ def test_a_step_does_not_know_how_its_plan_was_found(impl):
 
 
 def large_buffers(state: DecodeState) -> list[jax.Array]:
-    shared = state.selection
+    shared = state.method_state
     lists = [*jax.tree.leaves(shared.labels), shared.token_indices] if isinstance(shared, SharedLists) else []
     return [*state.cache.keys, *state.cache.values, *lists]
 

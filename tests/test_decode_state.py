@@ -10,11 +10,11 @@ import oracle
 import pytest
 from tiny_decoder import HSHARE, MODEL
 
-from hshare_jax.config import HShareConfig
 from hshare_jax.decode_state import DecodeState, count_reads, init_state
-from hshare_jax.kernels.reference import EMPTY
-from hshare_jax.share_plan import SharePlan, identity_plan
-from hshare_jax.shared_lists import SharedLists, check_channels
+from hshare_jax.kernels.reference_attention import EMPTY
+from hshare_jax.methods.hshare.settings import HShareSettings
+from hshare_jax.methods.hshare.share_plan import SharePlan, identity_plan
+from hshare_jax.methods.hshare.shared_lists import SharedLists, check_channels
 
 F32 = 1e-5  # relative, on means of whole numbers
 L, K, H = MODEL.num_layers, MODEL.num_kv_heads, MODEL.head_dim
@@ -136,7 +136,7 @@ WINDOWED = dataclasses.replace(MODEL, windows=(None, 20, 9, 3))
 @pytest.mark.parametrize("model", [MODEL, WINDOWED], ids=["no windows", "windows"])
 def test_reads_are_those_of_the_definition(model, changes):
     # Rows with no list, a part of one and a whole one; ranges that overlap the sinks, or are about to be chosen anew.
-    hshare: HShareConfig = dataclasses.replace(HSHARE, **changes)
+    hshare: HShareSettings = dataclasses.replace(HSHARE, **changes)
     rng = np.random.default_rng(2)
     lengths, starts = [1, 5, 8, 14, 60, 200], [0, 1, 3, 10, 54, 196]
     B, J, C = len(lengths), hshare.num_lists(MODEL), hshare.num_critical
@@ -149,11 +149,11 @@ def test_reads_are_those_of_the_definition(model, changes):
             if layer >= 2:
                 source[b, layer, j] = rng.integers(J, layer * J)
     state = init_state(model, B, 256, method=hshare)
-    assert isinstance(state.selection, SharedLists)
+    assert isinstance(state.method_state, SharedLists)
     state = DecodeState(
         dataclasses.replace(state.cache, lengths=jnp.asarray(lengths)),
         dataclasses.replace(
-            state.selection, token_indices=jnp.asarray(lists), source=jnp.asarray(source, jnp.int32),
+            state.method_state, token_indices=jnp.asarray(lists), source=jnp.asarray(source, jnp.int32),
             recent_start=jnp.asarray(starts),
         ),
     )  # fmt: skip

@@ -14,19 +14,19 @@ from tiny_decoder import HSHARE, MODEL, params
 from tiny_tokenizer import LETTERS, byte_tokenizer
 from transformers import AddedToken
 
-from hshare_jax.agreement import token_agreement
 from hshare_jax.calibration import find_plans
-from hshare_jax.config import HShareConfig
-from hshare_jax.decode import decode_step
 from hshare_jax.decode_loop import NO_TOKEN, Progress, decode_tokens
 from hshare_jax.decode_state import init_state
+from hshare_jax.decode_step import decode_step
+from hshare_jax.evaluation.teacher_forcing import token_agreement
 from hshare_jax.generate import generate, stream
+from hshare_jax.methods.hshare.settings import HShareSettings
+from hshare_jax.methods.hshare.share_plan import SharePlan
+from hshare_jax.methods.hshare.shared_lists import SharedLists
 from hshare_jax.models.pretrained import Model
 from hshare_jax.prefill import prefill
 from hshare_jax.prompts import choose_capacity
 from hshare_jax.sampling import SamplingConfig
-from hshare_jax.share_plan import SharePlan
-from hshare_jax.shared_lists import SharedLists
 
 SHALLOW = dataclasses.replace(MODEL, num_layers=2, windows=(None,) * 2)
 TOKENIZER = byte_tokenizer(LETTERS)
@@ -162,7 +162,7 @@ def test_the_number_of_new_tokens_is_exact(greedy, max_new_tokens):
     assert found.timing.prompt_tokens == sum(len(TOKENIZER(prompt)["input_ids"]) for prompt in PROMPTS)
 
 
-BUDGET = HShareConfig(num_sinks=2, num_critical=6, num_recent=4, refresh_interval=3, label_channels=3, dense_layers=1)
+BUDGET = HShareSettings(num_sinks=2, num_critical=6, num_recent=4, refresh_interval=3, label_channels=3, dense_layers=1)
 # Of the three lists of the sparse layer the second copies the first.
 COPYING = SharePlan(((0, 1, 2), (3, 3, 5)))
 
@@ -353,9 +353,9 @@ def test_the_compiled_loop_updates_its_buffers_in_place(hshare, batch):
         jaxtyping.config.update("jaxtyping_disable", False)
     # All but the labels' scales, [B, K, 2, S]: a dense layer's scores, [B, K, G, S], cannot be told from them here.
     shared = []
-    if isinstance(state.selection, SharedLists):
-        labels = [label.codes for label in state.selection.labels if label is not None]
-        shared = [state.selection.token_indices, *labels]
+    if isinstance(state.method_state, SharedLists):
+        labels = [label.codes for label in state.method_state.labels if label is not None]
+        shared = [state.method_state.token_indices, *labels]
     buffers = [*state.cache.keys, *state.cache.values, *shared]
     text = compiled.as_text()
     assert text is not None

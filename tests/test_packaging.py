@@ -56,7 +56,7 @@ def test_wheel_holds_every_module_of_the_sources(installed: Path) -> None:
             for path in sorted((ROOT / folder).rglob("*.py"))
         ]
     names = [".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in modules]
-    assert {"hshare_jax.models.config", "hshare_jax.kernels.reference", "hshare_jax.shapes"} <= set(names)
+    assert {"hshare_jax.models.config", "hshare_jax.kernels.reference_attention", "hshare_jax.shapes"} <= set(names)
     code = """
 import importlib, sys
 from pathlib import Path
@@ -91,7 +91,7 @@ def test_checkout_works_without_being_installed() -> None:
     code = """
 import sys
 sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in getattr(finder, "__module__", "").lower()]
-import hshare_jax.kernels.reference, hshare_jax.models.config
+import hshare_jax.kernels.reference_attention, hshare_jax.models.config
 print(hshare_jax.models.config.__file__)
 """
     assert _run("-c", code, cwd=ROOT) == str(ROOT / "hshare_jax" / "models" / "config.py")
@@ -111,7 +111,7 @@ def test_pypi_kernels_is_not_shadowed_from_the_repository_root(tmp_path: Path) -
     )
     code = """
 from transformers import LlamaConfig
-import kernels, hshare_jax.kernels.reference
-print(LlamaConfig().model_type, kernels.origin, hshare_jax.kernels.reference.__name__)
+import kernels, hshare_jax.kernels.reference_attention
+print(LlamaConfig().model_type, kernels.origin, hshare_jax.kernels.reference_attention.__name__)
 """
-    assert _run("-c", code, cwd=ROOT, path=tmp_path) == "llama PyPI hshare_jax.kernels.reference"
+    assert _run("-c", code, cwd=ROOT, path=tmp_path) == "llama PyPI hshare_jax.kernels.reference_attention"

@@ -23,11 +23,11 @@ from tiny_decoder import (
 from hshare_jax.attend import prefill_attend
 from hshare_jax.compile_clock import compile_clock
 from hshare_jax.decode_state import init_state
+from hshare_jax.kernels.labels import make_labels
 from hshare_jax.kv_cache import init_cache
-from hshare_jax.labels import make_labels
+from hshare_jax.methods.hshare.shared_lists import SharedLists
 from hshare_jax.models.decoder import Decoder
 from hshare_jax.prefill import CHUNKS, prefill
-from hshare_jax.shared_lists import SharedLists
 
 F32 = 1e-4  # absolute, on float32 logits of about 5 after four layers
 SAME = 1e-5  # between two float32 programs of the same model
@@ -111,25 +111,25 @@ def test_channels_and_plan_are_those_of_the_definition_on_both_turns(hshare):
     shared_rows = oracle_rows(rows, hshare)
     for turn in (rows, more):
         logits, state = prefill_rows(turn, hshare=hshare, state=state)
-        assert isinstance(state.selection, SharedLists)
+        assert isinstance(state.method_state, SharedLists)
         for b, shared_row in enumerate(shared_rows):
             if turn is more:
                 expected = shared_row.prefill(turn[b])
                 np.testing.assert_allclose(logits[b], expected, atol=F32, rtol=0)
             # Those of all the turn's queries, in a prompt too short for a probe as well.
-            np.testing.assert_array_equal(state.selection.channels[b], shared_row.channels)
-            source = [[divmod(flat, J) for flat in layer] for layer in state.selection.source[b].tolist()]
+            np.testing.assert_array_equal(state.method_state.channels[b], shared_row.channels)
+            source = [[divmod(flat, J) for flat in layer] for layer in state.method_state.source[b].tolist()]
             assert source == shared_row.source
-        is_identity = (np.asarray(state.selection.source) == identity).all(axis=(1, 2))
+        is_identity = (np.asarray(state.method_state.source) == identity).all(axis=(1, 2))
         assert is_identity.tolist() == ([True, True, True, False] if turn is rows else [False, True, False, False])
-        assert state.selection.age.tolist() == [0] * 4
+        assert state.method_state.age.tolist() == [0] * 4
 
 
 def test_channels_of_a_prompt_in_chunks_are_those_of_all_its_queries():
     # The sum of |q| runs over both chunks; the padding of each row, whatever it holds, has no say.
     rows = [long_row()[:length] for length in (577, 513, 512, 400)]
     state = prefill_rows(rows, hshare=HSHARE, capacity=640)[1]
-    assert isinstance(state.selection, SharedLists)
+    assert isinstance(state.method_state, SharedLists)
     exact = oracle_row()
     for token in rows[0]:  # the others begin as it does
         exact.dense_step(token)
@@ -143,18 +143,20 @@ def test_channels_of_a_prompt_in_chunks_are_those_of_all_its_queries():
                 .sum(axis=1)
             )
             best = np.argsort(-keys * queries, axis=-1, kind="stable")[:, :3]
-            np.testing.assert_array_equal(state.selection.channels[b, layer], np.sort(best, axis=-1))
+            np.testing.assert_array_equal(state.method_state.channels[b, layer], np.sort(best, axis=-1))
 
 
 @pytest.mark.parametrize("bits", [4, 8, None])
 def test_labels_are_the_cached_keys_on_the_channels(bits):
     hshare = dataclasses.replace(HSHARE, label_bits=bits)
     _, state = prefill_rows(random_rows(3), hshare=hshare)
-    assert isinstance(state.selection, SharedLists)
-    assert state.selection.labels[0] is None  # a dense layer's
+    assert isinstance(state.method_state, SharedLists)
+    assert state.method_state.labels[0] is None  # a dense layer's
     for layer in range(1, MODEL.num_layers):
-        expected = make_labels(state.cache.keys[layer], state.selection.channels[:, layer], bits)
-        for one, other in zip(jax.tree.leaves(state.selection.labels[layer]), jax.tree.leaves(expected), strict=True):
+        expected = make_labels(state.cache.keys[layer], state.method_state.channels[:, layer], bits)
+        for one, other in zip(
+            jax.tree.leaves(state.method_state.labels[layer]), jax.tree.leaves(expected), strict=True
+        ):
             np.testing.assert_array_equal(one, other)
 
 
@@ -178,9 +180,9 @@ def test_prefill_inside_a_jit_equals_prefill():
     logits, state = start(params(), jnp.asarray(tokens), jnp.asarray(LENGTHS, jnp.int32))
     expected, expected_state = prefill_rows(rows, hshare=HSHARE)
     np.testing.assert_allclose(logits, expected, atol=SAME, rtol=0)
-    assert isinstance(state.selection, SharedLists)
-    assert isinstance(expected_state.selection, SharedLists)
-    np.testing.assert_array_equal(state.selection.source, expected_state.selection.source)
+    assert isinstance(state.method_state, SharedLists)
+    assert isinstance(expected_state.method_state, SharedLists)
+    np.testing.assert_array_equal(state.method_state.source, expected_state.method_state.source)
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from random_weights import random_params
 from tiny_decoder import MODEL, oracle_row, params, random_rows
 
 from hshare_jax.attend import causal_attend
-from hshare_jax.decode import decode_step
 from hshare_jax.decode_state import init_state
+from hshare_jax.decode_step import decode_step
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.decoder import Decoder, parameter_shapes
 from hshare_jax.models.kv_sharing import layer_passes, papers_prefill_cost

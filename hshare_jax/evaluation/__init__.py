@@ -6,11 +6,11 @@ lm-evaluation-harness (`lm_eval_model`).
 
 from hshare_jax.evaluation.bootstrap import interval, mean_ratio
 from hshare_jax.evaluation.likelihood import log_likelihoods
-from hshare_jax.evaluation.methods import METHODS, method_named
 from hshare_jax.evaluation.prefilled import Prefilled, prefill_for
 from hshare_jax.evaluation.recall import measure_recall, recall_of
-from hshare_jax.evaluation.records import Records
 from hshare_jax.evaluation.text_windows import Scorer, Window, cut_windows
+from hshare_jax.files.records import Records
+from hshare_jax.methods.registry import METHODS, method_named
 
 __all__ = [
     "METHODS",

@@ -9,16 +9,16 @@ import numpy as np
 from jax import Array
 from jaxtyping import Int
 
-from hshare_jax.agreement import score_steps
-from hshare_jax.config import HShareConfig
 from hshare_jax.decode_state import init_state
+from hshare_jax.evaluation.teacher_forcing import score_steps
 from hshare_jax.kernels.api import check_impl
+from hshare_jax.methods.base import Method
+from hshare_jax.methods.hshare.settings import HShareSettings
+from hshare_jax.methods.hshare.share_plan import SharePlan
 from hshare_jax.models.pretrained import Model
 from hshare_jax.prefill import prefill
 from hshare_jax.prompts import choose_capacity, pad_prompts
-from hshare_jax.selection import Method
 from hshare_jax.shapes import Logits, PerRow, round_up_coarsely
-from hshare_jax.share_plan import SharePlan
 
 Request = tuple[Sequence[int], Sequence[int]]  # token ids of a context and of its continuation
 
@@ -27,7 +27,7 @@ def log_likelihoods(
     model: Model,
     requests: Sequence[Request],
     *,
-    method: HShareConfig | Method | None,
+    method: HShareSettings | Method | None,
     batch_size: int,
     plan: SharePlan | None = None,
     channels: Int[Array | np.ndarray, "L K ranks"] | None = None,
@@ -44,7 +44,7 @@ def log_likelihoods(
     Args:
         model: from `load_model`.
         requests: contexts and continuations of any lengths, each of at least one token. Rows of a batch are of similar
-            lengths; a result does not depend on its batch (but see `HShareConfig.plan_scope`).
+            lengths; a result does not depend on its batch (but see `HShareSettings.plan_scope`).
         method: the settings to measure; None measures dense decoding.
         batch_size: requests that are computed together.
         plan, channels: known beforehand, as for `init_state`; None finds them from each context.

@@ -26,15 +26,15 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from hshare_jax.calibration import differing_settings, load_channels, load_plan
-from hshare_jax.config import HShareConfig
 from hshare_jax.evaluation.likelihood import Request, log_likelihoods
-from hshare_jax.evaluation.methods import METHODS, has_use_for, method_named, tell_short
 from hshare_jax.generate import generate
+from hshare_jax.methods.base import Method
+from hshare_jax.methods.hshare.settings import HShareSettings
+from hshare_jax.methods.registry import METHODS, has_use_for, method_named, tell_short
 from hshare_jax.models.pretrained import Model, load_model
 from hshare_jax.sampling import SamplingConfig
-from hshare_jax.selection import Method
 
-_FIELDS = {field.name: field.default for field in dataclasses.fields(HShareConfig)}
+_FIELDS = {field.name: field.default for field in dataclasses.fields(HShareSettings)}
 _RATIOS = ("layer_ratio", "head_ratio", "refresh_interval")
 _NO_CHOICE = ("device", "max_batch_size", "settings")
 _log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class HShareLM(TemplateLM):
             plan_file, channels_file: of `hshare-jax calibrate`, in place of what is found from each prompt.
             impl: what computes decode steps, as for `decode_step`.
             device, max_batch_size: not used; the command line gives them to every model. JAX chooses the device.
-            settings: fields of HShareConfig by their names, as values or as text.
+            settings: fields of HShareSettings by their names, as values or as text.
 
         Raises:
             ValueError: an argument that does not exist, contradicts another or is out of range. For the model and the
@@ -105,7 +105,7 @@ class HShareLM(TemplateLM):
             raise ValueError(f"{pretrained.name} has no tokenizer, and lm-evaluation-harness gives texts")
         self.model, self.tokenizer = pretrained, pretrained.tokenizer
         self._constants: dict[str, Any] = {}
-        if isinstance(self.method, HShareConfig):
+        if isinstance(self.method, HShareSettings):
             given = {*settings, *(_RATIOS if sharing_ratio is not None else ())}
             self._constants = _read_constants(self._files, pretrained, self.method, given)
         positions = pretrained.config.max_positions
@@ -252,7 +252,7 @@ class HShareLM(TemplateLM):
         return answers
 
     def _warn_of_short(self, sizes: Sequence[tuple[int, int]]) -> None:
-        if isinstance(self.method, HShareConfig):
+        if isinstance(self.method, HShareSettings):
             for note in tell_short(self.method, self.model.config, sizes, needs_plan="plan" not in self._constants):
                 _log.warning(note)
 
@@ -268,7 +268,7 @@ register_model("hshare_jax")(HShareLM)  # as a decorator it would hide the class
 
 
 def _read_constants(
-    files: Mapping[str, str], model: Model, hshare: HShareConfig, given: Collection[str]
+    files: Mapping[str, str], model: Model, hshare: HShareSettings, given: Collection[str]
 ) -> dict[str, Any]:
     """Returns the plan and the channels that files give; ValueError where they leave a given setting without effect."""
     found: dict[str, Any] = {}
@@ -289,7 +289,7 @@ def _read_constants(
 
 def _choose_method(
     name: str, preset: str | None, sharing_ratio: str | None, settings: Mapping[str, object]
-) -> HShareConfig | Method | None:
+) -> HShareSettings | Method | None:
     """Returns the method that the model arguments ask for."""
     if name not in METHODS:
         raise ValueError(f"method={name!r} must be one of {', '.join(METHODS)}")
@@ -301,7 +301,7 @@ def _choose_method(
         takers = [method for method in METHODS if all(has_use_for(method, key) for key in given)]
         whom = "sparse decoding" if name == "dense" else f"method={' or '.join(takers)}"
         raise ValueError(f"{', '.join(given)} is for {whom}; leave it or method={name} out")
-    config = HShareConfig() if preset is None else HShareConfig.published()
+    config = HShareSettings() if preset is None else HShareSettings.published()
     if sharing_ratio is not None:
         if doubled := [key for key in _RATIOS if key in settings]:
             raise ValueError(f"sharing_ratio={sharing_ratio} sets {doubled[0]} too; leave either out")
@@ -312,7 +312,7 @@ def _choose_method(
 
 
 def _parse(name: str, value: object) -> object:
-    """Returns the value of a setting that may be text; HShareConfig checks what may stand where."""
+    """Returns the value of a setting that may be text; HShareSettings checks what may stand where."""
     text = str(value).strip()
     constants = {"none": None, "true": True, "false": False}
     if isinstance(_FIELDS[name], bool) and text.lower() not in ("true", "false"):

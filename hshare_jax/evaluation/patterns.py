@@ -13,16 +13,16 @@ from jaxtyping import Float, Int
 from tqdm import tqdm
 
 from hshare_jax.calibration import to_share_plan
-from hshare_jax.config import HShareConfig
-from hshare_jax.decode import decode_step
 from hshare_jax.decode_state import DecodeState
+from hshare_jax.decode_step import decode_step
 from hshare_jax.evaluation.prefilled import prefill_for
-from hshare_jax.kernels.reference import EMPTY
+from hshare_jax.kernels.reference_attention import EMPTY
+from hshare_jax.methods.hshare.settings import HShareSettings
+from hshare_jax.methods.hshare.share_plan import SharePlan
+from hshare_jax.methods.hshare.shared_lists import SharedLists
+from hshare_jax.methods.hshare.similarity import measure_overlap
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.pretrained import Model
-from hshare_jax.share_plan import SharePlan
-from hshare_jax.shared_lists import SharedLists
-from hshare_jax.similarity import measure_overlap
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,7 +39,7 @@ def measure_patterns(
     model: Model,
     prompt: Sequence[int],
     *,
-    hshare: HShareConfig = HShareConfig(),  # noqa: B008 (frozen)
+    hshare: HShareSettings = HShareSettings(),  # noqa: B008 (frozen)
     steps: int = 64,
     channels: Int[Array | np.ndarray, "L K ranks"] | None = None,
 ) -> Patterns:
@@ -68,7 +68,7 @@ def measure_patterns(
     with tqdm(total=length, desc="prefill", unit="token", leave=False, disable=None) as bar:
         prefilled = prefill_for(model, tokens, lengths, len(prompt), [hshare, alone], progress=bar.update)
     state = prefilled.start(hshare, channels=channels)
-    shared = state.selection
+    shared = state.method_state
     assert isinstance(shared, SharedLists)
     assert prefilled.queries is not None
     of_layers, of_heads = _measure_overlap(
@@ -84,7 +84,7 @@ def measure_patterns(
     return Patterns(np.asarray(of_heads[0]), np.asarray(of_layers[0]), of_steps, to_share_plan(shared.source[0]))
 
 
-def check_prompt(model: ModelConfig, num_tokens: int, *, hshare: HShareConfig, steps: int) -> None:
+def check_prompt(model: ModelConfig, num_tokens: int, *, hshare: HShareSettings, steps: int) -> None:
     """Raises ValueError for a text in which `measure_patterns` finds nothing to measure.
 
     Args:
@@ -120,8 +120,8 @@ def _collect_lists(
 
     def step(state: DecodeState, token: Array) -> tuple[DecodeState, Array]:
         _, state = decode_step(params, token, state, config=config)
-        assert isinstance(state.selection, SharedLists)
-        return state, state.selection.token_indices[:, 0]
+        assert isinstance(state.method_state, SharedLists)
+        return state, state.method_state.token_indices[:, 0]
 
     state, lists = lax.scan(step, state, tokens.T)
     return lists, state

@@ -11,15 +11,15 @@ from jax import Array
 from jaxtyping import Int
 
 from hshare_jax.calibration import measure_prompt, plan_from
-from hshare_jax.config import HShareConfig
 from hshare_jax.decode_state import DecodeState, init_state, start_method
 from hshare_jax.kv_cache import KVCache
+from hshare_jax.methods.base import Method, MethodState, PromptQueries
+from hshare_jax.methods.hshare.settings import HShareSettings
+from hshare_jax.methods.hshare.share_plan import SharePlan
+from hshare_jax.methods.hshare.shared_lists import SharedLists
 from hshare_jax.models.pretrained import Model
 from hshare_jax.prefill import read_prompt
-from hshare_jax.selection import Method, PromptQueries, Selection
 from hshare_jax.shapes import PerRow, Similarity, Tokens
-from hshare_jax.share_plan import SharePlan
-from hshare_jax.shared_lists import SharedLists
 
 
 @dataclasses.dataclass
@@ -35,13 +35,13 @@ class Prefilled:
     lengths: Int[np.ndarray, "B"]  # the prompts' tokens
     queries: PromptQueries | None
     positions: Int[np.ndarray, "B P"]  # where the queries stand, ascending; beyond each row's last one past all slots
-    # What plans are found from, by `HShareConfig.for_measuring`: measured once for all ratios. Only the last, for its
+    # What plans are found from, by `HShareSettings.for_measuring`: measured once for all ratios. Only the last, for its
     # labels are large.
-    measured: dict[HShareConfig, tuple[SharedLists, Similarity]] = dataclasses.field(default_factory=dict, repr=False)
+    measured: dict[HShareSettings, tuple[SharedLists, Similarity]] = dataclasses.field(default_factory=dict, repr=False)
 
     def start(
         self,
-        method: HShareConfig | Method | None,
+        method: HShareSettings | Method | None,
         *,
         plan: SharePlan | None = None,
         channels: Int[Array | np.ndarray, "L K ranks"] | None = None,
@@ -75,8 +75,8 @@ class Prefilled:
         self.cache = dataclasses.replace(state.cache, lengths=jnp.array(self.lengths))
 
     def _prepare(
-        self, selection: Selection, method: HShareConfig | Method | None, cache: KVCache, *, is_given: bool
-    ) -> Selection:
+        self, selection: MethodState, method: HShareSettings | Method | None, cache: KVCache, *, is_given: bool
+    ) -> MethodState:
         """Returns the selection as after a prefill of its own; `is_given`: its plan or channels were."""
         config = self.model.config
         if self.queries is None or (selection.wants_received and self.queries.received is None):
@@ -117,7 +117,7 @@ def prefill_for(
     tokens: Tokens,
     lengths: PerRow,
     capacity: int,
-    methods: Sequence[HShareConfig | Method | None],
+    methods: Sequence[HShareSettings | Method | None],
     *,
     progress: Callable[[int], object] | None = None,
 ) -> Prefilled:

@@ -7,24 +7,24 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from hshare_jax.critical_tokens import softmax_over
 from hshare_jax.decode_state import DecodeState
+from hshare_jax.kernels.labels import score_keys
 from hshare_jax.kv_cache import KVCache
-from hshare_jax.labels import score_keys
+from hshare_jax.methods.base import MethodState, PromptQueries, Step, mark_dense
+from hshare_jax.methods.hshare.critical_tokens import softmax_over
 from hshare_jax.models.config import ModelConfig
-from hshare_jax.selection import PromptQueries, Selection, Step, mark_dense
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """A method whose recall is taken on every `every`-th step: a `Selection` around another.
+    """A method whose recall is taken on every `every`-th step: a `MethodState` around another.
 
     Recall is the mass of exact attention, over all that a query may see, on the slots that its head reads; the mean
     over all heads and layers, dense ones included.
     """
 
-    selection: Selection
+    selection: MethodState
     total: Array  # [B] float32, the sum over this step's layers of the heads' mean
     count: Array  # int32, steps so far
     every: int = dataclasses.field(metadata={"static": True})
@@ -32,27 +32,27 @@ class Measured:
     @property
     def refresh_interval(self) -> int:
         """Returns the method's."""
-        return self.selection.refresh_interval
+        return self.method_state.refresh_interval
 
     @property
     def wants_received(self) -> bool:
         """Returns the method's."""
-        return self.selection.wants_received
+        return self.method_state.wants_received
 
     def probe_positions(self, starts: Int[Array, "B"], lengths: Int[Array, "B"], num_tokens: int) -> Int[Array, "B P"]:
         """Returns the method's."""
-        return self.selection.probe_positions(starts, lengths, num_tokens)
+        return self.method_state.probe_positions(starts, lengths, num_tokens)
 
     def after_prefill(
         self, queries: PromptQueries, positions: Int[Array, "B P"], cache: KVCache, model: ModelConfig
     ) -> "Measured":
         """Returns the method after the prefill."""
-        return dataclasses.replace(self, selection=self.selection.after_prefill(queries, positions, cache, model))
+        return dataclasses.replace(self, selection=self.method_state.after_prefill(queries, positions, cache, model))
 
     def begin(self, step: Step) -> "Measured":
         """Returns the method at the beginning of a step, nothing measured yet."""
         total = jnp.zeros_like(self.total)
-        return dataclasses.replace(self, selection=self.selection.begin(step), total=total, count=self.count + 1)
+        return dataclasses.replace(self, selection=self.method_state.begin(step), total=total, count=self.count + 1)
 
     def attend(
         self,
@@ -64,7 +64,7 @@ class Measured:
         step: Step,
     ) -> tuple[Float[Array, "B N H"], "Measured"]:
         """Returns (the method's attention, the sum with this layer's recall)."""
-        out, selection = self.selection.attend(layer, q, k, keys, values, step)
+        out, selection = self.method_state.attend(layer, q, k, keys, values, step)
 
         def measure() -> Float[Array, "B"]:
             is_seen = mark_dense(layer, step.lengths, keys.shape[2], step.model)
@@ -80,19 +80,19 @@ class Measured:
 
     def count_reads(self, cache: KVCache, model: ModelConfig) -> Float[Array, "B"]:
         """Returns the method's."""
-        return self.selection.count_reads(cache, model)
+        return self.method_state.count_reads(cache, model)
 
     def mark_reads(self, layer: int, cache: KVCache, model: ModelConfig) -> Bool[Array, "B J S"]:
         """Returns the method's."""
-        return self.selection.mark_reads(layer, cache, model)
+        return self.method_state.mark_reads(layer, cache, model)
 
 
 def measure_recall(state: DecodeState, every: int = 1) -> DecodeState:
     """Returns a state whose steps take recall along, on the first of every `every` steps."""
-    if state.selection is None:
+    if state.method_state is None:
         return state
     total = jnp.zeros(state.cache.lengths.shape, jnp.float32)
-    return DecodeState(state.cache, Measured(state.selection, total, jnp.int32(0), every))
+    return DecodeState(state.cache, Measured(state.method_state, total, jnp.int32(0), every))
 
 
 def recall_of(state: DecodeState, model: ModelConfig) -> Float[Array, "B"]:
@@ -101,8 +101,8 @@ def recall_of(state: DecodeState, model: ModelConfig) -> Float[Array, "B"]:
     Raises:
         ValueError: the state of a sparse method that `measure_recall` was not asked for.
     """
-    if state.selection is None:
+    if state.method_state is None:
         return jnp.ones(state.cache.lengths.shape, jnp.float32)
-    if not isinstance(state.selection, Measured):
+    if not isinstance(state.method_state, Measured):
         raise ValueError("the state takes no recall along: give measure_recall(state) to the steps")
-    return state.selection.total / model.num_layers
+    return state.method_state.total / model.num_layers

@@ -7,16 +7,16 @@ from typing import Any, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from hshare_jax.config import HShareConfig
-from hshare_jax.evaluation.examples import DataError, Example, FileError
-from hshare_jax.evaluation.passkey import Passkey, answer, is_found, read_passkeys
-from hshare_jax.evaluation.records import Records
+from hshare_jax.evaluation.tasks.examples import DataError, Example, FileError
+from hshare_jax.evaluation.tasks.passkey import Passkey, answer, is_found, read_passkeys
 from hshare_jax.evaluation.text_windows import Scorer, Window
+from hshare_jax.files.records import Records
 from hshare_jax.generate import generate
+from hshare_jax.methods.base import Method
+from hshare_jax.methods.hshare.settings import HShareSettings
 from hshare_jax.models.pretrained import Model, ModelFiles
-from hshare_jax.selection import Method
 
-Settings = HShareConfig | Method | None
+Settings = HShareSettings | Method | None
 Score = Callable[[Example, str], dict[str, float]]
 Item = TypeVar("Item")
 KEYS = ("id", "method")  # what tells lines of a results file apart

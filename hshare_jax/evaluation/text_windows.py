@@ -9,13 +9,13 @@ import numpy as np
 from jax import Array
 from transformers import PreTrainedTokenizerBase
 
-from hshare_jax.agreement import forced_logits, score_steps
-from hshare_jax.config import HShareConfig
 from hshare_jax.decode_state import DecodeState
 from hshare_jax.evaluation.prefilled import Prefilled, prefill_for
 from hshare_jax.evaluation.recall import measure_recall, recall_of
+from hshare_jax.evaluation.teacher_forcing import forced_logits, score_steps
+from hshare_jax.methods.base import Method
+from hshare_jax.methods.hshare.settings import HShareSettings
 from hshare_jax.models.pretrained import Model, ModelFiles
-from hshare_jax.selection import Method
 
 RECALL_EVERY = 13  # a prime: steps that choose and steps that reuse are met alike
 
@@ -78,7 +78,7 @@ class Scorer:
         model: Model,
         windows: Sequence[Window],
         steps: int,
-        methods: Sequence[HShareConfig | Method | None],
+        methods: Sequence[HShareSettings | Method | None],
         *,
         impl: str = "auto",
         progress: Callable[[int], object] | None = None,
@@ -101,7 +101,7 @@ class Scorer:
         self.prefilled.take_back(state)
 
     def score(
-        self, method: HShareConfig | Method | None, *, recall_every: int | None = RECALL_EVERY, **given: Any
+        self, method: HShareSettings | Method | None, *, recall_every: int | None = RECALL_EVERY, **given: Any
     ) -> dict[str, np.ndarray]:
         """Returns the scores of a method: those of `score_state` from where it starts.
 

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from hshare_jax.evaluation.plots import BLUE, GREY, VERMILION, blank_figure, set_title
+from hshare_jax.evaluation.plots.overlap import BLUE, GREY, VERMILION, blank_figure, set_title
 from hshare_jax.training.loss import perplexity_of
 
 

@@ -21,7 +21,7 @@ from jax import Array
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from hshare_jax.evaluation.records import Records
+from hshare_jax.files.records import Records
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.orbax_checkpoint import is_orbax_directory
 from hshare_jax.models.pretrained import Model, save_model

@@ -14,11 +14,11 @@ from tiny_models import assert_equal_trees, flipped, fused, state_of, tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer
 
-from hshare_jax.models.checksums import write_checksums
+from hshare_jax.errors import CheckpointError
+from hshare_jax.files.checksums import write_checksums
 from hshare_jax.models.config import RopeConfig, config_from_hf
 from hshare_jax.models.gguf_file import read_gguf
 from hshare_jax.models.pretrained import load_model
-from hshare_jax.models.weights import CheckpointError
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import assert_equal_trees, flipped, fused, state_of, tiny_model
 
-from hshare_jax.models.checksums import write_checksums
+from hshare_jax.errors import CheckpointError
+from hshare_jax.files.checksums import write_checksums
 from hshare_jax.models.config import config_from_hf
 from hshare_jax.models.pretrained import load_model
-from hshare_jax.models.weights import CheckpointError
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ from random_weights import random_params, random_tensor
 from tiny_models import assert_equal_trees
 
 from hshare_jax.attend import causal_attend
+from hshare_jax.files.checksums import write_checksums
 from hshare_jax.kv_cache import init_cache
-from hshare_jax.models.checksums import write_checksums
 from hshare_jax.models.config import ModelConfig, RopeConfig
 from hshare_jax.models.decoder import Decoder, parameter_shapes
 from hshare_jax.models.kv_sharing import (

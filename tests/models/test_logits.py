@@ -13,8 +13,8 @@ from logit_cases import CASES, NUM_TOKENS, VOCAB_SIZE, transformers_logits, tran
 from random_weights import random_params
 
 from hshare_jax.attend import prefill_attend
-from hshare_jax.decode import decode_step
 from hshare_jax.decode_state import init_state
+from hshare_jax.decode_step import decode_step
 from hshare_jax.kv_cache import init_cache
 from hshare_jax.models.config import ModelConfig, config_from_hf
 from hshare_jax.models.decoder import Decoder

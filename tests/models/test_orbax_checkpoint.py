@@ -14,12 +14,12 @@ from tiny_models import assert_equal_trees, flipped, fused, state_of, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from hshare_jax.errors import CheckpointError
+from hshare_jax.files.checksums import write_checksums
 from hshare_jax.models import orbax_checkpoint
-from hshare_jax.models.checksums import write_checksums
 from hshare_jax.models.config import RopeConfig
 from hshare_jax.models.orbax_checkpoint import read_checkpoint_info
 from hshare_jax.models.pretrained import Model, load_model, save_model
-from hshare_jax.models.weights import CheckpointError
 
 
 def a_tokenizer() -> PreTrainedTokenizerFast:

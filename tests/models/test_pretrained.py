@@ -10,10 +10,10 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 from tiny_models import assert_equal_trees, fused, state_of, tiny_model, write_gguf
 
+from hshare_jax.errors import CheckpointError
 from hshare_jax.models import builtin_model
 from hshare_jax.models.builtin_model import cache_directory
 from hshare_jax.models.pretrained import check_model_name, load_model, save_model
-from hshare_jax.models.weights import CheckpointError
 
 BUILTIN = "smollm2-135m-instruct"
 

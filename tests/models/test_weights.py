@@ -11,16 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hshare_jax.errors import CheckpointError
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.decoder import parameter_shapes
-from hshare_jax.models.weights import (
-    CheckpointError,
-    DType,
-    dtype_of,
-    load_parameters,
-    stream_parameters,
-    tensor_layout,
-)
+from hshare_jax.models.weights import DType, dtype_of, load_parameters, stream_parameters, tensor_layout
 
 CONFIG = ModelConfig(
     vocab_size=32, width=16, mlp_width=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, max_positions=64,

@@ -1,0 +1,38 @@
+"""The errors that carry facts instead of a finished sentence, so that Python and the command line can each say them."""
+
+from collections.abc import Callable, Mapping
+
+
+class CheckpointError(ValueError):
+    """A checkpoint whose files are damaged or do not hold the model that their configuration describes."""
+
+
+class SettingError(ValueError):
+    """A setting has a value that breaks a rule.
+
+    In Python the error reads `num_critical=0 must be at least 1`; the command line says `--num-critical 0 must be at
+    least 1`. Both come from `told`, so no message is ever edited.
+
+    Attributes:
+        name: the setting, as Python spells it.
+        value: what was given.
+        rule: what the value must be, beginning with a verb: "must be at least 1".
+        way_out: what to do instead, or "".
+        others: further settings that `rule` and `way_out` mention as `{name}`, with their values.
+    """
+
+    def __init__(
+        self, name: str, value: object, rule: str, way_out: str = "", others: Mapping[str, object] | None = None
+    ) -> None:
+        super().__init__(name, value, rule, way_out, others)
+        self.name, self.value, self.rule, self.way_out = name, value, rule, way_out
+        self.others = dict(others or {})
+
+    def told(self, say: Callable[[str, object], str]) -> str:
+        """The message, in which `say(name, value)` spells each setting."""
+        others = {name: say(name, value) for name, value in self.others.items()}
+        parts = [self.rule, self.way_out] if self.way_out else [self.rule]
+        return f"{say(self.name, self.value)} {': '.join(part.format_map(others) for part in parts)}"
+
+    def __str__(self) -> str:
+        return self.told(lambda name, value: f"{name}={value!r}")

@@ -1,0 +1,81 @@
+"""SHA256SUMS beside a model's files: written as `sha256sum` writes it, and checked before a file is read.
+
+Neither safetensors nor GGUF carries a checksum of its weights: a flipped bit inside a tensor gives another valid
+tensor, and no reader can tell. A file of checksums is what turns that into an error. Our own checkpoints always carry
+one; beside other files, make one with `sha256sum *.safetensors *.json > SHA256SUMS`.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from hshare_jax.errors import CheckpointError
+
+CHECKSUMS = "SHA256SUMS"
+_LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
+
+
+def verify_checksums(directory: Path, names: Iterable[str]) -> None:
+    """Raises CheckpointError if SHA256SUMS in `directory` lists another checksum for one of the files `names`."""
+    listed = _read(directory)
+    _compare(directory, {name: listed[name] for name in names if name in listed})
+
+
+def verify_all(directory: Path) -> None:
+    """Raises CheckpointError unless `directory` holds just the files its SHA256SUMS lists, with these checksums."""
+    listed, present = _read(directory), set(_files(directory))
+    if not listed:
+        raise CheckpointError(f"{directory} is damaged: {CHECKSUMS} is missing or empty")
+    for problem, names in (("lacks", listed.keys() - present), ("holds the unlisted", present - listed.keys())):
+        if names:
+            raise CheckpointError(f"{directory} is damaged: it {problem} {min(names)}")
+    _compare(directory, listed)
+
+
+def write_checksums(directory: Path) -> None:
+    """Writes SHA256SUMS for every file below `directory`."""
+    names = sorted(_files(directory))
+    with ThreadPoolExecutor() as pool:
+        sums = pool.map(_sha256, (directory / name for name in names))
+    (directory / CHECKSUMS).write_text("".join(f"{digest}  {name}\n" for digest, name in zip(sums, names, strict=True)))
+
+
+def _files(directory: Path) -> list[str]:
+    files = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+    return [name for name in files if name != CHECKSUMS]
+
+
+def _read(directory: Path) -> dict[str, str]:
+    path = directory / CHECKSUMS
+    if not path.is_file():
+        return {}
+    try:
+        lines = path.read_text().splitlines()
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is damaged: it is not text") from error
+    listed = {}
+    for number, line in enumerate(lines, start=1):
+        match = _LINE.fullmatch(line)
+        if match is None:
+            raise CheckpointError(f"{path} is damaged: line {number} is not a SHA-256 checksum and a file name")
+        listed[match[2].removeprefix("./")] = match[1]
+    return listed
+
+
+def _compare(directory: Path, listed: dict[str, str]) -> None:
+    paths = [directory / name for name in listed]
+    if missing := [path for path in paths if not path.is_file()]:
+        raise CheckpointError(f"{missing[0]} is missing, though {directory / CHECKSUMS} lists it")
+    with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
+        for path, found, expected in zip(paths, pool.map(_sha256, paths), listed.values(), strict=True):
+            if found != expected:
+                raise CheckpointError(
+                    f"{path} is damaged: its SHA-256 is {found}, {directory / CHECKSUMS} says {expected}"
+                )
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

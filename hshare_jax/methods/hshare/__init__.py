@@ -1,0 +1,1 @@
+"""HShare (ICLR 2025): lists of critical tokens that layers, heads and steps share by a plan."""

@@ -1,0 +1,196 @@
+"""`hshare-jax convert` and `info` with cross-layer KV sharing, on a tiny model."""
+
+import json
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from command_line import call
+from random_weights import random_params
+from tiny_models import assert_equal_trees
+from tiny_tokenizer import LETTERS, byte_tokenizer
+
+from hshare_jax.cli import convert as cli_convert
+from hshare_jax.decode_state import init_state
+from hshare_jax.decode_step import decode_step
+from hshare_jax.models import pretrained
+from hshare_jax.models.config import ModelConfig, RopeConfig
+from hshare_jax.models.kv_sharing import Init, share_kv, share_weights
+from hshare_jax.training.loss import perplexity
+
+TINY = ModelConfig(
+    vocab_size=48, width=32, mlp_width=48, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=8, max_positions=64,
+    windows=(None,) * 4, rope=RopeConfig(theta=100.0),
+)  # fmt: skip
+TEXT = "the rain in spain stays mainly in the plain, or so it is said."
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    model = pretrained.Model(TINY, random_params(TINY), byte_tokenizer(LETTERS), (), "tiny", "")
+    pretrained.save_model(model, path)
+    return str(path)
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> str:
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    return str(tmp_path / "text.txt")
+
+
+@pytest.mark.parametrize("init", ["mean", "copy"])
+def test_convert_writes_a_model_that_shares_and_warns(
+    tiny: str, init: Init, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "shared")
+    given = [] if init == "mean" else ["--init", init]
+    status, _, err = call(["convert", tiny, out, "--kv-sharing", "lckv:1", *given], capsys)
+    assert status == 0
+    assert f"wrote tiny+lckv:1 (float32) to {out}\n" in err
+    assert "WARNING: 2 of 4 layers have keys and values" in err
+    assert "untrained, this model is of no use" in err
+    config = share_kv(TINY, "lckv:1")
+    loaded = pretrained.load_model(out)
+    assert loaded.config == config
+    assert_equal_trees(loaded.params, share_weights(random_params(TINY), TINY, config, init))
+
+
+def test_convert_without_sharing_neither_warns_nor_changes(
+    tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, _, err = call(["convert", tiny, str(tmp_path / "same")], capsys)
+    assert (status, err) == (0, f"wrote tiny (float32) to {tmp_path / 'same'}\n")
+    assert pretrained.load_model(tmp_path / "same").identity == pretrained.load_model(tiny).identity
+
+
+def test_convert_tells_the_perplexity_before_and_after(
+    tiny: str, text_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, _, err = call(
+        ["convert", tiny, str(tmp_path / "shared"), "--kv-sharing", "cla:2", "--perplexity", text_file], capsys
+    )
+    assert status == 0
+    ids = byte_tokenizer(LETTERS)(TEXT)["input_ids"]
+    shared = pretrained.load_model(tmp_path / "shared")
+    windows = np.array([ids], np.int32)
+    before = perplexity(random_params(TINY), windows, config=TINY)
+    after = perplexity(shared.params, windows, config=shared.config)
+    assert before != after
+    assert f"perplexity {before:.3f} before, {after:.3f} after, of 1 x {len(ids) - 1} tokens\n" in err
+
+
+def test_a_long_text_is_scored_in_windows(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "long.txt").write_text(TEXT * 20, encoding="utf-8")
+    monkeypatch.setattr(cli_convert, "_CONTEXT", 15)
+    monkeypatch.setattr(cli_convert, "_MAX_WINDOWS", 3)
+    arguments = ["convert", tiny, str(tmp_path / "shared"), "--kv-sharing", "cla:2"]
+    status, _, err = call([*arguments, "--perplexity", str(tmp_path / "long.txt")], capsys)
+    assert status == 0
+    assert "after, of 3 x 15 tokens\n" in err
+
+
+def test_perplexity_is_that_of_decoding_token_by_token() -> None:
+    config = share_kv(ModelConfig(**{**vars(TINY), "forward_passes": None}), "0_2_2_3")
+    params = random_params(config)
+    tokens = np.asarray([byte_tokenizer(LETTERS)(TEXT)["input_ids"][:12]], np.int32)
+    state, losses = init_state(config, 1, 16, method=None, dtype=jnp.dtype("float32")), []
+    for t in range(tokens.shape[1] - 1):
+        logits, state = decode_step(params, jnp.asarray(tokens[:, t]), state, config=config)
+        losses.append(-float(jax.nn.log_softmax(logits)[0, tokens[0, t + 1]]))
+    found = perplexity(params, tokens, config=config)
+    assert found == pytest.approx(math.exp(np.mean(losses)), rel=1e-5)  # float32, in another order
+
+
+MISTAKES = {
+    # arguments after `convert MODEL OUT`, what the message must say
+    "unknown way": (["--kv-sharing", "burger:2"], "--kv-sharing burger:2: no way of sharing is called so; known are "),
+    "too many KV layers": (["--kv-sharing", "cla:5"], "--kv-sharing cla:5: num_kv_layers=5 must lie between 1 and the"),
+    "layer 0 looks up": (["--kv-sharing", "lckv:0"], "take bottom, or at least 2 KV layers"),
+    "wrong length": (["--kv-sharing", "0_0_2"], "--kv-sharing 0_0_2: it has 3 entries; it needs one for each of 4"),
+    "no KV layer": (["--kv-sharing", "0_0_1_1"], "kv_layer_map[2]=1 points to a layer without keys and values"),
+    "no window": (["--kv-sharing", "0_0s_2_2"], "the model has no sliding window; give --kv-window N"),
+    "idle window": (["--kv-sharing", "cla:2", "--kv-window", "8"], "--kv-sharing cla:2: --kv-window 8 has no effect"),
+    "window of 0": (["--kv-sharing", "yoco", "--kv-window", "0"], "--kv-window 0 must be at least 1"),
+    "window not a number": (["--kv-sharing", "yoco", "--kv-window", "wide"], "'wide' is not a whole number"),
+    "unknown init": (["--kv-sharing", "cla:2", "--init", "best"], "invalid choice: 'best'"),
+    "init alone": (["--init", "mean"], "--init is for sharing keys and values; add --kv-sharing"),
+    "window alone": (["--kv-window", "8"], "--kv-window is for sharing keys and values; add --kv-sharing"),
+    "perplexity alone": (["--perplexity", "{text}"], "--perplexity is for sharing keys and values; add --kv-sharing"),
+    "passes alone": (["--forward-passes", "3"], "--forward-passes is for sharing keys and values; add --kv-sharing"),
+    "no gradient": (["--kv-sharing", "cla:2", "--backward-passes", "0"], "--backward-passes 0 must be at least 1"),
+    "unknown passes": (["--kv-sharing", "cla:2", "--forward-passes", "all"], "'all' is not a whole number or exact"),
+    "no text": (["--kv-sharing", "cla:2", "--perplexity", "no/text.txt"], "--perplexity no/text.txt: No such file"),
+    "empty text": (["--kv-sharing", "cla:2", "--perplexity", "{empty}"], "empty.txt is empty"),
+    "short text": (["--kv-sharing", "cla:2", "--perplexity", "{short}"], "short.txt has 2 tokens to cut from"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_in_convert_is_told_before_the_model_is_loaded(
+    name: str, tiny: str, text_file: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(pretrained.ModelFiles, "load", None)
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "short.txt").write_text("ab")
+    arguments, message = MISTAKES[name]
+    paths = {"{text}": text_file, "{empty}": str(tmp_path / "empty.txt"), "{short}": str(tmp_path / "short.txt")}
+    arguments = [paths.get(argument, argument) for argument in arguments]
+    status, out, err = call(["convert", tiny, str(tmp_path / "shared"), *arguments], capsys)
+    assert (status, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "shared").exists()
+
+
+def test_info_shows_what_sharing_saves_and_costs(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "shared")
+    assert call(["convert", tiny, out, "--kv-sharing", "0s_2_2_3s", "--kv-window", "8"], capsys)[0] == 0
+    plain, shared, asked = (
+        json.loads(call(["info", *arguments, "--json"], capsys)[1])
+        for arguments in ([tiny], [out], [tiny, "--kv-sharing", "0s_2_2_3s", "--kv-window", "8"])
+    )
+    assert plain["identity"] == pretrained.load_model(tiny).identity
+    assert plain["num_kv_layers"] == 4
+    assert plain["relative_prefill_cost"] == 1.0
+    assert "kv_layer_map" not in plain
+    assert shared["kv_layer_map"] == "0s_2_2_3s"
+    assert (shared["num_kv_layers"], shared["sliding_windows"]) == (3, [8])
+    assert (shared["forward_passes"], shared["backward_passes"], shared["relative_prefill_cost"]) == (7, 2, 3.0)
+    for name in ("cache_bytes_per_token", "kv_parameters"):
+        assert shared[name] == plain[name] * 3 // 4
+    assert plain["parameters"] - shared["parameters"] == plain["kv_parameters"] - shared["kv_parameters"]
+    assert all(not isinstance(value, dict) for value in shared.values())
+    assert asked | {"model": "", "identity": ""} == shared | {"model": "", "identity": ""}
+    passes = ["--forward-passes", "exact", "--backward-passes", "3"]
+    exact = json.loads(call(["info", tiny, "--kv-sharing", "lckv:1", *passes, "--json"], capsys)[1])
+    assert (exact["forward_passes"], exact["backward_passes"], exact["relative_prefill_cost"]) == (None, 3, None)
+    status, text, _ = call(["info", out], capsys)
+    assert status == 0
+    assert "kv_layer_map           0s_2_2_3s\n" in text
+
+
+def test_info_tells_what_a_model_would_be_without_loading_it(
+    tiny: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pretrained.ModelFiles, "load", None)
+    status, out, _ = call(["info", tiny, "--kv-sharing", "yoco", "--json", "--dtype", "bfloat16"], capsys)
+    facts = json.loads(out)
+    assert status == 0
+    assert (facts["kv_layer_map"], facts["sliding_windows"]) == ("0s_1s_2_2", [1024])
+    assert facts["cache_bytes_per_token"] == 2 * 3 * 2 * 8 * 2
+    for arguments, message in (
+        (["--kv-window", "8"], "--kv-window is for sharing keys and values; add --kv-sharing"),
+        (["--kv-sharing", "mine"], "--kv-sharing mine: no way of sharing is called so"),
+        (["--kv-sharing", "cla:2", "--plan"], "--plan needs them; leave out either"),
+        (["--kv-sharing", "cla:2", "--num-sinks", "2"], "--num-sinks is for showing a plan; add --plan"),
+    ):
+        status, _, err = call(["info", tiny, *arguments], capsys)
+        assert status == 2
+        assert message in err

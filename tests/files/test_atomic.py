@@ -1,0 +1,84 @@
+"""Files are written whole or not at all, as are the study scripts' reports; these name the command that was given."""
+
+import argparse
+import importlib.util
+import os
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from hshare_jax.files.atomic import whole_file
+
+ROOT = Path(__file__).parent.parent.parent
+MARK = "<!-- written -->"
+
+
+@pytest.fixture(scope="module")
+def reports() -> ModuleType:
+    """Returns scripts/study_reports.py, which no path leads to."""
+    spec = importlib.util.spec_from_file_location("study_reports", ROOT / "scripts" / "study_reports.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_draft_takes_the_files_place_with_nothing_left_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "a.txt"
+    for text in ("one", "two"):
+        with whole_file(path) as draft:
+            draft.write_text(text)
+        assert path.read_text() == text
+    assert [found.name for found in path.parent.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize("before", [None, "before"])
+def test_an_error_leaves_what_was_there_and_nothing_else(
+    before: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "a.txt"
+    if before:
+        path.write_text(before)
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space left"), whole_file(path) as draft:
+        draft.write_text("half")
+    with pytest.raises(UnicodeEncodeError), whole_file(path) as draft:
+        draft.write_text("half \udc80", encoding="utf-8")
+    assert {found.name: found.read_text() for found in tmp_path.iterdir()} == ({"a.txt": before} if before else {})
+
+
+def test_a_report_keeps_what_stands_above_the_mark(
+    reports: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "report.md"
+    for text in ("old\n", "new\n"):
+        reports.write_report(path, MARK, text)
+    assert path.read_text() == f"{MARK}\n\nnew\n"
+    path.write_text(f"# Title\n\nBy hand.\n\n{MARK}\n\nold\n")
+    reports.write_report(path, MARK, "new\n")
+    assert path.read_text() == f"# Title\n\nBy hand.\n\n{MARK}\n\nnew\n"
+    path.write_text("# All by hand\n\n")
+    reports.write_report(path, MARK, "new\n")
+    assert path.read_text() == f"# All by hand\n\n{MARK}\n\nnew\n"
+    reports.write_report(None, MARK, "new\n")
+    assert capsys.readouterr().out == "new\n"
+
+
+def test_a_command_is_the_one_given_with_paths_by_their_names(
+    reports: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (model := tmp_path / "model").mkdir()
+    options = argparse.Namespace(text=[Path("corpus/a b.txt"), Path("c.txt")], report=Path("docs/new.md"), steps=8)
+    given = ["--text", "corpus/a b.txt", "./c.txt", "--report=docs/new.md", "--model", str(model), "--steps", "8"]
+    given += ["--tokenizer", "owner/name", "--report-only"]
+    monkeypatch.setattr("sys.argv", ["/somewhere/study.py", *given])
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    words = "scripts/study.py --text 'a b.txt' c.txt --report=new.md --model model --steps 8 --tokenizer owner/name"
+    assert reports.command(options) == f"python {words}"
+    monkeypatch.setenv("XLA_FLAGS", "--a=false --b=1")
+    assert reports.command(options) == f"XLA_FLAGS='--a=false --b=1' python {words}"

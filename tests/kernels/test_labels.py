@@ -1,0 +1,179 @@
+"""Labels: the channels chosen, the codes kept and the scores taken on them are those of the definition."""
+
+import hypothesis
+import hypothesis.extra.numpy as hnp
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import oracle
+import pytest
+
+from hshare_jax.kernels.labels import (
+    Labels,
+    channel_statistic,
+    choose_channels,
+    make_labels,
+    quantise,
+    score_keys,
+    score_labels,
+)
+
+F32 = 1e-5  # absolute, on scores and labels of about 1
+B, T, K, S, H, R = 3, 5, 2, 24, 8, 3
+BITS = [4, 8, None]
+make = jax.jit(make_labels, static_argnames="bits")
+score = jax.jit(score_labels, static_argnames="bits")
+code = jax.jit(quantise, static_argnames=("bits", "dtype"))
+
+
+def random(rng, *shape):
+    # Channels of different size, as in a real model: so the largest ones are no accident of rounding.
+    return (rng.standard_normal(shape) * rng.uniform(0.2, 3, shape[-1])).astype(np.float32)
+
+
+def random_channels(rng, num_channels=R):
+    return np.sort([[rng.permutation(H)[:num_channels] for _ in range(K)] for _ in range(B)], axis=-1)
+
+
+def read_back(labels: Labels, bits, num_channels):
+    """Returns the labels [B, K, S, R] that codes and scales stand for, unpacked as documented, byte by byte."""
+    if bits is None:
+        assert labels.scales is None
+        return np.moveaxis(np.asarray(labels.codes, np.float64), 2, 3)
+    assert labels.codes.dtype == jnp.uint8
+    codes, half = np.asarray(labels.codes), -(-num_channels // 2)
+    assert codes.shape[2] == (half if bits == 4 else num_channels)
+    if bits == 4:
+        codes = np.stack(
+            [codes[:, :, r] % 16 if r < half else codes[:, :, r - half] // 16 for r in range(num_channels)], 2
+        )
+    offset, step = np.moveaxis(np.asarray(labels.scales, np.float64), 2, 0)
+    return np.moveaxis(offset[:, :, None] + step[:, :, None] * codes, 2, 3)
+
+
+@pytest.mark.parametrize("N", [2, 4, 6])
+def test_channels_are_those_of_the_largest_mean_product_over_all_pairs(N):
+    rng = np.random.default_rng(N)
+    queries, keys, lengths = random(rng, B, T, N, H), random(rng, B, K, S, H), np.array([1, 7, S])
+    for b in range(B):
+        keys[b, :, lengths[b] :] = 1e30  # slots beyond a row's length have no say
+    size = jnp.asarray(np.abs(queries).sum(axis=1))
+    chosen = choose_channels(size, jnp.asarray(keys), jnp.asarray(lengths), R)
+    for b in range(B):
+        expected = oracle.choose_channels(queries[b].astype(np.float64), keys[b, :, : lengths[b]], R)
+        np.testing.assert_array_equal(chosen[b], expected)
+
+
+def test_the_statistic_of_prompts_adds_up_to_that_of_their_pairs():
+    # A calibration adds the statistics of many prompts: that of each is sum |q| times sum |k|, for every kv head.
+    rng = np.random.default_rng(7)
+    queries, keys, lengths = random(rng, B, T, 4, H), random(rng, B, K, S, H), np.array([1, 7, S])
+    found = channel_statistic(jnp.asarray(np.abs(queries).sum(axis=1)), jnp.asarray(keys), jnp.asarray(lengths))
+    for b, k in np.ndindex(B, K):
+        pairs = [
+            np.abs(q * key) for q in queries[b, :, 2 * k : 2 * k + 2].reshape(-1, H) for key in keys[b, k, : lengths[b]]
+        ]
+        np.testing.assert_allclose(found[b, k], np.sum(pairs, axis=0), rtol=F32)
+
+
+def test_equal_channels_go_to_the_lower_one():
+    assert choose_channels(jnp.ones((1, 1, H)), jnp.ones((1, 1, 4, H)), jnp.asarray([4]), R).tolist() == [[[0, 1, 2]]]
+
+
+@pytest.mark.parametrize("num_channels", [1, 2, 3, H])
+@pytest.mark.parametrize("bits", BITS)
+def test_labels_read_back_as_the_definition_quantises(bits, num_channels):
+    rng = np.random.default_rng(30)
+    keys, channels = random(rng, B, K, S, H), random_channels(rng, num_channels)
+    labels = make(jnp.asarray(keys), jnp.asarray(channels), bits)
+    found = read_back(labels, bits, num_channels)
+    for b, k, s in np.ndindex(B, K, S):
+        expected = oracle.quantised(keys[b, k, s, channels[b, k]], bits)
+        np.testing.assert_allclose(found[b, k, s], expected, atol=F32, rtol=0)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_bfloat16_keys_keep_their_offsets_and_steps_in_bfloat16(bits):
+    rng = np.random.default_rng(31)
+    keys = random(rng, B, K, S, H).astype(ml_dtypes.bfloat16)
+    channels = random_channels(rng)
+    labels = make(jnp.asarray(keys), jnp.asarray(channels), bits)
+    assert labels.scales is not None
+    assert labels.scales.dtype == jnp.bfloat16
+    found = read_back(labels, bits, R)
+    for b, k, s in np.ndindex(B, K, S):
+        expected = oracle.quantised(keys[b, k, s, channels[b, k]], bits, ml_dtypes.bfloat16)
+        np.testing.assert_allclose(found[b, k, s], expected, atol=F32, rtol=0)
+
+
+@hypothesis.given(
+    codes=hnp.arrays(np.uint8, (1, 2, 3, 5), elements=st.integers(0, 15)), first=st.sampled_from([-8.0, 0.0, 0.25])
+)
+def test_packed_codes_read_back_whole(codes, first):
+    # The least and the greatest code of each token are set, so that offset is `first` and step is exactly 1.
+    codes[..., 0], codes[..., 4] = 0, 15
+    keys = jnp.asarray(first + codes, jnp.float32)
+    labels = make(keys, jnp.tile(jnp.arange(5), (1, 2, 1)), bits=4)
+    np.testing.assert_array_equal(read_back(labels, 4, 5), keys)
+
+
+@hypothesis.given(x=hnp.arrays(np.float32, (2, 5), elements=st.floats(-1e4, 1e4, width=32, allow_subnormal=False)))
+@pytest.mark.parametrize("bits", [4, 8])
+def test_no_label_is_off_by_more_than_half_a_step(bits, x):
+    codes, offset, step = (np.asarray(array, np.float64) for array in code(jnp.asarray(x), bits, jnp.dtype("float32")))
+    assert (codes <= 2**bits - 1).all()
+    error = np.abs(offset[:, None] + step[:, None] * codes - x).max(axis=-1)
+    assert (error <= step / 2 + np.abs(x).max(axis=-1) * F32).all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_constant_key_is_its_own_label(bits, dtype):
+    keys = jnp.full((B, K, S, H), -1.5, jnp.dtype(dtype)).at[0].set(0)
+    channels = jnp.asarray(random_channels(np.random.default_rng(32)))
+    found = read_back(make(keys, channels, bits), bits, R)
+    np.testing.assert_array_equal(found, np.asarray(keys, np.float64)[..., :R])
+    scores = score(jnp.ones((B, K, H), keys.dtype), make(keys, channels, bits), channels, bits)
+    np.testing.assert_allclose(scores[1], -1.5 * R / H**0.5, atol=F32, rtol=0)
+
+
+@pytest.mark.parametrize("N", [2, 6])
+@pytest.mark.parametrize("bits", BITS)
+def test_scores_are_the_products_of_quantised_queries_and_labels(N, bits):
+    rng = np.random.default_rng(10 + N)
+    q, keys, channels = random(rng, B, N, H), random(rng, B, K, S, H), random_channels(rng)
+    labels = make(jnp.asarray(keys), jnp.asarray(channels), bits)
+    scores = score(jnp.asarray(q), labels, jnp.asarray(channels), bits)
+    for b in range(B):
+        expected = oracle.label_scores(q[b], keys[b].astype(np.float64), channels[b], bits)
+        np.testing.assert_allclose(scores[b], expected, atol=F32, rtol=1e-6)
+
+
+def test_with_all_channels_unquantised_scores_are_those_of_attention():
+    rng = np.random.default_rng(20)
+    q, keys = (jnp.asarray(random(rng, 1, *shape)) for shape in ((4, H), (K, S, H)))
+    channels = jnp.tile(jnp.arange(H), (1, K, 1))
+    scores = score(q, make(keys, channels, None), channels, None)
+    expected = oracle.key_scores(np.asarray(q[0], np.float64), np.asarray(keys[0], np.float64))
+    np.testing.assert_allclose(scores[0], expected, atol=F32, rtol=1e-6)
+    np.testing.assert_allclose(score_keys(q, keys)[0], expected, atol=F32, rtol=1e-6)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_scores_of_bfloat16_keys_are_float32(bits):
+    q, keys = jnp.ones((1, 2, H), jnp.bfloat16), jnp.ones((1, 2, S, H), jnp.bfloat16)
+    channels = jnp.tile(jnp.arange(R), (1, 2, 1))
+    assert score(q, make(keys, channels, bits), channels, bits).dtype == jnp.float32
+    assert score_keys(q, keys).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_labels_of_one_token_are_those_of_the_whole_cache(bits):
+    # A decode step appends what prefill would have made.
+    rng = np.random.default_rng(33)
+    keys, channels = jnp.asarray(random(rng, B, K, S, H)), jnp.asarray(random_channels(rng))
+    whole, one = make(keys, channels, bits), make(keys[:, :, 7:8], channels, bits)
+    for of_all, of_one in zip(jax.tree.leaves(whole), jax.tree.leaves(one), strict=True):
+        np.testing.assert_array_equal(of_all[..., 7:8], of_one)

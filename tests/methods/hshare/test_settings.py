@@ -1,0 +1,128 @@
+"""HShare's settings: the counts that the published ratios stand for, and what is refused."""
+
+import dataclasses
+from fractions import Fraction
+
+import pytest
+from tiny_decoder import MODEL
+
+from hshare_jax.methods.hshare.settings import HShareSettings
+
+
+def model(num_layers, num_heads, num_kv_heads):
+    return dataclasses.replace(
+        MODEL, num_layers=num_layers, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=64,
+        windows=(None,) * num_layers,
+    )  # fmt: skip
+
+
+# Rounded half up, and one of each is left: (layers, lists of a layer) that copy, and lists computed at a refresh.
+@pytest.mark.parametrize(
+    ("ratio", "shape", "lists_per", "dense", "layers", "lists", "computed"),
+    [
+        ("7/8-3/4-1/2", (32, 32, 32), "query_head", 0, 4, 8, 28 * 24),  # LLaMA2-7b, as published
+        ("3/4-3/4-1/2", (32, 32, 32), "query_head", 0, 8, 8, 24 * 24),
+        ("1/2-1/2-1/2", (32, 32, 32), "query_head", 0, 16, 16, 16 * 16),
+        ("1/2-1/2-1/2", (80, 64, 8), "query_head", 0, 40, 32, 40 * 32),  # LLaMA3-70b
+        ("7/8-3/4-1/2", (30, 9, 3), "query_head", 0, 4, 2, 26 * 7),  # SmolLM2
+        ("7/8-3/4-1/2", (30, 9, 3), "kv_head", 0, 4, 1, 26 * 2),
+        ("7/8-3/4-1/2", (30, 9, 3), "kv_head", 1, 4, 1, 25 * 2),  # 29 layers that are not dense
+        ("1-1-1", (30, 9, 3), "kv_head", 0, 0, 0, 90),
+        ("1-1-1", (30, 9, 3), "kv_head", 2, 0, 0, 84),
+        ("1/100-1/100-1", (30, 9, 3), "kv_head", 0, 29, 2, 1),
+        ("1/2-1/2-1", (4, 9, 3), "kv_head", 4, 0, 2, 0),  # nothing but dense layers
+        ("1/2-1/2-1", (4, 9, 3), "kv_head", 9, 0, 2, 0),
+    ],
+)
+def test_a_ratio_stands_for_the_published_counts(ratio, shape, lists_per, dense, layers, lists, computed):
+    config = HShareSettings(plan="published", lists_per=lists_per, dense_layers=dense).with_sharing_ratio(ratio)
+    assert (config.num_shared_layers(model(*shape)), config.num_shared_lists(model(*shape))) == (layers, lists)
+    assert config.num_computed_lists(model(*shape)) == computed
+    assert config.sharing_ratio == ratio
+
+
+@pytest.mark.parametrize(
+    ("ratio", "shape", "lists_per", "dense", "computed"),
+    [
+        ("1/3-1-1", (30, 9, 3), "kv_head", 1, 29),  # SmolLM2: of 87 lists
+        ("1/3-1-1", (30, 9, 3), "query_head", 1, 87),
+        ("7/8-3/4-1/2", (32, 32, 32), "query_head", 0, 672),  # the same number as the published plan
+        ("7/8-3/4-1/2", (30, 9, 3), "kv_head", 1, 57),  # 21/32 of 87 is 57.1
+        ("1/2-1-1", (5, 9, 3), "kv_head", 0, 7),  # a half is rounded up to a list that copies
+        ("1/100-1/100-1", (30, 9, 3), "kv_head", 0, 1),
+        ("1-1-1", (30, 9, 3), "kv_head", 2, 84),
+        ("1/2-1-1", (4, 9, 3), "kv_head", 4, 0),
+    ],
+)
+def test_units_compute_the_product_of_both_ratios_of_all_lists(ratio, shape, lists_per, dense, computed):
+    config = HShareSettings(plan="units", lists_per=lists_per, dense_layers=dense).with_sharing_ratio(ratio)
+    assert config.num_computed_lists(model(*shape)) == computed
+
+
+def test_the_default_has_the_published_budget_and_shares_layers_alone():
+    config = HShareSettings()
+    assert (config.budget, config.sharing_ratio) == (128, "1/2-1-1")
+    assert config.max_recent == config.num_recent
+    assert dataclasses.replace(config, refresh_interval=3).max_recent == config.num_recent + 2
+
+
+def test_the_published_method_shares_layers_then_heads_and_reads_nothing_dense():
+    config = HShareSettings.published()
+    assert (config.num_sinks, config.num_critical, config.num_recent) == (8, 88, 32)
+    assert (config.plan, config.lists_per, config.plan_scope) == ("published", "query_head", "sequence")
+    assert (config.dense_layers, config.min_length, config.refresh_interval) == (0, 0, 2)
+    assert (config.dilate, config.num_probes, config.scoring, config.label_bits) == (False, "all", "labels", 4)
+    assert (config.sharing_ratio, config.budget_ratio) == ("7/8-3/4-1/2", None)
+
+
+@pytest.mark.parametrize(("head_dim", "channels"), [(128, 32), (64, 32), (32, 32), (6, 6)])
+def test_labels_keep_32_channels_or_all_of_a_smaller_head(head_dim, channels):
+    assert HShareSettings().num_label_channels(dataclasses.replace(MODEL, head_dim=head_dim)) == channels
+
+
+def test_more_label_channels_than_a_head_has_are_refused():
+    with pytest.raises(ValueError, match="label_channels=9 must be at most the model's head_dim=8"):
+        HShareSettings(label_channels=9).num_label_channels(MODEL)
+
+
+@pytest.mark.parametrize("ratio", ["1/2-1/2", "a-b-c", "1/2-1/2-1/0", "1/2-1/2-1/2-1/2", ""])
+def test_what_is_no_ratio_is_refused(ratio):
+    with pytest.raises(ValueError, match="must be three fractions layer-head-query, such as 7/8-3/4-1/2"):
+        HShareSettings().with_sharing_ratio(ratio)
+
+
+@pytest.mark.parametrize("ratio", ["1-1-2/3", "1-1-2", "1-1-0"])
+def test_a_query_ratio_is_one_over_a_whole_number(ratio):
+    with pytest.raises(ValueError, match="must be one over the refresh interval"):
+        HShareSettings().with_sharing_ratio(ratio)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_sinks": -1}, "num_sinks=-1 must be at least 0"),
+        ({"num_critical": 0}, "num_critical=0 must be at least 1"),
+        ({"num_recent": 0}, "num_recent=0 must be at least 1"),
+        ({"refresh_interval": 0}, "refresh_interval=0 must be at least 1"),
+        ({"num_probes": 0}, "num_probes=0 must be at least 1"),
+        ({"layer_ratio": Fraction(0)}, r"layer_ratio=0 must lie in \(0, 1\]"),
+        ({"head_ratio": Fraction(3, 2)}, r"head_ratio=3/2 must lie in \(0, 1\]"),
+        ({"budget_ratio": Fraction(0)}, r"budget_ratio=0 must lie in \(0, 1\]: .* of its tokens that a row reads"),
+        ({"budget_ratio": Fraction(9, 8)}, r"budget_ratio=9/8 must lie in \(0, 1\]"),
+        ({"label_channels": 0}, "label_channels=0 must be at least 1"),
+        ({"num_probes": "some"}, "num_probes='some' must be at least 1, a whole number"),
+        ({"num_critical": 1.5}, "num_critical=1.5 must be at least 1, a whole number"),
+        ({"dense_layers": -1}, "dense_layers=-1 must be at least 0"),
+        ({"min_length": -1}, "min_length=-1 must be at least 0"),
+        ({"label_bits": 2}, "label_bits=2 must be one of 4, 8, None"),
+        ({"scoring": "guess"}, "scoring='guess' must be one of 'labels', 'exact'"),
+        ({"lists_per": "layer"}, "lists_per='layer' must be one of 'kv_head', 'query_head'"),
+        ({"plan": "none"}, "plan='none' must be one of 'units', 'published', 'anchors'"),
+        ({"plan": "anchors", "head_ratio": Fraction(1, 2)}, "head_ratio=1/2 must be 1 with plan='anchors'"),
+        ({"plan_scope": "head"}, "plan_scope='head' must be one of 'sequence', 'batch'"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        HShareSettings(**changes)
