@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+EMPTY = -1  # a place in a list of slots that holds no slot
+
 Tokens = Int[Array, "B T"]
 Hidden = Float[Array, "B T D"]
 Queries = Float[Array, "B T N H"]

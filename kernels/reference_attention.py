@@ -9,10 +9,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from hshare_jax.shapes import Lists, Source
+from hshare_jax.shapes import EMPTY, Lists, Source
 
 MASKED = -1e30  # finite, so that a row with nothing to attend to yields numbers, not NaN
-EMPTY = -1  # a list slot that holds no token
 PREFILL_BLOCK = 256  # key slots per step of prefill attention; cache capacities are multiples of it
 
 
