@@ -26,7 +26,7 @@ from hshare_jax.methods.hshare.shared_lists import SharedLists
 from hshare_jax.models.pretrained import Model
 from hshare_jax.prefill import prefill
 from hshare_jax.prompts import choose_capacity
-from hshare_jax.sampling import SamplingConfig
+from hshare_jax.sampling import SamplingParams
 
 SHALLOW = dataclasses.replace(MODEL, num_layers=2, windows=(None,) * 2)
 TOKENIZER = byte_tokenizer(LETTERS)
@@ -34,7 +34,7 @@ MODEL_OF_TEXT = Model(SHALLOW, params(SHALLOW), TOKENIZER, (), "tiny", "0" * 16)
 MODEL_OF_IDS = dataclasses.replace(MODEL_OF_TEXT, tokenizer=None)
 # Texts of about 5, 20 and 60 tokens: shorter than sinks and recent tokens, and longer than the budget of 12.
 PROMPTS = ["there", "in the end, an inn.", "the rain in spain stays mainly in the plain, or so it is said."]
-SAMPLED = SamplingConfig(temperature=1.0, top_p=0.95)
+SAMPLED = SamplingParams(temperature=1.0, top_p=0.95)
 NEW = 20
 
 
@@ -64,7 +64,7 @@ def test_texts_are_the_tokens_decoded(greedy):
     assert greedy.finish_reasons == ["length"] * 3
 
 
-@pytest.mark.parametrize("sampling", [SamplingConfig(), SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("sampling", [SamplingParams(), SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("hshare", [None, HSHARE], ids=["dense", "shared"])
 def test_a_batch_of_different_lengths_equals_each_prompt_alone(hshare, sampling):
     settings: dict[str, Any] = {"method": hshare, "sampling": sampling, "max_new_tokens": NEW}
@@ -235,7 +235,7 @@ def test_a_plan_or_channels_without_hshare_are_refused():
 
 
 def test_a_large_repetition_penalty_repeats_nothing():
-    sampling = SamplingConfig(repetition_penalty=1e6)
+    sampling = SamplingParams(repetition_penalty=1e6)
     prompt = [5, 6, 7, 8]
     found = generate(MODEL_OF_IDS, [prompt, prompt[:2]], method=None, sampling=sampling, max_new_tokens=NEW)
     for given, tokens in zip([prompt, prompt[:2]], found.tokens, strict=True):
@@ -347,7 +347,7 @@ def test_the_compiled_loop_updates_its_buffers_in_place(hshare, batch):
         )
         one = jnp.int32(1)
         compiled = decode_tokens.lower(
-            params(SHALLOW), progress, one, one[None], one, config=SHALLOW, sampling=SamplingConfig(), impl="auto"
+            params(SHALLOW), progress, one, one[None], one, config=SHALLOW, sampling=SamplingParams(), impl="auto"
         ).compile()
     finally:
         jaxtyping.config.update("jaxtyping_disable", False)

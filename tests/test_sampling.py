@@ -8,21 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hshare_jax.sampling import SamplingConfig, keep_likely, sample
+from hshare_jax.sampling import SamplingParams, keep_likely, sample
 
 B, V = 4, 12
 kept = jax.jit(keep_likely, static_argnames="config")
 drawn = jax.jit(sample, static_argnames="config")
 LOGITS = hnp.arrays(np.float32, (B, V), elements=st.floats(-6, 6, width=16))
 CONFIGS = [
-    SamplingConfig(temperature=1.0, top_k=1),
-    SamplingConfig(temperature=1.0, top_k=5),
-    SamplingConfig(temperature=1.0, top_k=V + 3),
-    SamplingConfig(temperature=1.0, top_p=0.15),
-    SamplingConfig(temperature=1.0, top_p=0.8),
-    SamplingConfig(temperature=1.0, min_p=0.3),
-    SamplingConfig(temperature=1.0, min_p=1.0),
-    SamplingConfig(temperature=1.0, top_k=7, top_p=0.7, min_p=0.1),
+    SamplingParams(temperature=1.0, top_k=1),
+    SamplingParams(temperature=1.0, top_k=5),
+    SamplingParams(temperature=1.0, top_k=V + 3),
+    SamplingParams(temperature=1.0, top_p=0.15),
+    SamplingParams(temperature=1.0, top_p=0.8),
+    SamplingParams(temperature=1.0, min_p=0.3),
+    SamplingParams(temperature=1.0, min_p=1.0),
+    SamplingParams(temperature=1.0, top_k=7, top_p=0.7, min_p=0.1),
 ]
 
 
@@ -57,7 +57,7 @@ def expected_tokens(logits, config):
 
 def test_greedy_takes_the_largest_logit_and_the_first_on_ties():
     logits = jnp.asarray([[0.0, 3.0, 1.0], [2.0, 2.0, 1.0]])
-    assert drawn(logits, keys(0, 1), SamplingConfig()).tolist() == [1, 0]
+    assert drawn(logits, keys(0, 1), SamplingParams()).tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -98,7 +98,7 @@ def test_the_kept_tokens_are_those_of_transformers(config):
 def test_the_repetition_penalty_divides_what_is_above_zero_and_multiplies_what_is_below():
     logits = jnp.asarray([[4.0, 3.0, -1.0], [-1.0, -3.0, -1.5]])
     seen = jnp.asarray([[True, False, True], [True, False, False]])
-    config = SamplingConfig(repetition_penalty=2.0)
+    config = SamplingParams(repetition_penalty=2.0)
     assert drawn(logits, keys(0, 1), config, seen=seen).tolist() == [1, 2]
     assert drawn(logits, keys(0, 1), config, seen=jnp.zeros_like(seen)).tolist() == [0, 0]
 
@@ -112,12 +112,12 @@ def test_the_repetition_penalty_equals_that_of_transformers():
     np.put_along_axis(seen, prompts, True, axis=1)
     process = logits_process.RepetitionPenaltyLogitsProcessor(3.0)
     expected = process(torch.from_numpy(prompts), torch.from_numpy(logits)).argmax(-1)  # pyright: ignore[reportArgumentType]
-    config = SamplingConfig(repetition_penalty=3.0)
+    config = SamplingParams(repetition_penalty=3.0)
     assert drawn(jnp.asarray(logits), keys(0, 1, 2, 3), config, seen=jnp.asarray(seen)).tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize(
-    "config", [SamplingConfig(temperature=0.5), SamplingConfig(temperature=2.0, top_k=4, min_p=0.05)]
+    "config", [SamplingParams(temperature=0.5), SamplingParams(temperature=2.0, top_k=4, min_p=0.05)]
 )
 def test_draws_are_as_frequent_as_the_kept_tokens_are_likely(config):
     draws, logits = 20_000, random_logits(4, 1)[0]
@@ -131,7 +131,7 @@ def test_draws_are_as_frequent_as_the_kept_tokens_are_likely(config):
 
 
 def test_a_rows_draw_depends_on_its_own_seed_and_logits_only():
-    config = SamplingConfig(temperature=1.5)
+    config = SamplingParams(temperature=1.5)
     logits = random_logits(6, 40)
     together = drawn(jnp.asarray(logits), keys(*range(40)), config).tolist()
     for b in (0, 7, 39):
@@ -153,15 +153,15 @@ def test_a_rows_draw_depends_on_its_own_seed_and_logits_only():
 )
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        SamplingConfig(**settings)
+        SamplingParams(**settings)
 
 
 def test_the_coldest_temperature_is_greedy():
     logits = jnp.asarray([[1.0, 3.0, 2.0], [0.5, -1.0, 0.4]])
-    found = sample(logits, keys(0, 1), SamplingConfig(temperature=1e-40))
+    found = sample(logits, keys(0, 1), SamplingParams(temperature=1e-40))
     assert found.tolist() == [1, 0]
 
 
 def test_a_penalty_without_the_tokens_so_far_is_refused():
     with pytest.raises(ValueError, match=r"repetition_penalty=1\.5 needs `seen`"):
-        sample(jnp.zeros((1, 3)), keys(0), SamplingConfig(repetition_penalty=1.5))
+        sample(jnp.zeros((1, 3)), keys(0), SamplingParams(repetition_penalty=1.5))

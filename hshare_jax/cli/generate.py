@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from hshare_jax.generate import Generation
     from hshare_jax.methods.hshare.share_plan import SharePlan
     from hshare_jax.models.pretrained import Model
-    from hshare_jax.sampling import SamplingConfig
+    from hshare_jax.sampling import SamplingParams
 
 # What only one command needs is imported by it: a start stays short.
 
@@ -113,14 +113,14 @@ def run_generate(options: argparse.Namespace) -> int:
     return 0
 
 
-def _sampling(options: argparse.Namespace) -> "SamplingConfig":
-    from hshare_jax.sampling import SamplingConfig
+def _sampling(options: argparse.Namespace) -> "SamplingParams":
+    from hshare_jax.sampling import SamplingParams
 
     try:
-        sampling = SamplingConfig(**{f.name: getattr(options, f.name) for f in dataclasses.fields(SamplingConfig)})
+        sampling = SamplingParams(**{f.name: getattr(options, f.name) for f in dataclasses.fields(SamplingParams)})
     except ValueError as error:
         raise as_usage_error(error) from error
-    idle = [name for name in ("top_k", "top_p", "min_p") if getattr(sampling, name) != getattr(SamplingConfig(), name)]
+    idle = [name for name in ("top_k", "top_p", "min_p") if getattr(sampling, name) != getattr(SamplingParams(), name)]
     if sampling.temperature == 0 and idle:
         raise UsageError(
             f"{option_name(idle[0])} has no effect at --temperature 0, which is greedy; give a temperature"
@@ -133,7 +133,7 @@ def _decode(
     prompts: list[list[int]],
     method: "Settings",
     constants: "tuple[SharePlan | None, np.ndarray | None]",
-    sampling: "SamplingConfig",
+    sampling: "SamplingParams",
     seeds: list[int],
     options: argparse.Namespace,
     show: Callable[[str], object] | None,
@@ -200,12 +200,12 @@ def _compare(
     is_streamed: bool,
 ) -> dict[str, Any]:
     from hshare_jax.evaluation.teacher_forcing import token_agreement
-    from hshare_jax.sampling import SamplingConfig
+    from hshare_jax.sampling import SamplingParams
 
     # As the sparse run was decoded, back to the host as often.
     show = (lambda text: None) if is_streamed else None
     seeds = list(range(len(prompts)))
-    dense = _decode(model, prompts, None, (None, None), SamplingConfig(), seeds, options, show)
+    dense = _decode(model, prompts, None, (None, None), SamplingParams(), seeds, options, show)
     rows = [row for row, tokens in enumerate(dense.tokens) if len(tokens) > 1]
     if not rows:
         return {"agreement_with_dense": None}

@@ -204,9 +204,9 @@ def option_name(name: str) -> str:
 
 def as_usage_error(error: ValueError) -> UsageError:
     """Returns a library's complaint in the user's words: `num_critical=0` is `--num-critical 0`."""
-    from hshare_jax.sampling import SamplingConfig
+    from hshare_jax.sampling import SamplingParams
 
-    names = {*setting_names(), *(f.name for f in dataclasses.fields(SamplingConfig))} - {"layer_ratio", "head_ratio"}
+    names = {*setting_names(), *(f.name for f in dataclasses.fields(SamplingParams))} - {"layer_ratio", "head_ratio"}
     names |= {"max_new_tokens", "block_length", "max_blocks", "revision", "impl", "context", "steps", "limit"}
     message = re.sub(rf"\b({'|'.join(names)})=", lambda match: f"{option_name(match[1])} ", str(error))
     return UsageError(re.sub(r"\b(layer|head)_ratio=", r"the \1 ratio of --sharing-ratio, ", message))

@@ -32,7 +32,7 @@ from hshare_jax.methods.base import Method
 from hshare_jax.methods.hshare.settings import HShareSettings
 from hshare_jax.methods.registry import METHODS, has_use_for, method_named, tell_short
 from hshare_jax.models.pretrained import Model, load_model
-from hshare_jax.sampling import SamplingConfig
+from hshare_jax.sampling import SamplingParams
 
 _FIELDS = {field.name: field.default for field in dataclasses.fields(HShareSettings)}
 _RATIOS = ("layer_ratio", "head_ratio", "refresh_interval")
@@ -333,7 +333,7 @@ def _whole(name: str, value: object, least: int) -> int:
     return number
 
 
-def _read_gen_kwargs(gen_kwargs: dict[str, Any], max_gen_toks: int) -> tuple[list[str], int, SamplingConfig]:
+def _read_gen_kwargs(gen_kwargs: dict[str, Any], max_gen_toks: int) -> tuple[list[str], int, SamplingParams]:
     """Returns (stop strings, most new tokens, sampling) of a task's generation_kwargs."""
     kwargs: dict[str, Any] = {**normalize_gen_kwargs(gen_kwargs, max_gen_toks)}
     until = [text for text in kwargs.pop("until") if text]
@@ -341,12 +341,12 @@ def _read_gen_kwargs(gen_kwargs: dict[str, Any], max_gen_toks: int) -> tuple[lis
     del kwargs["do_sample"]  # without it the temperature is 0
     if kwargs.get("num_beams") == 1:
         del kwargs["num_beams"]
-    kinds: dict[str, Any] = {field.name: type(field.default) for field in dataclasses.fields(SamplingConfig)}
+    kinds: dict[str, Any] = {field.name: type(field.default) for field in dataclasses.fields(SamplingParams)}
     if unknown := [name for name in kwargs if name not in kinds]:
         raise ValueError(f"unknown generation_kwargs {', '.join(unknown)}; for sampling there are {', '.join(kinds)}")
     if not float(kwargs.get("temperature", 0)):  # greedy: a task's top_p=0 means nothing then
         kwargs = {name: value for name, value in kwargs.items() if name == "repetition_penalty"}
-    return until, max_gen_toks, SamplingConfig(**{name: kinds[name](value) for name, value in kwargs.items()})
+    return until, max_gen_toks, SamplingParams(**{name: kinds[name](value) for name, value in kwargs.items()})
 
 
 def main() -> None:

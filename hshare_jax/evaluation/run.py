@@ -13,10 +13,9 @@ from hshare_jax.evaluation.text_windows import Scorer, Window
 from hshare_jax.files.records import Records
 from hshare_jax.generate import generate
 from hshare_jax.methods.base import Method
-from hshare_jax.methods.hshare.settings import HShareSettings
 from hshare_jax.models.pretrained import Model, ModelFiles
 
-Settings = HShareSettings | Method | None
+Settings = Method | None
 Score = Callable[[Example, str], dict[str, float]]
 Item = TypeVar("Item")
 KEYS = ("id", "method")  # what tells lines of a results file apart
@@ -123,7 +122,7 @@ def run_generation(
         first = batch[0][0]
         result = generate(
             model, [ids for _, ids in batch],
-            max_new_tokens=first.max_new_tokens, method=method, stop=first.stop, **_for(name, given),
+            max_new_tokens=first.max_new_tokens, method=method, stop=first.stop,
         )  # fmt: skip
         found = zip(batch, result.texts, result.tokens, result.usage.reads, strict=True)
         for (example, ids), text, tokens, reads in found:
@@ -158,7 +157,7 @@ def run_passkeys(
         if held is None or held[0] is not batch:
             held = None  # two batches would not fit where one does
             held = batch, read_passkeys(model, batch, list(methods.values()))
-        texts = answer(model, batch, held[1], method, impl=impl, **_for(name, given))
+        texts = answer(model, batch, held[1], method, impl=impl)
         for passkey, text in zip(batch, texts, strict=True):
             records.append(
                 {
@@ -186,7 +185,7 @@ def run_texts(
         if held is None or held[0] is not batch:
             held = None  # two batches would not fit where one does
             held = batch, Scorer(model, batch, steps, list(methods.values()), impl=impl)
-        scores = held[1].score(method, **_for(name, given))
+        scores = held[1].score(method)
         for row, window in enumerate(batch):
             means = {key: round(float(values[row].mean()), 6) for key, values in scores.items() if key != "recall"}
             if not np.isfinite(means["loss"]):
@@ -199,12 +198,6 @@ def run_texts(
             records.append(
                 {"id": window.id, "method": name, "task": "perplexity", "steps": steps, "reads": reads, "scores": means}
             )
-
-
-def _for(name: str, given: dict[str, Any]) -> dict[str, Any]:
-    """Returns what a method takes of these: a plan is HShare's alone, label channels are Double Sparsity's too."""
-    withheld = {"hshare": (), "double_sparsity": ("plan",)}.get(name, ("plan", "channels"))
-    return {key: value for key, value in given.items() if key not in withheld}
 
 
 def _todo(

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +12,13 @@ from jax import Array, lax
 from jaxtyping import Int
 from transformers import PreTrainedTokenizerBase
 
-from hshare_jax.decode_state import DecodeState, for_decoding
+from hshare_jax.decode_state import DecodeState
 from hshare_jax.decode_step import decode_step
 from hshare_jax.evaluation.prefilled import Prefilled, prefill_for
-from hshare_jax.evaluation.text_windows import encode_text
 from hshare_jax.methods.base import Method
-from hshare_jax.methods.hshare.settings import HShareSettings
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.pretrained import Model
+from hshare_jax.prompts import encode_text
 
 NEEDLE = "\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n"
 QUESTION = "\n\nWhat is the pass key? The pass key is"
@@ -115,13 +113,11 @@ def ask(
     """
     B = state.cache.lengths.shape[0]
     asked = jnp.tile(jnp.asarray(question, jnp.int32)[:, None], (1, B))
-    tokens, state = _ask(params, asked, for_decoding(state), config=config, impl=impl)
+    tokens, state = _ask(params, asked, state, config=config, impl=impl)
     return np.asarray(tokens).T, state
 
 
-def read_passkeys(
-    model: Model, passkeys: Sequence[Passkey], methods: Sequence[HShareSettings | Method | None]
-) -> Prefilled:
+def read_passkeys(model: Model, passkeys: Sequence[Passkey], methods: Sequence[Method | None]) -> Prefilled:
     """Returns the texts of passkeys of one length, read densely once, from which any of `methods` may be asked."""
     tokens = jnp.asarray([passkey.text for passkey in passkeys], jnp.int32)
     lengths = jnp.full((len(passkeys),), tokens.shape[1], jnp.int32)
@@ -133,10 +129,9 @@ def answer(
     model: Model,
     passkeys: Sequence[Passkey],
     prefilled: Prefilled,
-    method: HShareSettings | Method | None,
+    method: Method | None,
     *,
     impl: str = "auto",
-    **given: Any,
 ) -> list[str]:
     """Returns what a method answers to each of the passkeys that were read.
 
@@ -144,10 +139,9 @@ def answer(
         model, passkeys: as for `read_passkeys`, which returned `prefilled`.
         method: one of those that it was made for.
         impl: as for `decode_step`.
-        given: a plan or channels, as for `Prefilled.start`.
     """
     assert model.tokenizer is not None
-    state = prefilled.start(method, **given)
+    state = prefilled.start(method)
     tokens, state = ask(model.params, passkeys[0].question, state, config=model.config, impl=impl)
     prefilled.take_back(state)
     return list(map(str, model.tokenizer.batch_decode(tokens)))
