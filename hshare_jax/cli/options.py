@@ -84,7 +84,8 @@ def _default(value: object) -> str:
     """The default of a field, for a help text. The help text of a field whose default is None says what None means."""
     if value is None:
         return ""
-    return f" (default: {('no', 'yes')[value] if isinstance(value, bool) else value})"
+    text = ("no", "yes")[value] if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else value
+    return f" (default: {text})"
 
 
 def _value(annotation: Any) -> dict[str, Any]:
