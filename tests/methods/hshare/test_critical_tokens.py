@@ -12,7 +12,7 @@ import numpy as np
 import oracle
 import pytest
 
-from hshare_jax.kernels.reference_attention import EMPTY
+from hshare_jax.shapes import EMPTY
 from hshare_jax.methods.hshare.critical_tokens import (
     dilate,
     find_critical_tokens,
@@ -24,14 +24,14 @@ from hshare_jax.methods.hshare.settings import HShareSettings
 
 F32 = 1e-6  # absolute, on weights of at most 1
 S = 16
-CONFIG = HShareSettings(num_sinks=2, num_critical=4, num_recent=3, dilate=False)
+SETTINGS = HShareSettings(num_sinks=2, num_critical=4, num_recent=3, dilate=False)
 # Ties, both zeros, the largest and the smallest normal numbers, neighbours in the last bit, and nothing at all.
 SCORES = [
     0.0, -0.0, 1.0, float(np.nextafter(np.float32(1), np.float32(2))), -1.0, 2.5, -2.5, 3e38, -3e38, 2e-38, -2e-38,
     -float("inf"), 65536.0, 65537.0,
 ]  # fmt: skip
 select = jax.jit(select_tokens, static_argnames="num_critical")
-find = jax.jit(find_critical_tokens, static_argnames=("num_lists", "config"))
+find = jax.jit(find_critical_tokens, static_argnames=("num_lists", "settings"))
 
 
 def listed(row):
