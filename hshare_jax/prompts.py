@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.pretrained import Model, ModelFiles
@@ -34,6 +35,12 @@ def encode_prompts(model: Model | ModelFiles, prompts: Sequence[Prompt], *, name
             )
         encoded.append(ids)
     return encoded
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
+    """Returns (the token ids of a text alone, those that must come before every stretch of it: <s>, or none)."""
+    ids, first = tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer("")["input_ids"][:1]
+    return list(ids), list(first) if first == [tokenizer.bos_token_id] else []
 
 
 def pad_prompts(prompts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:

@@ -7,7 +7,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from transformers import PreTrainedTokenizerBase
 
 from hshare_jax.decode_state import DecodeState
 from hshare_jax.evaluation.prefilled import Prefilled, prefill_for
@@ -16,6 +15,7 @@ from hshare_jax.evaluation.teacher_forcing import forced_logits, score_steps
 from hshare_jax.methods.base import Method
 from hshare_jax.methods.hshare.settings import HShareSettings
 from hshare_jax.models.pretrained import Model, ModelFiles
+from hshare_jax.prompts import encode_text
 
 RECALL_EVERY = 13  # a prime: steps that choose and steps that reuse are met alike
 
@@ -62,12 +62,6 @@ def cut_windows(
         raise ValueError(f"count={count} must be at most {max(room, 1)}: {name} has no more windows that differ")
     starts = [first + (size * index if count is None else room * index // count) for index in range(count or most)]
     return [Window(f"{name}:{start}", (*prefix, *map(int, ids[start : start + size]))) for start in starts]
-
-
-def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
-    """Returns (the token ids of a text alone, those that must come before every stretch of it: <s>, or none)."""
-    ids, first = tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer("")["input_ids"][:1]
-    return list(ids), list(first) if first == [tokenizer.bos_token_id] else []
 
 
 class Scorer:

@@ -16,11 +16,11 @@ from transformers import PreTrainedTokenizerBase
 from hshare_jax.decode_state import DecodeState, for_decoding
 from hshare_jax.decode_step import decode_step
 from hshare_jax.evaluation.prefilled import Prefilled, prefill_for
-from hshare_jax.evaluation.text_windows import encode_text
 from hshare_jax.methods.base import Method
 from hshare_jax.methods.hshare.settings import HShareSettings
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.pretrained import Model
+from hshare_jax.prompts import encode_text
 
 NEEDLE = "\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n"
 QUESTION = "\n\nWhat is the pass key? The pass key is"
