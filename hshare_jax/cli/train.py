@@ -45,26 +45,7 @@ examples:
   hshare-jax train --text books/*.txt --output runs/shared --model smollm2-135m-instruct \\
       --kv-sharing sandwich-middle:15 --learning-rate 3e-4 --sequence-length 512 --batch-size 8
 """
-WARMUP = TrainingSettings().warmup_steps
-HELP = {
-    "sequence_length": "tokens that a window predicts",
-    "batch_size": "windows of an optimiser step",
-    "accumulation_steps": "micro-batches that a step is cut into, to save memory",
-    "num_steps": "optimiser steps of the whole run",
-    "learning_rate": "peak learning rate",
-    "warmup_steps": f"steps of linear warm-up; default: {WARMUP}, or a tenth of all steps if that is fewer",
-    "min_learning_rate_ratio": "learning rate at the end, as a share of the peak",
-    "weight_decay": "weight decay of AdamW, for matrices only",
-    "beta1": "decay rate of AdamW's mean of gradients",
-    "beta2": "decay rate of AdamW's mean of squared gradients",
-    "max_grad_norm": "scale larger gradients down to this norm; 0 switches this off",
-    "compute_dtype": "dtype of the forward and backward pass: float32 or bfloat16; parameters are always float32",
-    "seed": "seed of random weights and of the order of the windows",
-    "log_every": "steps between two lines of metrics",
-    "eval_every": "steps between two evaluations",
-    "checkpoint_every": "steps between two checkpoints",
-    "keep_checkpoints": "how many of the newest checkpoints are kept",
-}
+WARMUP = TrainingSettings().warmup_steps  # unless a tenth of all steps is fewer
 
 
 def add_train(parser: argparse.ArgumentParser) -> None:
@@ -94,13 +75,14 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     add_kv_sharing(parser.add_argument_group("cross-layer KV sharing"), weights=True)
     group = parser.add_argument_group("training")
     for field in dataclasses.fields(TrainingSettings):
-        kind = type(field.default)
-        has_default = field.name != "warmup_steps"
+        kind, default = type(field.default), str(field.default)
+        if field.name == "warmup_steps":
+            default = f"{WARMUP}, or a tenth of all steps if that is fewer"
         group.add_argument(
-            option_name(field.name), type=kind, default=field.default if has_default else None,
-            metavar="N" if kind is int else "X",
-            help=HELP[field.name] + (f" ({field.default})" if has_default else ""),
+            option_name(field.name), type=kind, default=field.default, metavar="N" if kind is int else "X",
+            help=f"{field.metadata['help']} ({default})",
         )  # fmt: skip
+    parser.set_defaults(warmup_steps=None)
 
 
 def run_train(options: argparse.Namespace) -> int:
@@ -145,7 +127,7 @@ def _read_settings(options: argparse.Namespace) -> TrainingSettings:
 
     options.output = options.output.expanduser()
     check_output(options.output / METRICS, overwrite=True)
-    given = {name: getattr(options, name) for name in HELP}
+    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(TrainingSettings)}
     if given["warmup_steps"] is None:
         given["warmup_steps"] = max(0, min(WARMUP, options.num_steps // 10))
     settings = TrainingSettings(**given)

@@ -1,58 +1,44 @@
-"""TrainingSettings: everything that shapes a training run, except the model and the text."""
+"""TrainingSettings: everything that shapes a training run, except the model and the text.
+
+The help text beside each setting is the help of its command-line option.
+"""
 
 import dataclasses
 import math
-from typing import Literal, get_args
+from typing import Literal
 
-from hshare_jax.errors import SettingError
-
-ComputeDType = Literal["float32", "bfloat16"]
+from hshare_jax.errors import SettingError, setting
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
     """Settings of a training run. Their names are those of nanoGPT and of transformers' Trainer where the two agree.
 
-    Attributes:
-        sequence_length: tokens that a window predicts.
-        batch_size: windows of one optimiser step, counted over all devices and micro-batches.
-        accumulation_steps: micro-batches that a step is cut into. Only one micro-batch is in memory at a time.
-        num_steps: optimiser steps of the whole run. The learning rate reaches its minimum at the end of the run.
-        learning_rate: the peak of the learning rate, reached at the end of the warm-up.
-        warmup_steps: steps of linear warm-up. The first step's learning rate is above 0.
-        min_learning_rate_ratio: the learning rate at the end of the cosine, as a share of the peak.
-        weight_decay: weight decay of AdamW. It applies to matrices only, not to norms and biases.
-        beta1: decay rate of AdamW's mean of gradients.
-        beta2: decay rate of AdamW's mean of squared gradients.
-        max_grad_norm: gradients with a larger norm over all parameters are scaled down to it; 0 switches this off.
-        compute_dtype: dtype of the forward and backward pass. Parameters and optimiser state are always float32.
-        seed: seed of the order of the windows.
-        log_every: steps between two lines of metrics.
-        eval_every: steps between two evaluations. The last step is always followed by an evaluation.
-        checkpoint_every: steps between two checkpoints. The last step is always followed by a checkpoint.
-        keep_checkpoints: how many checkpoints are kept, the newest ones.
+    The last step of a run is always logged, evaluated and written as a checkpoint.
 
     Raises:
         SettingError: a setting has a value that cannot be used.
     """
 
-    sequence_length: int = 1024
-    batch_size: int = 32
-    accumulation_steps: int = 1
-    num_steps: int = 1000
-    learning_rate: float = 6e-4
-    warmup_steps: int = 100
-    min_learning_rate_ratio: float = 0.1
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    max_grad_norm: float = 1.0
-    compute_dtype: ComputeDType = "float32"
-    seed: int = 0
-    log_every: int = 10
-    eval_every: int = 250
-    checkpoint_every: int = 250
-    keep_checkpoints: int = 2
+    sequence_length: int = setting(1024, "tokens that a window predicts")
+    batch_size: int = setting(32, "windows of an optimiser step, over all devices and micro-batches")
+    accumulation_steps: int = setting(1, "micro-batches that a step is cut into; one at a time is in memory")
+    num_steps: int = setting(1000, "optimiser steps of the whole run; the learning rate falls until the last")
+    learning_rate: float = setting(6e-4, "peak learning rate, reached at the end of the warm-up")
+    warmup_steps: int = setting(100, "steps of linear warm-up")
+    min_learning_rate_ratio: float = setting(0.1, "learning rate at the end of the run, as a share of the peak")
+    weight_decay: float = setting(0.1, "weight decay of AdamW, for matrices only, not for norms and biases")
+    beta1: float = setting(0.9, "decay rate of AdamW's mean of gradients")
+    beta2: float = setting(0.95, "decay rate of AdamW's mean of squared gradients")
+    max_grad_norm: float = setting(1.0, "scale gradients of a larger norm down to this norm; 0 switches this off")
+    compute_dtype: Literal["float32", "bfloat16"] = setting(
+        "float32", "dtype of the forward and backward pass, float32 or bfloat16; parameters are always float32"
+    )
+    seed: int = setting(0, "seed of the order of the windows, and of random weights")
+    log_every: int = setting(10, "steps between two lines of metrics")
+    eval_every: int = setting(250, "steps between two evaluations")
+    checkpoint_every: int = setting(250, "steps between two checkpoints")
+    keep_checkpoints: int = setting(2, "how many of the newest checkpoints are kept")
 
     def __post_init__(self) -> None:
         for name in (
@@ -73,11 +59,8 @@ class TrainingSettings:
             self._check(name, is_usable, "must be finite and at least 0, which switches it off")
         for name in ("beta1", "beta2"):
             self._check(name, 0 <= getattr(self, name) < 1, "must lie in [0, 1)")
-        dtypes = get_args(ComputeDType)
-        self._check(
-            "compute_dtype", self.compute_dtype in dtypes, f"must be one of {', '.join(dtypes)}",
-            "float16 would need its losses scaled",
-        )  # fmt: skip
+        rule, reason = "must be one of float32, bfloat16", "float16 would need its losses scaled"
+        self._check("compute_dtype", self.compute_dtype in ("float32", "bfloat16"), rule, reason)
         self._check("seed", 0 <= self.seed < 2**63, "must lie in [0, 2**63)")
 
     def _check(self, name: str, is_met: bool, rule: str, way_out: str = "", others: tuple[str, ...] = ()) -> None:

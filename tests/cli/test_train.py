@@ -10,7 +10,6 @@ from command_line import call
 from tiny_tokenizer import byte_tokenizer
 from tiny_training import CONFIG
 
-from hshare_jax.cli.train import HELP
 from hshare_jax.models.pretrained import ModelFiles, load_model, save_model
 from hshare_jax.training.settings import TrainingSettings
 from hshare_jax.training.start import new_model
@@ -142,8 +141,14 @@ def test_failures_of_a_run_are_told_in_one_line(tmp_path, start, capsys, monkeyp
     assert err.count("\n") == 2  # the first line tells what is trained
 
 
-def test_every_setting_is_an_option():
-    assert HELP.keys() == {field.name for field in dataclasses.fields(TrainingSettings)}
+def test_every_setting_is_an_option_with_a_help_text(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")  # so that no help text is cut into lines
+    status, out, _ = call(["train", "--help"], capsys)
+    assert status == 0
+    words = " ".join(out.split())
+    for field in dataclasses.fields(TrainingSettings):
+        assert f"--{field.name.replace('_', '-')} " in words
+        assert field.metadata["help"] in words
 
 
 def test_few_steps_have_a_short_warm_up_and_a_model_of_random_weights_has_its_own_name(
@@ -156,18 +161,8 @@ def test_few_steps_have_a_short_warm_up_and_a_model_of_random_weights_has_its_ow
         raise ValueError("far enough")
 
     monkeypatch.setattr("hshare_jax.training.run.train", keep)
-    (tmp_path / "small.json").write_text(
-        json.dumps(
-            {
-                "model_type": "llama",
-                "hidden_size": 16,
-                "intermediate_size": 24,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "max_position_embeddings": 64,
-            }
-        )
-    )
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    (tmp_path / "small.json").write_text(json.dumps({"model_type": "llama", "max_position_embeddings": 64, **sizes}))
     (tmp_path / "a.txt").write_text("the man in the inn. " * 60)
     given = ["train", "--text", str(tmp_path / "a.txt"), "--output", str(tmp_path / "run"), "--sequence-length", "16"]
     given += ["--config", str(tmp_path / "small.json"), "--tokenizer", start, "--num-steps", "40"]

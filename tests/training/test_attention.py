@@ -34,8 +34,8 @@ def test_attention_equals_its_definition(num_tokens, window, looks_up):
     )  # fmt: skip
     rng = np.random.default_rng(num_tokens)
     q, k, v = (rng.normal(size=(1, num_tokens, heads, H)) for heads in (N, K, K))
-    given = [jnp.asarray(array, jnp.float32) for array in (q, k, v)]
-    found, state = causal_attend(config)(1, *given, {})
+    queries, keys, values = (jnp.asarray(array, jnp.float32) for array in (q, k, v))
+    found, state = causal_attend(config)(1, queries, keys, values, {})
     expected = attention_by_definition(q[0], k[0], v[0], window=window, sees_itself=not looks_up)
     np.testing.assert_allclose(found[0], expected, atol=1e-5)
     assert list(state) == [2 if looks_up else 1]
