@@ -71,8 +71,8 @@ def train(
     drawn if standard error is a terminal.
 
     Args:
-        model: the model to start from, of `load_model` or `new_model`. It is not changed.
-        data: the windows, of `split_windows`.
+        model: the model to start from, from `load_model` or `new_model`. It is not changed.
+        data: the windows, from `split_windows`.
         settings: the settings of the run.
         directory: the run's directory, DIR. It is created if necessary. No two runs can share a directory.
 
