@@ -1,4 +1,4 @@
-"""The command line: `hshare-jax generate`, `calibrate`, `convert`, `eval`, `plot` and `info`."""
+"""The command line: `hshare-jax generate`, `calibrate`, `convert`, `eval`, `plot`, `train` and `info`."""
 
 import argparse
 import os
@@ -12,6 +12,7 @@ from hshare_jax.cli.eval import add_eval
 from hshare_jax.cli.generate import add_generate
 from hshare_jax.cli.options import FAILURE, USAGE, Parser, UsageError
 from hshare_jax.cli.plot import add_plot
+from hshare_jax.cli.train import add_train
 
 # What only one command needs is imported by it: a start stays short.
 
@@ -54,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     add_plot(
         commands.add_parser("plot", help="draw how alike the choices are, a plan, and quality against reads or time")
     )
+    add_train(commands.add_parser("train", help="train a model on text files, from random weights or further"))
     add_info(commands.add_parser("info", help="show a model's shape and what its cache takes"))
     return parser
 
