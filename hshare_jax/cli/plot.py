@@ -81,7 +81,7 @@ def run_plot(options: argparse.Namespace) -> int:
         raise UsageError("plots need matplotlib: pip install 'hshare-jax[eval]'")
     _check_outputs(options)
     figure = _draw_text(options) if options.figure in OF_TEXT else _draw_results(options)
-    from hshare_jax.evaluation.plots.overlap import save
+    from hshare_jax.files.figures import save
 
     for path in options.output:
         save(figure, path)
@@ -90,7 +90,7 @@ def run_plot(options: argparse.Namespace) -> int:
 
 
 def _check_outputs(options: argparse.Namespace) -> None:
-    from hshare_jax.evaluation.plots.overlap import check_suffix
+    from hshare_jax.files.figures import check_suffix
 
     for index, path in enumerate(options.output):
         try:

@@ -1,9 +1,5 @@
 """Figures of what sharing rests on: how alike lists, layers and steps are, and a plan. They hold no state."""
 
-import os
-from pathlib import Path
-
-import matplotlib
 import numpy as np
 from jaxtyping import Float
 from matplotlib import cm, colormaps
@@ -14,37 +10,11 @@ from matplotlib.image import AxesImage
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from hshare_jax.files.atomic import whole_file
+from hshare_jax.files.figures import GREEN, blank_figure, set_title
 from hshare_jax.methods.hshare.share_plan import SharePlan
 
-SUFFIXES = (".png", ".svg")
 NO_LISTS = "#d9d9d9"
-
-# Okabe and Ito's colours, which colour-blind readers tell apart too; without yellow, which is faint on white.
-BLACK, BLUE, SKY, GREEN = "#000000", "#0072B2", "#56B4E9", "#009E73"
-ORANGE, VERMILION, PURPLE, GREY = "#E69F00", "#D55E00", "#CC79A7", "#7F7F7F"
 _FAINT = 0.55  # how opaque a copied list is drawn
-
-
-def save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Writes a figure as PNG or SVG, as the path's suffix says: all of it or, on an error, nothing.
-
-    The same figure gives the same bytes.
-
-    Raises:
-        ValueError: another suffix.
-    """
-    path = Path(path)
-    check_suffix(path)
-    with whole_file(path) as draft, matplotlib.rc_context({"svg.hashsalt": "hshare_jax"}):
-        metadata = {"Date": None} if path.suffix.lower() == ".svg" else {}
-        figure.savefig(draft, format=path.suffix.lower()[1:], dpi=150, metadata=metadata)
-
-
-def check_suffix(path: str | os.PathLike[str]) -> None:
-    """Raises ValueError for a file that `save` cannot write."""
-    if Path(path).suffix.lower() not in SUFFIXES:
-        raise ValueError(f"{path} must end in {' or '.join(SUFFIXES)}: figures are written as PNG or SVG")
 
 
 def plot_head_similarity(similarity: Float[np.ndarray, "L J J"], *, subject: str = "") -> Figure:
@@ -199,16 +169,6 @@ def plot_plan(plan: SharePlan, dense_layers: int, *, subject: str = "") -> Figur
 
 
 _PERCENT = FuncFormatter(lambda value, _: f"{value:.0%}")
-
-
-def blank_figure(width: float, height: float) -> Figure:
-    """Returns an empty figure of so many inches."""
-    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
-
-
-def set_title(figure: Figure, what: str, subject: str) -> None:
-    """Writes what a figure shows above it, and below that of what."""
-    figure.suptitle(f"{what}\n{subject}" if subject else what, fontsize=11, wrap=True)
 
 
 def _with_lists(of_layers: Float[np.ndarray, "L ..."]) -> list[int]:

@@ -11,18 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from hshare_jax.evaluation.plots.overlap import (
-    BLACK,
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    PURPLE,
-    SKY,
-    VERMILION,
-    blank_figure,
-    set_title,
-)
+from hshare_jax.files.figures import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, blank_figure, set_title
 from hshare_jax.methods.hshare.settings import HShareSettings
 from hshare_jax.methods.registry import METHODS, has_use_for
 
