@@ -23,7 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from hshare_jax.kernels import api, pallas_attention, pallas_selection, reference_attention
+from hshare_jax.kernels import api, pallas_attention, pallas_selection
+from hshare_jax.kernels.labels import Labels
 from hshare_jax.kernels.tiling import Tiles
 from hshare_jax.methods.hshare.settings import HShareSettings
 
@@ -143,12 +144,8 @@ def selection(
     sinks, critical, recent = cell.counts
     source, every = sharing_source(cell, share), jnp.ones((cell.B,), jnp.int32)
     bounds = (every > 0, sinks * every, (cell.S - recent) * every, critical * every)
-    return lambda lists, d: (
-        pallas_selection.select_labels(
-            lists, 0, d.label_query, d.codes, d.scales, source, *bounds, tiles=tiles, interpret=interpret
-        ),
-        None,
-    )
+    select = functools.partial(pallas_selection.select_by_labels, tiles=tiles, interpret=interpret)
+    return lambda lists, d: (select(lists, 0, d.label_query, Labels(d.codes, d.scales), source, *bounds), None)
 
 
 def dense_sides(cell: Cell, impl: str) -> dict[str, Callable[[Array, Data], Array]]:
@@ -162,7 +159,7 @@ def dense_sides(cell: Cell, impl: str) -> dict[str, Callable[[Array, Data], Arra
 
     return {
         "ours dense": lambda q, d: api.dense_decode(q, d.keys, d.values, lengths, impl=impl),
-        "XLA dense": lambda q, d: reference_attention.dense_decode(q, d.keys, d.values, lengths),
+        "XLA dense": lambda q, d: api.dense_decode(q, d.keys, d.values, lengths, impl="reference"),
         "cuDNN": cudnn,
     }
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Times exact top-k on a GPU: our selection kernels against lax.top_k, its unstable form, and lax.approx_max_k.
 
-Every side gives the chosen slots of rows of float32 scores; `select_labels` scores the slots itself, from 32 channels
-of 4 bits, one query head a list. What a side chooses is first held against lax.top_k: the scores must be the same, and
-no slot twice. A side whose choice differs says for how many of the rows.
+Every side gives the chosen slots of rows of float32 scores; `select_by_labels` scores the slots itself, from 32
+channels of 4 bits, one query head a list. What a side chooses is first held against lax.top_k: the scores must be the
+same, and no slot twice. A side whose choice differs says for how many of the rows.
 
     python scripts/bench_selection.py --slots 4096 32768
 """
@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from hshare_jax.kernels import pallas_selection
+from hshare_jax.kernels.labels import Labels
 from hshare_jax.methods.hshare.share_plan import identity_plan
 
 NUM_CHANNELS = 32
@@ -57,7 +58,7 @@ def make_data(rows: tuple[int, int], num_slots: int, seed: int) -> Data:
 
 
 def exact_label_scores(d: Data) -> Array:
-    """Returns the scores [B, J, S] that `select_labels` takes: whole numbers, so exact in any order."""
+    """Returns the scores [B, J, S] that `select_by_labels` takes: whole numbers, so exact in any order."""
     codes = jnp.concatenate([d.codes & 15, d.codes >> 4], axis=2).astype(jnp.float32)
     return jnp.einsum("BJR,BJRS->BJS", d.label_query, codes, precision=lax.Precision.HIGHEST)
 
@@ -70,11 +71,11 @@ def ours(
     source, every = identity_plan(B, 1, J), jnp.ones((B,), jnp.int32)
     bounds = (every > 0, 0 * every, num_slots * every, k * every)
     return {
-        "select_scores": lambda lists, d: pallas_selection.select_scores(
+        "select_by_scores": lambda lists, d: pallas_selection.select_by_scores(
             lists, 0, d.scores, source, *bounds, interpret=interpret
         ),
-        "select_labels": lambda lists, d: pallas_selection.select_labels(
-            lists, 0, d.label_query, d.codes, d.scales, source, *bounds, interpret=interpret
+        "select_by_labels": lambda lists, d: pallas_selection.select_by_labels(
+            lists, 0, d.label_query, Labels(d.codes, d.scales), source, *bounds, interpret=interpret
         ),
     }  # fmt: skip
 
@@ -123,7 +124,7 @@ def bench(rows: tuple[int, int], num_slots: int, k: int, effort: timing.Effort, 
 
     def run_ours(side: str, choose: Callable[[Array, Data], Array]) -> dict:
         scored, size = data[0].scores, scores_bytes
-        if side == "select_labels":
+        if side == "select_by_labels":
             scored, size = exact_label_scores(data[0]), labels_bytes
         differing = count_differing(scored, choose(lists, data[0])[0])
         seconds = timing.seconds_per_call(lambda lists, d: (choose(lists, d), None), lists, data, effort)

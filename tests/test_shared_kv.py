@@ -14,7 +14,7 @@ from jax.extend.core import jaxprs_in_params
 from random_weights import random_params
 from tiny_decoder import MODEL, oracle_row, params, random_rows
 
-from hshare_jax.attend import causal_attend
+from hshare_jax.training.attention import causal_attend
 from hshare_jax.decode_state import init_state
 from hshare_jax.decode_step import decode_step
 from hshare_jax.models.config import ModelConfig

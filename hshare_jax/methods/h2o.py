@@ -12,6 +12,7 @@ from hshare_jax.kernels.top_k import select_tokens
 from hshare_jax.kv_cache import KVCache
 from hshare_jax.methods.listed import ListMethod, PromptLayer, StepLayer, sum_over_lists
 from hshare_jax.models.config import ModelConfig
+from hshare_jax.shapes import EMPTY
 
 
 @dataclasses.dataclass(frozen=True)
