@@ -62,7 +62,7 @@ def unfinished(
 def unfinished_by_batch(
     methods: "Mapping[str, Method | None]", batches: Sequence[list[Item]], records: "Records"
 ) -> "Iterator[tuple[list[Item], Iterator[tuple[str, Method | None]]]]":
-    """Yields each batch with the methods that lack results of it, for tasks that prefill a batch once for all methods."""
+    """Yields each batch with the methods that lack results of it, for tasks that prefill a batch only once."""
     work = unfinished(methods, batches, records, by_batch=True)
     for batch, of_batch in itertools.groupby(work, key=lambda item: item[2]):
         yield batch, ((name, method) for name, method, _ in of_batch)

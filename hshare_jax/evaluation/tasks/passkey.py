@@ -31,6 +31,7 @@ class PasskeyRetrieval(Task[str, "Passkey"]):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_whole("limit", self.limit, 1)
         check_whole("context", self.context, 1)
         check_whole("seed", self.seed, 0)
         check_share("skip_start", self.skip_start, with_end=False)
