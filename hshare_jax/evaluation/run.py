@@ -4,7 +4,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from tqdm import tqdm
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 KEYS = ("id", "method")  # the fields that tell the lines of a results file apart
 
 
+@runtime_checkable
 class HasId(Protocol):
     """An item of a task."""
 
