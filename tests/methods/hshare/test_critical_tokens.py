@@ -3,34 +3,18 @@
 import dataclasses
 from fractions import Fraction
 
-import hypothesis
-import hypothesis.extra.numpy as hnp
-import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
 
-from hshare_jax.shapes import EMPTY
-from hshare_jax.methods.hshare.critical_tokens import (
-    dilate,
-    find_critical_tokens,
-    num_critical_in_budget,
-    pool_scores,
-    select_tokens,
-)
+from hshare_jax.methods.hshare.critical_tokens import find_critical_tokens, num_critical_in_budget
 from hshare_jax.methods.hshare.settings import HShareSettings
+from hshare_jax.shapes import EMPTY
 
-F32 = 1e-6  # absolute, on weights of at most 1
 S = 16
 CONFIG = HShareSettings(num_sinks=2, num_critical=4, num_recent=3, dilate=False)
-# Ties, both zeros, the largest and the smallest normal numbers, neighbours in the last bit, and nothing at all.
-SCORES = [
-    0.0, -0.0, 1.0, float(np.nextafter(np.float32(1), np.float32(2))), -1.0, 2.5, -2.5, 3e38, -3e38, 2e-38, -2e-38,
-    -float("inf"), 65536.0, 65537.0,
-]  # fmt: skip
-select = jax.jit(select_tokens, static_argnames="num_critical")
 find = jax.jit(find_critical_tokens, static_argnames=("num_lists", "config"))
 
 
@@ -39,78 +23,6 @@ def listed(row):
     tokens = [slot for slot in row.tolist() if slot != EMPTY]
     assert row.tolist() == tokens + [EMPTY] * (len(row) - len(tokens))
     return tokens
-
-
-# Not a multiple of the lanes' 128, either side of it; lists shorter and longer than the slots.
-@pytest.mark.parametrize(("num_slots", "num_critical"), [(S, 5), (S, 24), (130, 40)])
-@hypothesis.settings(max_examples=300)
-@hypothesis.given(data=st.data())
-def test_selection_equals_the_definition_whatever_the_scores(num_slots, num_critical, data):
-    elements = st.sampled_from(SCORES) | st.floats(
-        width=32, allow_nan=False, allow_infinity=False, allow_subnormal=False
-    )
-    values = data.draw(hnp.arrays(np.float32, (2, 2, num_slots), elements=elements))
-    mask = data.draw(hnp.arrays(np.bool_, (2, num_slots)))
-    allowed = data.draw(st.lists(st.integers(0, num_critical), min_size=2, max_size=2))
-    chosen = np.asarray(select(jnp.asarray(values), jnp.asarray(mask), num_critical, jnp.asarray(allowed)))
-    for b, j in np.ndindex(2, 2):
-        candidates = set(np.flatnonzero(mask[b]).tolist())
-        assert listed(chosen[b, j]) == oracle.select(values[b, j].tolist(), candidates, allowed[b])
-
-
-@pytest.mark.parametrize("num_critical", [1, 128, 5000])
-def test_selection_from_a_long_row_with_many_ties_equals_the_definition(num_critical):
-    rng = np.random.default_rng(5)
-    scores = np.round(rng.standard_normal((2, 3, 4096)), 1).astype(np.float32)
-    mask = rng.random((2, 4096)) < 0.9
-    chosen = np.asarray(select(jnp.asarray(scores), jnp.asarray(mask), num_critical))
-    for b, j in np.ndindex(2, 3):
-        candidates = set(np.flatnonzero(mask[b]).tolist())
-        assert listed(chosen[b, j]) == oracle.select(scores[b, j].tolist(), candidates, num_critical)
-
-
-@pytest.mark.parametrize("num_critical", [1, S, S + 1])
-def test_a_list_longer_than_the_candidates_holds_all_of_them(num_critical):
-    scores = jnp.asarray(np.random.default_rng(1).standard_normal((1, 1, S)), jnp.float32)
-    chosen = select(scores, jnp.ones((1, S), bool), num_critical)
-    assert chosen.shape == (1, 1, num_critical)
-    assert listed(np.asarray(chosen)[0, 0]) == oracle.select(np.asarray(scores)[0, 0], range(S), num_critical)
-
-
-def test_without_candidates_a_list_is_empty():
-    chosen = select(jnp.zeros((1, 2, S)), jnp.zeros((1, S), bool), 4)
-    assert (np.asarray(chosen) == EMPTY).all()
-
-
-def test_scores_of_slots_that_do_not_compete_may_be_anything():
-    scores = jnp.full((1, 1, S), jnp.nan).at[0, 0, 3:6].set(jnp.asarray([1.0, 3.0, 2.0]))
-    is_candidate = jnp.zeros((1, S), bool).at[0, 3:6].set(True)
-    assert listed(np.asarray(select(scores, is_candidate, 2))[0, 0]) == [4, 5]
-
-
-@pytest.mark.parametrize(("N", "J"), [(4, 2), (6, 3), (4, 1)])
-def test_pooled_scores_are_sums_of_softmaxed_ones(N, J):
-    rng = np.random.default_rng(2)
-    scores = (rng.standard_normal((2, N, S)) * 4).astype(np.float32)
-    candidates = [{3}, {1, 4, 5, 9, 14}]
-    mask = np.stack([np.isin(np.arange(S), sorted(slots)) for slots in candidates])
-    pooled = np.asarray(pool_scores(jnp.asarray(scores), jnp.asarray(mask), J))
-    for b, slots in enumerate(candidates):
-        expected = oracle.pooled(scores[b].astype(np.float64), slots, J)
-        np.testing.assert_allclose(pooled[b][:, sorted(slots)], expected[:, sorted(slots)], atol=F32, rtol=0)
-
-
-def test_one_list_per_head_keeps_its_scores():
-    scores = jnp.asarray(np.random.default_rng(3).standard_normal((2, 4, S)), jnp.float32)
-    np.testing.assert_array_equal(pool_scores(scores, jnp.ones((2, S), bool), 4), scores)
-
-
-def test_a_loud_head_does_not_outvote_the_others_of_its_group():
-    # One head prefers slot 0 on a scale of thousands, two prefer slot 1 on their own scale.
-    scores = jnp.asarray([[[1050.0, 1000.0, 0.0], [0.0, 5.0, 0.0], [0.0, 5.0, 0.0]]])
-    pooled = pool_scores(scores, jnp.ones((1, 3), bool), 1)
-    assert int(pooled[0, 0].argmax()) == 1
-    assert int(scores.sum(axis=1)[0].argmax()) == 0
 
 
 SETTINGS = {
@@ -170,11 +82,6 @@ def test_a_sink_lends_its_score_to_no_candidate():
     for window, expected in ((S, [9, 10]), (6, [10, 12])):
         chosen = find(scores, jnp.asarray([S]), num_lists=1, config=config, window=jnp.asarray(window))
         assert listed(np.asarray(chosen)[0, 0]) == expected
-
-
-def test_dilated_scores_are_the_larger_of_two_neighbours():
-    scores = jnp.asarray([[[1.0, 5.0, 2.0, -jnp.inf, -3.0, -3.5]]])
-    assert dilate(scores).tolist() == [[[1.0, 5.0, 5.0, 2.0, -3.0, -3.0]]]
 
 
 @pytest.mark.parametrize("ratio", [Fraction(1, 2), Fraction(1, 3), Fraction(3, 7), Fraction(1)])
