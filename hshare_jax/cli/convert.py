@@ -63,8 +63,8 @@ def run_convert(options: argparse.Namespace) -> int:
     print(f"wrote {model.name} ({model.dtype}) to {options.output}", file=sys.stderr)
     if config.kv_layer_map != files.config.kv_layer_map:
         print(
-            f"WARNING: {len(config.kv_layers)} of {config.num_layers} layers have keys and values, which the other layers "
-            "were not made for: untrained, this model is of no use. Train it before you judge it.",
+            f"WARNING: {len(config.kv_layers)} of {config.num_layers} layers have keys and values, which the other "
+            "layers were not made for: untrained, this model is of no use. Train it before you judge it.",
             file=sys.stderr,
         )
     elif config.windows != files.config.windows:
