@@ -119,7 +119,10 @@ MISTAKES = {
     "unknown passes": (["--kv-sharing", "cla:2", "--forward-passes", "all"], "'all' is not a whole number or exact"),
     "no text": (["--kv-sharing", "cla:2", "--perplexity", "no/text.txt"], "--perplexity no/text.txt: No such file"),
     "empty text": (["--kv-sharing", "cla:2", "--perplexity", "{empty}"], "empty.txt is empty"),
-    "short text": (["--kv-sharing", "cla:2", "--perplexity", "{short}"], "short.txt has 2 tokens to cut from"),
+    "short text": (
+        ["--kv-sharing", "cla:2", "--perplexity", "{short}"],
+        "short.txt has 2 tokens, too few to measure; give a longer text",
+    ),
 }
 
 
