@@ -11,11 +11,11 @@ import pytest
 from tiny_decoder import HSHARE, MODEL, vary
 
 from hshare_jax.decode_state import DecodeState, count_reads, init_state
-from hshare_jax.shapes import EMPTY
 from hshare_jax.methods.hshare.channels import check_channels
 from hshare_jax.methods.hshare.method import HShare
 from hshare_jax.methods.hshare.share_plan import SharePlan, identity_plan
 from hshare_jax.methods.hshare.shared_lists import SharedLists
+from hshare_jax.shapes import EMPTY
 
 F32 = 1e-5  # relative, on means of whole numbers
 L, K, H = MODEL.num_layers, MODEL.num_kv_heads, MODEL.head_dim

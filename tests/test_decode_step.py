@@ -8,6 +8,9 @@ import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hshare_jax.methods.hshare.settings import HShareSettings
+from hshare_jax.methods.hshare.share_plan import SharePlan, identity_plan, kv_layer_plan
+from hshare_jax.methods.hshare.shared_lists import SharedLists
 from tiny_decoder import (
     CAPACITY,
     HSHARE,
@@ -24,11 +27,8 @@ from tiny_decoder import (
 
 from hshare_jax.decode_state import DecodeState, count_reads, init_state
 from hshare_jax.decode_step import decode_step
-from hshare_jax.shapes import EMPTY
 from hshare_jax.methods import double_sparsity, exact_topk
-from hshare_jax.methods.method.settings import HShareSettings
-from hshare_jax.methods.method.share_plan import SharePlan, identity_plan, kv_layer_plan
-from hshare_jax.methods.method.shared_lists import SharedLists
+from hshare_jax.shapes import EMPTY
 
 BUDGET = HShareSettings(num_sinks=2, num_critical=6, num_recent=4, label_channels=3, min_length=0)
 F32 = 1e-4  # absolute, on float32 logits of about 5 after four layers, against float64

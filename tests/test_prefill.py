@@ -1,12 +1,12 @@
 """Prefill: exact whatever the chunks, the padding and the number of calls; then the plan that the definition finds."""
 
-import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hshare_jax.methods.hshare.shared_lists import SharedLists
 from tiny_decoder import (
     CAPACITY,
     HSHARE,
@@ -26,7 +26,6 @@ from hshare_jax.compile_clock import compile_clock
 from hshare_jax.decode_state import init_state
 from hshare_jax.kernels.labels import make_labels
 from hshare_jax.kv_cache import init_cache
-from hshare_jax.methods.method.shared_lists import SharedLists
 from hshare_jax.models.decoder import Decoder
 from hshare_jax.prefill import CHUNKS, prefill
 

@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, as are the study scripts' reports; these name the command that was given."""
+"""Files and directories are written completely or not at all, and so are the reports of the study scripts."""
 
 import argparse
 import importlib.util
@@ -8,7 +8,9 @@ from types import ModuleType
 
 import pytest
 
-from hshare_jax.files.atomic import whole_file
+from hshare_jax.errors import CheckpointError
+from hshare_jax.files.atomic import whole_directory, whole_file
+from hshare_jax.files.checksums import CHECKSUMS, verify_all
 
 ROOT = Path(__file__).parent.parent.parent
 MARK = "<!-- written -->"
@@ -16,7 +18,7 @@ MARK = "<!-- written -->"
 
 @pytest.fixture(scope="module")
 def reports() -> ModuleType:
-    """Returns scripts/study_reports.py, which no path leads to."""
+    """The module scripts/study_reports.py, which is not on the import path."""
     spec = importlib.util.spec_from_file_location("study_reports", ROOT / "scripts" / "study_reports.py")
     assert spec is not None
     assert spec.loader is not None
@@ -50,6 +52,44 @@ def test_an_error_leaves_what_was_there_and_nothing_else(
     with pytest.raises(UnicodeEncodeError), whole_file(path) as draft:
         draft.write_text("half \udc80", encoding="utf-8")
     assert {found.name: found.read_text() for found in tmp_path.iterdir()} == ({"a.txt": before} if before else {})
+
+
+def test_a_directory_takes_its_place_with_checksums_and_nothing_left_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "a"
+    with whole_directory(path) as draft:
+        (draft / "b").mkdir()
+        (draft / "b" / "c.txt").write_text("one")
+        assert not path.exists()
+    verify_all(path)
+    with whole_directory(path, overwrite=True) as draft:
+        (draft / "c.txt").write_text("two")
+    assert {found.name for found in path.iterdir()} == {"c.txt", CHECKSUMS}
+    assert [found.name for found in path.parent.iterdir()] == ["a"]
+    (path / "c.txt").write_text("changed")
+    with pytest.raises(CheckpointError, match=r"c\.txt is damaged"):
+        verify_all(path)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_directory_that_cannot_be_written_leaves_what_was_there(
+    overwrite: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a"
+    with whole_directory(path) as draft:
+        (draft / "c.txt").write_text("before")
+    with pytest.raises(OSError, match=r"a'$") as caught, whole_directory(path) as draft:  # it exists
+        (draft / "c.txt").write_text("after")
+    assert caught.value.filename == str(path)
+
+    def fail(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space left") as caught, whole_directory(path, overwrite=overwrite) as draft:
+        (draft / "c.txt").write_text("after")
+    assert caught.value.filename == str(path)
+    assert (path / "c.txt").read_text() == "before"
+    assert [found.name for found in tmp_path.iterdir()] == ["a"]
 
 
 def test_a_report_keeps_what_stands_above_the_mark(
