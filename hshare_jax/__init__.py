@@ -3,11 +3,10 @@
 Importing the package loads nothing else: each name below is imported when it is first used.
 """
 
-import importlib
 import os
-import sys
-import types
 from typing import TYPE_CHECKING
+
+from hshare_jax.lazy import make_lazy
 
 # Only configurations and tokenisers of transformers are used, so its advice to install torch would mislead.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     from hshare_jax.models.config import ModelConfig, RopeConfig
     from hshare_jax.models.pretrained import Model, load_model, save_model
     from hshare_jax.prefill import prefill
-    from hshare_jax.sampling import SamplingParams
+    from hshare_jax.sampling_params import SamplingParams
 
 _HOMES = {
     "calibration": ("Calibration", "calibrate"),
@@ -48,9 +47,8 @@ _HOMES = {
     "models.config": ("ModelConfig", "RopeConfig"),
     "models.pretrained": ("Model", "load_model", "save_model"),
     "prefill": ("prefill",),
-    "sampling": ("SamplingParams",),
+    "sampling_params": ("SamplingParams",),
 }
-_HOME_OF = {name: f"{__name__}.{home}" for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Calibration",
@@ -92,25 +90,4 @@ __all__ = [
     "token_agreement",
 ]
 
-
-class _Package(types.ModuleType):
-    """The package itself, with lazy names (PEP 562) that a submodule of the same name does not hide.
-
-    `hshare_jax.prefill` is the function. Without `__setattr__`, importing the module `hshare_jax.prefill` would put the
-    module there instead.
-    """
-
-    def __getattr__(self, name: str) -> object:
-        if name not in _HOME_OF:
-            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-        return getattr(importlib.import_module(_HOME_OF[name]), name)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _HOME_OF and isinstance(value, types.ModuleType)):
-            super().__setattr__(name, value)
-
-    def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *__all__})
-
-
-sys.modules[__name__].__class__ = _Package
+make_lazy(__name__, _HOMES)

@@ -19,7 +19,7 @@ from hshare_jax.errors import SettingError
 from hshare_jax.files.atomic import whole_file
 from hshare_jax.methods.hshare.channels import check_channels
 from hshare_jax.methods.hshare.method import HShare
-from hshare_jax.methods.hshare.settings import PlanSearch
+from hshare_jax.methods.hshare.settings import HShareSettings, PlanSearch
 from hshare_jax.methods.hshare.share_plan import SharePlan
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.pretrained import Model, ModelFiles
@@ -27,6 +27,23 @@ from hshare_jax.models.pretrained import Model, ModelFiles
 _OURS, _PUBLISHED_PLAN = "hshare_jax", "layer.share_config"
 _CHANNELS = "model.layers.{}.self_attn.qk_proj"
 _OLD_NAMES = {"plan_kind": "plan"}  # what files of earlier versions call a setting
+
+
+@dataclasses.dataclass(frozen=True)
+class FileOrigin:
+    """The model that a plan file or a channels file was made with. A published file does not name one."""
+
+    path: str
+    model: str | None
+    identity: str | None  # None in a published file, which serves every model of the right shapes
+
+    def check(self, model: Model) -> None:
+        """Raises ValueError if the file was made with another model."""
+        if self.identity not in (None, model.identity):
+            raise ValueError(
+                f"{self.path} was made with {self.model}, identity {self.identity}; this model, {model.name}, has "
+                f"identity {model.identity} in {model.dtype}: calibrate again with it (float32 and bfloat16 may share)"
+            )
 
 
 def save_channels(
@@ -68,7 +85,15 @@ def load_channels(path: str | os.PathLike[str], model: Model | ModelFiles) -> In
         ValueError: a file of another model, or a file without different channels for each head.
         OSError: a file that cannot be read.
     """
-    table, config = _read(path, "channels", model), model.config
+    table, origin = _read(path, "channels")
+    if isinstance(model, Model):
+        origin.check(model)
+    return _channels_in(path, table, model.config)
+
+
+def _channels_in(
+    path: str | os.PathLike[str], table: dict[str, Any], config: ModelConfig
+) -> Int[np.ndarray, "L K ranks"]:
     names = [_CHANNELS.format(layer) for layer in range(config.num_layers)]
     if lacking := [name for name in names if name not in table]:
         raise ValueError(f"{path}: key {lacking[0]} is missing; a file for this model has {config.num_layers} layers")
@@ -126,19 +151,28 @@ def load_plan(path: str | os.PathLike[str], model: Model | ModelFiles, method: H
         ValueError: a file of another model, or a file without a plan for this model and these settings.
         OSError: a file that cannot be read.
     """
-    table, J = _read(path, "plan", model), method.settings.num_lists(model.config)
+    table, origin = _read(path, "plan")
+    if isinstance(model, Model):
+        origin.check(model)
+    return _plan_in(path, table, model.config, method.settings)
+
+
+def _plan_in(
+    path: str | os.PathLike[str], table: dict[str, Any], config: ModelConfig, settings: HShareSettings
+) -> SharePlan:
+    J = settings.num_lists(config)
     if _OURS in table:
         source = table.get("source")
         if not isinstance(source, list) or not all(map(_is_whole, source)):
             raise ValueError(f"{path}: source must be a list of whole numbers for each layer")
     elif _PUBLISHED_PLAN in table:
-        layers = _check_layer_map(f"{path}: {_PUBLISHED_PLAN}", table[_PUBLISHED_PLAN], model.config)
+        layers = _check_layer_map(f"{path}: {_PUBLISHED_PLAN}", table[_PUBLISHED_PLAN], config)
         source = [[layer * J + j for j in range(J)] for layer in layers]
     else:
         raise ValueError(f"{path}: neither key {_OURS} nor {_PUBLISHED_PLAN}; this is no file of a plan")
     try:
         plan = SharePlan(tuple(map(tuple, source)))
-        plan.check(model.config, method.settings)
+        plan.check(config, settings)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return plan
@@ -149,7 +183,11 @@ def differing_settings(path: str | os.PathLike[str], search: PlanSearch) -> dict
 
     Nothing is known about a published plan, so all settings differ from it.
     """
-    found_with = json.loads(Path(path).read_bytes()).get(_OURS, {}).get("settings", {})
+    return _differing(json.loads(Path(path).read_bytes()), search)
+
+
+def _differing(table: dict[str, Any], search: PlanSearch) -> dict[str, str]:
+    found_with = table.get(_OURS, {}).get("settings", {})
     found = {name: found_with.get(name, found_with.get(_OLD_NAMES.get(name))) for name in _as_text(search)}
     return {name: found[name] or "unknown" for name, value in _as_text(search).items() if found[name] != value}
 
@@ -164,35 +202,60 @@ def with_files(
 ) -> HShare:
     """The same method with the plan and the channels of these files.
 
+    Arguments and errors are those of `read_files`. A Model must also be the one that the files were made with.
+    """
+    method, origins = read_files(method, model, plan_file=plan_file, channels_file=channels_file, given=given)
+    if isinstance(model, Model):
+        for origin in origins:
+            origin.check(model)
+    return method
+
+
+def read_files(
+    method: HShare,
+    model: Model | ModelFiles,
+    *,
+    plan_file: str | os.PathLike[str] | None = None,
+    channels_file: str | os.PathLike[str] | None = None,
+    given: Collection[str] = (),
+) -> tuple[HShare, list[FileOrigin]]:
+    """The same method with the plan and the channels of these files, and the models that the files were made with.
+
+    Each file is read once, and only the shapes of the model are needed. So files can be read before the weights are
+    loaded, and `FileOrigin.check` compares the loaded model later.
+
     Args:
         method: the method.
-        model: as for `load_plan` and `load_channels`.
+        model: the model that the files are for.
         plan_file, channels_file: the files; None reads nothing.
         given: names of the search settings that the user chose. The plan in a file must not contradict them.
 
     Raises:
         SettingError: a setting that a file leaves without effect, or channels under exact scoring.
-        ValueError: what `load_plan` and `load_channels` refuse, or fewer channels than labels keep.
+        ValueError: a file without a plan or without channels for this model's shapes and these settings.
         OSError: a file that cannot be read.
     """
-    if channels_file is not None and method.settings.scoring == "exact":
+    settings, config, origins = method.settings, model.config, []
+    if channels_file is not None and settings.scoring == "exact":
         others = {"scoring": "exact"}
         rule = "has no effect: {scoring} reads keys and has no labels"
         raise SettingError("channels_file", str(channels_file), rule, "leave it out", others)
-    plan = channels = None
     if plan_file is not None:
-        plan = load_plan(plan_file, model, method)
-        for name, found_with in differing_settings(plan_file, method.search).items():
+        table, origin = _read(plan_file, "plan")
+        method = dataclasses.replace(method, plan=_plan_in(plan_file, table, config, settings))
+        for name, found_with in _differing(table, method.search).items():
             if name in given:
-                rule = "has no effect: {plan_file} says which list copies which, and was found with " + found_with
-                others = {"plan_file": str(plan_file)}
+                rule = f"has no effect: {{plan_file}} says which list copies which, and was found with {{{name}}}"
+                others = {"plan_file": str(plan_file), name: found_with}
                 raise SettingError(name, getattr(method.search, name), rule, "leave it out", others)
+        origins.append(origin)
     if channels_file is not None:
-        channels = load_channels(channels_file, model)
-        check_channels(channels, model.config, method.settings.num_label_channels(model.config))
-    return dataclasses.replace(
-        method, plan=plan or method.plan, channels=channels if channels_file else method.channels
-    )
+        table, origin = _read(channels_file, "channels")
+        channels = _channels_in(channels_file, table, config)
+        check_channels(channels, config, settings.num_label_channels(config))
+        method = dataclasses.replace(method, channels=channels)
+        origins.append(origin)
+    return method, origins
 
 
 def _as_text(settings: Any) -> dict[str, str]:
@@ -219,7 +282,7 @@ def _origin(kind: Literal["channels", "plan"], model: Model) -> dict[str, object
     return {"kind": kind, "model": model.name, "identity": model.identity}
 
 
-def _read(path: str | os.PathLike[str], kind: Literal["channels", "plan"], model: Model | ModelFiles) -> dict[str, Any]:
+def _read(path: str | os.PathLike[str], kind: Literal["channels", "plan"]) -> tuple[dict[str, Any], FileOrigin]:
     try:
         table = json.loads(Path(path).read_bytes())
     except ValueError as error:
@@ -227,17 +290,12 @@ def _read(path: str | os.PathLike[str], kind: Literal["channels", "plan"], model
     if not isinstance(table, dict):
         raise ValueError(f"{path} must hold a JSON object; it holds a {type(table).__name__}")
     if _OURS not in table:
-        return table
+        return table, FileOrigin(str(path), None, None)
     origin = table[_OURS]
     if not isinstance(origin, dict) or origin.get("kind") != kind:
         found = origin.get("kind") if isinstance(origin, dict) else origin
         raise ValueError(f"{path}: key {_OURS} must be of kind {kind!r}; it is {found!r}")
-    if isinstance(model, Model) and origin.get("identity") != model.identity:
-        raise ValueError(
-            f"{path} was made with {origin.get('model')}, identity {origin.get('identity')}; this model, {model.name}, "
-            f"has identity {model.identity} in {model.dtype}: calibrate again with it (float32 and bfloat16 may share)"
-        )
-    return table
+    return table, FileOrigin(str(path), str(origin.get("model")), str(origin.get("identity")))
 
 
 def _write(path: str | os.PathLike[str], table: dict[str, Any], overwrite: bool) -> None:
