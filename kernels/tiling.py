@@ -1,6 +1,6 @@
 """Tile sizes of the Pallas kernels: how many slots a program takes at a time, with how many warps, split how often.
 
-None of it was measured yet: these are sizes that fill an H200 by arithmetic. scripts/tune_kernels.py measures the
+None of it was measured yet: these are sizes that fill an H200 by arithmetic. scripts/bench/tune_kernels.py measures the
 alternatives on a GPU and prints what this table should say.
 """
 

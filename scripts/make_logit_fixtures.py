@@ -1,8 +1,9 @@
 """Writes tests/fixtures/logits.npz: what transformers computes for the cases of tests/support/logit_cases.py.
 
-    PYTHONPATH=tests python scripts/make_logit_fixtures.py
+    PYTHONPATH=tests/support python scripts/make_logit_fixtures.py
 
-The weights are not stored: tests/support/random_weights.py makes them from their names. Run it again after changing a case.
+The weights are not stored: tests/support/random_weights.py makes them from the tensors' names. Run this script again
+after a case has changed.
 """
 
 import json

@@ -37,11 +37,11 @@ OF_TEXT = {
 OF_RESULTS = {
     "quality": (
         "divergence from dense decoding against tokens read",
-        "of hshare-jax eval --task perplexity, or of scripts/study_methods.py",
+        "of hshare-jax eval --task perplexity, or of scripts/study/methods.py",
     ),
     "speed": (
         "divergence from dense decoding against the time of a step",
-        "of scripts/study_methods.py, which takes the times too",
+        "of scripts/study/methods.py, which takes the times too",
     ),
 }
 

@@ -125,7 +125,7 @@ def plot_speed(lines: Sequence[Mapping[str, Any]], *, highlight: str = DEFAULT, 
 def read_results(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[dict[str, Any]], str]:
     """Returns (lines that `plot_quality` and `plot_speed` take, the model's name) from files of results.
 
-    Lines of `hshare-jax eval --task perplexity` get the names, contexts and budgets that scripts/study_methods.py
+    Lines of `hshare-jax eval --task perplexity` get the names, contexts and budgets that scripts/study/methods.py
     writes: its hshare at the default ratio is "hshare 1/2-1-1", its published plan "published 7/8-3/4-1/2". Lines of
     other tasks and kinds are left out, and so is a last line that was only half written.
 

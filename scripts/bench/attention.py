@@ -1,11 +1,10 @@
-#!/usr/bin/env python3
 """Times decode attention on a GPU: ours through lists and dense, XLA's, cuDNN's, FlashAttention-2's, the published one.
 
 One layer of LLaMA2-7B's or LLaMA3-8B's heads in bfloat16; lists make up an eighth of the tokens. A side that cannot run
 says why. With selection means: what a layer takes on average over steps, where the ratio's share of the lists is chosen
 every refresh; the query's label channels and the appending of labels are left out.
 
-    python scripts/bench_attention.py --cells llama2-b16-4k llama3-b16-4k --json rows.json
+    python -m scripts.bench.attention --cells llama2-b16-4k llama3-b16-4k --json rows.json
 """
 
 import argparse
@@ -17,7 +16,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import gpu_timing as timing
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +24,7 @@ from jax import Array
 from hshare_jax.kernels import api, pallas_attention, pallas_selection, reference_attention
 from hshare_jax.kernels.tiling import Tiles
 from hshare_jax.methods.hshare.settings import HShareSettings
+from scripts.bench import gpu_timing as timing
 
 PUBLISHED = "published kernel"
 RATIOS = ("7/8-3/4-1/2", "1/2-1/2-1/2", "1-1-1")

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Times decoding of whole LLaMA models on a GPU, dense and through shared lists of an eighth of the tokens.
 
 Weights, cache and labels are random bfloat16, made on the device; speed does not depend on their values. Plans are
@@ -6,7 +5,7 @@ random with the share of computed lists that the settings have, one for each row
 steps choose. The steps run as one jitted scan, greedy, and end 32 tokens before the cache is full. The floor is what a
 step must read (weights, keys and values, labels that are scored) over the measured copy bandwidth.
 
-    python scripts/bench_generate.py --models LLaMA3-8B --batch 1 8 --context 4096
+    python -m scripts.bench.generate --models LLaMA3-8B --batch 1 8 --context 4096
 """
 
 import argparse
@@ -19,7 +18,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
 
-import gpu_timing as timing
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +29,7 @@ from hshare_jax.methods.hshare.settings import HShareSettings
 from hshare_jax.methods.hshare.shared_lists import SharedLists
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.decoder import parameter_shapes
+from scripts.bench import gpu_timing as timing
 
 Tree = TypeVar("Tree")
 BF16 = jnp.dtype(jnp.bfloat16)

@@ -1,10 +1,9 @@
-#!/usr/bin/env python3
 """Times the layouts of the Pallas kernels on a GPU and prints the best beside what kernels/tiling.py chooses now.
 
 Attention of 64 and 128 channels a head, for 32 and for 8 kv heads, through lists and dense; selection by labels for the
 same heads of 128. Blocks and splits are tried first, then warps and stages with the best of those; `--full` tries all.
 
-    python scripts/tune_kernels.py --kernels attention --head-dim 128
+    python -m scripts.bench.tune_kernels --kernels attention --head-dim 128
 """
 
 import argparse
@@ -12,14 +11,14 @@ import itertools
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import gpu_timing as timing
 import jax
 import jax.numpy as jnp
-from bench_attention import TOY_CELLS, Cell, Data, make_data, num_data_sets, selection, sparse_attention
 from jax import Array
 
 from hshare_jax.kernels import pallas_attention
 from hshare_jax.kernels.tiling import Tiles, attention_tiles, selection_tiles
+from scripts.bench import gpu_timing as timing
+from scripts.bench.attention import TOY_CELLS, Cell, Data, make_data, num_data_sets, selection, sparse_attention
 
 BLOCKS, SPLITS, WARPS, STAGES = (16, 32, 64, 128), (1, 2, 4, 8, 16), (2, 4, 8), (1, 2, 3, 4)
 SELECTION_BLOCKS, SELECTION_WARPS = (1024, 2048, 4096, 8192), (4, 8, 16)
@@ -38,7 +37,7 @@ def try_layouts(layouts: Iterable[Tiles], run: Callable[[Tiles], float], times: 
             times[tiles] = None
     able = {tiles: seconds for tiles, seconds in times.items() if seconds is not None}
     if not able:
-        raise RuntimeError("no layout can run; scripts/bench_attention.py prints why")
+        raise RuntimeError("no layout can run; scripts/bench/attention.py prints why")
     return min(able, key=lambda tiles: able[tiles])
 
 

@@ -1,11 +1,10 @@
-#!/usr/bin/env python3
 """Times exact top-k on a GPU: our selection kernels against lax.top_k, its unstable form, and lax.approx_max_k.
 
 Every side gives the chosen slots of rows of float32 scores; `select_labels` scores the slots itself, from 32 channels
 of 4 bits, one query head a list. What a side chooses is first held against lax.top_k: the scores must be the same, and
 no slot twice. A side whose choice differs says for how many of the rows.
 
-    python scripts/bench_selection.py --slots 4096 32768
+    python -m scripts.bench.selection --slots 4096 32768
 """
 
 import argparse
@@ -15,13 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import gpu_timing as timing
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from hshare_jax.kernels import pallas_selection
 from hshare_jax.methods.hshare.share_plan import identity_plan
+from scripts.bench import gpu_timing as timing
 
 NUM_CHANNELS = 32
 COLUMNS = (

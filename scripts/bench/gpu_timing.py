@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 import platform
+import shlex
 import statistics
 import sys
 import time
@@ -176,7 +177,12 @@ def reason(error: Exception) -> str:
 def heading() -> str:
     """Returns date, device, versions and the command line."""
     versions = f"jax {jax.__version__}, Python {platform.python_version()}"
-    return f"{date.today()}, {jax.devices()[0].device_kind}, {versions}\n\n    python {' '.join(sys.argv)}\n"
+    return f"{date.today()}, {jax.devices()[0].device_kind}, {versions}\n\n    {command()}\n"
+
+
+def command() -> str:
+    """The command that this process was started with."""
+    return shlex.join(["python", *sys.orig_argv[1:]])
 
 
 def write_json(path: Path, rows: list[dict]) -> None:
