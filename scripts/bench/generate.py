@@ -1,9 +1,9 @@
 """Times decoding of whole LLaMA models on a GPU, dense and through shared lists of an eighth of the tokens.
 
-Weights, cache and labels are random bfloat16, made on the device; speed does not depend on their values. Plans are
-random with the share of computed lists that the settings have, one for each row; the lists are those that the first
-steps choose. The steps run as one jitted scan, greedy, and end 32 tokens before the cache is full. The floor is what a
-step must read (weights, keys and values, labels that are scored) over the measured copy bandwidth.
+Weights, cache and labels are random bfloat16, made on the device, because speed does not depend on their values. Plans
+are random: each row has a plan of its own, with the share of computed lists that the settings name. The first steps
+choose the lists. The steps run as one jitted scan, greedy, and end 32 tokens before the cache is full. The floor is the
+time that a step's bytes (weights, keys and values, scored labels) take at the measured copy bandwidth.
 
     python -m scripts.bench.generate --models LLaMA3-8B --batch 1 8 --context 4096
 """
@@ -16,7 +16,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,15 +25,16 @@ from jax import Array, lax
 
 from hshare_jax.decode_state import DecodeState, count_reads, init_state
 from hshare_jax.decode_step import decode_step
+from hshare_jax.generate import generate
 from hshare_jax.methods.hshare.settings import HShareSettings
 from hshare_jax.methods.hshare.shared_lists import SharedLists
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.decoder import parameter_shapes
+from hshare_jax.models.pretrained import Model
 from scripts.bench import gpu_timing as timing
 
 Tree = TypeVar("Tree")
-BF16 = jnp.dtype(jnp.bfloat16)
-ROOM = 64  # slots that are free when the steps begin
+ROOM = 64  # free slots when the steps begin
 COLUMNS = (
     "model", "context", "batch", "side", "tokens read", "tokens/s", "step", "must read", "floor", "of floor",
     "dense / this",
@@ -44,16 +45,21 @@ TOY = ModelConfig(
 )  # fmt: skip
 
 
-def settings(context: int) -> dict[str, HShareSettings | None]:
-    """Returns the sides: dense, half of the lists computed, which is the default, and a third, as at 7/8-3/4-1/2."""
+def sides(context: int) -> dict[str, HShareSettings | None]:
+    """Dense; the default, which computes half of the lists; and a third of the lists, as the ratio 7/8-3/4-1/2 does."""
     sinks, recent = (16, 64) if context >= 4096 else (2, 8)
     base = HShareSettings(num_sinks=sinks, num_critical=context // 8 - sinks - recent, num_recent=recent)
-    sides = (base, base.with_sharing_ratio("1/3-1-1"))
-    return {"dense": None} | {f"HShare {side.sharing_ratio}": side for side in sides}
+    sparse = (base, base.with_sharing_ratio("1/3-1-1"))
+    return {"dense": None} | {f"HShare {side.sharing_ratio}": side for side in sparse}
+
+
+def with_positions(config: ModelConfig, positions: int) -> ModelConfig:
+    """The model with at least so many positions."""
+    return dataclasses.replace(config, max_positions=max(config.max_positions, positions))
 
 
 def random_tree(shapes: Tree, seed: int, dtype: jnp.dtype | None = None, scale: float = 1) -> Tree:
-    """Returns random arrays of these shapes, and of this dtype where one is given."""
+    """Random arrays of these shapes, in `dtype` where one is given."""
     leaves, tree = jax.tree.flatten(shapes)
     keys = range(seed, seed + len(leaves))
     arrays = [
@@ -63,44 +69,29 @@ def random_tree(shapes: Tree, seed: int, dtype: jnp.dtype | None = None, scale: 
     return tree.unflatten(arrays)
 
 
-def random_plan(config: ModelConfig, hshare: HShareSettings, batch: int) -> Array:
-    """Returns plans [B, L, J] in which the settings' number of lists is computed; others copy a lower one of those."""
-    L, J = config.num_layers, hshare.num_lists(config)
-    first, size = hshare.dense_layers * J, L * J
+def random_params(config: ModelConfig) -> dict:
+    """Random bfloat16 weights of a model."""
+    return random_tree(parameter_shapes(config), seed=10_000, dtype=timing.BF16, scale=0.02)
+
+
+def random_plan(config: ModelConfig, settings: HShareSettings, batch: int) -> Array:
+    """Plans [B, L, J] that compute the settings' number of lists; every other list copies a lower computed one."""
+    L, J = config.num_layers, settings.num_lists(config)
+    first, size = settings.dense_layers * J, L * J
     rng, source = np.random.default_rng(0), np.tile(np.arange(size), (batch, 1))
     for row in source:
-        others = rng.permutation(np.arange(first + 1, size))[: hshare.num_computed_lists(config) - 1]
+        others = rng.permutation(np.arange(first + 1, size))[: settings.num_computed_lists(config) - 1]
         own = np.sort(np.append(others, first))
         copies = np.setdiff1d(np.arange(first, size), own)
         row[copies] = own[rng.integers(np.searchsorted(own, copies))]
     return jnp.asarray(source.reshape(batch, L, J), jnp.int32)
 
 
-def make_state(config: ModelConfig, batch: int, context: int, hshare: HShareSettings | None) -> DecodeState:
-    """Returns a state that lacks ROOM tokens to be full; what is random is allocated once."""
-    init = functools.partial(init_state, config, batch, context, method=hshare, dtype=jnp.bfloat16)
-    shapes = jax.eval_shape(init)
-    cache = random_tree(shapes.cache, seed=1)
-    cache = dataclasses.replace(cache, lengths=jnp.full((batch,), context - ROOM, jnp.int32))
-    if hshare is None:
-        return DecodeState(cache, None)
-
-    def lists_and_plan() -> SharedLists:  # the labels, which are random, are left out
-        shared = init().selection
-        assert isinstance(shared, SharedLists)
-        return dataclasses.replace(shared, labels=())
-
-    assert isinstance(shapes.method_state, SharedLists)
-    labels = random_tree(shapes.method_state.labels, seed=1000)
-    shared = dataclasses.replace(jax.jit(lists_and_plan)(), labels=labels, source=random_plan(config, hshare, batch))
-    return DecodeState(cache, shared)
-
-
 @functools.partial(jax.jit, static_argnames=("config", "steps", "impl"), donate_argnames=("state",))
 def decode_steps(
     params: dict, tokens: Array, state: DecodeState, *, config: ModelConfig, steps: int, impl: str
 ) -> tuple[Array, DecodeState]:
-    """Returns (the last greedy tokens [B], the state) after so many steps, a multiple of the refresh interval."""
+    """(The last greedy tokens [B], the state) after so many steps, a multiple of the refresh interval."""
     interval = 1 if state.method_state is None else state.method_state.refresh_interval
 
     def run_block(carry: tuple[Array, DecodeState], _: None) -> tuple[tuple[Array, DecodeState], None]:
@@ -113,72 +104,174 @@ def decode_steps(
     return lax.scan(run_block, (tokens, state), length=steps // interval)[0]
 
 
-def bytes_to_read(config: ModelConfig, params: dict, state: DecodeState) -> tuple[float, float]:
-    """Returns (bytes that a step must read, tokens that a head reads); of untied embeddings only rows are read."""
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+def bytes_of_step(
+    config: ModelConfig, params: dict, settings: HShareSettings | None, batch: int, *, reads: float, length: float
+) -> float:
+    """The bytes that a step must read.
+
+    Args:
+        config: the model.
+        params: its weights. If embeddings are not tied, a step reads only a few rows of them, which are not counted.
+        settings: how lists are shared; None for dense decoding.
+        batch: rows.
+        reads: tokens that a head reads.
+        length: tokens of a row, whose labels are scored.
+    """
+    size: float = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     if not config.tie_embeddings:
         size -= params["embedding"].nbytes
-    B, shared = state.cache.lengths.shape[0], state.method_state
-    reads, length = float(count_reads(state, config).mean()), float(state.cache.lengths.mean())
-    size += B * reads * config.cache_bytes_per_token(BF16.itemsize)
-    if isinstance(shared, SharedLists):
-        hshare, labels = shared.config, jax.tree.leaves(shared.labels[-1])
-        per_slot = sum(leaf.nbytes for leaf in labels) / (B * config.num_kv_heads * state.cache.capacity)
-        size += B * hshare.num_computed_lists(config) / hshare.refresh_interval * length * per_slot
-    return size, reads
+    size += batch * reads * config.cache_bytes_per_token(timing.BF16.itemsize)
+    if settings is None:
+        return size
+    shapes = _state_shapes(config, 1, 256, settings)
+    assert isinstance(shapes.method_state, SharedLists)
+    labels = jax.tree.leaves(shapes.method_state.labels[-1])
+    per_slot = _num_bytes(labels) / (config.num_kv_heads * shapes.cache.capacity)
+    return size + batch * settings.num_computed_lists(config) / settings.refresh_interval * length * per_slot
 
 
-def measure(
-    params: dict,
-    config: ModelConfig,
-    size: tuple[int, int],
-    hshare: HShareSettings | None,
-    options: argparse.Namespace,
-    impl: str,
-) -> dict:
-    """Returns {"seconds"} of a step, the median, {"bytes"} and {"reads"}; every repeat starts at the same length."""
-    context, batch = size
-    state, times = make_state(config, batch, context, hshare), []
-    tokens, begin = jnp.zeros((batch,), jnp.int32), np.asarray(state.cache.lengths)
-    for _ in range(options.repeats + 2):  # the first compiles, the second may record command buffers
-        state = dataclasses.replace(state, cache=dataclasses.replace(state.cache, lengths=jnp.array(begin)))
-        began = time.perf_counter()
-        tokens, state = jax.block_until_ready(
-            decode_steps(params, tokens, state, config=config, steps=options.steps, impl=impl)
-        )
-        times.append((time.perf_counter() - began) / options.steps)
-    must_read, reads = bytes_to_read(config, params, state)
-    return {"seconds": statistics.median(times[2:]), "bytes": must_read, "reads": reads}
+def _state_shapes(config: ModelConfig, batch: int, context: int, settings: HShareSettings | None) -> DecodeState:
+    return jax.eval_shape(lambda: init_state(config, batch, context, method=settings, dtype=jnp.bfloat16))
 
 
-def state_bytes(config: ModelConfig, batch: int, context: int, hshare: HShareSettings | None) -> int:
-    """Returns the bytes of a state."""
-    shapes = jax.eval_shape(lambda: init_state(config, batch, context, method=hshare, dtype=jnp.bfloat16))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+def _num_bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+class Steps:
+    """Decode steps of one model at one size: compiled first, perhaps beside others, and timed later."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: dict,
+        size: tuple[int, int],
+        settings: HShareSettings | None,
+        *,
+        steps: int,
+        impl: str,
+    ) -> None:
+        self._config, self._params, (self._context, self._batch) = config, params, size
+        self._settings, self._steps, self._impl = settings, steps, impl
+        self._tokens = jnp.zeros((self._batch,), jnp.int32)
+        self._compiled: Any = None
+
+    @property
+    def lack(self) -> str | None:
+        """Why the state does not fit on the device; None where it fits."""
+        # A step's temporaries are small beside 3 % of a state.
+        return timing.lacks_memory(1.03 * self.state_bytes)
+
+    @property
+    def state_bytes(self) -> int:
+        """The bytes of the state."""
+        return _num_bytes(_state_shapes(self._config, self._batch, self._context, self._settings))
+
+    def compile(self) -> None:
+        """Compiles the program; errors are those of XLA."""
+        if self._compiled is None:
+            state = _state_shapes(self._config, self._batch, self._context, self._settings)
+            lowered = decode_steps.lower(
+                self._params, self._tokens, state, config=self._config, steps=self._steps, impl=self._impl
+            )
+            self._compiled = lowered.compile()
+
+    def measure(self, repeats: int) -> dict:
+        """A step's {"seconds", "bytes", "reads"}; "seconds" is the median. Every repeat starts at the same length."""
+        self.compile()
+        state, times, tokens = self._make_state(), [], self._tokens
+        begin = np.asarray(state.cache.lengths)
+        for _ in range(repeats + 2):  # XLA records command buffers on the first two runs
+            state = dataclasses.replace(state, cache=dataclasses.replace(state.cache, lengths=jnp.array(begin)))
+            began = time.perf_counter()
+            tokens, state = jax.block_until_ready(self._compiled(self._params, tokens, state))
+            times.append((time.perf_counter() - began) / self._steps)
+        reads, length = float(count_reads(state, self._config).mean()), float(state.cache.lengths.mean())
+        size = bytes_of_step(self._config, self._params, self._settings, self._batch, reads=reads, length=length)
+        return {"seconds": statistics.median(times[2:]), "bytes": size, "reads": reads}
+
+    def _make_state(self) -> DecodeState:
+        """A state that lacks ROOM tokens to be full; its random arrays are allocated once."""
+        config, settings, batch, context = self._config, self._settings, self._batch, self._context
+        shapes = _state_shapes(config, batch, context, settings)
+        cache = random_tree(shapes.cache, seed=1)
+        cache = dataclasses.replace(cache, lengths=jnp.full((batch,), context - ROOM, jnp.int32))
+        if settings is None:
+            return DecodeState(cache, None)
+
+        def lists_and_plan() -> SharedLists:  # without the labels, which are random
+            state = init_state(config, batch, context, method=settings, dtype=jnp.bfloat16)
+            assert isinstance(state.method_state, SharedLists)
+            return dataclasses.replace(state.method_state, labels=())
+
+        assert isinstance(shapes.method_state, SharedLists)
+        labels = random_tree(shapes.method_state.labels, seed=1000)
+        lists, plan = jax.jit(lists_and_plan)(), random_plan(config, settings, batch)
+        return DecodeState(cache, dataclasses.replace(lists, labels=labels, source=plan))
+
+
+def measure_side(steps: Steps, repeats: int, bandwidth: float) -> dict:
+    """`Steps.measure` and the "floor" in seconds, or {"error"}."""
+    if lack := steps.lack:
+        return {"error": f"skipped: {lack}"}
+    try:
+        row = steps.measure(repeats)
+    except timing.FAILURES as error:
+        return {"error": timing.reason(error)}
+    return row | {"floor": row["bytes"] / bandwidth}
+
+
+def end_to_end(
+    config: ModelConfig, params: dict, size: tuple[int, int], settings: HShareSettings | None, new_tokens: int
+) -> dict[str, dict]:
+    """Rows of prefill and decoding of one `generate` on random prompts: {"seconds", "bytes"} of a token or a step.
+
+    Args:
+        config: the model.
+        params: its weights.
+        size: (tokens of each prompt, rows).
+        settings: how lists are shared; None decodes dense.
+        new_tokens: tokens to decode.
+    """
+    (context, batch), rng = size, np.random.default_rng(0)
+    model = Model(config, params, None, (), "random", "random")
+    prompts = [rng.integers(0, config.vocab_size, context).tolist() for _ in range(batch)]
+    found = generate(model, prompts, max_new_tokens=new_tokens, method=settings)
+    timed, steps = found.timing, new_tokens - 1
+    length = context + new_tokens / 2
+    size_of_step = bytes_of_step(config, params, settings, batch, reads=found.usage.mean_reads, length=length)
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    return {
+        "prefill": {
+            "seconds": timed.prefill_seconds, "bytes": weights, "tokens_per_second": timed.prefill_rate,
+            "compile_seconds": timed.compile_seconds,
+        },
+        "decode": {
+            "seconds": timed.decode_seconds / steps, "bytes": size_of_step, "tokens_per_second": timed.decode_rate,
+            "reads": found.usage.mean_reads,
+        },
+    }  # fmt: skip
 
 
 def bench_model(
     name: str, config: ModelConfig, options: argparse.Namespace, bandwidth: float, impl: str
 ) -> Iterator[dict]:
     """Yields a row for each side of each size."""
-    config = dataclasses.replace(config, max_positions=max(config.max_positions, *options.context))
-    params = random_tree(parameter_shapes(config), seed=10_000, dtype=BF16, scale=0.02)
+    config = with_positions(config, max(options.context))
+    params = random_params(config)
     for context, batch in itertools.product(options.context, options.batch):
-        dense = None
-        for side, hshare in settings(context).items():
-            row: dict = {"model": name, "context": context, "batch": batch, "side": side}
-            # The temporaries of a step are small beside 3% of a state.
-            if lack := timing.lacks_memory(1.03 * state_bytes(config, batch, context, hshare)):
-                yield row | {"error": f"skipped: {lack}"}
-                continue
-            try:
-                row |= measure(params, config, (context, batch), hshare, options, impl)
-            except timing.FAILURES as error:
-                yield row | {"error": timing.reason(error)}
-                continue
-            row["floor"] = row["bytes"] / bandwidth
-            dense = row["seconds"] if hshare is None else dense
-            yield row if dense is None else row | {"dense_ratio": dense / row["seconds"]}
+        dense, steps = None, {}
+        for side, settings in sides(context).items():
+            steps[side] = Steps(config, params, (context, batch), settings, steps=options.steps, impl=impl)
+        timing.compile_together(steps.values())
+        for side, timed in steps.items():
+            row = {"model": name, "context": context, "batch": batch, "side": side}
+            row |= measure_side(timed, options.repeats, bandwidth)
+            if side == "dense":
+                dense = row.get("seconds")
+            if dense is not None and "seconds" in row:
+                row["dense_ratio"] = dense / row["seconds"]
+            yield row
 
 
 def print_row(row: dict) -> None:
@@ -200,10 +293,9 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=list(timing.MODELS), default=list(timing.MODELS))
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 16])
     parser.add_argument("--context", type=int, nargs="+", default=[4096, 16_384])
-    parser.add_argument("--steps", type=int, default=32, help="of one timed scan, at most 64")
+    parser.add_argument("--steps", type=int, default=32, help="steps of one timed scan, at most 64")
     parser.add_argument("--repeats", type=int, default=11)
-    parser.add_argument("--gpt-fast", type=Path, help="a checkout of gpt-fast: prints how to run it beside")
-    parser.add_argument("--json", type=Path, help="writes the rows there too, after each of them")
+    parser.add_argument("--json", type=Path, help="also writes the rows to this file, after each row")
     parser.add_argument("--toy", action="store_true", help="a tiny model through Pallas' interpreter, on any machine")
     options = parser.parse_args()
     if not 1 <= options.steps <= ROOM:
@@ -215,12 +307,6 @@ def main() -> None:
     print(timing.heading())
     bandwidth = timing.copy_bandwidth(effort)
     print(f"bfloat16, copy bandwidth {bandwidth / 1e9:.0f} GB/s")
-    if options.gpt_fast:
-        print(
-            f"\nBeside it, its dense decoding of one row, with weights that it has converted:\n\n"
-            f"    cd {options.gpt_fast} && python generate.py --compile --checkpoint_path CHECKPOINT/model.pth "
-            f"--prompt {min(options.context) - ROOM} --max_new_tokens {options.steps}"
-        )
     print(f"\n| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
     rows: list[dict] = []
     for name, config in models.items():

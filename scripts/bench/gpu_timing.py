@@ -1,22 +1,24 @@
-"""Times jitted steps on a GPU honestly, for the scripts beside it: seconds a call, copy bandwidth, and what they share.
+"""Timing of jitted steps on a GPU: seconds a call, copy bandwidth, and the models, limits and tables of the benches.
 
-Many calls are unrolled in one program, each on data of its own, until these are several times the second-level cache;
-programs follow one another without waiting. So a call meets cold data, as within a model, and launches cost what they
-do in a captured graph. Nothing is subtracted.
+One program holds many calls, and each call reads data of its own. All data together are several times as large as the
+second-level cache, so every call meets cold data, as within a model. Programs follow one another without waiting, so a
+launch costs what it does in a captured graph. No overhead is subtracted.
 """
 
 import dataclasses
 import functools
 import json
+import os
 import platform
 import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +27,9 @@ from jax import Array
 from hshare_jax.files.atomic import whole_file
 from hshare_jax.models.config import ModelConfig, RopeConfig
 
-COLD_BYTES = 200 * 10**6  # of all data sets together: an H200's second-level cache holds 50 MB
-FAILURES = (ValueError, NotImplementedError, RuntimeError)  # of a side that cannot run; RuntimeError: XLA, cuDNN, torch
+COLD_BYTES = 200 * 10**6  # bytes of all data sets together; the second-level cache of an H200 holds 50 MB
+# The errors of a side that cannot run; RuntimeError comes from XLA, cuDNN and torch.
+FAILURES = (ValueError, NotImplementedError, RuntimeError)
 LLAMA3_8B = ModelConfig(
     vocab_size=128_256, width=4096, mlp_width=14_336, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128,
     max_positions=8192, windows=(None,) * 32, rope=RopeConfig(theta=500_000.0),
@@ -35,16 +38,17 @@ LLAMA2_7B = dataclasses.replace(
     LLAMA3_8B, vocab_size=32_000, mlp_width=11_008, num_kv_heads=32, rope=RopeConfig(theta=10_000.0)
 )
 MODELS = {"LLaMA2-7B": LLAMA2_7B, "LLaMA3-8B": LLAMA3_8B}
+BF16 = jnp.dtype(jnp.bfloat16)
 
 
 @dataclasses.dataclass(frozen=True)
 class Effort:
-    """How long a measurement goes on."""
+    """How long a measurement takes."""
 
-    min_calls: int = 16  # in one program
-    min_seconds: float = 0.02  # of one sample, by as many programs as that takes, at most 32
-    samples: int = 11  # of which the median counts
-    copy_bytes: int = 2**31  # of the buffer that bandwidth is measured on
+    min_calls: int = 16  # calls in one program
+    min_seconds: float = 0.02  # length of one sample; at most 32 programs make up a sample
+    samples: int = 11  # their median is the result
+    copy_bytes: int = 2**31  # size of the buffer that bandwidth is measured on
 
 
 FULL = Effort()
@@ -52,54 +56,103 @@ QUICK = Effort(min_calls=8, min_seconds=0.005, samples=5)
 TOY = Effort(min_calls=2, min_seconds=0, samples=2, copy_bytes=2**24)
 
 
-def seconds_per_call(
-    step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, data: Sequence[Any], effort: Effort = FULL
-) -> float:
-    """Returns the median seconds of `carry, kept = step(carry, item)`, item after item, several times over.
+class Chain:
+    """Many calls of one step in one program: compiled first, perhaps beside others, and timed later.
+
+    A call is `carry, kept = step(carry, item)`. The items of `data` are taken in turn, several times over.
 
     Args:
-        step: traced. Its next carry, of the same shape, must depend on all of its work, so that calls form a chain in
-            which nothing is hoisted or dead. Work that cannot be chained is returned as `kept` (then the data must be
-            at least `min_calls` sets, since equal calls would be merged); else None.
-        carry: what the first call is given; it stays as it is.
-        data: one pytree of arrays a call.
-        effort: how long.
+        step: traced. The next carry has the carry's shape and must depend on all of the step's work. The calls then
+            form a chain, in which XLA can hoist nothing and drop nothing. A step whose work cannot be chained returns
+            it as `kept`, and `data` then holds at least `min_calls` items, because XLA merges equal calls. Every other
+            step returns None as `kept`.
+        carry: the first call's carry; it is copied, not donated.
+        data: one pytree of arrays for each call.
+        effort: how long to measure.
     """
-    rounds = -(-effort.min_calls // len(data))
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def program(carry: Any, data: Sequence[Any]) -> tuple[Any, list[Any]]:
-        kept = []
-        for item in [item for _ in range(rounds) for item in data]:
-            carry, keep = step(carry, item)
-            kept.append(keep)
-        return carry, kept
+    def __init__(
+        self,
+        step: Callable[[Any, Any], tuple[Any, Any]],
+        carry: Any,
+        data: Sequence[Any],
+        effort: Effort = FULL,
+    ) -> None:
+        self._carry, self._data, self._effort = carry, data, effort
+        self._rounds = -(-effort.min_calls // len(data))
+        self._compiled: Callable[[Any, Any], tuple[Any, Any]] | None = None
 
-    def run(carry: Any, programs: int) -> tuple[Any, float]:
+        def program(carry: Any, data: Sequence[Any]) -> tuple[Any, list[Any]]:
+            kept = []
+            for item in [item for _ in range(self._rounds) for item in data]:
+                carry, keep = step(carry, item)
+                kept.append(keep)
+            return carry, kept
+
+        self._program = jax.jit(program, donate_argnums=0)
+
+    def compile(self) -> None:
+        """Compiles the program; errors are those of XLA."""
+        if self._compiled is None:
+            self._compiled = self._program.lower(self._carry, self._data).compile()
+
+    def seconds(self) -> float:
+        """The median seconds of one call."""
+        self.compile()
+        carry, _ = self._run(jax.tree.map(jnp.copy, self._carry), 1)
+        carry, _ = self._run(carry, 1)  # XLA records a command buffer on the first runs
+        carry, once = self._run(carry, 1)
+        programs = max(1, min(32, round(self._effort.min_seconds / once)))
+        times = []
+        for _ in range(self._effort.samples):
+            carry, seconds = self._run(carry, programs)
+            times.append(seconds)
+        return statistics.median(times) / (programs * self._rounds * len(self._data))
+
+    def _run(self, carry: Any, programs: int) -> tuple[Any, float]:
+        assert self._compiled is not None
         began, kept = time.perf_counter(), None
         for _ in range(programs):
-            carry, kept = program(carry, data)
+            carry, kept = self._compiled(carry, self._data)
         jax.block_until_ready((carry, kept))
         return carry, time.perf_counter() - began
 
-    carry, _ = run(jax.tree.map(jnp.copy, carry), 1)  # compiles
-    carry, _ = run(carry, 1)  # a command buffer is recorded on the first runs
-    carry, once = run(carry, 1)
-    programs = max(1, min(32, round(effort.min_seconds / once)))
-    times = []
-    for _ in range(effort.samples):
-        carry, seconds = run(carry, programs)
-        times.append(seconds)
-    return statistics.median(times) / (programs * rounds * len(data))
+
+class Compiles(Protocol):
+    """A program that can be compiled before it is timed, as a `Chain` can."""
+
+    def compile(self) -> None:
+        """Compiles the program, once."""
+        ...
+
+
+def compile_together(programs: Iterable[Compiles]) -> None:
+    """Compiles programs on all cores at once; an error is raised later, when its program is timed."""
+
+    def compile_or_leave(program: Compiles) -> None:
+        try:
+            program.compile()
+        except FAILURES:
+            return  # the program compiles again when it is timed, and raises then
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compile_or_leave, programs))
+
+
+def seconds_per_call(
+    step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, data: Sequence[Any], effort: Effort = FULL
+) -> float:
+    """The median seconds of one call of a step; the arguments are those of `Chain`."""
+    return Chain(step, carry, data, effort).seconds()
 
 
 def torch_seconds_per_call(
     call: Callable[..., object], data: Sequence[tuple[Array, ...]], effort: Effort = FULL
 ) -> float:
-    """Returns the median seconds of `call(*tensors)` for torch tensors that are these very arrays, as one CUDA graph.
+    """The median seconds of `call(*tensors)` in one CUDA graph; the tensors share the arrays' memory.
 
     Raises:
-        RuntimeError: no torch here, or none with CUDA.
+        RuntimeError: torch is not installed, or has no CUDA.
     """
     try:
         import torch
@@ -129,9 +182,9 @@ def torch_seconds_per_call(
 
 
 def copy_bandwidth(effort: Effort = FULL) -> float:
-    """Returns bytes per second, read and written, of x + 1 over a large buffer."""
+    """Bytes per second, read and written, of x + 1 over a large buffer."""
     x = jnp.zeros((effort.copy_bytes // 4,), jnp.float32)
-    # A single program of several would be fused into x + n.
+    # One call a program: XLA would fuse several into x + n.
     add = jax.jit(lambda x: x + 1)
     times = []
     for _ in range(effort.samples + 1):
@@ -143,9 +196,15 @@ def copy_bandwidth(effort: Effort = FULL) -> float:
     return 2 * x.nbytes / statistics.median(times[1:])
 
 
+def matrix_rate(size: int, effort: Effort = FULL) -> float:
+    """Floating-point operations per second of a bfloat16 product of two square random matrices."""
+    a, b = (random_array(seed, shape=(size, size), dtype=BF16, scale=size**-0.5) for seed in (1, 2))
+    return 2 * size**3 / seconds_per_call(lambda a, b: (a @ b, None), a, [b], effort)
+
+
 @functools.partial(jax.jit, static_argnames=("shape", "dtype", "scale"))
 def random_array(seed: int | Array, *, shape: tuple[int, ...], dtype: jnp.dtype, scale: float = 1) -> Array:
-    """Returns random bits of an unsigned dtype, zeros of a signed one, or normal numbers * scale; on the device."""
+    """An array made on the device: random bits of an unsigned dtype, zeros of a signed one, else normal * scale."""
     key = jax.random.key(seed, impl="rbg")
     if jnp.issubdtype(dtype, jnp.signedinteger):
         return jnp.zeros(shape, dtype)
@@ -155,12 +214,12 @@ def random_array(seed: int | Array, *, shape: tuple[int, ...], dtype: jnp.dtype,
 
 
 def num_data_sets(touched: float) -> int:
-    """Returns how many data sets are needed where a call touches so many bytes of one."""
+    """How many data sets keep the cache cold, where a call touches so many bytes of a set."""
     return max(2, -(-COLD_BYTES // max(int(touched), 1)))
 
 
 def lacks_memory(needed: float) -> str | None:
-    """Returns the reason why so many bytes do not fit beside what is there; None where they do or nobody knows."""
+    """Why so many more bytes do not fit on the device; None where they fit, or where the device does not say."""
     stats = jax.devices()[0].memory_stats()
     if stats is None or "bytes_limit" not in stats:
         return None
@@ -169,19 +228,19 @@ def lacks_memory(needed: float) -> str | None:
 
 
 def reason(error: Exception) -> str:
-    """Returns an error's name and first line, fit for a table's cell."""
+    """An error's name and first line, fit for a cell of a table."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:160]}".replace("|", "/")
 
 
 def heading() -> str:
-    """Returns date, device, versions and the command line."""
+    """Date, device, versions and the command line."""
     versions = f"jax {jax.__version__}, Python {platform.python_version()}"
     return f"{date.today()}, {jax.devices()[0].device_kind}, {versions}\n\n    {command()}\n"
 
 
 def command() -> str:
-    """The command that this process was started with."""
+    """The command that started this process."""
     return shlex.join(["python", *sys.orig_argv[1:]])
 
 
