@@ -8,8 +8,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from hshare_jax.decode_state import DecodeState
-from hshare_jax.kernels import reference_attention
-from hshare_jax.kernels.api import dense_decode, prefill_attention
+from hshare_jax.kernels.api import dense_decode, prefill_attention, prefill_attention_received
 from hshare_jax.kv_cache import KVCache, append
 from hshare_jax.methods.base import PromptQueries, Step
 from hshare_jax.models.config import ModelConfig
@@ -43,8 +42,7 @@ def prefill_attend(
         if kept is not None and probe_positions is not None:
             kept = _keep_queries(kept, layer, index, q, is_token, probe_positions - starts[:, None])
         if kept is not None and kept.received is not None:
-            out, log_total = reference_attention.prefill_attention(q, keys, values, seen, window=window)
-            new = reference_attention.received_attention(q, keys, seen, is_token & sees_any, log_total, window=window)
+            out, new = prefill_attention_received(q, keys, values, seen, is_token & sees_any, window=window)
             received = _replace_layer(kept.received, layer, kept.received[layer] + new)
             kept = dataclasses.replace(kept, received=received)
         else:

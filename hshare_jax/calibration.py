@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from hshare_jax.decode_state import init_state
 from hshare_jax.files.atomic import whole_file
-from hshare_jax.kernels.labels import channel_statistic
 from hshare_jax.kv_cache import KVCache
 from hshare_jax.methods.base import PromptQueries
+from hshare_jax.methods.hshare.channels import channel_statistic
 from hshare_jax.methods.hshare.settings import PLAN_SETTINGS, HShareSettings
 from hshare_jax.methods.hshare.share_plan import SharePlan, find_plan
 from hshare_jax.methods.hshare.shared_lists import SharedLists

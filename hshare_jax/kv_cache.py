@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Int, Shaped
 
-from hshare_jax.kernels.reference_attention import PREFILL_BLOCK
+from hshare_jax.kernels.prefill_attention import PREFILL_BLOCK
 from hshare_jax.models.config import ModelConfig
 
 

@@ -1,60 +1,34 @@
-"""Which implementation runs: the Pallas kernels on NVIDIA GPUs, plain jnp everywhere else, or what the caller names.
+"""The operations on the KV cache: attention of a decode step, the choice of critical tokens, and prefill attention.
 
-Everything that knows Pallas' Triton backend lies in this folder behind these functions.
+Each operation of a decode step has several implementations, and `impl` names one:
+
+    auto       the fastest one for the platform that the program is lowered for
+    pallas     Pallas kernels through Triton, on NVIDIA GPUs
+    reference  plain jnp, on every machine; it is the definition, and the only one that can be differentiated
+    interpret  the Pallas kernels in Pallas' interpreter, slowly, on every machine; for tests
+
+A name that cannot run where the program runs raises `SettingError`. Code outside this folder calls these functions and
+imports no implementation.
 """
 
-from collections.abc import Callable
-from typing import TypeVar
-
-import jax
 from jax import Array, lax
-from jax.experimental import checkify
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
-from hshare_jax.kernels import pallas_attention, reference_attention
-from hshare_jax.kernels.prefill_attention import can_fuse_prefill, fused_prefill
-from hshare_jax.shapes import Lists, Source
+from hshare_jax.kernels.implementations import IMPLS, Implementation, check_impl, run
+from hshare_jax.kernels.labels import Labels
+from hshare_jax.kernels.prefill_attention import can_fuse_prefill, fused_prefill, plain_prefill, received_attention
+from hshare_jax.shapes import EMPTY, Lists, Source
 
-IMPLS = ("auto", "pallas", "reference", "interpret")
-Result = TypeVar("Result")
-
-
-def check_impl(impl: str) -> None:
-    """Raises ValueError for a name that is none, and for `pallas` where jax's default device is no GPU."""
-    if impl not in IMPLS:
-        raise ValueError(f"impl={impl!r} must be one of {', '.join(map(repr, IMPLS))}")
-    platform = _platform()
-    if impl == "pallas" and platform not in ("gpu", "cuda"):
-        raise ValueError(
-            f"impl='pallas' runs on NVIDIA GPUs, and this program is for {platform}: leave it 'auto', or use "
-            "'interpret' to try the kernels, slowly"
-        )
-
-
-def dispatch(impl: str, *, pallas: Callable[[bool], Result], plain: Callable[[], Result]) -> Result:
-    """Returns what the chosen implementation gives.
-
-    Args:
-        impl: `auto` takes the kernels where the program is lowered for CUDA, plain jnp elsewhere. `pallas` and
-            `reference` are these two; `interpret` runs the kernels in Pallas' interpreter on any machine, for tests.
-            Only `reference` can be differentiated.
-        pallas: called with whether to interpret.
-        plain: the definition.
-
-    Raises:
-        ValueError: as `check_impl`.
-    """
-    check_impl(impl)
-    if impl == "auto" and _platform() != "cpu":
-        return lax.platform_dependent(cuda=lambda: pallas(False), default=plain)
-    # Known to be for the CPU: the kernels need not be traced.
-    return plain() if impl in ("auto", "reference") else pallas(impl == "interpret")
-
-
-def _platform() -> str:
-    """Returns what is traced for, as far as that is known: the mesh's device, or jax's default one."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
+__all__ = [
+    "IMPLS",
+    "check_impl",
+    "dense_decode",
+    "prefill_attention",
+    "prefill_attention_received",
+    "select_by_keys",
+    "select_by_labels",
+    "sparse_decode",
+]
 
 
 def dense_decode(
@@ -66,14 +40,22 @@ def dense_decode(
     window: int | None = None,
     impl: str = "auto",
 ) -> Float[Array, "B N H"]:
-    """Returns attention over the whole cache: see `reference_attention.dense_decode`; and for `impl`, `dispatch`."""
-    return dispatch(
-        impl,
-        pallas=lambda interpret: pallas_attention.dense_decode(
-            q, keys, values, lengths, window=window, interpret=interpret
-        ),
-        plain=lambda: reference_attention.dense_decode(q, keys, values, lengths, window=window),
-    )
+    """Attention of one query per head over the whole cache: slots [0, length), or the last `window` of them.
+
+    A row of length 0 returns zeros. A row longer than the cache reads the whole cache.
+
+    Args:
+        q: one rotated query per head. The query's own key is the last of the `lengths` slots.
+        keys, values: the cache of one layer. Slots that are not read may hold anything but NaN.
+        lengths: cached tokens of each row, the current token included.
+        window: the layer's sliding window.
+        impl: the implementation, as the module describes it.
+    """
+
+    def attend(chosen: Implementation) -> Array:
+        return chosen.attention.dense_decode(q, keys, values, lengths, window=window, **chosen.options)
+
+    return run(impl, attend)
 
 
 def sparse_decode(
@@ -92,27 +74,133 @@ def sparse_decode(
     min_length: int = 0,
     impl: str = "auto",
 ) -> Float[Array, "B N H"]:
-    """Returns attention through the plan: see `reference_attention.sparse_decode`; and for `impl`, `dispatch`.
+    """Attention of one query per head over a list and two ranges. Each slot is read once.
 
-    Transformed by `checkify`, it reports lists and plans that point outside the cache and the buffer; a GPU would read
-    whatever lies there.
+    Head n reads list j = n * J // N. The list is found through the plan: it is `lists[f // J, b, f % J]` with
+    f = source[b, layer, j]. The head attends to [0, num_sinks), to the listed tokens and to [recent_start, length).
+
+        # num_sinks 1, list [2, 5, EMPTY], recent_start 6, length 8:  slots 0 | 2 5 | 6 7
+
+    A row of length 0 returns zeros. Transformed by `checkify`, the function reports lists and plans that point outside
+    the cache and the buffer of lists. A GPU would read whatever lies there.
+
+    Args:
+        q: one rotated query per head. The query's own key is the last of the `lengths` slots.
+        keys, values: the cache of one layer. Slots that are not read may hold anything but NaN.
+        lists: the lists of all layers: slots in [num_sinks, recent_start), ascending, padded with EMPTY.
+        source: the plan: for each list the flat id (layer * J + list) of the list that is read in its place.
+        layer: the layer whose attention this is.
+        lengths: cached tokens of each row, the current token included.
+        recent_start: the first slot of each row's recent range.
+        num_sinks: first slots that are always read.
+        max_recent: a static bound on length - recent_start.
+        window: the layer's sliding window. Slots outside it are not read.
+        min_length: rows shorter than this read the whole cache. In the reference their result equals `dense_decode`
+            bit for bit. The Pallas kernel sums in another order, so there the two agree within rounding.
+        impl: the implementation, as the module describes it.
     """
-    S, (L, _, J, _) = keys.shape[2], lists.shape
+    _check_plan(lists, source, lengths, keys.shape[2])
+
+    def attend(chosen: Implementation) -> Array:
+        return chosen.attention.sparse_decode(
+            q, keys, values, lists, source, layer, lengths, recent_start,
+            num_sinks=num_sinks, max_recent=max_recent, window=window, min_length=min_length, **chosen.options,
+        )  # fmt: skip
+
+    return run(impl, attend)
+
+
+def _check_plan(lists: Lists, source: Source, lengths: Int[Array, "B"], num_slots: int) -> None:
+    """Adds checks of the plan, the lists and the lengths, which do nothing unless `checkify` transforms the program."""
+    from jax.experimental import checkify  # here, because a program that never decodes sparsely does without it
+
+    num_lists = lists.shape[0] * lists.shape[2]
     checkify.debug_check(
-        ((source >= 0) & (source < L * J)).all(), f"source must lie in [0, {L * J}), the lists of {L} layers"
+        ((source >= 0) & (source < num_lists)).all(),
+        f"source must lie in [0, {num_lists}), the lists of {lists.shape[0]} layers",
     )
     checkify.debug_check(
-        ((lists >= reference_attention.EMPTY) & (lists < S)).all(),
-        f"lists must hold slots in [0, {S}) or {reference_attention.EMPTY}",
+        ((lists >= EMPTY) & (lists < num_slots)).all(), f"lists must hold slots in [0, {num_slots}) or {EMPTY}"
     )
     checkify.debug_check((lengths >= 0).all(), "lengths must be at least 0")
-    arrays = (q, keys, values, lists, source, layer, lengths, recent_start)
-    settings = {"num_sinks": num_sinks, "max_recent": max_recent, "window": window, "min_length": min_length}
-    return dispatch(
-        impl,
-        pallas=lambda interpret: pallas_attention.sparse_decode(*arrays, **settings, interpret=interpret),
-        plain=lambda: reference_attention.sparse_decode(*arrays, **settings),
-    )
+
+
+def select_by_labels(
+    lists: Lists,
+    layer: int,
+    query: Float[Array, "B N R"],
+    labels: Labels,
+    source: Source,
+    is_due: Bool[Array, "B"],
+    first: Int[Array, "B"],
+    last: Int[Array, "B"],
+    num_allowed: Int[Array, "B"] | None,
+    *,
+    dilate: bool = False,
+    impl: str = "auto",
+) -> Lists:
+    """The lists of all layers, with those of one layer chosen anew by the scores of labels.
+
+    A list is chosen where it is its own source and its row is due. All other lists stay as they are. A list takes the
+    slots of the highest weights among those that compete, ascending, padded with EMPTY; ties go to the lower slot. The
+    weight of a slot is its score if the list serves one query head. If the list serves several heads, the weight is the
+    sum of their scores, each head's softmaxed over the slots that compete.
+
+    A layer in which no list is chosen computes nothing in the reference. On a GPU it costs a few launches that return
+    at once.
+
+    Args:
+        lists: the lists of all layers.
+        layer: the layer whose lists are chosen.
+        query: the scaled queries on their label channels, from `labels.label_query`, in float32.
+        labels: the labels of the layer's cache.
+        source: the plan: for each list the flat id (layer * J + list) of the list that is read in its place.
+        is_due: the rows that choose.
+        first, last: the slots [first, last) of each row compete.
+        num_allowed: how many slots a list of each row may hold; None allows all C places.
+        dilate: whether a slot weighs at least as much as the competing slot before it.
+        impl: the implementation, as the module describes it.
+    """
+
+    def select(chosen: Implementation) -> Lists:
+        return chosen.selection.select_by_labels(
+            lists, layer, query, labels, source, is_due, first, last, num_allowed, dilate=dilate, **chosen.options
+        )
+
+    return run(impl, select)
+
+
+def select_by_keys(
+    lists: Lists,
+    layer: int,
+    q: Float[Array, "B N H"],
+    keys: Float[Array, "B K S H"],
+    source: Source,
+    is_due: Bool[Array, "B"],
+    first: Int[Array, "B"],
+    last: Int[Array, "B"],
+    num_allowed: Int[Array, "B"] | None,
+    *,
+    dilate: bool = False,
+    impl: str = "auto",
+) -> Lists:
+    """The lists of all layers, with those of one layer chosen anew by exact scores, on all channels of the keys.
+
+    The choice is that of `select_by_labels`. On a GPU it computes the scores of the whole cache even if no list is
+    chosen.
+
+    Args:
+        q: one rotated query per head.
+        keys: the cache of the layer.
+        lists, layer, source, is_due, first, last, num_allowed, dilate, impl: as for `select_by_labels`.
+    """
+
+    def select(chosen: Implementation) -> Lists:
+        return chosen.selection.select_by_keys(
+            lists, layer, q, keys, source, is_due, first, last, num_allowed, dilate=dilate, **chosen.options
+        )
+
+    return run(impl, select)
 
 
 def prefill_attention(
@@ -123,11 +211,42 @@ def prefill_attention(
     *,
     window: int | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Returns causal attention over the cache: see `reference_attention.prefill_attention`; by cuDNN where that can be."""
+    """Causal attention of T new tokens per row over the cache, which holds their keys and values already.
+
+    Token t of row b stands at position starts[b] + t and sees the slots up to its own, or the last `window` of them.
+    The work is done by cuDNN where it can be, and by plain jnp elsewhere.
+
+    Args:
+        q: rotated queries of the new tokens.
+        keys, values: the cache of one layer. Slots that are not read may hold anything but NaN.
+        starts: the position of each row's first new token.
+        window: the layer's sliding window.
+    """
 
     def plain() -> Array:
-        return reference_attention.prefill_attention(q, keys, values, starts, window=window)[0]
+        return plain_prefill(q, keys, values, starts, window=window)[0]
 
     if not can_fuse_prefill(q, keys, window):
         return plain()
     return lax.platform_dependent(cuda=lambda: fused_prefill(q, keys, values, starts), default=plain)
+
+
+def prefill_attention_received(
+    q: Float[Array, "B T N H"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    starts: Int[Array, "B"],
+    is_counted: Bool[Array, "B T"],
+    *,
+    window: int | None = None,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N S"]]:
+    """The result of `prefill_attention`, and the attention probabilities that each slot receives, in float32.
+
+    The probabilities are summed over the new tokens that are counted.
+
+    Args:
+        q, keys, values, starts, window: as for `prefill_attention`.
+        is_counted: the tokens whose attention counts; padding is left out.
+    """
+    out, log_total = plain_prefill(q, keys, values, starts, window=window)
+    return out, received_attention(q, keys, starts, is_counted, log_total, window=window)

@@ -1,12 +1,15 @@
-"""Decode attention as a Pallas kernel for NVIDIA GPUs, through Triton: ranges plus a list, found through the plan.
+"""Decode attention as a Pallas kernel for NVIDIA GPUs, through Triton: two ranges and a list, found through the plan.
 
-One program reads the slots of one list, or of a part of it (split-K, as in Flash-Decoding), for all query heads that
-the list serves, so that a key row is read once. The definition is `reference_attention.sparse_decode`; with no list and
-recent_start = 0 it is `reference_attention.dense_decode`.
+One program reads the slots of one list, or a part of them (split-K, as in Flash-Decoding), for all query heads that the
+list serves, so that each key row is read once. A second kernel merges the parts. Dense attention is the same kernel
+with no list and recent_start = 0.
 """
 
+import dataclasses
 import functools
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +18,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Float, Int
 
-from hshare_jax.kernels.reference_attention import EMPTY, MASKED
+from hshare_jax.kernels.masked_softmax import MASKED
 from hshare_jax.kernels.tiling import Tiles, attention_tiles
-from hshare_jax.shapes import Lists, Source
+from hshare_jax.shapes import EMPTY, Lists, Source
 
 LOG2_E = math.log2(math.e)  # the kernels use exp2, which the hardware has
 
@@ -32,12 +35,18 @@ def dense_decode(
     tiles: Tiles | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B N H"]:
-    """Returns what `reference_attention.dense_decode` does; zeros for a row of length 0. Slots that are not read may be NaN."""
+    """`api.dense_decode` as a kernel. Slots that are not read may even be NaN.
+
+    Args:
+        q, keys, values, lengths, window: as `api.dense_decode` takes them.
+        tiles: the layout of the kernel; None takes the choice of `tiling`.
+        interpret: whether the kernel runs in Pallas' interpreter.
+    """
     B, K, S, _ = keys.shape
     nothing = jnp.full((1, 1, 1, 1), EMPTY, jnp.int32)
     return _decode(
         q, keys, values, nothing, jnp.zeros((B, 1, K), jnp.int32), jnp.int32(0), lengths, jnp.zeros_like(lengths),
-        num_sinks=0, num_listed=0, num_slots=min(S, window or S), window=window, tiles=tiles, interpret=interpret,
+        num_sinks=0, num_listed=0, max_slots=min(S, window or S), window=window, tiles=tiles, interpret=interpret,
     )  # fmt: skip
 
 
@@ -58,37 +67,52 @@ def sparse_decode(
     tiles: Tiles | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B N H"]:
-    """Returns what `reference_attention.sparse_decode` does; zeros for a row of length 0. Slots that are not read may be NaN.
+    """`api.sparse_decode` as a kernel. Slots that are not read may even be NaN.
 
-    Rows under `min_length` read everything in this same kernel, in other blocks than `dense_decode`: they equal it
-    within rounding, not bit for bit as the reference does.
+    Rows under `min_length` read everything in this same kernel, in other blocks than `dense_decode`. So they equal it
+    within rounding and not bit for bit.
+
+    Args:
+        q to min_length: as `api.sparse_decode` takes them.
+        tiles: the layout of the kernel; None takes the choice of `tiling`.
+        interpret: whether the kernel runs in Pallas' interpreter.
     """
-    # A recent range from slot 0 on is everything; sinks and lists, which end where it begins, are then empty.
+    # A recent range that begins at slot 0 holds everything. Sinks and list end where it begins, so they are then empty.
     start = jnp.where(lengths < min_length, 0, recent_start)
+    C = lists.shape[-1]
     return _decode(
         q, keys, values, lists, source, jnp.int32(layer), lengths, start,
-        num_sinks=num_sinks, num_listed=lists.shape[-1], num_slots=num_sinks + lists.shape[-1] + max_recent,
-        window=window, tiles=tiles, interpret=interpret,
+        num_sinks=num_sinks, num_listed=C, max_slots=num_sinks + C + max_recent, window=window, tiles=tiles,
+        interpret=interpret,
     )  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnames=("num_sinks", "num_listed", "num_slots", "window", "tiles", "interpret"))
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """The static sizes of the kernel."""
+
+    num_sinks: int
+    num_listed: int  # C, or 0 without lists
+    window: int | None
+    tiles: Tiles
+    width: int  # H, rounded up to a power of two that a dot takes
+
+
+@functools.partial(jax.jit, static_argnames=("num_sinks", "num_listed", "max_slots", "window", "tiles", "interpret"))
 def _decode(
     q: Array, keys: Array, values: Array, lists: Array, source: Array, layer: Array, lengths: Array, start: Array, *,
-    num_sinks: int, num_listed: int, num_slots: int, window: int | None, tiles: Tiles | None, interpret: bool,
+    num_sinks: int, num_listed: int, max_slots: int, window: int | None, tiles: Tiles | None, interpret: bool,
 ) -> Array:  # fmt: skip
+    """Attention [B, N, H] by the kernel; `max_slots` bounds the slots that one list reads."""
     (B, N, H), J, dtype = q.shape, source.shape[2], q.dtype
-    # A row whose cache is full goes on without its new token. A dot takes operands of one type, no shorter than 16.
+    # A row whose cache is full goes on without its new token. Both operands of a dot have one type.
     lengths, q = jnp.minimum(lengths, keys.shape[2]), q.astype(keys.dtype)
-    width = max(16, pl.next_power_of_2(H))
+    width = max(16, pl.next_power_of_2(H))  # no side of a dot is shorter than 16
     if tiles is None:
-        tiles = attention_tiles(width, keys.dtype.itemsize, B * J, num_slots)
-    kernel = functools.partial(
-        _attend, num_sinks=num_sinks, num_listed=num_listed, window=window, tiles=tiles, width=width
-    )
+        tiles = attention_tiles(width, keys.dtype.itemsize, B * J, max_slots)
     parts = jax.ShapeDtypeStruct((B, N, tiles.splits, H), dtype if tiles.splits == 1 else jnp.float32)
     out, log_total = pl.pallas_call(
-        kernel,
+        functools.partial(_attend, layout=_Layout(num_sinks, num_listed, window, tiles, width)),
         grid=(tiles.splits, J, B),
         in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * 8,
         out_specs=[pl.BlockSpec(memory_space=pl.ANY)] * 2,
@@ -101,70 +125,120 @@ def _decode(
 
 
 def _attend(
-    q_ref, keys_ref, values_ref, lists_ref, source_ref, layer_ref, lengths_ref, start_ref, out_ref, log_total_ref, *,
-    num_sinks: int, num_listed: int, window: int | None, tiles: Tiles, width: int,
-) -> None:  # fmt: skip
+    q_ref,  # [B, N, H]
+    keys_ref,  # [B, K, S, H]
+    values_ref,  # [B, K, S, H]
+    lists_ref,  # [L, B, J, C]
+    source_ref,  # [B, L, J]
+    layer_ref,  # [1]
+    lengths_ref,  # [B]
+    start_ref,  # [B], the recent range's first slot
+    out_ref,  # [B, N, splits, H]
+    log_total_ref,  # [B, N, splits], log2 of the sum that the softmax divides by
+    *,
+    layout: _Layout,
+) -> None:
+    """One program: one split of the slots of list j of row b, for all heads that the list serves."""
     split, j, b = (pl.program_id(axis) for axis in range(3))
-    J, K, H, C = source_ref.shape[2], keys_ref.shape[1], keys_ref.shape[3], num_listed
+    J, K, H, tiles = source_ref.shape[2], keys_ref.shape[1], keys_ref.shape[3], layout.tiles
     group_size = q_ref.shape[1] // J
     k = j // (J // K)
-    length, start = lengths_ref[b], start_ref[b]
-    first = 0 if window is None else jnp.maximum(length - window, 0)
-    range_start = jnp.maximum(start, first)
+    bounds = _read_bounds(lengths_ref[b], start_ref[b], layout.window)
     unit = source_ref[b, layer_ref[0], j]
-    columns = jnp.arange(width, dtype=jnp.int32)[None, :]
+    columns = jnp.arange(layout.width, dtype=jnp.int32)[None, :]
     heads = jnp.arange(1 if group_size == 1 else max(16, pl.next_power_of_2(group_size)), dtype=jnp.int32)[:, None]
     is_query = (heads < group_size) & (columns < H)
     head = j * group_size + heads
     query = plgpu.load(q_ref.at[b, head, columns], mask=is_query, other=0)
 
-    def find_slots(block: Array) -> tuple[Array, Array]:
-        """Returns (slots, which of them are read) of a block of what the list reads: sinks, list, recent range."""
-        place = block * tiles.block + jnp.arange(tiles.block, dtype=jnp.int32)
-        slots = jnp.where(place < num_sinks, place, range_start + place - (num_sinks + C))
-        is_read = jnp.where(place < num_sinks, slots < start, slots < length)
-        if C > 0:
-            is_listed = (place >= num_sinks) & (place < num_sinks + C)
-            at = jnp.where(is_listed, place - num_sinks, 0)
-            listed = plgpu.load(lists_ref.at[unit // J, b, unit % J, at], mask=is_listed, other=EMPTY)
-            slots = jnp.where(is_listed, listed, slots)
-            is_read = jnp.where(is_listed, (listed >= 0) & (listed < start), is_read)
-        return slots, is_read & (slots >= first)
+    def load_listed(place: Array, mask: Array) -> Array:
+        return plgpu.load(lists_ref.at[unit // J, b, unit % J, place], mask=mask, other=EMPTY)
 
-    def read_block(block: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        out, peak, total = carry
-        slots, is_read = find_slots(block)
+    def read_block(block: Array, carry: _Softmax) -> _Softmax:
+        slots, is_read = _find_slots(block, bounds, load_listed, layout)
         row = jnp.where(is_read, slots, 0)[:, None]
         mask = is_read[:, None] & (columns < H)
-        # Both before the first use, so that twice as much is under way.
+        # Both loads come before the first use, so that twice as much is under way.
         key = plgpu.load(keys_ref.at[b, k, row, columns], mask=mask, other=0)
         value = plgpu.load(values_ref.at[b, k, row, columns], mask=mask, other=0)
-        scores = _scores(query, key) * (H**-0.5 * LOG2_E)
-        scores = jnp.where(is_read[None, :], scores, MASKED)
-        new_peak = jnp.maximum(peak, scores.max(axis=1))
-        weights = jnp.where(is_read[None, :], jnp.exp2(scores - new_peak[:, None]), 0)
-        shrink = jnp.exp2(peak - new_peak)
-        out = out * shrink[:, None] + _weighted(weights, value)
-        return out, new_peak, total * shrink + weights.sum(axis=1)
+        return _add_block(carry, _scores(query, key) * (H**-0.5 * LOG2_E), value, is_read)
 
-    num_blocks = pl.cdiv(num_sinks + C + jnp.maximum(length - range_start, 0), tiles.block)
+    num_places = layout.num_sinks + layout.num_listed + jnp.maximum(bounds.length - bounds.recent_start, 0)
+    num_blocks = pl.cdiv(num_places, tiles.block)
     share = pl.cdiv(num_blocks, tiles.splits)
-    rows = heads.shape[0]
-    carry = (
-        jnp.zeros((rows, width), jnp.float32),
-        jnp.full((rows,), MASKED, jnp.float32),
-        jnp.zeros((rows,), jnp.float32),
-    )
+    nothing = _no_softmax(heads.shape[0], layout.width)
     last = jnp.minimum((split + 1) * share, num_blocks)
-    out, peak, total = lax.fori_loop(split * share, last, read_block, carry)
+    out, peak, total = lax.fori_loop(split * share, last, read_block, nothing)
     out = out / jnp.where(total > 0, total, 1)[:, None]
     plgpu.store(out_ref.at[b, head, split, columns], out.astype(out_ref.dtype), mask=is_query)
     log_total = jnp.where(total > 0, peak + jnp.log2(jnp.where(total > 0, total, 1)), MASKED)
     plgpu.store(log_total_ref.at[b, head[:, 0], split], log_total, mask=heads[:, 0] < group_size)
 
 
+class _Bounds(NamedTuple):
+    """The slots between which a program reads, as scalars."""
+
+    length: Array  # nothing is read at or beyond it
+    list_end: Array  # sinks and list are read before it
+    first: Array | int  # nothing is read before it: the window's first slot
+    recent_start: Array  # the recent range is read from here on
+
+
+def _read_bounds(length: Array, start: Array, window: int | None) -> _Bounds:
+    first = 0 if window is None else jnp.maximum(length - window, 0)
+    return _Bounds(length, start, first, jnp.maximum(start, first))
+
+
+def _find_slots(
+    block: Array, bounds: _Bounds, load_listed: Callable[[Array, Array], Array], layout: _Layout
+) -> tuple[Array, Array]:
+    """The slots at the places of a block, and which of them are read.
+
+    A program's places are the sinks, then those of the list, then the recent range.
+    """
+    num_sinks, C = layout.num_sinks, layout.num_listed
+    place = block * layout.tiles.block + jnp.arange(layout.tiles.block, dtype=jnp.int32)
+    slots = jnp.where(place < num_sinks, place, bounds.recent_start + place - (num_sinks + C))
+    is_read = jnp.where(place < num_sinks, slots < bounds.list_end, slots < bounds.length)
+    if C > 0:
+        is_listed = (place >= num_sinks) & (place < num_sinks + C)
+        listed = load_listed(jnp.where(is_listed, place - num_sinks, 0), is_listed)
+        slots = jnp.where(is_listed, listed, slots)
+        is_read = jnp.where(is_listed, (listed >= 0) & (listed < bounds.list_end), is_read)
+    return slots, is_read & (slots >= bounds.first)
+
+
+class _Softmax(NamedTuple):
+    """An online softmax (arXiv 1805.02867) over the slots seen so far, for each head."""
+
+    out: Array  # [heads, width], the weighted sum of the values
+    peak: Array  # [heads], the highest score
+    total: Array  # [heads], the sum of the weights
+
+
+def _no_softmax(heads: int, width: int) -> _Softmax:
+    return _Softmax(
+        jnp.zeros((heads, width), jnp.float32),
+        jnp.full((heads,), MASKED, jnp.float32),
+        jnp.zeros((heads,), jnp.float32),
+    )
+
+
+def _add_block(
+    softmax: _Softmax, scores: Float[Array, "heads slots"], value: Float[Array, "slots H"], is_read: Array
+) -> _Softmax:
+    """The softmax with one more block of slots; scores are in powers of two."""
+    out, peak, total = softmax
+    scores = jnp.where(is_read[None, :], scores, MASKED)
+    new_peak = jnp.maximum(peak, scores.max(axis=1))
+    weights = jnp.where(is_read[None, :], jnp.exp2(scores - new_peak[:, None]), 0)
+    shrink = jnp.exp2(peak - new_peak)
+    out = out * shrink[:, None] + _weighted(weights, value)
+    return _Softmax(out, new_peak, total * shrink + weights.sum(axis=1))
+
+
 def _scores(query: Float[Array, "heads H"], key: Float[Array, "slots H"]) -> Float[Array, "heads slots"]:
-    if query.shape[0] == 1:  # one query a key: no work for a tensor core
+    if query.shape[0] == 1:  # one query per key is no work for a tensor core
         return (query.astype(jnp.float32) * key.astype(jnp.float32)).sum(axis=1)[None, :]
     return plgpu.dot(query, key, trans_b=True, precision=_precision(key))
 
@@ -180,7 +254,7 @@ def _precision(operand: Array) -> lax.Precision | None:
 
 
 def _merge(out: Float[Array, "B N splits H"], log_total: Array, dtype: jnp.dtype, interpret: bool) -> Array:
-    """Returns the attention [B, N, H] of all splits together."""
+    """The attention [B, N, H] of all splits together."""
     B, N, splits, H = out.shape
 
     def merge(out_ref, log_total_ref, merged_ref) -> None:

@@ -1,11 +1,12 @@
-"""Selection as Pallas kernels for NVIDIA GPUs, through Triton: label scores and exact top-k, written into the lists.
+"""The choice of critical tokens as Pallas kernels for NVIDIA GPUs, through Triton: label scores and exact top-k.
 
 One program holds the scores of one list's slots in registers, finds the C-th highest by bisection of its bits, and
-writes the chosen slots in ascending order: no sort, and no score goes to memory. Of a cache too long for that every
-program takes a chunk and keeps its C best, of which one more kernel takes the C best. A program whose list is a copy
-leaves at once. The definition is `critical_tokens.find_critical_tokens` on `labels.score_labels`.
+writes the chosen slots into the list in ascending order. So nothing is sorted, and no score goes to memory. If the
+cache is too long for that, each program takes a chunk of it and keeps the C best slots, and one more kernel takes the C
+best of all chunks. A program whose list is not chosen leaves at once.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,51 +18,70 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Bool, Float, Int
 
-from hshare_jax.kernels.reference_attention import EMPTY, MASKED
+from hshare_jax.kernels.choose_tokens import weigh_tokens
+from hshare_jax.kernels.labels import Labels, score_keys
+from hshare_jax.kernels.masked_softmax import MASKED
 from hshare_jax.kernels.tiling import Tiles, merge_tiles, selection_tiles
-from hshare_jax.shapes import Lists, Source
+from hshare_jax.shapes import EMPTY, Lists, Source
 
-IS_DUE, FIRST, LAST, ALLOWED = range(4)  # what the kernels are told of each row
+IS_DUE, FIRST, LAST, ALLOWED = range(4)  # the rows of `_Given.bounds`
 
 
-def select_labels(
+def select_by_labels(
     lists: Lists,
     layer: int,
     query: Float[Array, "B N R"],
-    codes: Array,
-    scales: Float[Array, "B K 2 S"] | None,
+    labels: Labels,
     source: Source,
     is_due: Bool[Array, "B"],
     first: Int[Array, "B"],
     last: Int[Array, "B"],
-    num_allowed: Int[Array, "B"],
+    num_allowed: Int[Array, "B"] | None,
     *,
     dilate: bool = False,
     tiles: Tiles | None = None,
     interpret: bool = False,
 ) -> Lists:
-    """Returns the lists, in place, with those of a layer chosen anew by label scores: its own sources, in rows due.
+    """`api.select_by_labels` as kernels, which write the lists in place.
 
     Args:
-        lists: of all layers.
-        layer: whose lists are chosen.
-        query: the queries on their label channels, scaled: as `labels.label_query` has them, float32.
-        codes: of the layer's labels [B, K, R, S], or two 4-bit codes a byte [B, K, half, S].
-        scales: offset and step of each slot; None where the codes are the labels themselves.
-        source: the plan; a list that is not its own source stays as it is.
-        is_due: the rows that choose.
-        first, last: the slots [first, last) of each row compete.
-        num_allowed: how many each list may hold, at most C.
-        dilate: each slot counts at least what the one before it does (`critical_tokens.dilate`).
-        tiles, interpret: how it runs; None takes `tiling`'s choice.
+        lists to dilate: as `api.select_by_labels` takes them.
+        tiles: the layout of the kernels; None takes the choice of `tiling`.
+        interpret: whether the kernels run in Pallas' interpreter.
     """
-    return _select(
-        lists, None, query, codes, scales, source, is_due, first, last, num_allowed, jnp.int32(layer),
-        dilate=dilate, tiles=tiles, interpret=interpret,
-    )  # fmt: skip
+    layout = _lay_out(lists, labels.codes.shape[3], query.shape[1] // source.shape[2], dilate, tiles)
+    given = _Given(source, jnp.int32(layer), query=query, codes=labels.codes, scales=labels.scales)
+    return _select(lists, given, (is_due, first, last, num_allowed), layout=layout, interpret=interpret)
 
 
-def select_scores(
+def select_by_keys(
+    lists: Lists,
+    layer: int,
+    q: Float[Array, "B N H"],
+    keys: Float[Array, "B K S H"],
+    source: Source,
+    is_due: Bool[Array, "B"],
+    first: Int[Array, "B"],
+    last: Int[Array, "B"],
+    num_allowed: Int[Array, "B"] | None,
+    *,
+    dilate: bool = False,
+    tiles: Tiles | None = None,
+    interpret: bool = False,
+) -> Lists:
+    """`api.select_by_keys`: the weights are taken by XLA, the choice is a kernel, which writes the lists in place.
+
+    Args:
+        lists to dilate: as `api.select_by_keys` takes them.
+        tiles, interpret: as for `select_by_labels`.
+    """
+    weights = weigh_tokens(score_keys(q, keys), first, last, num_lists=source.shape[2], dilate=dilate)
+    return select_by_scores(
+        lists, layer, weights, source, is_due, first, last, num_allowed, tiles=tiles, interpret=interpret
+    )
+
+
+def select_by_scores(
     lists: Lists,
     layer: int,
     scores: Float[Array, "B J S"],
@@ -69,134 +89,140 @@ def select_scores(
     is_due: Bool[Array, "B"],
     first: Int[Array, "B"],
     last: Int[Array, "B"],
-    num_allowed: Int[Array, "B"],
+    num_allowed: Int[Array, "B"] | None,
     *,
     tiles: Tiles | None = None,
     interpret: bool = False,
 ) -> Lists:
-    """Returns the lists, in place, chosen by scores that are there already; arguments are those of `select_labels`.
+    """The lists of all layers, with those of one layer chosen anew by scores that exist already, in place.
 
-    Scores may be anything but NaN where they compete; ties go to the lower slot.
+    Args:
+        scores: one score per list and slot. Scores of slots that compete must not be NaN.
+        lists, layer, source, is_due, first, last, num_allowed, tiles, interpret: as for `select_by_labels`.
     """
-    return _select(
-        lists, scores, None, None, None, source, is_due, first, last, num_allowed, jnp.int32(layer),
-        dilate=False, tiles=tiles, interpret=interpret,
-    )  # fmt: skip
+    layout = _lay_out(lists, scores.shape[2], 1, False, tiles)
+    given = _Given(source, jnp.int32(layer), scores=scores)
+    return _select(lists, given, (is_due, first, last, num_allowed), layout=layout, interpret=interpret)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """The static sizes of the kernels."""
+
+    num_slots: int  # S
+    group_size: int  # G, query heads that a list serves; 1 where its scores exist already
+    list_size: int  # C
+    dilate: bool
+    tiles: Tiles  # of the kernels that see the cache: one block of slots is one chunk
+    merging: Tiles  # of the kernel that sees the best of all chunks
+
+    @property
+    def num_chunks(self) -> int:
+        return pl.cdiv(self.num_slots, self.tiles.block)
+
+    @property
+    def num_kept(self) -> int:
+        """The slots that each chunk keeps."""
+        return min(self.list_size, self.tiles.block)
+
+    @property
+    def divides(self) -> bool:
+        """Whether the chunks are all of the cache and nothing more."""
+        return self.num_slots % self.tiles.block == 0
+
+
+def _lay_out(lists: Array, num_slots: int, group_size: int, dilate: bool, tiles: Tiles | None) -> _Layout:
+    tiles = selection_tiles(num_slots, group_size) if tiles is None else tiles
+    C = lists.shape[3]
+    merging = merge_tiles(pl.cdiv(num_slots, tiles.block) * min(C, tiles.block))
+    return _Layout(num_slots, group_size, C, dilate, tiles, merging)
 
 
 class _Given(NamedTuple):
-    """What the kernels read, whole arrays in the GPU's memory."""
+    """The inputs of the kernels: whole arrays in the GPU's memory, or the references to them inside a kernel."""
 
     source: Any  # [B, L, J] int32
     layer: Any  # [1] int32
-    bounds: Any  # [4, B] int32: IS_DUE, FIRST, LAST, ALLOWED
-    scores: Any = None  # [B, J, S], or what makes them:
+    bounds: Any = None  # [4, B] int32: IS_DUE, FIRST, LAST, ALLOWED
+    scores: Any = None  # [B, J, S]; or instead of it the query and the labels that it is computed from:
     query: Any = None  # [B, N, R] float32
-    codes: Any = None
-    scales: Any = None
+    codes: Any = None  # as in Labels
+    scales: Any = None  # as in Labels
     stats: Any = None  # [B, J, G, 2, chunks] float32: peak and sum of exponentials of each chunk's scores
-    best: Any = None  # [2, B, J, chunks * kept] int32: slots and their order, of the best of each chunk
+    best: Any = None  # [2, B, J, chunks * kept] int32: the best slots of each chunk, and numbers in their order
 
 
-@functools.partial(jax.jit, static_argnames=("dilate", "tiles", "interpret"))
+@functools.partial(jax.jit, static_argnames=("layout", "interpret"))
 def _select(
-    lists: Array, scores: Array | None, query: Array | None, codes: Array | None, scales: Array | None,
-    source: Array, is_due: Array, first: Array, last: Array, num_allowed: Array, layer: Array, *,
-    dilate: bool, tiles: Tiles | None, interpret: bool,
-) -> Array:  # fmt: skip
-    (B, _, J), C = source.shape, lists.shape[3]
-    if scores is not None:
-        G, S = 1, scores.shape[2]
-    else:
-        assert query is not None
-        assert codes is not None
-        G, S = query.shape[1] // J, codes.shape[3]
-        if query.shape[2] > codes.shape[2] and query.shape[2] % 2:  # the last byte holds one code
-            query = jnp.pad(query, ((0, 0), (0, 0), (0, 1)))
-    tiles = selection_tiles(S, G) if tiles is None else tiles
-    chunks, kept = pl.cdiv(S, tiles.block), min(C, tiles.block)
-    merging = merge_tiles(chunks * kept)
-    bounds = jnp.stack([is_due.astype(jnp.int32), first, jnp.minimum(last, S), jnp.minimum(num_allowed, C)])
-    given = _Given(source, layer.reshape(1), bounds, scores, query, codes, scales)
-    call = functools.partial(_call, num_lists=J, grid=(chunks, J, B), tiles=tiles, interpret=interpret)
+    lists: Array,
+    given: _Given,
+    rows: tuple[Array, Array, Array, Array | None],
+    *,
+    layout: _Layout,
+    interpret: bool,
+) -> Array:
+    """The lists with those of a layer chosen: in one kernel, or chunk by chunk and then among the best of all chunks.
 
-    def weigh(given: _Given, chunk: Array, j: Array, b: Array) -> tuple[Array, Array]:
-        """Returns (weights as numbers in their order, 0 where a slot does not compete; slots) of one chunk."""
-        slots = chunk * tiles.block + jnp.arange(tiles.block, dtype=jnp.int32)
-        is_candidate = _is_candidate(given, b, slots)
-        by_head = _score(given, b, j, slots, is_whole=S % tiles.block == 0)
-        stats = None  # of one head none are needed: the order of its scores is that of its weights
-        if G > 1:
-            stats = [_stats(s, is_candidate) for s in by_head] if chunks == 1 else _load_stats(given.stats, b, j)
-        weights = _pool(by_head, stats, is_candidate)
-        if dilate:
-            before = _score(given, b, j, slots - 1, is_whole=False)
-            weights = jnp.maximum(weights, _pool(before, stats, _is_candidate(given, b, slots - 1)))
-        return jnp.where(is_candidate, _sortable(weights), 0), slots
-
-    def select(given: _Given, lists_ref, chunk: Array, j: Array, b: Array) -> None:
-        order, slots = weigh(given, chunk, j, b)
-        into_list = (lambda at: lists_ref.at[given.layer[0], b, j, at], lambda _: slots, EMPTY)
-        _write_chosen(lambda _: order, 1, given.bounds[ALLOWED, b], C, into_list)
-
-    def find_stats(given: _Given, stats_ref, chunk: Array, j: Array, b: Array) -> None:
-        slots = chunk * tiles.block + jnp.arange(tiles.block, dtype=jnp.int32)
-        is_candidate = _is_candidate(given, b, slots)
-        for g, scores in enumerate(_score(given, b, j, slots, is_whole=S % tiles.block == 0)):
-            stats_ref[b, j, g, 0, chunk], stats_ref[b, j, g, 1, chunk] = _stats(scores, is_candidate)
-
-    def select_in_chunk(given: _Given, best_ref, chunk: Array, j: Array, b: Array) -> None:
-        order, slots = weigh(given, chunk, j, b)
-        at_slots, at_order = (lambda at, part=part: best_ref.at[part, b, j, chunk, at] for part in (0, 1))
-        as_int = lambda _: lax.bitcast_convert_type(order, jnp.int32)  # noqa: E731
-        _write_chosen(lambda _: order, 1, kept, kept, (at_slots, lambda _: slots, EMPTY), (at_order, as_int, 0))
-
-    def merge(given: _Given, lists_ref, _: Array, j: Array, b: Array) -> None:
-        def load(part: int, block: Array | int) -> Array:
-            index = block * merging.block + jnp.arange(merging.block, dtype=jnp.int32)
-            return plgpu.load(given.best.at[part, b, j, index], mask=index < chunks * kept, other=0)
-
-        into_list = (lambda at: lists_ref.at[given.layer[0], b, j, at], lambda block: load(0, block), EMPTY)
-        _write_chosen(
-            lambda block: lax.bitcast_convert_type(load(1, block), jnp.uint32),
-            pl.cdiv(chunks * kept, merging.block), given.bounds[ALLOWED, b], C, into_list,
-        )  # fmt: skip
-
+    Args:
+        lists: of all layers.
+        given: what the lists are chosen by; `bounds` are filled in here.
+        rows: is_due, first, last and num_allowed of each row.
+        layout, interpret: how the kernels run.
+    """
+    B, J, C = lists.shape[1:]
+    chunks, kept = layout.num_chunks, layout.num_kept
+    given = given._replace(layer=given.layer.reshape(1), bounds=_bounds(rows, layout), query=_pad(given))
+    call = functools.partial(_call, layout=layout, interpret=interpret)
     if chunks == 1:
-        return call(select, lists, given, name="select_tokens")
-    if G > 1:
-        stats = jax.ShapeDtypeStruct((B, J, G, 2, chunks), jnp.float32)
-        given = given._replace(stats=call(find_stats, stats, given, name="softmax_statistics"))
-    best = jax.ShapeDtypeStruct((2, B, J, chunks, kept), jnp.int32)  # slots, and their order
-    best = call(select_in_chunk, best, given, name="select_in_chunks")
-    given = _Given(given.source, given.layer, bounds, best=best.reshape(2, B, J, chunks * kept))
-    return call(merge, lists, given, grid=(1, J, B), tiles=merging, name="select_of_chunks")
+        return call(_select_whole, lists, given, name="select_tokens")
+    if layout.group_size > 1:
+        stats = jax.ShapeDtypeStruct((B, J, layout.group_size, 2, chunks), jnp.float32)
+        given = given._replace(stats=call(_find_stats, stats, given, name="softmax_statistics"))
+    best = jax.ShapeDtypeStruct((2, B, J, chunks, kept), jnp.int32)
+    best = call(_select_in_chunk, best, given, name="select_in_chunks")
+    given = _Given(given.source, given.layer, given.bounds, best=best.reshape(2, B, J, chunks * kept))
+    return call(_select_of_chunks, lists, given, is_merging=True, name="select_of_chunks")
+
+
+def _bounds(rows: tuple[Array, Array, Array, Array | None], layout: _Layout) -> Array:
+    is_due, first, last, num_allowed = rows
+    allowed = jnp.full_like(last, layout.list_size) if num_allowed is None else num_allowed
+    return jnp.stack(
+        [is_due.astype(jnp.int32), first, jnp.minimum(last, layout.num_slots), jnp.minimum(allowed, layout.list_size)]
+    )
+
+
+def _pad(given: _Given) -> Array | None:
+    """The query, with a channel of zeros for the high bits of the last byte if that byte holds a single code."""
+    if given.query is None or given.query.shape[2] <= given.codes.shape[2] or given.query.shape[2] % 2 == 0:
+        return given.query
+    return jnp.pad(given.query, ((0, 0), (0, 0), (0, 1)))
 
 
 def _call(
-    body: Callable, out: Array | jax.ShapeDtypeStruct, given: _Given, *, num_lists: int, grid: tuple, name: str,
-    tiles: Tiles, interpret: bool,
+    body: Callable[..., None], out: Array | jax.ShapeDtypeStruct, given: _Given, *, name: str, layout: _Layout,
+    interpret: bool, is_merging: bool = False,
 ) -> Array:  # fmt: skip
-    """Runs body(given, out, chunk, j, b) for the lists that are chosen; an array `out` is written in place."""
+    """Runs body(layout, given, out, chunk, j, b) for the lists that are chosen. An array `out` is written in place."""
     is_array = isinstance(out, jax.Array)
     arrays = {field: array for field, array in given._asdict().items() if array is not None}
+    (B, _, J), tiles = given.source.shape, layout.merging if is_merging else layout.tiles
 
     def kernel(*refs) -> None:
         *read, out_ref = refs[1:] if is_array else refs
         given = _Given(**dict(zip(arrays, read, strict=True)))
         chunk, j, b = (pl.program_id(axis) for axis in range(3))
-
-        is_own = given.source[b, given.layer[0], j] == given.layer[0] * num_lists + j
+        is_own = given.source[b, given.layer[0], j] == given.layer[0] * J + j
 
         @pl.when(is_own & (given.bounds[IS_DUE, b] != 0))
         def _() -> None:
-            body(given, out_ref, chunk, j, b)
+            body(layout, given, out_ref, chunk, j, b)
 
     everywhere = pl.BlockSpec(memory_space=pl.ANY)
     inputs = ([out] if is_array else []) + list(arrays.values())
     return pl.pallas_call(
         kernel,
-        grid=grid,
+        grid=(1 if is_merging else layout.num_chunks, J, B),
         in_specs=[everywhere] * len(inputs),
         out_specs=everywhere,
         out_shape=jax.ShapeDtypeStruct(out.shape, out.dtype),
@@ -207,14 +233,85 @@ def _call(
     )(*inputs)
 
 
+# The bodies of the kernels. Each is one program: chunk `chunk` of the slots of list `j` of row `b`.
+
+
+def _select_whole(layout: _Layout, given: _Given, lists_ref, chunk: Array, j: Array, b: Array) -> None:
+    """Writes the list of a cache that is a single chunk."""
+    order, slots = _weigh(layout, given, chunk, j, b)
+    into_list = _Output(lambda at: lists_ref.at[given.layer[0], b, j, at], lambda _: slots, EMPTY)
+    _write_chosen(lambda _: order, 1, given.bounds[ALLOWED, b], layout.list_size, into_list)
+
+
+def _find_stats(layout: _Layout, given: _Given, stats_ref, chunk: Array, j: Array, b: Array) -> None:
+    """Writes what the softmax of each head needs of a chunk."""
+    slots = _slots_of(layout, chunk)
+    is_candidate = _is_candidate(given, b, slots)
+    for g, scores in enumerate(_score(given, b, j, slots, is_whole=layout.divides)):
+        stats_ref[b, j, g, 0, chunk], stats_ref[b, j, g, 1, chunk] = _stats(scores, is_candidate)
+
+
+def _select_in_chunk(layout: _Layout, given: _Given, best_ref, chunk: Array, j: Array, b: Array) -> None:
+    """Writes the best slots of a chunk, and numbers in their order."""
+    order, slots = _weigh(layout, given, chunk, j, b)
+    kept = layout.num_kept
+    best_slots = _Output(lambda at: best_ref.at[0, b, j, chunk, at], lambda _: slots, EMPTY)
+    best_order = _Output(
+        lambda at: best_ref.at[1, b, j, chunk, at], lambda _: lax.bitcast_convert_type(order, jnp.int32), 0
+    )
+    _write_chosen(lambda _: order, 1, kept, kept, best_slots, best_order)
+
+
+def _select_of_chunks(layout: _Layout, given: _Given, lists_ref, chunk: Array, j: Array, b: Array) -> None:
+    """Writes the list from the best slots of all chunks."""
+    del chunk  # there is only one
+    num_candidates, block_size = layout.num_chunks * layout.num_kept, layout.merging.block
+
+    def load(part: int, block: Array | int) -> Array:
+        index = block * block_size + jnp.arange(block_size, dtype=jnp.int32)
+        return plgpu.load(given.best.at[part, b, j, index], mask=index < num_candidates, other=0)
+
+    into_list = _Output(lambda at: lists_ref.at[given.layer[0], b, j, at], lambda block: load(0, block), EMPTY)
+    _write_chosen(
+        lambda block: lax.bitcast_convert_type(load(1, block), jnp.uint32),
+        pl.cdiv(num_candidates, block_size), given.bounds[ALLOWED, b], layout.list_size, into_list,
+    )  # fmt: skip
+
+
+# What the bodies are made of.
+
+
+def _weigh(layout: _Layout, given: _Given, chunk: Array, j: Array, b: Array) -> tuple[Array, Array]:
+    """Numbers in the order of the weights of a chunk's slots, 0 where a slot does not compete; and the slots."""
+    slots = _slots_of(layout, chunk)
+    is_candidate = _is_candidate(given, b, slots)
+    by_head = _score(given, b, j, slots, is_whole=layout.divides)
+    stats = None  # a single head needs none, because its scores have the order of its weights
+    if layout.group_size > 1:
+        is_whole = layout.num_chunks == 1
+        stats = [_stats(s, is_candidate) for s in by_head] if is_whole else _load_stats(given.stats, b, j)
+    weights = _pool(by_head, stats, is_candidate)
+    if layout.dilate:
+        before = _score(given, b, j, slots - 1, is_whole=False)
+        weights = jnp.maximum(weights, _pool(before, stats, _is_candidate(given, b, slots - 1)))
+    return jnp.where(is_candidate, _sortable(weights), 0), slots
+
+
+def _slots_of(layout: _Layout, chunk: Array) -> Array:
+    return chunk * layout.tiles.block + jnp.arange(layout.tiles.block, dtype=jnp.int32)
+
+
 def _is_candidate(given: _Given, b: Array, slots: Array) -> Array:
     return (slots >= given.bounds[FIRST, b]) & (slots < given.bounds[LAST, b])
 
 
 def _score(given: _Given, b: Array, j: Array, slots: Array, *, is_whole: bool) -> list[Array]:
-    """Returns the scores of each of the list's query heads; anything where a slot does not compete.
+    """The scores of each of the list's query heads. Where a slot does not compete they may be anything.
 
-    Loads are masked only where slots may lie outside the cache: a mask of its own for each slot would make them narrow.
+    Args:
+        given, b, j: the inputs and the list.
+        slots: the slots that are scored.
+        is_whole: whether all slots lie in the cache. The loads then have no mask, which would make them narrow.
     """
     S = (given.codes if given.scores is None else given.scores).shape[-1]
     mask = None if is_whole else (slots >= 0) & (slots < S)
@@ -229,7 +326,7 @@ def _score(given: _Given, b: Array, j: Array, slots: Array, *, is_whole: bool) -
     heads = [j * G + g for g in range(G)]
 
     def add(r: Array, scores: tuple[Array, ...]) -> tuple[Array, ...]:
-        """Adds channel r, or the two that share byte r, to each head's q . code."""
+        """Adds channel r, or the two channels that share byte r, to each head's q . code."""
         code = load(given.codes.at[b, k, r, slots])
         parts = [(code & 15, r), (code >> 4, r + num_codes)] if num_codes < R else [(code, r)]
         for part, channel in parts:
@@ -247,13 +344,13 @@ def _score(given: _Given, b: Array, j: Array, slots: Array, *, is_whole: bool) -
 
 
 def _stats(scores: Array, is_candidate: Array) -> tuple[Array, Array]:
-    """Returns (peak, sum of exponentials) of a head's scores over these slots."""
+    """The peak and the sum of exponentials of a head's scores over these slots."""
     peak = jnp.where(is_candidate, scores, MASKED).max()
     return peak, jnp.where(is_candidate, jnp.exp(scores - peak), 0).sum()
 
 
 def _load_stats(stats_ref, b: Array, j: Array) -> list[tuple[Array, Array]]:
-    """Returns `_stats` over all chunks, for each of the list's heads."""
+    """`_stats` over all chunks, for each of the list's heads."""
     G, chunks = stats_ref.shape[2], stats_ref.shape[4]
     chunk = jnp.arange(pl.next_power_of_2(chunks), dtype=jnp.int32)
     found = []
@@ -266,7 +363,7 @@ def _load_stats(stats_ref, b: Array, j: Array) -> list[tuple[Array, Array]]:
 
 
 def _pool(by_head: list[Array], stats: list[tuple[Array, Array]] | None, is_candidate: Array) -> Array:
-    """Returns the weight of each slot, the sum of its heads' softmaxed scores; -inf where it does not compete."""
+    """The weight of each slot, the sum of its heads' softmaxed scores; -inf where the slot does not compete."""
     weights = by_head
     if stats is not None:
         weights = [jnp.exp(scores - peak) / total for scores, (peak, total) in zip(by_head, stats, strict=True)]
@@ -274,43 +371,43 @@ def _pool(by_head: list[Array], stats: list[tuple[Array, Array]] | None, is_cand
 
 
 def _sortable(scores: Float[Array, "slots"]) -> Array:
-    """Returns uint32, above 0, in the order of the float32 scores; the zeros are one value."""
+    """uint32 numbers above 0 in the order of the float32 scores. Both zeros are one number."""
     bits = lax.bitcast_convert_type(jnp.where(scores == 0, 0.0, scores), jnp.uint32)
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
+class _Output(NamedTuple):
+    """One array that the choice is written to."""
+
+    at: Callable[[Array], Any]  # the reference to a place of it
+    load: Callable[[Array | int], Array]  # the values of a block, loaded as late as possible, to save registers
+    filling: int  # the value of places that are left over
+
+
 def _write_chosen(
-    load_order: Callable[[Array | int], Array], num_blocks: int, allowed: Array | int, size: int,
-    *outputs: tuple[Callable, Callable[[Array | int], Array], int],
-) -> None:  # fmt: skip
-    """Writes what belongs to the `allowed` highest candidates, in the order of their slots; ties go to the lower slot.
+    load_order: Callable[[Array | int], Array], num_blocks: int, allowed: Array | int, size: int, *outputs: _Output
+) -> None:
+    """Writes the values of the `allowed` highest candidates, in the order of their slots. Ties go to the lower slot.
 
     Args:
-        load_order: a block's candidates as numbers in their order; 0 is no candidate. Of a single block they stay in
-            registers; of several they are loaded anew for each bit.
-        num_blocks: how many blocks there are.
-        allowed: how many may be chosen.
-        size: places of an output; those that are left over are filled.
-        outputs: (what refers to a place, a block's values: loaded as late as possible, to save registers; the filling).
+        load_order: numbers in the order of a block's candidates; 0 is no candidate. A single block is loaded once and
+            stays in registers. Several blocks are loaded anew for each bit.
+        num_blocks: the number of blocks.
+        allowed: how many candidates may be chosen.
+        size: the places of an output.
+        outputs: where the values are written.
     """
     if num_blocks == 1:
         order = load_order(0)
         load_order = lambda _: order  # noqa: E731
-
-    def count(is_counted: Callable[[Array], Array]) -> Array:
-        def add(block: Array | int, total: Array) -> Array:
-            return total + is_counted(load_order(block)).astype(jnp.int32).sum()
-
-        return _loop(num_blocks, add, jnp.int32(0))
-
-    wanted = jnp.minimum(allowed, count(lambda order: order > 0))
+    wanted = jnp.minimum(allowed, _count(load_order, num_blocks, lambda order: order > 0))
 
     def raise_bit(index: Array, least: Array) -> Array:
         higher = least | jnp.uint32(1) << (31 - index).astype(jnp.uint32)
-        return jnp.where(count(lambda order: order >= higher) >= wanted, higher, least)
+        return jnp.where(_count(load_order, num_blocks, lambda order: order >= higher) >= wanted, higher, least)
 
     threshold = lax.fori_loop(0, 32, raise_bit, jnp.uint32(0))
-    missing = wanted - count(lambda order: order > threshold)
+    missing = wanted - _count(load_order, num_blocks, lambda order: order > threshold)
 
     def write(block: Array | int, before: tuple[Array, Array]) -> tuple[Array, Array]:
         num_tied, num_listed = before
@@ -319,17 +416,28 @@ def _write_chosen(
         ties = num_tied + jnp.cumsum(is_tied.astype(jnp.int32))
         is_listed = (order > threshold) | (is_tied & (ties <= missing))
         place = num_listed + jnp.cumsum(is_listed.astype(jnp.int32)) - 1
-        for ref_at, values, _ in outputs:
-            # Lanes that write nothing point past the end: interpreted, they would write what was there before.
-            plgpu.store(ref_at(jnp.where(is_listed, place, size)), values(block), mask=is_listed)
+        for output in outputs:
+            # Lanes that write nothing point past the end. Otherwise the interpreter would have them write old values.
+            plgpu.store(output.at(jnp.where(is_listed, place, size)), output.load(block), mask=is_listed)
         return num_tied + is_tied.astype(jnp.int32).sum(), num_listed + is_listed.astype(jnp.int32).sum()
 
     _loop(num_blocks, write, (jnp.int32(0), jnp.int32(0)))
     rest = jnp.arange(pl.next_power_of_2(size), dtype=jnp.int32)
     is_rest = (rest >= wanted) & (rest < size)
-    for ref_at, _, filling in outputs:
-        plgpu.store(ref_at(jnp.where(is_rest, rest, size)), jnp.full(rest.shape, filling, jnp.int32), mask=is_rest)
+    for output in outputs:
+        at = output.at(jnp.where(is_rest, rest, size))
+        plgpu.store(at, jnp.full(rest.shape, output.filling, jnp.int32), mask=is_rest)
+
+
+def _count(load_order: Callable[[Array | int], Array], num_blocks: int, is_counted: Callable[[Array], Array]) -> Array:
+    """How many candidates of all blocks are counted."""
+
+    def add(block: Array | int, total: Array) -> Array:
+        return total + is_counted(load_order(block)).astype(jnp.int32).sum()
+
+    return _loop(num_blocks, add, jnp.int32(0))
 
 
 def _loop(count: int, body: Callable, carry: Any) -> Any:
+    """`lax.fori_loop` from 0; a single round is no loop."""
     return body(0, carry) if count == 1 else lax.fori_loop(0, count, body, carry)

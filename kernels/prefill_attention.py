@@ -1,26 +1,131 @@
-"""Prefill attention by one fused kernel: cuDNN's flash attention on an NVIDIA GPU, through jax.nn.
+"""Prefill attention: causal attention of many new tokens over the cache, in plain jnp and by cuDNN's fused kernel.
 
-Unlike all else in this folder it cannot be compiled without a GPU, and it has not run on one yet; what is tested is the
-function around it, with XLA's implementation of the same call.
+The plain form also gives what `received_attention` needs to add up the attention that each slot receives. The cuDNN
+call cannot be compiled without a GPU and has not run on one yet. The tests run the function around it with XLA's
+implementation of the same call.
 """
 
 import jax
 import jax.numpy as jnp
-from jax import Array
-from jaxtyping import Float, Int
+from jax import Array, lax
+from jaxtyping import Bool, Float, Int
 
-MOST_SLOTS = 16_384  # of a cache: the mask, and the work, are of its capacity, not of what it holds
+from hshare_jax.kernels.masked_softmax import MASKED
+
+PREFILL_BLOCK = 256  # key slots per step of prefill attention; cache capacities are multiples of it
+MAX_FUSED_SLOTS = 16_384  # the mask and the work of the fused kernel grow with the capacity, not with the tokens held
+
+
+def plain_prefill(
+    q: Float[Array, "B T N H"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    starts: Int[Array, "B"],
+    *,
+    window: int | None = None,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+    """The attention of `api.prefill_attention`, and the log of the sum that each query's softmax divides by.
+
+    Scores exist for one block of slots at a time (online softmax, arXiv 1805.02867). Blocks beyond the longest row are
+    never visited, so the work grows with the length and not with the capacity.
+
+    Raises:
+        ValueError: the capacity S is not a multiple of the block.
+    """
+    B, T, N, H = q.shape
+    K, S = keys.shape[1:3]
+    G = N // K
+    block = min(PREFILL_BLOCK, S)
+    if S % block:
+        raise ValueError(f"the cache holds S={S} slots; it must be a multiple of {block} (init_state rounds up)")
+    grouped = q.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H) * H**-0.5
+    positions = starts[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
+    positions = jnp.tile(positions, (1, G))[:, None, :, None]  # [B, 1, G * T, 1]
+
+    def visit(index: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        out, peak, total = carry
+        slots = (index * block + jnp.arange(block, dtype=jnp.int32))[None, None, None, :]
+        block_keys = lax.dynamic_slice_in_dim(keys, index * block, block, axis=2)
+        block_values = lax.dynamic_slice_in_dim(values, index * block, block, axis=2)
+        scores = jnp.einsum("BKQH,BKSH->BKQS", grouped, block_keys, preferred_element_type=jnp.float32)
+        scores = jnp.where(_is_visible(slots, positions, window), scores, MASKED)
+        new_peak = jnp.maximum(peak, scores.max(axis=-1))
+        # Under a window all slots of a query's first blocks may be masked. Their weights of 1 vanish as soon as a real
+        # peak arrives, because `shrink` is then 0.
+        weights = jnp.exp(scores - new_peak[..., None])
+        shrink = jnp.exp(peak - new_peak)
+        read = jnp.einsum(
+            "BKQS,BKSH->BKQH", weights.astype(values.dtype), block_values, preferred_element_type=jnp.float32
+        )
+        return out * shrink[..., None] + read, new_peak, total * shrink + weights.sum(axis=-1)
+
+    carry = (
+        jnp.zeros((B, K, G * T, H), jnp.float32),
+        jnp.full((B, K, G * T), MASKED, jnp.float32),
+        jnp.zeros((B, K, G * T), jnp.float32),
+    )
+    out, peak, total = lax.fori_loop(*_visible_blocks(starts, T, S, block, window), visit, carry)
+    out = (out / total[..., None]).reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4)
+    return out.reshape(B, T, N, H).astype(q.dtype), (peak + jnp.log(total)).reshape(B, N, T)
+
+
+def received_attention(
+    q: Float[Array, "B T N H"],
+    keys: Float[Array, "B K S H"],
+    starts: Int[Array, "B"],
+    is_counted: Bool[Array, "B T"],
+    log_total: Float[Array, "B N T"],
+    *,
+    window: int | None = None,
+) -> Float[Array, "B N S"]:
+    """The attention probabilities that each slot receives, summed over the queries that are counted, in float32.
+
+    As in `plain_prefill`, scores exist for one block of slots at a time.
+
+    Args:
+        q, keys, starts, window: as `api.prefill_attention` takes them.
+        is_counted: the queries whose attention counts; padding is left out.
+        log_total: the second result of `plain_prefill`.
+    """
+    (B, T, N, H), (K, S) = q.shape, keys.shape[1:3]
+    block = min(PREFILL_BLOCK, S)
+    grouped = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4) * H**-0.5  # [B, K, G, T, H]
+    positions = (starts[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :])[:, None, None, :, None]
+    log_total = log_total.reshape(B, K, N // K, T, 1)
+
+    def add_weights(index: Array, received: Array) -> Array:
+        slots = (index * block + jnp.arange(block, dtype=jnp.int32))[None, None, None, None, :]
+        block_keys = lax.dynamic_slice_in_dim(keys, index * block, block, axis=2)
+        scores = jnp.einsum("BKGTH,BKSH->BKGTS", grouped, block_keys, preferred_element_type=jnp.float32)
+        is_added = _is_visible(slots, positions, window) & is_counted[:, None, None, :, None]
+        weights = jnp.where(is_added, jnp.exp(scores - log_total), 0).sum(axis=3)
+        return lax.dynamic_update_slice_in_dim(received, weights.reshape(B, N, block), index * block, axis=2)
+
+    first, last = _visible_blocks(starts, T, S, block, window)
+    return lax.fori_loop(first, last, add_weights, jnp.zeros((B, N, S), jnp.float32))
+
+
+def _is_visible(slots: Array, positions: Array, window: int | None) -> Array:
+    """Which slots a query at each position sees: those up to its own, or the last `window` of them."""
+    is_visible = slots <= positions
+    return is_visible if window is None else is_visible & (slots > positions - window)
+
+
+def _visible_blocks(starts: Array, T: int, S: int, block: int, window: int | None) -> tuple[int | Array, Array]:
+    """The blocks [first, last) that hold all slots that some query sees."""
+    first = 0 if window is None else jnp.maximum(starts.min() - window + 1, 0) // block
+    return first, jnp.minimum((starts.max() + T + block - 1) // block, S // block)
 
 
 def can_fuse_prefill(q: Float[Array, "B T N H"], keys: Float[Array, "B K S H"], window: int | None) -> bool:
-    """Returns whether cuDNN takes these: on a GPU, in half precision, H in 8s up to 128, no window, not long."""
+    """Whether cuDNN takes these: on a GPU, in half precision, H a multiple of 8 up to 128, no window, not too long."""
     H = q.shape[-1]
     return (
         jax.default_backend() == "gpu"
-        and jax.sharding.get_abstract_mesh().abstract_device is None  # else the program is for some other machine
+        and jax.sharding.get_abstract_mesh().abstract_device is None  # otherwise the program is for another machine
         and q.dtype == keys.dtype
         and q.dtype in (jnp.bfloat16, jnp.float16)
-        and keys.shape[2] <= MOST_SLOTS
+        and keys.shape[2] <= MAX_FUSED_SLOTS
         and H % 8 == 0
         and H <= 128
         and window is None
@@ -35,7 +140,12 @@ def fused_prefill(
     *,
     implementation: str = "cudnn",
 ) -> Float[Array, "B T N H"]:
-    """Returns what `reference_attention.prefill_attention` does without a window, by jax.nn.dot_product_attention."""
+    """`api.prefill_attention` without a window, by `jax.nn.dot_product_attention`.
+
+    Args:
+        q, keys, values, starts: as `api.prefill_attention` takes them.
+        implementation: jax's name of what computes it.
+    """
     positions = starts[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)[None, :]
     slots = jnp.arange(keys.shape[2], dtype=jnp.int32)
     is_visible = slots[None, None, None, :] <= positions[:, None, :, None]  # [B, 1, T, S]

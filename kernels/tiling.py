@@ -1,35 +1,36 @@
-"""Tile sizes of the Pallas kernels: how many slots a program takes at a time, with how many warps, split how often.
+"""Layouts of the Pallas kernels: the slots that a program takes at a time, its warps, and how often lists are split.
 
-None of it was measured yet: these are sizes that fill an H200 by arithmetic. scripts/bench/tune_kernels.py measures the
+Nothing here has been measured yet. The sizes fill an H200 by arithmetic. scripts/bench/tune_kernels.py times the
 alternatives on a GPU and prints what this table should say.
 """
 
 import dataclasses
 
-NUM_CORES = 132  # streaming multiprocessors of an H100 and H200
-PROGRAMS_PER_CORE = 4  # that should be there to hide latencies: fewer and the slots are split
+NUM_CORES = 132  # streaming multiprocessors of an H100 and of an H200
+PROGRAMS_PER_CORE = 4  # programs that hide each other's latencies; with fewer programs the slots are split
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """How one kernel is laid out."""
+    """The layout of one kernel."""
 
     block: int  # slots per iteration, a power of two
     num_warps: int
-    num_stages: int  # of the software pipeline that fetches the next blocks
+    num_stages: int  # stages of the software pipeline that fetches the next blocks
     splits: int = 1  # programs that share one list
 
 
 def attention_tiles(head_dim: int, itemsize: int, num_programs: int, num_slots: int) -> Tiles:
-    """Returns the layout of decode attention.
+    """The layout of decode attention.
 
     Args:
         head_dim: H, padded to a power of two.
         itemsize: bytes of a cached number.
         num_programs: rows times lists.
-        num_slots: the most that a program reads where nothing is split.
+        num_slots: the most slots that a program reads if nothing is split.
     """
-    # A block of keys and one of values, 16 KiB each: two of three stages in flight leave room for others on the core.
+    # One block of keys and one of values take 16 KiB each. With two of three stages in flight, a core still has room
+    # for other programs.
     block = max(16, min(128, 16_384 // (head_dim * itemsize)))
     most = -(-num_slots // (2 * block))  # a program with less than two blocks has nothing to overlap
     wanted = -(-PROGRAMS_PER_CORE * NUM_CORES // num_programs)
@@ -37,24 +38,24 @@ def attention_tiles(head_dim: int, itemsize: int, num_programs: int, num_slots: 
 
 
 def selection_tiles(num_slots: int, group_size: int) -> Tiles:
-    """Returns the layout of a selection: `block` slots a program, which holds their scores in registers.
+    """The layout of a selection: `block` slots per program, whose scores stay in registers.
 
     Args:
         num_slots: S.
         group_size: query heads that a list serves.
     """
-    # With 8 warps, 64 scores in each thread's registers; with 16 a thread has half of them, and spills.
+    # With 8 warps each thread holds 64 scores in registers. With 16 warps a thread has half the registers, and spills.
     block = min(_power_of_two(num_slots, up=True), 8192, _power_of_two(16_384 // group_size))
     return Tiles(block, num_warps=8 if block * group_size >= 2048 else 4, num_stages=1)
 
 
 def merge_tiles(num_candidates: int) -> Tiles:
-    """Returns the layout of the choice among the best of all chunks: one block, held in registers, up to 16,384."""
+    """The layout of the choice among the best of all chunks. Up to 16,384 candidates are one block, in registers."""
     block = _power_of_two(num_candidates, up=True)
     block = block if block <= 16_384 else 8192
     return Tiles(block, num_warps=8 if block > 4096 else 4, num_stages=1)
 
 
 def _power_of_two(number: int, *, up: bool = False) -> int:
-    """Returns the power of two at or below a number, or at or above it."""
+    """The power of two at or below a number, or at or above it."""
     return 1 << ((number - 1).bit_length() if up else number.bit_length() - 1)

@@ -168,7 +168,7 @@ def test_a_step_lowers_for_cuda_with_its_state_donated(hshare, refresh):
 def test_layers_that_copy_a_constant_plan_trace_to_no_selection(config, plan, selections):
     state, tokens = init_state(config, 1, CAPACITY, method=HSHARE, plan=plan), jnp.zeros((1,), jnp.int32)
     text = decode_step.lower(params(config), tokens, state, config=config, refresh=True).as_text()
-    assert len(re.findall(r"call @find_critical_tokens(_\d+)?\(", text)) == selections
+    assert len(re.findall(r"call @choose_tokens(_\d+)?\(", text)) == selections
 
 
 def test_the_donated_state_is_gone():

@@ -11,10 +11,10 @@ import pytest
 from tiny_decoder import HSHARE, MODEL
 
 from hshare_jax.decode_state import DecodeState, count_reads, init_state
-from hshare_jax.kernels.reference_attention import EMPTY
 from hshare_jax.methods.hshare.settings import HShareSettings
 from hshare_jax.methods.hshare.share_plan import SharePlan, identity_plan
 from hshare_jax.methods.hshare.shared_lists import SharedLists, check_channels
+from hshare_jax.shapes import EMPTY
 
 F32 = 1e-5  # relative, on means of whole numbers
 L, K, H = MODEL.num_layers, MODEL.num_kv_heads, MODEL.head_dim

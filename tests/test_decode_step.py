@@ -23,10 +23,10 @@ from tiny_decoder import (
 
 from hshare_jax.decode_state import DecodeState, count_reads, init_state
 from hshare_jax.decode_step import decode_step
-from hshare_jax.kernels.reference_attention import EMPTY
 from hshare_jax.methods import double_sparsity, exact_topk
 from hshare_jax.methods.hshare.share_plan import SharePlan, identity_plan, kv_layer_plan
 from hshare_jax.methods.hshare.shared_lists import SharedLists
+from hshare_jax.shapes import EMPTY
 
 F32 = 1e-4  # absolute, on float32 logits of about 5 after four layers, against float64
 SAME = 1e-5  # between two float32 programs of the same model

@@ -16,13 +16,13 @@ from hshare_jax.calibration import to_share_plan
 from hshare_jax.decode_state import DecodeState
 from hshare_jax.decode_step import decode_step
 from hshare_jax.evaluation.prefilled import prefill_for
-from hshare_jax.kernels.reference_attention import EMPTY
 from hshare_jax.methods.hshare.settings import HShareSettings
 from hshare_jax.methods.hshare.share_plan import SharePlan
 from hshare_jax.methods.hshare.shared_lists import SharedLists
 from hshare_jax.methods.hshare.similarity import measure_overlap
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.pretrained import Model
+from hshare_jax.shapes import EMPTY
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

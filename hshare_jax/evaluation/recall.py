@@ -9,9 +9,9 @@ from jaxtyping import Bool, Float, Int
 
 from hshare_jax.decode_state import DecodeState
 from hshare_jax.kernels.labels import score_keys
+from hshare_jax.kernels.masked_softmax import softmax_over
 from hshare_jax.kv_cache import KVCache
 from hshare_jax.methods.base import MethodState, PromptQueries, Step, mark_dense
-from hshare_jax.methods.hshare.critical_tokens import softmax_over
 from hshare_jax.models.config import ModelConfig
 
 

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from hshare_jax.kernels.reference_attention import EMPTY
 from hshare_jax.kv_cache import KVCache
 from hshare_jax.models.config import ModelConfig
+from hshare_jax.shapes import EMPTY
 
 
 @jax.tree_util.register_dataclass
@@ -38,7 +38,7 @@ class Step:
     lengths: Int[Array, "B"]  # tokens of each row, the new one included
     is_active: Bool[Array, "B"]  # rows that take part
     refresh: bool | None  # whether rows choose anew on this step; None leaves it to each row's age
-    impl: str  # what computes it (`kernels.api.dispatch`)
+    impl: str  # what computes it (`kernels.api`)
 
     def sees(self, layer: int) -> tuple[Int[Array, "B"], int | None]:
         """Returns (how many tokens of each row a layer sees, its window); one that looks up sees the earlier ones."""

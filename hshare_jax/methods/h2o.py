@@ -7,11 +7,12 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from hshare_jax.kernels.reference_attention import EMPTY, slots_to_read, weights_of_reads
+from hshare_jax.kernels.reads import slots_to_read, weights_of_reads
+from hshare_jax.kernels.top_k import select_tokens
 from hshare_jax.kv_cache import KVCache
-from hshare_jax.methods.hshare.critical_tokens import select_tokens
 from hshare_jax.methods.listed import ListMethod, PromptLayer, StepLayer, sum_over_lists
 from hshare_jax.models.config import ModelConfig
+from hshare_jax.shapes import EMPTY
 
 
 @dataclasses.dataclass(frozen=True)

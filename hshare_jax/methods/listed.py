@@ -10,12 +10,12 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from hshare_jax.kernels.api import dense_decode, sparse_decode
-from hshare_jax.kernels.reference_attention import EMPTY
 from hshare_jax.kv_cache import KVCache
 from hshare_jax.methods.base import PromptQueries, Step, count_dense, count_listed, mark_dense, mark_listed
 from hshare_jax.methods.hshare.settings import check_whole
 from hshare_jax.methods.hshare.share_plan import identity_plan
 from hshare_jax.models.config import ModelConfig
+from hshare_jax.shapes import EMPTY
 
 
 @jax.tree_util.register_dataclass

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from hshare_jax.kernels.reference_attention import EMPTY
+from hshare_jax.kernels.top_k import select_tokens
 from hshare_jax.kv_cache import KVCache, append
-from hshare_jax.methods.hshare.critical_tokens import select_tokens
 from hshare_jax.methods.listed import ListMethod, PromptLayer, StepLayer, sum_over_lists
 from hshare_jax.models.config import ModelConfig
+from hshare_jax.shapes import EMPTY
 
 
 @dataclasses.dataclass(frozen=True)

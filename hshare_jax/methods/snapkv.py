@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Int
 
-from hshare_jax.kernels.reference_attention import MASKED
-from hshare_jax.methods.hshare.critical_tokens import select_tokens
+from hshare_jax.kernels.masked_softmax import MASKED
+from hshare_jax.kernels.top_k import select_tokens
 from hshare_jax.methods.listed import ListMethod, PromptLayer, sum_over_lists
 
 

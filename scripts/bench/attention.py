@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from hshare_jax.kernels import api, pallas_attention, pallas_selection, reference_attention
+from hshare_jax.kernels import api, pallas_attention, pallas_selection
+from hshare_jax.kernels.labels import Labels
 from hshare_jax.kernels.tiling import Tiles
 from hshare_jax.methods.hshare.settings import HShareSettings
 from scripts.bench import gpu_timing as timing
@@ -173,13 +174,8 @@ def selection(
     sinks, critical, recent = cell.counts
     source, every = sharing_source(cell, share), jnp.ones((cell.B,), jnp.int32)
     bounds = (every > 0, sinks * every, (cell.S - recent) * every, critical * every)
-    interpret = impl == "interpret"
-    return lambda lists, d: (
-        pallas_selection.select_labels(
-            lists, 0, d.label_query, d.codes, d.scales, source, *bounds, tiles=tiles, interpret=interpret
-        ),
-        None,
-    )
+    select = functools.partial(pallas_selection.select_by_labels, tiles=tiles, interpret=impl == "interpret")
+    return lambda lists, d: (select(lists, 0, d.label_query, Labels(d.codes, d.scales), source, *bounds), None)
 
 
 def attention_chain(attend: Attend, q: Array, data: list[Data], effort: timing.Effort) -> timing.Chain:
@@ -232,7 +228,7 @@ def other_sides(cell: Cell, q: Array, data: list[Data], effort: timing.Effort) -
 
     size = cell.attention_bytes(cell.S)
     chains = {
-        "XLA dense": lambda q, d: reference_attention.dense_decode(q, d.keys, d.values, lengths),
+        "XLA dense": lambda q, d: api.dense_decode(q, d.keys, d.values, lengths, impl="reference"),
         "cuDNN": cudnn,
     }
     chains = {name: attention_chain(attend, q, data, effort) for name, attend in chains.items()}

@@ -113,7 +113,9 @@ def _attention(
             lists[layer, b, j, : len(listed)] = np.sort(listed)
         source = rng.integers(0, 2 * J, (B, 2, J))
         arrays |= {"lists": lists, "source": source, "lengths": np.array(lengths), "starts": starts}
-        return arrays | {name: jnp.asarray(arrays[name], jnp.int32) for name in ("lists", "source", "lengths", "starts")}
+        return arrays | {
+            name: jnp.asarray(arrays[name], jnp.int32) for name in ("lists", "source", "lengths", "starts")
+        }
 
     def run(a: Arrays, impl: str, keys: Array, values: Array) -> np.ndarray:
         q = a["q"].astype(keys.dtype)

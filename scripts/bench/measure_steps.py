@@ -215,7 +215,9 @@ class Measurements:
             programs[size] = self._steps(config, size, params)
         able = [steps for of_size in programs.values() for steps in of_size.values() if not steps.lack]
         timing.compile_together(able)
-        note = f"weights made in {made - began:.1f} s, {len(able)} programs compiled in {time.perf_counter() - made:.1f} s"
+        note = (
+            f"weights made in {made - began:.1f} s, {len(able)} programs compiled in {time.perf_counter() - made:.1f} s"
+        )
         yield {"note": note}
 
     def _steps(self, config: Any, size: tuple[int, int], params: dict) -> dict[str, generate.Steps]:

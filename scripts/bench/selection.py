@@ -1,8 +1,8 @@
 """Times exact top-k on a GPU: our selection kernels, lax.top_k, its unstable form and lax.approx_max_k.
 
-Every side chooses slots from rows of float32 scores. `select_labels` computes the scores itself, from 32 channels of 4
-bits, with one query head a list. A side's choice is first compared with that of lax.top_k: the scores must be the same,
-and no slot may come twice. The table says in how many rows the choice differs.
+Every side chooses slots from rows of float32 scores. `select_by_labels` computes the scores itself, from 32 channels of
+4 bits, with one query head a list. A side's choice is first compared with that of lax.top_k: the scores must be the
+same, and no slot may come twice. The table says in how many rows the choice differs.
 
     python -m scripts.bench.selection --slots 4096 32768
 """
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from hshare_jax.kernels import pallas_selection
+from hshare_jax.kernels.labels import Labels
 from hshare_jax.methods.hshare.share_plan import identity_plan
 from scripts.bench import gpu_timing as timing
 
@@ -61,7 +62,7 @@ def make_data(rows: tuple[int, int], num_slots: int, seed: int) -> Data:
 
 
 def exact_label_scores(d: Data) -> Array:
-    """The scores [B, J, S] that `select_labels` computes: whole numbers, so exact in any order."""
+    """The scores [B, J, S] that `select_by_labels` computes: whole numbers, so exact in any order."""
     codes = jnp.concatenate([d.codes & 15, d.codes >> 4], axis=2).astype(jnp.float32)
     return jnp.einsum("BJR,BJRS->BJS", d.label_query, codes, precision=lax.Precision.HIGHEST)
 
@@ -84,12 +85,12 @@ def our_sides(size: Size, data: list[Data], effort: timing.Effort, impl: str) ->
     bounds = (every > 0, 0 * every, num_slots * every, k * every)
     lists, interpret = jnp.zeros((1, B, J, k), jnp.int32), impl == "interpret"
 
-    def select_scores(lists: Array, d: Data) -> Array:
-        return pallas_selection.select_scores(lists, 0, d.scores, source, *bounds, interpret=interpret)
+    def select_by_scores(lists: Array, d: Data) -> Array:
+        return pallas_selection.select_by_scores(lists, 0, d.scores, source, *bounds, interpret=interpret)
 
-    def select_labels(lists: Array, d: Data) -> Array:
-        labels = (d.label_query, d.codes, d.scales)
-        return pallas_selection.select_labels(lists, 0, *labels, source, *bounds, interpret=interpret)
+    def select_by_labels(lists: Array, d: Data) -> Array:
+        labels = Labels(d.codes, d.scales)
+        return pallas_selection.select_by_labels(lists, 0, d.label_query, labels, source, *bounds, interpret=interpret)
 
     def side(choose: Callable[[Array, Data], Array], scores: Callable[[Data], Array], size: int) -> Side:
         chain = timing.Chain(lambda lists, d: (choose(lists, d), None), lists, data, effort)
@@ -101,8 +102,8 @@ def our_sides(size: Size, data: list[Data], effort: timing.Effort, impl: str) ->
         )
 
     return [
-        side(select_scores, lambda d: d.scores, 4 * B * J * num_slots),
-        side(select_labels, exact_label_scores, _label_bytes(size)),
+        side(select_by_scores, lambda d: d.scores, 4 * B * J * num_slots),
+        side(select_by_labels, exact_label_scores, _label_bytes(size)),
     ]
 
 
@@ -120,7 +121,9 @@ def their_sides(size: Size, data: list[Data], effort: timing.Effort) -> list[Sid
     num_bytes, sides = 4 * B * J * num_slots + 4 * B * J * k, []
     for name, choose in ways.items():
         # A call's result could enter the next call only with extra work, so the results are kept.
-        chain = timing.Chain(lambda n, s, choose=choose: (n, choose(s)), jnp.zeros(()), [d.scores for d in data], effort)
+        chain = timing.Chain(
+            lambda n, s, choose=choose: (n, choose(s)), jnp.zeros(()), [d.scores for d in data], effort
+        )
 
         def differing(choose: Callable[[Array], Array] = choose) -> int:
             return int(count_differing(data[0].scores, jax.jit(choose)(data[0].scores)))

@@ -12,7 +12,6 @@ from unittest.mock import MagicMock
 PACKAGES = {
     "gguf": ("gguf", "gguf.constants", "gguf.quants"),
     "orbax.checkpoint": ("orbax", "orbax.checkpoint"),
-    "safetensors": ("safetensors",),
 }
 
 

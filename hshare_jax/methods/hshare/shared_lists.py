@@ -6,26 +6,20 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from hshare_jax.kernels.api import dense_decode, dispatch, sparse_decode
-from hshare_jax.kernels.labels import Labels, choose_channels, label_query, make_labels, score_keys, score_labels
-from hshare_jax.kernels.pallas_selection import select_labels, select_scores
-from hshare_jax.kernels.reference_attention import EMPTY
+from hshare_jax.kernels.api import dense_decode, select_by_keys, select_by_labels, sparse_decode
+from hshare_jax.kernels.labels import Labels, label_query, make_labels
 from hshare_jax.kv_cache import KVCache, append
 from hshare_jax.methods.base import PromptQueries, Step, count_dense, count_listed, mark_dense, mark_listed
-from hshare_jax.methods.hshare.critical_tokens import (
-    candidate_range,
-    find_critical_tokens,
-    num_critical_in_budget,
-    weigh_tokens,
-)
+from hshare_jax.methods.hshare.channels import choose_channels
+from hshare_jax.methods.hshare.critical_tokens import candidate_range, num_critical_in_budget
 from hshare_jax.methods.hshare.settings import HShareSettings
 from hshare_jax.methods.hshare.share_plan import SharePlan, find_plan, identity_plan
 from hshare_jax.methods.hshare.similarity import measure_similarity, probe_positions
 from hshare_jax.models.config import ModelConfig
-from hshare_jax.shapes import Lists, Similarity, round_up_coarsely
+from hshare_jax.shapes import EMPTY, Similarity, round_up_coarsely
 
 PROBE_STEP = 64  # with all queries as probes their number rounds up, so that a longer prompt may compile nothing
 
@@ -146,36 +140,16 @@ class SharedLists:
         """
         if self.plan is not None and not self.plan.owns(layer):
             return self
-        J, config, lengths = self.source.shape[2], self.config, step.lengths
+        config, lists, is_due = self.config, self.token_indices, self._is_due(step)
         labels = self.labels[step.model.kv_index(layer)]
-        lists, channels, bits = self.token_indices, self.channels[:, layer], config.label_bits
-        window, is_due = step.model.windows[layer], self._is_due(step)
-        is_own = self.source[:, layer] == layer * J + jnp.arange(J, dtype=jnp.int32)[None, :]
-        is_chosen = is_own & is_due[:, None]
-
-        def plain() -> Lists:
-            def choose() -> Int[Array, "B J C"]:
-                scores = score_keys(q, keys) if labels is None else score_labels(q, labels, channels, bits)
-                new = find_critical_tokens(scores, lengths, num_lists=J, config=config, window=window)
-                return jnp.where(is_chosen[:, :, None], new, lists[layer])
-
-            return lists.at[layer].set(lax.cond(is_chosen.any(), choose, lambda: lists[layer]))
-
-        def pallas(interpret: bool) -> Lists:
-            first, last = candidate_range(lengths, config, window)
-            allowed = num_critical_in_budget(lengths, config)
-            if allowed is None:
-                allowed = jnp.full_like(lengths, config.num_critical)
-            competing = (self.source, is_due, first, last, allowed)
-            if labels is None:
-                weights = weigh_tokens(score_keys(q, keys), lengths, num_lists=J, config=config, window=window)
-                return select_scores(lists, layer, weights, *competing, interpret=interpret)
-            return select_labels(
-                lists, layer, label_query(q, channels, bits), labels.codes, labels.scales, *competing,
-                dilate=config.dilates, interpret=interpret,
-            )  # fmt: skip
-
-        return dataclasses.replace(self, token_indices=dispatch(step.impl, pallas=pallas, plain=plain))
+        first, last = candidate_range(step.lengths, config, step.model.windows[layer])
+        competing = (self.source, is_due, first, last, num_critical_in_budget(step.lengths, config))
+        if labels is None:
+            lists = select_by_keys(lists, layer, q, keys, *competing, dilate=config.dilates, impl=step.impl)
+        else:
+            query = label_query(q, self.channels[:, layer], config.label_bits)
+            lists = select_by_labels(lists, layer, query, labels, *competing, dilate=config.dilates, impl=step.impl)
+        return dataclasses.replace(self, token_indices=lists)
 
     def count_reads(self, cache: KVCache, model: ModelConfig) -> Float[Array, "B"]:
         """Returns the tokens that the last step read, the mean over layers and heads."""

@@ -8,7 +8,8 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from hshare_jax.kernels.labels import Labels, score_keys, score_labels
-from hshare_jax.methods.hshare.critical_tokens import find_critical_tokens, softmax_over
+from hshare_jax.kernels.masked_softmax import softmax_over
+from hshare_jax.methods.hshare.critical_tokens import find_critical_tokens
 from hshare_jax.methods.hshare.settings import HShareSettings
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.shapes import Similarity

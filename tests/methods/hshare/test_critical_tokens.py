@@ -12,7 +12,7 @@ import numpy as np
 import oracle
 import pytest
 
-from hshare_jax.kernels.reference_attention import EMPTY
+from hshare_jax.shapes import EMPTY
 from hshare_jax.methods.hshare.critical_tokens import (
     dilate,
     find_critical_tokens,

@@ -1,0 +1,103 @@
+"""The table of implementations: which modules compute the operations of `api`, and where each of them runs.
+
+To add an implementation, write its two modules and add its row. The tests in tests/kernels then run it too.
+"""
+
+import dataclasses
+import functools
+import importlib
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import TypeVar
+
+import jax
+from jax import lax
+
+from hshare_jax.errors import SettingError
+
+MACHINES = {"cpu": "CPUs", "cuda": "NVIDIA GPUs"}  # platforms in words, for messages
+Result = TypeVar("Result")
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """One row of the table.
+
+    The module `<prefix>_attention` defines `dense_decode` and `sparse_decode`; `<prefix>_selection` defines
+    `select_by_labels` and `select_by_keys`. The functions take the arguments that `api` describes, without `impl`, and
+    the row's options. A module is imported when an operation first needs it, so that nobody waits for a library that is
+    not used: importing Pallas doubles the time of importing jax.
+    """
+
+    prefix: str
+    platforms: tuple[str, ...] = ()  # where it runs, as jax names platforms; empty: everywhere
+    is_automatic: bool = False  # whether "auto" takes it on these platforms
+    options: Mapping[str, bool] = dataclasses.field(default_factory=dict)  # further arguments of its functions
+    way_out: str = "leave it 'auto'"  # what a refusal advises on the other platforms
+
+    @property
+    def attention(self) -> ModuleType:
+        """The module of attention."""
+        return importlib.import_module(f"hshare_jax.kernels.{self.prefix}_attention")
+
+    @property
+    def selection(self) -> ModuleType:
+        """The module of selection."""
+        return importlib.import_module(f"hshare_jax.kernels.{self.prefix}_selection")
+
+
+IMPLEMENTATIONS = {
+    "pallas": Implementation(
+        "pallas", platforms=("cuda",), is_automatic=True,
+        way_out="leave it 'auto', or use 'interpret' to try the kernels, slowly",
+    ),
+    "reference": Implementation("reference"),
+    "interpret": Implementation("pallas", options={"interpret": True}),
+}  # fmt: skip
+IMPLS = ("auto", *IMPLEMENTATIONS)
+
+
+def check_impl(impl: str) -> None:
+    """Raises SettingError for an unknown name, and for an implementation that does not run on this platform."""
+    if impl not in IMPLS:
+        raise SettingError("impl", impl, f"must be one of {', '.join(map(repr, IMPLS))}")
+    if impl == "auto":
+        return
+    chosen, platform = IMPLEMENTATIONS[impl], _platform()
+    if chosen.platforms and platform not in chosen.platforms:
+        machines = " and ".join(MACHINES[name] for name in chosen.platforms)
+        rule = f"runs on {machines}, and this program is for {platform}"
+        raise SettingError("impl", impl, rule, chosen.way_out)
+
+
+def run(impl: str, call: Callable[[Implementation], Result]) -> Result:
+    """Calls an operation with the implementation that `impl` names.
+
+    `auto` takes, on each platform, the implementation that the table makes automatic there, and `reference` on all
+    others. The program may be traced for one platform and lowered for another. So each automatic implementation becomes
+    a branch, from which the lowering takes one, and no conditional is left. A program that is known to be for the CPU
+    traces only what the CPU runs: a branch around each layer's attention would cost half of the speed there.
+
+    Args:
+        impl: one of `IMPLS`.
+        call: calls the operation with an implementation's modules and options.
+
+    Raises:
+        SettingError: as `check_impl`.
+    """
+    check_impl(impl)
+    if impl != "auto":
+        return call(IMPLEMENTATIONS[impl])
+    rows, default = IMPLEMENTATIONS.values(), IMPLEMENTATIONS["reference"]
+    automatic = {platform: row for row in rows if row.is_automatic for platform in row.platforms}
+    if _platform() == "cpu":
+        return call(automatic.get("cpu", default))
+    branches = {platform: functools.partial(call, row) for platform, row in automatic.items()}
+    return lax.platform_dependent(default=functools.partial(call, default), **branches)
+
+
+def _platform() -> str:
+    """The platform that is traced for, as far as it is known: that of the mesh's device, or jax's default backend."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    platform = jax.default_backend() if device is None else device.platform
+    return "cuda" if platform == "gpu" else platform  # the default backend calls an NVIDIA GPU "gpu"
