@@ -201,8 +201,13 @@ def _selection(heads: tuple[int, int, int], S: int, *, bits: Any, dilate: bool) 
         labels = make_labels(a["keys"], a["channels"], bits)
         query = label_query(a["q"], a["channels"], bits)
         first, last = jnp.full_like(a["lengths"], NUM_SINKS), a["lengths"] - NUM_RECENT
-        given = (a["lists"], 1, query, labels, a["source"], a["is_due"] != 0, first, last, None)
-        found, expected = (np.asarray(api.select_by_labels(*given, dilate=dilate, impl=i)) for i in (impl, "reference"))
+        given = (a["lists"], query, labels, a["source"], a["is_due"] != 0, first, last)
+
+        def select(impl: str) -> np.ndarray:
+            choose = lambda lists, *rest: api.select_by_labels(lists, 1, *rest, None, dilate=dilate, impl=impl)  # noqa: E731
+            return np.asarray(jax.jit(choose)(*given))
+
+        found, expected = select(impl), select("reference")
         with jax.default_matmul_precision("highest"):
             scores = score_label_query(query, labels)
         weights = np.asarray(weigh_tokens(scores, first, last, num_lists=J, dilate=dilate))

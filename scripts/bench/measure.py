@@ -69,7 +69,7 @@ class Worker:
 
 
 def read_state(path: Path) -> list[dict]:
-    """The units that were begun, in order: {"step", "unit", "began", "ended"}."""
+    """The units that were begun, in order: {"step", "unit", "began", "ended", "failed"}."""
     units: list[dict] = []
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
@@ -77,9 +77,10 @@ def read_state(path: Path) -> list[dict]:
         except json.JSONDecodeError:  # the worker was cut off while it wrote
             continue
         if event["event"] == "begin":
-            units.append({"step": event["step"], "unit": event["unit"], "began": event["time"], "ended": False})
+            begun = {"step": event["step"], "unit": event["unit"], "began": event["time"]}
+            units.append(begun | {"ended": False, "failed": False})
         elif units:
-            units[-1]["ended"] = True
+            units[-1] |= {"ended": True, "failed": event["event"] == "give up"}
     return units
 
 
@@ -158,7 +159,7 @@ class Run:
         lines = Lines(self._out, json.loads(made.read_text()) if made.exists() else {})
         lines.add(step, unit, {"error": why})
         with self._state.open("a") as file:
-            file.write(json.dumps({"event": "end"}) + "\n")
+            file.write(json.dumps({"event": "give up"}) + "\n")
 
     def _last_words(self) -> str:
         lines = (self._out / LOG).read_text(errors="replace").strip().splitlines() or [""]

@@ -37,6 +37,7 @@ CELLS = (
     "llama2-b16-4k", "llama3-b16-4k", "llama2-b1-32k", "llama3-b1-32k", "llama2-b16-32k", "llama3-b16-32k",
     "llama2-b1-128k", "llama3-b1-128k", "llama2-b64-4k", "llama3-b64-4k", "llama2-b16-1k", "llama3-b16-1k",
 )  # fmt: skip
+ALL_UNITS = "list of units"
 FIRST = 3  # so many cells are measured and tuned before all others
 SELECTIONS: tuple[selection.Size, ...] = (
     ((16, 32), 4096, 432), ((16, 8), 4096, 432), ((16, 8), 32_768, 432), ((16, 32), 8192, 128),
@@ -57,10 +58,14 @@ class Measurements:
         self._lines, self._out, self._toy = lines, out, toy
         self._effort, self._impl = (timing.TOY, "interpret") if toy else (EFFORT, "pallas")
         self._params = functools.lru_cache(maxsize=1)(generate.random_params)
+        self.steps: dict[str, Callable[[], Iterator[Unit]]] = {
+            "versions": self._versions, "conformance": self._conformance, "attention": self._attention,
+            "decode": self._decode, "beside": self._beside, "prefill": self._prefill, "generate": self._generate,
+        }  # fmt: skip
 
     # --- the machine
 
-    def versions(self) -> Iterator[Unit]:
+    def _versions(self) -> Iterator[Unit]:
         """Copy bandwidth, the rate of matrix products, and what is installed."""
         yield "machine", self._machine
 
@@ -80,7 +85,7 @@ class Measurements:
 
     # --- correctness
 
-    def conformance(self) -> Iterator[Unit]:
+    def _conformance(self) -> Iterator[Unit]:
         """Every case of the kernels' conformance, against the reference."""
         for case in conformance.cases(toy=self._toy):
             yield case.name, functools.partial(self._check, case)
@@ -94,7 +99,7 @@ class Measurements:
 
     # --- kernels
 
-    def attention(self) -> Iterator[Unit]:
+    def _attention(self) -> Iterator[Unit]:
         """Our attention and selection, and the layouts near those that tiling.py chooses."""
         cells, sizes = self._cells(), self._sizes()
         first, rest = cells[:FIRST], cells[FIRST:]
@@ -115,7 +120,7 @@ class Measurements:
         for cell in rest:
             yield f"tiles {cell.name}", functools.partial(self._tune, "attention", cell)
 
-    def beside(self) -> Iterator[Unit]:
+    def _beside(self) -> Iterator[Unit]:
         """Other implementations on the same cells."""
         cells, sizes = self._cells(), self._sizes()
         for cell in cells[:FIRST]:
@@ -196,7 +201,7 @@ class Measurements:
 
     # --- whole models
 
-    def decode(self) -> Iterator[Unit]:
+    def _decode(self) -> Iterator[Unit]:
         """Whole decode steps, dense and sparse; the programs of a model are compiled together."""
         models = {"toy": generate.TOY} if self._toy else timing.MODELS
         sizes = ((256, 1),) if self._toy else DECODE
@@ -205,7 +210,7 @@ class Measurements:
             programs: dict[tuple[int, int], dict[str, generate.Steps]] = {}
             yield f"compile {name}", functools.partial(self._compile_steps, config, sizes, programs)
             for size in sizes:
-                yield f"{name} {_batch_name(size)}", functools.partial(self._decode, config, size, programs)
+                yield f"{name} {_batch_name(size)}", functools.partial(self._decode_size, config, size, programs)
 
     def _compile_steps(self, config: Any, sizes: Iterable[tuple[int, int]], programs: dict) -> Iterator[Row]:
         began, params = time.perf_counter(), self._params(config)
@@ -227,7 +232,7 @@ class Measurements:
             for side, settings in generate.sides(size[0]).items()
         }
 
-    def _decode(self, config: Any, size: tuple[int, int], programs: dict) -> Iterator[Row]:
+    def _decode_size(self, config: Any, size: tuple[int, int], programs: dict) -> Iterator[Row]:
         # A worker that was started anew has not compiled the others.
         of_size = programs.pop(size, None) or self._steps(config, size, self._params(config))
         dense, repeats = None, 1 if self._toy else DECODE_REPEATS
@@ -240,7 +245,7 @@ class Measurements:
                 row["note"] = f"{size[1] / row['seconds']:.1f} tokens/s, {row['reads']:.0f} tokens read{ratio}"
             yield row
 
-    def prefill(self) -> Iterator[Unit]:
+    def _prefill(self) -> Iterator[Unit]:
         """Prefill attention of one layer, and prefill by a whole model."""
         tokens = (512,) if self._toy else (4096, 32_768)
         config = generate.with_positions(generate.TOY if self._toy else timing.LLAMA3_8B, max(tokens))
@@ -259,18 +264,18 @@ class Measurements:
         row = prefill.measure_model(config, self._params(config), tokens, settings)
         yield row | _rate(row)
 
-    def generate(self) -> Iterator[Unit]:
+    def _generate(self) -> Iterator[Unit]:
         """LLaMA3-8B's shape end to end."""
         name = "toy" if self._toy else "LLaMA3-8B"
-        sizes = ((64, 2),) if self._toy else ((4096, 8), (4096, 16), (16_384, 8))
+        sizes = ((128, 2),) if self._toy else ((4096, 8), (4096, 16), (16_384, 8))
         longest = max(context for context, _ in sizes) + 2 * NEW_TOKENS
         config = generate.with_positions(generate.TOY if self._toy else timing.LLAMA3_8B, longest)
         for size in sizes:
             for side, settings in list(generate.sides(size[0]).items())[:2]:
                 unit = f"generate {name} {_batch_name(size)} {side}"
-                yield unit, functools.partial(self._generate, config, size, settings)
+                yield unit, functools.partial(self._generate_size, config, size, settings)
 
-    def _generate(self, config: Any, size: tuple[int, int], settings: Any) -> Iterator[Row]:
+    def _generate_size(self, config: Any, size: tuple[int, int], settings: Any) -> Iterator[Row]:
         state = generate.Steps(config, {}, size, settings, steps=1, impl="auto").state_bytes
         params = self._params(config)
         if lack := timing.lacks_memory(1.1 * state):
@@ -350,9 +355,14 @@ class State:
 
 def run_steps(measurements: Measurements, lines: Lines, state: State, ends: dict[str, float]) -> None:
     """Runs all units that were not begun before; those for which no time is left say so."""
-    begun = {(unit["step"], unit["unit"]) for unit in read_state(state.path)}
+    begun = {(unit["step"], unit["unit"]): unit["failed"] for unit in read_state(state.path)}
     for step in STEPS:
-        for name, run in getattr(measurements, step.name)():
+        if begun.get((step.name, ALL_UNITS)):
+            continue  # they could not even be listed
+        state.begin(step.name, ALL_UNITS)
+        units = list(measurements.steps[step.name]())
+        state.end()
+        for name, run in units:
             if (step.name, name) in begun:
                 continue
             state.begin(step.name, name)

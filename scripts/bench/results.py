@@ -49,10 +49,14 @@ def read_rows(folder: Path) -> list[Row]:
 
 def summarise(folder: Path, notes: Iterable[str] = ()) -> None:
     """Writes the summary of the rows that are there: machine, targets, and a table for each step."""
-    rows, out = read_rows(folder), ["# Measured on a GPU\n"]
+    rows, out = read_rows(folder), []
     if rows:
         made = rows[0]
-        out += [f"{made['date']}, {made['device']}, {made['versions']}\n", f"    {made['command']}\n"]
+        out += [
+            f"# Measured on {made['device']}\n",
+            f"{made['date']}, {made['versions']}\n",
+            f"    {made['command']}\n",
+        ]
     out += [f"- {note}" for note in notes]
     out += _target_table(rows)
     for step in dict.fromkeys(row["step"] for row in rows):
@@ -68,7 +72,7 @@ def _table_row(row: Row) -> str:
     if "seconds" in row:
         seconds = row["seconds"]
         shown[2] = f"{seconds * 1e6:.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:.3f} ms"
-    if "bytes" in row:
+    if "bytes" in row and "seconds" in row:
         shown[3] = f"{row['bytes'] / 1e6:.2f} MB"
     if "gb_per_second" in row:
         shown[4] = f"{row['gb_per_second']:.0f}"
