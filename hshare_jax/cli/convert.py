@@ -63,8 +63,8 @@ def run_convert(options: argparse.Namespace) -> int:
     print(f"wrote {model.name} ({model.dtype}) to {options.output}", file=sys.stderr)
     if config.kv_layer_map != files.config.kv_layer_map:
         print(
-            f"WARNING: {len(config.kv_layers)} of {config.num_layers} layers have keys and values, which the other layers "
-            "were not made for: untrained, this model is of no use. Train it before you judge it.",
+            f"WARNING: {len(config.kv_layers)} of {config.num_layers} layers have keys and values, which the other "
+            "layers were not made for: untrained, this model is of no use. Train it before you judge it.",
             file=sys.stderr,
         )
     elif config.windows != files.config.windows:
@@ -79,15 +79,14 @@ def _cut_windows(options: argparse.Namespace, files: "ModelFiles", text: str) ->
 
     name = options.perplexity
     check_not_empty([name], [text])
-    try:
-        if files.tokenizer is None:
-            raise ValueError(f"{files.name} has no tokeniser, so text cannot be given to it")
-        ids, prefix = encode_text(files.tokenizer, text)
-        context = max(2, min(_CONTEXT, files.config.max_positions, len(prefix) + len(ids) - 1))
-        count = max(1, min(_MAX_WINDOWS, len(ids) // (context + 1 - len(prefix))))
-        return cut_windows(files, name, text, context=context, count=count)
-    except ValueError as error:
-        raise UsageError(f"--perplexity {name}: {error}") from error
+    if files.tokenizer is None:
+        raise UsageError(f"--perplexity {name}: {files.name} has no tokeniser, so text cannot be given to it")
+    ids, prefix = encode_text(files.tokenizer, text)
+    if len(prefix) + len(ids) < 3:
+        raise UsageError(f"--perplexity {name} has {len(ids)} tokens, too few to measure; give a longer text")
+    context = min(_CONTEXT, files.config.max_positions, len(prefix) + len(ids) - 1)
+    count = max(1, min(_MAX_WINDOWS, len(ids) // (context + 1 - len(prefix))))
+    return cut_windows(files, name, text, context=context, count=count)
 
 
 def _tell_perplexities(windows: "list[Window]", *models: "Model") -> None:

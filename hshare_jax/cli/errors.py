@@ -35,8 +35,8 @@ _PARTS = {
     "layer_ratio": "the layer ratio of --sharing-ratio",
     "head_ratio": "the head ratio of --sharing-ratio",
 }
-# Values that the command line spells in another way than Python.
-_WORDS = {("forward_passes", None): "exact"}
+# How None is typed, where it is not "none".
+_NONE = {"forward_passes": "exact"}
 # Settings that no option gives. Names such as `kv_layer_map[2]`, which are no identifiers, have no option either.
 _WITHOUT_OPTION = ("num_kv_layers",)
 
@@ -50,7 +50,7 @@ def say(name: str, value: object) -> str:
     option = _OPTIONS.get(name) or option_name(name)
     if isinstance(value, bool):
         return option if value else option.replace("--", "--no-", 1)
-    return f"{option} {_WORDS.get((name, value)) or ('none' if value is None else value)}"
+    return f"{option} {_NONE.get(name, 'none') if value is None else value}"
 
 
 def usage_error(error: ValueError) -> UsageError:

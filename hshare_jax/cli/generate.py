@@ -188,7 +188,7 @@ def _statistics(result: "Generation", model: "Model", name: str, method: "Method
         computed = usage.selections / max(usage.refreshes, 1)
         statistics |= {
             "sharing_ratio": method.sharing_ratio if method.plan is None else None,
-            "budget": method.budget,
+            "budget": settings.budget,
             "computed_lists": round(computed, 1),
             "lists": settings.num_sparse_layers(model.config) * settings.num_lists(model.config),
             "refresh_interval": settings.refresh_interval,

@@ -64,7 +64,7 @@ def _parser(arguments: Sequence[str]) -> Parser:
         description="Sparse decoding without training, and KV sharing across layers, for LLaMA-family models.",
         epilog="hshare-jax COMMAND --help shows the options of a command.",
     )
-    parser.add_argument("--version", action=_ShowVersion, help="show the version and exit")
+    parser.add_argument("--version", "-V", action=_ShowVersion, help="show the version and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
     called = next((word for word in arguments if not word.startswith("-")), None)
     for name, help in COMMANDS.items():
@@ -83,7 +83,8 @@ class _ShowVersion(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from importlib.metadata import version
 
-        parser.exit(message=f"hshare-jax {version('hshare-jax')}\n")
+        print(f"hshare-jax {version('hshare-jax')}")
+        parser.exit()
 
 
 if __name__ == "__main__":

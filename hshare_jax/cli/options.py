@@ -222,11 +222,15 @@ def add_files(group: argparse._ArgumentGroup, *, plan: bool = True) -> None:
         group.add_argument("--plan-file", metavar="FILE", help="a plan, from calibrate or as published")
 
 
+def _field_names() -> list[str]:
+    """The settings that have an option of their own."""
+    names = [field.name for record in (HShareSettings, PlanSearch) for field in dataclasses.fields(record)]
+    return [name for name in names if name not in _PARTS_OF_RATIO]
+
+
 def setting_names() -> list[str]:
-    """The names of the options that belong to sparse decoding."""
-    fields = [field.name for record in (HShareSettings, PlanSearch) for field in dataclasses.fields(record)]
-    fields = [name for name in fields if name not in _PARTS_OF_RATIO]
-    return ["preset", "sharing_ratio", "channels_file", "plan_file", *fields]
+    """The names of all options that belong to sparse decoding."""
+    return ["preset", "sharing_ratio", "channels_file", "plan_file", *_field_names()]
 
 
 def read_method(options: argparse.Namespace) -> "HShare":
@@ -237,10 +241,10 @@ def read_method(options: argparse.Namespace) -> "HShare":
     """
     from hshare_jax.methods.hshare.method import HShare
 
-    given = {name: value for name, value in vars(options).items() if name in setting_names()}
+    given = {name: getattr(options, name) for name in _field_names() if hasattr(options, name)}
     with usage_errors():
-        method = HShare.published() if "preset" in given else HShare()
-        if "sharing_ratio" in given:
+        method = HShare.published() if hasattr(options, "preset") else HShare()
+        if hasattr(options, "sharing_ratio"):
             method = method.with_sharing_ratio(options.sharing_ratio)
             interval = method.settings.refresh_interval
             if given.get("refresh_interval", interval) != interval:

@@ -205,8 +205,9 @@ def with_files(
     Arguments and errors are those of `read_files`. A Model must also be the one that the files were made with.
     """
     method, origins = read_files(method, model, plan_file=plan_file, channels_file=channels_file, given=given)
-    for origin in origins if isinstance(model, Model) else ():
-        origin.check(model)
+    if isinstance(model, Model):
+        for origin in origins:
+            origin.check(model)
     return method
 
 
