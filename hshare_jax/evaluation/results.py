@@ -85,7 +85,8 @@ def _facts_of(study: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _settings_of(study: dict[str, Any]) -> dict[str, str]:
     """The settings in the first line of `hshare-jax eval`, by today's names; none in other files."""
-    return {_NEW_NAMES.get(name, name): value for name, value in study.get("settings", {}).items()}
+    settings: dict[str, str] = study.get("settings", {})
+    return {_NEW_NAMES.get(name, name): value for name, value in settings.items()}
 
 
 def _read_file(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
