@@ -1,7 +1,7 @@
 """Layouts of the Pallas kernels: the slots that a program takes at a time, its warps, and how often lists are split.
 
-Nothing here has been measured yet. The sizes fill an H200 by arithmetic. scripts/tune_kernels.py times the alternatives
-on a GPU and prints what this table should say.
+Nothing here has been measured yet. The sizes fill an H200 by arithmetic. scripts/bench/tune_kernels.py times the
+alternatives on a GPU and prints what this table should say.
 """
 
 import dataclasses

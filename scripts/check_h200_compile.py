@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Compiles whole decode steps for an H200 without one, counts what XLA made of them, and fails beyond exact limits.
 
 The limits: no copy of a cache, label or list buffer or of a weight; no conditional or loop, which would break up the
@@ -19,7 +18,6 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_fail_ptx
 import jax
 import jax.numpy as jnp
 import jax_plugins.xla_cuda13  # noqa: F401  # pyright: ignore[reportMissingImports]  (registers the compiler)
-from gpu_timing import LLAMA2_7B, LLAMA3_8B
 from jax.experimental import topologies
 
 from hshare_jax.decode_state import init_state
@@ -28,6 +26,7 @@ from hshare_jax.methods.hshare.settings import HShareSettings
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.decoder import parameter_shapes
 from hshare_jax.models.kv_sharing import share_kv
+from scripts.bench.gpu_timing import LLAMA2_7B, LLAMA3_8B
 
 H200 = """
 gpu_device_info {

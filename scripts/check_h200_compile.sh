@@ -21,4 +21,4 @@ if [[ $(cat "$stamp" 2>/dev/null) != "$version $packages" ]]; then
     "jax-cuda13-pjrt==$version" "jax-cuda13-plugin==$version"
   echo "$version $packages" > "$stamp"
 fi
-JAX_PLATFORMS=cpu .venv-h200/bin/python scripts/check_h200_compile.py
+JAX_PLATFORMS=cpu .venv-h200/bin/python -m scripts.check_h200_compile

@@ -1,6 +1,7 @@
 """The program of a decode step: traced once for all prompts and plans, its buffers updated in place."""
 
 import dataclasses
+import importlib
 import re
 from fractions import Fraction
 
@@ -15,7 +16,6 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from program_text import count_copies
 from tiny_decoder import CAPACITY, HSHARE, MODEL, SHARED_KV, params, prefill_rows, random_rows, vary
 
-import hshare_jax.decode_step
 from hshare_jax.decode_state import DecodeState, init_state
 from hshare_jax.decode_step import decode_step
 
@@ -82,8 +82,9 @@ def random_state(rng, lengths, method):
 @variants
 def test_one_trace_serves_every_prompt_plan_and_length(monkeypatch, method, refresh):
     traces, compiled = [], []
-    make = hshare_jax.decode_step.decode_attend
-    monkeypatch.setattr(hshare_jax.decode_step, "decode_attend", lambda *args: traces.append(args) or make(*args))
+    module = importlib.import_module("hshare_jax.decode_step")  # the package's attribute of this name is the function
+    make = module.decode_attend
+    monkeypatch.setattr(module, "decode_attend", lambda *args: traces.append(args) or make(*args))
     rng = np.random.default_rng(13)
     for lengths in ([3, 60], [20, 20], [41, 9]):
         state = random_state(rng, lengths, method)
@@ -165,7 +166,7 @@ def test_a_step_lowers_for_cuda_with_its_state_donated(method, refresh):
     ids=["data", "one layer owns", "two layers own", "own keys and values", "one cache, one list"],
 )
 def test_layers_that_copy_a_constant_plan_trace_to_no_selection(config, plan, selections):
-    method = vary(HSHARE, plan=plan)
+    method = dataclasses.replace(HSHARE, plan=plan)
     state, tokens = init_state(config, 1, CAPACITY, method=method), jnp.zeros((1,), jnp.int32)
     text = decode_step.lower(params(config), tokens, state, config=config, refresh=True).as_text()
     assert len(re.findall(r"call @choose_tokens(_\d+)?\(", text)) == selections

@@ -32,16 +32,16 @@ CHANNELS = np.stack([np.random.default_rng(1).permutation(H)[:5] for _ in range(
         ({"capacity": 1025}, "capacity=1025 must lie between 1 and the model's max_positions=1024"),
         ({"dtype": jnp.int32}, "dtype='int32' must be one of 'float32', 'bfloat16', 'float16'"),
         (
-            {"method": vary(HSHARE, plan=SharePlan(((0, 1), (2, 3))))},
+            {"method": dataclasses.replace(HSHARE, plan=SharePlan(((0, 1), (2, 3))))},
             "the plan is for 2 layers of 2 lists; this model with lists_per='kv_head' has 4 layers of 3",
         ),
         (
-            {"method": vary(HSHARE, plan=COPIES_DENSE)},
+            {"method": dataclasses.replace(HSHARE, plan=COPIES_DENSE)},
             "the plan copies from the first 1 layers, which are dense and have no lists",
         ),
         ({"method": vary(HSHARE, label_channels=9)}, "label_channels=9 must be at most"),
         (
-            {"method": vary(HSHARE, channels=CHANNELS[1:])},
+            {"method": dataclasses.replace(HSHARE, channels=CHANNELS[1:])},
             r"channels has shape \[3, 3, 5\]; this model needs \[4, 3\] heads",
         ),
     ],
@@ -86,7 +86,7 @@ def shared_of(method=HSHARE, batch_size=2, **settings):
 
 
 def test_a_given_plan_and_channels_are_every_rows():
-    shared = shared_of(vary(HSHARE, plan=PLAN, channels=CHANNELS))
+    shared = shared_of(dataclasses.replace(HSHARE, plan=PLAN, channels=CHANNELS))
     assert shared.plan == PLAN
     assert shared.source.tolist() == [list(map(list, PLAN.source))] * 2
     np.testing.assert_array_equal(shared.channels, np.tile(np.sort(CHANNELS[:, :, :3], axis=-1), (2, 1, 1, 1)))

@@ -106,7 +106,7 @@ WHOLE = {
     "published, shared KV, dense layers": (SHARED_KV, vary(PUBLISHED, dense_layers=1), LENGTHS),
     "anchors, shared KV, exact, no dense layers": (
         SHARED_KV,
-        dataclasses.replace(
+        vary(
             HSHARE, plan_kind="anchors", layer_ratio=Fraction(1, 2), head_ratio=Fraction(1), scoring="exact", dense_layers=0
         ),
         LENGTHS,
@@ -208,7 +208,7 @@ PLAN = SharePlan(((0, 1, 2), (3, 4, 3), (4, 3, 3), (3, 4, 4)))
 def test_a_constant_plan_decodes_as_the_same_plan_as_data():
     rows, steps = random_rows(22, more=7), 7
     prompts = [row[:n] for row, n in zip(rows, LENGTHS, strict=True)]
-    planned = vary(HSHARE, plan=PLAN)
+    planned = dataclasses.replace(HSHARE, plan=PLAN)
     constant, of_constant = decode(rows, prefill_rows(prompts, method=planned)[1], steps)
     state = start(rows, method=HSHARE)
     source = np.tile(np.asarray(PLAN.source, np.int32), (len(rows), 1, 1))
@@ -223,7 +223,7 @@ def test_a_constant_plan_decodes_as_the_same_plan_as_data():
 def test_layers_that_share_keys_and_values_share_lists_under_their_plan():
     # Layer 1 looks up, so its lists hold earlier tokens only; layers 2 and 3 read them at their own position too.
     plan = kv_layer_plan(SHARED_KV, HSHARE.settings)
-    method = vary(HSHARE, plan=plan)
+    method = dataclasses.replace(HSHARE, plan=plan)
     assert plan.source == ((0, 1, 2), (3, 4, 5), (3, 4, 5), (3, 4, 5))
     rows, steps = random_rows(25, more=7), 7
     prompts = [row[:n] for row, n in zip(rows, LENGTHS, strict=True)]
@@ -239,7 +239,7 @@ def test_layers_that_share_keys_and_values_share_lists_under_their_plan():
 def test_given_channels_are_those_that_labels_keep():
     rows = random_rows(23)
     channels = np.stack([np.random.default_rng(2).permutation(8)[:5] for _ in range(12)]).reshape(4, 3, 5)
-    shared = shared_of(prefill_rows(rows, method=vary(HSHARE, channels=channels))[1])
+    shared = shared_of(prefill_rows(rows, method=dataclasses.replace(HSHARE, channels=channels))[1])
     np.testing.assert_array_equal(shared.channels, np.tile(np.sort(channels[:, :, :3], axis=-1), (4, 1, 1, 1)))
 
 

@@ -76,11 +76,11 @@ def add_fields(group: argparse._ActionsContainer, record: type, *, leave_out: Se
     """
     for field in dataclasses.fields(record):
         if field.name not in leave_out:
-            help = field.metadata["help"].replace("%", "%%") + _default(field.default)
-            group.add_argument(option_name(field.name), help=help, **_value(field.type))
+            help = field.metadata["help"].replace("%", "%%") + default_of(field.default)
+            group.add_argument(option_name(field.name), help=help, **argument_of(field.type))
 
 
-def _default(value: object) -> str:
+def default_of(value: object) -> str:
     """The default of a field, for a help text. The help text of a field whose default is None says what None means."""
     if value is None:
         return ""
@@ -88,8 +88,11 @@ def _default(value: object) -> str:
     return f" (default: {text})"
 
 
-def _value(annotation: Any) -> dict[str, Any]:
-    """How argparse reads a value of this type: bool, a number, Literal words or numbers, None, or a union of those."""
+def argument_of(annotation: Any) -> dict[str, Any]:
+    """How argparse reads a value of this type, as arguments of `add_argument`.
+
+    The type is bool, a number, Literal words or numbers, None, or a union of those; or a sequence of texts, or None.
+    """
     if annotation is bool:
         return {"action": argparse.BooleanOptionalAction}
     is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
@@ -97,6 +100,8 @@ def _value(annotation: Any) -> dict[str, Any]:
     for part in typing.get_args(annotation) if is_union else (annotation,):
         if part is types.NoneType:
             words["none"] = None
+        elif typing.get_origin(part) is Sequence:
+            return {"nargs": "+", "metavar": "NAME"}
         elif typing.get_origin(part) is typing.Literal:
             words |= {str(value): value for value in typing.get_args(part)}
         else:

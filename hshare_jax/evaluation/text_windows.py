@@ -79,7 +79,7 @@ class Scorer:
         impl: str = "auto",
         progress: Callable[[int], object] | None = None,
     ) -> None:
-        """Prefills all but the last `steps` tokens of each window, and decodes the last ones densely as the reference."""
+        """Prefills all but the last `steps` tokens of each window, and decodes these densely, as the reference."""
         self.windows, self.steps, self.methods = windows, steps, methods
         self._model, self._impl = model, impl
         tokens = jnp.asarray([window.tokens for window in windows], jnp.int32)
@@ -109,8 +109,8 @@ class Scorer:
     def score_state(self, state: DecodeState, *, recall_every: int | None = RECALL_EVERY) -> dict[str, np.ndarray]:
         """Scores of every step by name, each [B, T], from one dispatch.
 
-        The names are `loss` (nats), `divergence` (KL from dense decoding, nats), `agrees` (0 or 1), `reads` (tokens) and
-        `recall` (share of the true attention mass; NaN on steps where it is not measured).
+        The names are `loss` (nats), `divergence` (KL from dense decoding, nats), `agrees` (0 or 1), `reads` (tokens)
+        and `recall` (share of the true attention mass; NaN on steps where it is not measured).
 
         Args:
             state: from `Prefilled.start`; the scorer takes it back.

@@ -22,9 +22,10 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from hshare_jax.errors import CheckpointError
+from hshare_jax.files.atomic import whole_directory
 from hshare_jax.files.checksums import verify_all
 from hshare_jax.files.records import difference
-from hshare_jax.models.orbax_checkpoint import orbax_context, whole_directory, write_arrays
+from hshare_jax.models.orbax_checkpoint import orbax_context, write_arrays
 from hshare_jax.training.step import TrainState
 
 _RUN, _ARRAYS, _FORMAT = "run.json", "arrays", 1

@@ -11,7 +11,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from hshare_jax.models.config import ModelConfig
-from hshare_jax.models.decoder import Decoder
+from hshare_jax.models.decoder import run_decoder
 from hshare_jax.training.attention import causal_attend
 
 _CHUNK = 1 << 25  # logits that are held at once: 128 MB
@@ -54,7 +54,7 @@ def sum_of_window_losses(
     """
     tokens, targets = windows[:, :-1], windows[:, 1:]
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None, :], tokens.shape)
-    hidden, _ = Decoder(config).apply({"params": params}, tokens, positions, causal_attend(config), {})
+    hidden, _ = run_decoder(params, tokens, positions, causal_attend(config), {}, config=config)
     if is_real is not None:
         targets = jnp.where(is_real[:, None], targets, -1)
     unembedding = params["embedding" if config.tie_embeddings else "unembedding"]

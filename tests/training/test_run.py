@@ -16,12 +16,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from orbax.checkpoint import v1 as ocp
 from tiny_models import assert_equal_trees, flipped
 from tiny_training import CONFIG, SETTINGS, tiny_data, tiny_model, tiny_run
 
 from hshare_jax.errors import CheckpointError
 from hshare_jax.files.figures import save
-from hshare_jax.models import orbax_checkpoint
 from hshare_jax.models.pretrained import load_model
 from hshare_jax.training.checkpoints import checkpoints, load_train_state
 from hshare_jax.training.curves import plot_training, read_metrics
@@ -154,7 +154,7 @@ def test_a_full_disk_is_named_and_leaves_the_last_good_checkpoint(whole, tmp_pat
         Path(path).mkdir()
         raise ValueError("RESOURCE_EXHAUSTED: Failed to write: No space left on device [os_error_code='28']")
 
-    monkeypatch.setattr(orbax_checkpoint.ocp, "save", full)
+    monkeypatch.setattr(ocp, "save", full)
     with pytest.raises(OSError, match="No space left on device") as caught:
         tiny_run(directory)
     assert caught.value.errno == errno.ENOSPC

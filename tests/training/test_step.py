@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny_training import CONFIG, SETTINGS, tiny_data, tiny_model
 
-from hshare_jax.models.decoder import Decoder
+from hshare_jax.models.decoder import run_decoder, unembed
 from hshare_jax.training.attention import causal_attend
 from hshare_jax.training.settings import TrainingSettings
 from hshare_jax.training.start import new_model
@@ -78,9 +78,9 @@ def test_a_parameter_without_gradient_shrinks_by_the_decay_alone():
 def test_the_first_loss_is_the_models_own():
     windows, model = jnp.asarray(tiny_data().windows[:4]), tiny_model()
     positions = jnp.broadcast_to(jnp.arange(12)[None, :], (4, 12))
-    decoder = Decoder(CONFIG)
-    hidden = decoder.apply({"params": model.params}, windows[:, :-1], positions, causal_attend(CONFIG), {})[0]
-    logits = jnp.asarray(decoder.apply({"params": model.params}, hidden, method="unembed"))
+    attend = causal_attend(CONFIG)
+    hidden, _ = run_decoder(model.params, windows[:, :-1], positions, attend, {}, config=CONFIG)
+    logits = unembed(model.params, hidden, config=CONFIG)
     likelihood = jnp.take_along_axis(jax.nn.log_softmax(logits), windows[:, 1:, None], axis=-1)
     _, (metrics,) = steps_of()
     np.testing.assert_allclose(metrics["loss"], -likelihood.mean(), rtol=1e-6)

@@ -25,6 +25,7 @@ from hshare_jax.shapes import EMPTY, Similarity, Source, round_up_coarsely
 
 PROBE_STEP = 64  # with all queries as probes their number rounds up, so that a longer prompt may compile nothing
 
+SETTING_NAMES = tuple(field.name for record in (HShareSettings, PlanSearch) for field in dataclasses.fields(record))
 Channels = tuple[tuple[tuple[int, ...], ...], ...]
 
 
@@ -86,14 +87,17 @@ class HShare:
 
         Raises:
             SettingError: a value outside its range.
+            ValueError: a name that neither of them has.
         """
-        parts = {}
-        for part in ("settings", "search"):
-            record = getattr(self, part)
-            names = {field.name for field in dataclasses.fields(record)}
-            changes: dict[str, Any] = {name: value for name, value in values.items() if name in names}
-            parts[part] = dataclasses.replace(record, **changes)
-        return dataclasses.replace(self, **parts)
+        records = {"settings": self.settings, "search": self.search}
+        names = {part: {field.name for field in dataclasses.fields(record)} for part, record in records.items()}
+        if unknown := set(values).difference(*names.values()):
+            raise ValueError(f"unknown settings {', '.join(sorted(unknown))}; there are {', '.join(SETTING_NAMES)}")
+        changed: dict[str, Any] = {}
+        for part, record in records.items():
+            changes: dict[str, Any] = {name: value for name, value in values.items() if name in names[part]}
+            changed[part] = dataclasses.replace(record, **changes)
+        return dataclasses.replace(self, **changed)
 
     @property
     def wants_received(self) -> bool:
@@ -180,15 +184,24 @@ def _as_tuples(values: Any) -> Any:
 
 
 def _empty_labels(keys: Array, num_channels: int, bits: int | None) -> Labels:
-    shapes = _label_shapes(keys.shape, keys.dtype, num_channels, bits)
-    return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+    codes, scales = (
+        None if shape is None else jnp.zeros(shape.shape, shape.dtype)
+        for shape in _label_shapes(keys.shape, keys.dtype, num_channels, bits)
+    )
+    assert codes is not None
+    return Labels(codes, scales)
 
 
 @functools.cache  # eval_shape traces anew on every call
-def _label_shapes(keys_shape: tuple[int, ...], dtype: jnp.dtype, num_channels: int, bits: int | None) -> Labels:
+def _label_shapes(
+    keys_shape: tuple[int, ...], dtype: jnp.dtype, num_channels: int, bits: int | None
+) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct | None]:
+    def make(keys: Array, channels: Array) -> tuple[Array, Array | None]:
+        labels = make_labels(keys, channels, bits)
+        return labels.codes, labels.scales
+
     channels = jax.ShapeDtypeStruct((*keys_shape[:2], num_channels), jnp.int32)
-    keys = jax.ShapeDtypeStruct(keys_shape, dtype)
-    return jax.eval_shape(functools.partial(make_labels, bits=bits), keys, channels)
+    return jax.eval_shape(make, jax.ShapeDtypeStruct(keys_shape, dtype), channels)
 
 
 def _with_labels(

@@ -151,3 +151,8 @@ def test_a_query_ratio_is_one_over_a_whole_number(ratio):
 def test_settings_that_cannot_be_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         HShare().with_settings(changes)
+
+
+def test_a_setting_that_does_not_exist_is_named():
+    with pytest.raises(ValueError, match="unknown settings plan; there are num_sinks, .*, num_probes"):
+        HShare().with_settings({"plan": "units"})

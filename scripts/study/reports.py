@@ -20,8 +20,8 @@ def command(options: argparse.Namespace) -> str:
         return option + equals + (Path(value).name or value if is_path else value)
 
     flags = f"XLA_FLAGS={shlex.quote(os.environ['XLA_FLAGS'])} " if "XLA_FLAGS" in os.environ else ""
-    words = [shorten(word) for word in sys.argv[1:] if word != "--report-only"]
-    return f"{flags}python scripts/{Path(sys.argv[0]).name} {shlex.join(words)}"
+    words = [shorten(word) for word in sys.orig_argv[1:] if word != "--report-only"]
+    return f"{flags}python {shlex.join(words)}"
 
 
 def write_report(path: Path | None, mark: str, text: str) -> None:

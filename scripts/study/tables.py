@@ -1,11 +1,11 @@
-"""The tables of docs/results.md, from the lines that scripts/study_methods.py has measured."""
+"""The tables of docs/results.md, from the lines that scripts/study/methods.py has measured."""
 
 from typing import Any
 
 import numpy as np
-from study_cells import BUDGETS, DEFAULT, NAMES, PLANS, RATIOS, SIMPLER
 
 from hshare_jax.evaluation.bootstrap import interval, mean_ratio
+from scripts.study.cells import BUDGETS, DEFAULT, NAMES, PLANS, RATIOS, SIMPLER
 
 COMPARED = (DEFAULT, "hshare 1/3-1-1", "hshare 1/8-1-1", *(f"published {ratio}" for ratio in RATIOS))
 

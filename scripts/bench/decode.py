@@ -1,11 +1,10 @@
-#!/usr/bin/env python3
 """Times dense prefill and decode steps on this machine: ours, and transformers with torch.
 
 Prints one table: milliseconds, the bytes that a dense step must read (weights and cache) and the share of the measured
 read bandwidth that this makes. Weights are random, of SmolLM2-135M's shape; speed does not depend on their values.
-HShare beside dense: scripts/bench_hshare.py.
+HShare beside dense: scripts/bench/hshare.py.
 
-    python scripts/bench_decode.py --batch 1 8 --context 512 4096
+    python -m scripts.bench.decode --batch 1 8 --context 512 4096
 """
 
 import argparse
@@ -25,6 +24,7 @@ from hshare_jax.decode_step import decode_step
 from hshare_jax.models.config import ModelConfig, RopeConfig
 from hshare_jax.models.decoder import parameter_shapes
 from hshare_jax.prefill import prefill
+from scripts.bench.gpu_timing import command
 
 SMOLLM2 = ModelConfig(
     vocab_size=49_152, width=576, mlp_width=1536, num_layers=30, num_heads=9, num_kv_heads=3, head_dim=64,
@@ -125,7 +125,7 @@ def main() -> None:
 
         versions += f", torch {torch.__version__}, transformers {transformers.__version__}"
     device = jax.devices()[0].device_kind
-    print(f"{date.today()}  {device}  float32  {versions}\n$ {' '.join(sys.argv)}", file=sys.stderr)
+    print(f"{date.today()}  {device}  float32  {versions}\n$ {command()}", file=sys.stderr)
     bandwidth = read_bandwidth()
     print(f"measured read bandwidth {bandwidth / 1e9:.1f} GB/s", file=sys.stderr)
     keys = jax.random.split(jax.random.key(0), len(jax.tree.leaves(parameter_shapes(SMOLLM2))))

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Measures every method at every budget on real text and writes the tables of docs/results.md.
 
 Dense decoding is the yardstick: windows of each text are prefilled once, then every method decodes the last tokens of
@@ -6,7 +5,7 @@ each window, reading the text's own tokens. Each finished cell is a line of the 
 the report holds what is there. Two stages are measured side by side, each by a process with one thread; then, alone,
 the speeds.
 
-    python scripts/study_methods.py --text A.txt B.txt C.txt D.jsonl --results methods.jsonl --report docs/results.md
+    python -m scripts.study.methods --text A.txt B.txt C.txt D.jsonl --results methods.jsonl --report docs/results.md
 """
 
 import argparse
@@ -26,7 +25,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from study_cells import (
+from tqdm import tqdm
+
+from hshare_jax.calibration import calibrate
+from hshare_jax.decode_state import for_decoding
+from hshare_jax.decode_step import decode_step
+from hshare_jax.evaluation.prefilled import prefill_for
+from hshare_jax.evaluation.tasks.passkey import Passkey, answer, is_found, read_passkeys
+from hshare_jax.evaluation.text_windows import Scorer, Window
+from hshare_jax.files.records import Records
+from hshare_jax.methods.hshare.settings import HShareSettings
+from hshare_jax.models.pretrained import Model, load_model
+from scripts.study.cells import (
     EXTREMES,
     NAMES,
     PASSKEY_BATCH,
@@ -44,21 +54,10 @@ from study_cells import (
     read_texts,
     windows_of,
 )
-from study_reports import command, write_report
-from study_tables import report
-from tqdm import tqdm
+from scripts.study.reports import command, write_report
+from scripts.study.tables import report
 
-from hshare_jax.calibration import calibrate
-from hshare_jax.decode_state import for_decoding
-from hshare_jax.decode_step import decode_step
-from hshare_jax.evaluation.prefilled import prefill_for
-from hshare_jax.evaluation.tasks.passkey import Passkey, answer, is_found, read_passkeys
-from hshare_jax.evaluation.text_windows import Scorer, Window
-from hshare_jax.files.records import Records
-from hshare_jax.methods.hshare.settings import HShareSettings
-from hshare_jax.models.pretrained import Model, load_model
-
-MARK = "<!-- What follows is written by scripts/study_methods.py. -->"
+MARK = "<!-- What follows is written by scripts/study/methods.py. -->"
 # Contexts and budgets that are measured in one go, from one prefill; the longest first, so that those side by side end
 # together.
 STAGES = (

@@ -1,23 +1,20 @@
-#!/usr/bin/env python3
 """Times HShare against our own dense decoding, and the search for the plan against the prefill before it.
 
 All sides of the first table take turns, a few steps each, so that a slow moment of the machine meets them alike. The
 bytes are what a step must read: weights, keys and values, and labels that are scored. SmolLM2-135M on random tokens.
 
-    python scripts/bench_hshare.py --batch 8 --context 4096
+    python -m scripts.bench.hshare --batch 8 --context 4096
 """
 
 import argparse
 import dataclasses
 import platform
 import statistics
-import sys
 import time
 from datetime import date
 
 import jax
 import jax.numpy as jnp
-from bench_decode import read_bandwidth
 
 from hshare_jax.decode_state import DecodeState, count_reads, init_state
 from hshare_jax.decode_step import decode_step
@@ -25,6 +22,8 @@ from hshare_jax.methods.hshare.settings import HShareSettings
 from hshare_jax.methods.hshare.shared_lists import SharedLists
 from hshare_jax.models.pretrained import Model, load_model
 from hshare_jax.prefill import prefill, read_prompt
+from scripts.bench.decode import read_bandwidth
+from scripts.bench.gpu_timing import command
 
 ROUND = 4  # steps of one side before the next has its turn; a multiple of every refresh interval below
 
@@ -139,7 +138,7 @@ def main() -> None:
     options = parser.parse_args()
     print(
         f"{date.today()}, {jax.devices()[0].device_kind}, float32, jax {jax.__version__}, "
-        f"Python {platform.python_version()}\n\n    python {' '.join(sys.argv)}"
+        f"Python {platform.python_version()}\n\n    {command()}"
     )
     model = load_model("smollm2-135m-instruct")
     for batch in options.batch:

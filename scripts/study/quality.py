@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Measures what HShare costs in quality on real text, setting by setting; writes docs/quality-tables.md.
 
 Dense decoding is the yardstick. Windows of each text are prefilled dense and exactly, once; then every setting decodes
@@ -6,7 +5,7 @@ the last tokens of each window through the cache, reading the text's own tokens 
 by step with dense decoding. Each finished cell is a line of the results file, and cells that are there are not measured
 again, so a killed run goes on where it was.
 
-    python scripts/study_quality.py --text A.txt B.txt C.txt D.txt --results quality.jsonl \\
+    python -m scripts.study.quality --text A.txt B.txt C.txt D.txt --results quality.jsonl \\
         --report docs/quality-tables.md
 """
 
@@ -20,18 +19,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from study_cells import (
-    PASSKEY_BATCH,
-    WINDOWS,
-    beginnings,
-    hash_text,
-    hide_passkeys,
-    ours,
-    published,
-    read_texts,
-    windows_of,
-)
-from study_reports import command, write_report
 from tqdm import tqdm
 
 from hshare_jax.calibration import calibrate
@@ -42,9 +29,21 @@ from hshare_jax.files.records import Records
 from hshare_jax.methods.hshare.settings import HShareSettings
 from hshare_jax.methods.hshare.shared_lists import SharedLists
 from hshare_jax.models.pretrained import Model, load_model
+from scripts.study.cells import (
+    PASSKEY_BATCH,
+    WINDOWS,
+    beginnings,
+    hash_text,
+    hide_passkeys,
+    ours,
+    published,
+    read_texts,
+    windows_of,
+)
+from scripts.study.reports import command, write_report
 
 PUBLISHED_RATIOS = ("1-1-1", "7/8-3/4-1/2", "3/4-3/4-1/2", "1/2-1/2-1/2")
-MARK = "<!-- What follows is written by scripts/study_quality.py. -->"
+MARK = "<!-- What follows is written by scripts/study/quality.py. -->"
 
 
 @dataclasses.dataclass(frozen=True)

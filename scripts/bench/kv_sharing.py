@@ -1,17 +1,15 @@
-#!/usr/bin/env python3
 """Times what cross-layer KV sharing gives and costs: decode throughput under a byte budget, and prefill.
 
 Every configuration decodes the largest batch whose cache fits into the bytes that `--rows` rows of the standard model
 take, and prefills one prompt. The standard model is timed again beside each, so that a row of the table is one
 comparison. Weights are random: speed does not depend on their values.
 
-    python scripts/bench_kv_sharing.py --preset 110m --kv-layers 6 --rows 2 --context 1024
+    python -m scripts.bench.kv_sharing --preset 110m --kv-layers 6 --rows 2 --context 1024
 """
 
 import argparse
 import dataclasses
 import platform
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import date
@@ -26,6 +24,7 @@ from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.kv_sharing import PATTERNS, TARGETS, layer_passes, papers_prefill_cost, share_kv
 from hshare_jax.prefill import prefill
 from hshare_jax.training.start import PRESETS, new_model, preset
+from scripts.bench.gpu_timing import command
 
 WARM_STEPS = 4
 NAMES = tuple(f"{pattern}-{target}" for pattern in PATTERNS for target in TARGETS)
@@ -159,7 +158,7 @@ def main() -> None:
         f"{config.num_parameters / 1e6:.0f}M parameters, {config.num_layers} layers, float32; caches of at most "
         f"{budget / 2**20:.0f} MiB, {options.context} tokens a row; prompt of {options.prompt}"
     )
-    print(f"python scripts/bench_kv_sharing.py {' '.join(sys.argv[1:])}\n")
+    print(f"{command()}\n")
     print(
         "| | cache bytes a token | rows | decode, tokens/s | standard's | ratio | prefill, of standard "
         "| layers counted | the paper's formula |"

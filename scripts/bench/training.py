@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Times optimiser steps on this machine: ours, and the same model in transformers with torch, turn by turn.
 
 Prints one table: tokens/s of each, the fastest step of several, and how many times theirs ours is. Both run in float32
@@ -7,12 +6,11 @@ Both keep freed memory (`keep_freed_memory`). Ours trains data-parallel over JAX
 JAX_NUM_CPU_DEVICES says how many. On a machine that others use too, more threads than idle cores slow torch down far
 more than us: compare on one core then, with `taskset -c 0` and --threads 1.
 
-    JAX_NUM_CPU_DEVICES=2 python scripts/bench_training.py --vocab-size 8192 49152
+    JAX_NUM_CPU_DEVICES=2 python -m scripts.bench.training --vocab-size 8192 49152
 """
 
 import argparse
 import platform
-import sys
 import time
 from collections.abc import Callable
 from datetime import date
@@ -26,6 +24,7 @@ from hshare_jax.models.config import ModelConfig
 from hshare_jax.training.config import TrainingConfig
 from hshare_jax.training.start import PRESETS, new_model, preset
 from hshare_jax.training.step import data_mesh, init_state, place_batch, train_step
+from scripts.bench.gpu_timing import command
 
 
 def our_step(model: ModelConfig, settings: TrainingConfig, windows: np.ndarray) -> Callable[[], float]:
@@ -120,7 +119,7 @@ def main() -> None:
         rows.append((model, speeds))
         jax.clear_caches()
     print(f"{devices[0].device_kind}, {', '.join(versions)}, Python {platform.python_version()}, {date.today()}")
-    print(f"python scripts/bench_training.py {' '.join(sys.argv[1:])}\n")
+    print(f"{command()}\n")
     print("| parameters | vocabulary | batch x length | ours, tokens/s | transformers, tokens/s | ours over theirs |")
     print("|---|---|---|---|---|---|")
     for model, speeds in rows:

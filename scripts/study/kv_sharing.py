@@ -1,12 +1,11 @@
-#!/usr/bin/env python3
 """Trains the standard model and the nine ways of sharing keys and values, and writes the tables of docs/kv_sharing.md.
 
 All runs have one seed, one order of the data and the same settings, at each number of KV layers. Then every model is
 timed beside the standard one: an optimiser step, a prefill, and decoding the largest batch that a byte budget allows.
 Each finished run is a line of DIR/results.jsonl, and a run that was killed goes on where it was, so the study resumes.
 
-    python scripts/study_kv_sharing.py --text A.txt B.txt --output runs/kv --report docs/kv_sharing.md      # two cores
-    python scripts/study_kv_sharing.py --text corpus/*.txt --output runs/kv-110m --preset 110m --kv-layers 6 3 \\
+    python -m scripts.study.kv_sharing --text A.txt B.txt --output runs/kv --report docs/kv_sharing.md      # two cores
+    python -m scripts.study.kv_sharing --text corpus/*.txt --output runs/kv-110m --preset 110m --kv-layers 6 3 \\
         --tokenizer mistralai/Mistral-7B-v0.1 --sequence-length 1024 --batch-size 256 --num-steps 30000 \\
         --learning-rate 6e-4 --compute-dtype bfloat16      # the paper's smallest setting, for a GPU
 """
@@ -21,9 +20,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from bench_kv_sharing import NAMES, compare
-from bench_training import our_step
-from study_reports import command, write_report
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -37,10 +33,13 @@ from hshare_jax.training.config import TrainingConfig
 from hshare_jax.training.data import encode_files, split_windows
 from hshare_jax.training.run import train
 from hshare_jax.training.start import PRESETS, new_model, preset
+from scripts.bench.kv_sharing import NAMES, compare
+from scripts.bench.training import our_step
+from scripts.study.reports import command, write_report
 
 STANDARD = "standard"
 END = "<|endoftext|>"
-MARK = "<!-- What follows is written by scripts/study_kv_sharing.py. -->"
+MARK = "<!-- What follows is written by scripts/study/kv_sharing.py. -->"
 # arXiv 2410.14442: training time relative to standard (110M, 12 layers, 6 KV layers); mean zero-shot accuracy (1.1B, 22
 # layers, 11 KV layers; standard 50.17).
 PAPER = {

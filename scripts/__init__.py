@@ -1,0 +1,1 @@
+"""Programs for a checkout of this repository; none of them is part of the package."""

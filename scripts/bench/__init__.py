@@ -1,0 +1,1 @@
+"""Timings: of kernels, of decode steps, of training. Each prints one table."""
