@@ -83,7 +83,7 @@ def test_a_template_as_long_as_the_model_leaves_no_room():
     chatty = byte_tokenizer(LETTERS)
     chatty.chat_template = TEMPLATE.replace("the user: ", "so it is said " * 12)
     model = dataclasses.replace(TINY, tokenizer=chatty)
-    with pytest.raises(DataError, match="the prompt has .* leave room for 92"):
+    with pytest.raises(DataError, match=r"the prompt has .* leave room for 92"):
         LongBench().fit(model, [example("it is so", task="longbench/qasper")])
 
 
