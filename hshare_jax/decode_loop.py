@@ -1,4 +1,4 @@
-"""The decode loop: steps and the tokens sampled from them, for all rows of a batch, in one jitted program."""
+"""The decode loop: decode steps and the tokens sampled from them, for all rows of a batch, in one jitted program."""
 
 import dataclasses
 import functools
@@ -10,7 +10,7 @@ from jax import Array, lax
 from hshare_jax.decode_state import DecodeState, count_reads
 from hshare_jax.decode_step import decode_step
 from hshare_jax.models.config import ModelConfig
-from hshare_jax.sampling import SamplingConfig, sample
+from hshare_jax.sampling import SamplingParams, sample
 
 NO_TOKEN = -1  # fills the output of a row beyond its last token
 
@@ -18,23 +18,23 @@ NO_TOKEN = -1  # fills the output of a row beyond its last token
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """The decode loop's carry."""
+    """What the decode loop carries from step to step."""
 
     state: DecodeState
-    token: Array  # [B] sampled, not yet in the cache
-    output: Array  # [B, M]
+    token: Array  # [B] the last sampled token, not yet in the cache
+    output: Array  # [B, M] sampled tokens; NO_TOKEN beyond the last
     count: Array  # [B] tokens in output
-    is_active: Array  # [B]
-    seen: Array | None  # [B, V], for a repetition penalty
-    keys: Array  # [B]
-    reads: Array  # [B] float32, tokens read in all steps so far, each step's the mean over layers and heads
+    is_active: Array  # [B] rows that have not ended
+    seen: Array | None  # [B, V] tokens seen so far, for a repetition penalty
+    keys: Array  # [B] random keys
+    reads: Array  # [B] float32, tokens read, added up over steps; a step adds its mean over layers and heads
 
 
 @functools.partial(jax.jit, static_argnames=("sampling",), donate_argnames=("progress",))
 def take_token(
-    logits: Array, progress: Progress, ends: Array, max_new_tokens: Array, *, sampling: SamplingConfig
+    logits: Array, progress: Progress, ends: Array, max_new_tokens: Array, *, sampling: SamplingParams
 ) -> Progress:
-    """Samples the next token of each active row into the output; a row ends with an end token or its last place."""
+    """Samples the next token of each active row into the output. A row ends at an end token or at its last place."""
     rows = jnp.arange(logits.shape[0])
     keys = jax.vmap(jax.random.fold_in)(progress.keys, progress.count)
     token = jnp.where(progress.is_active, sample(logits, keys, sampling, seen=progress.seen), progress.token)
@@ -60,12 +60,12 @@ def decode_tokens(
     max_new_tokens: Array,
     *,
     config: ModelConfig,
-    sampling: SamplingConfig,
+    sampling: SamplingParams,
     impl: str,
 ) -> Progress:
-    """Runs the decode loop for `num_blocks` blocks or until every row has ended.
+    """Runs the decode loop for `num_blocks` blocks, or until every row has ended.
 
-    A block is one step that chooses critical tokens and the steps that reuse them, so the schedule is static.
+    A block is one step that chooses critical tokens and the steps that reuse them, so that the schedule is static.
     """
     interval = refresh_interval(progress.state)
 
@@ -88,5 +88,5 @@ def decode_tokens(
 
 
 def refresh_interval(state: DecodeState) -> int:
-    """Returns the steps of a block: one that chooses critical tokens, and those that reuse them."""
+    """Steps of a block: one that chooses critical tokens, and those that reuse them."""
     return 1 if state.method_state is None else state.method_state.refresh_interval

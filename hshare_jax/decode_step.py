@@ -10,7 +10,7 @@ from hshare_jax.attend import decode_attend
 from hshare_jax.decode_state import DecodeState
 from hshare_jax.methods.base import Step
 from hshare_jax.models.config import ModelConfig
-from hshare_jax.models.decoder import Decoder
+from hshare_jax.models.decoder import run_decoder, unembed
 from hshare_jax.shapes import Logits, PerRow, RowMask, check_rows
 
 
@@ -25,28 +25,28 @@ def decode_step(
     is_active: RowMask | None = None,
     impl: str = "auto",
 ) -> tuple[Logits, DecodeState]:
-    """Returns (float32 logits for the next token [B, V], the next state).
+    """Decodes one token per row: float32 logits for the next token [B, V], and the next state.
 
-    Jitted; inside a user's own jit or scan it is traced in place. The state is donated: use the returned one. A row
-    whose cache is full yields NaN logits from then on, since its tokens can no longer be kept.
+    The function is jitted; inside a caller's own jit or scan it is traced in place. The state is donated, so use the
+    returned one. A row whose cache is full yields NaN logits from then on, because its tokens can no longer be kept.
 
     Args:
         params: the decoder's parameters.
-        tokens: the last token of each row [B]; it is appended to the cache here.
+        tokens: the last token of each row [B], which this step appends to the cache.
         state: from `prefill` or a previous step.
         config: the model.
-        refresh: with shared lists, whether this step chooses critical tokens anew. True or False is a static schedule:
-            True on the first step after prefill and on every `refresh_interval`-th from there. None leaves it to each
-            row's age, so that rows that started at different times can share a batch. Other methods ignore it.
-        is_active: bool, rows that take part [B]; the others append nothing and keep their length, and their logits mean
-            nothing. None: all.
-        impl: what computes selection and attention: `auto` takes the Pallas kernels on an NVIDIA GPU and plain jnp
-            elsewhere; `pallas` and `reference` name one; `interpret` runs the kernels on any machine, slowly.
+        refresh: for HShare, whether this step chooses critical tokens anew. True or False is a static schedule: True on
+            the first step after prefill and on every `refresh_interval`-th step from there. None follows each row's
+            age, so that rows that started at different times can share a batch. Other methods ignore it.
+        is_active: rows that take part [B]; None means all. Other rows append nothing and keep their length, and their
+            logits mean nothing.
+        impl: which implementation computes selection and attention. `auto` takes the Pallas kernels on an NVIDIA GPU
+            and plain jnp elsewhere; `pallas` and `reference` name one; `interpret` runs the kernels anywhere, slowly.
 
     Raises:
         ValueError: arrays whose shape does not fit the state, or an `impl` that cannot run here.
     """
-    cache, selection = state.cache, state.method_state
+    cache, method_state = state.cache, state.method_state
     positions = cache.lengths
     check_rows("tokens", tokens, positions.shape, jnp.integer)
     if is_active is not None:
@@ -55,11 +55,11 @@ def decode_step(
     lengths = positions + active
     slots = jnp.where(active, positions, cache.capacity)[:, None]
     step = Step(config, slots, lengths, active, refresh, impl)
-    if selection is not None:
-        selection = selection.begin(step)
-    decoder, variables = Decoder(config), {"params": params}
-    state = DecodeState(cache, selection)
-    hidden, state = decoder.apply(variables, tokens[:, None], positions[:, None], decode_attend(step), state)  # pyright: ignore[reportAssignmentType]
-    logits = decoder.apply(variables, hidden[:, 0], method="unembed")
-    logits = jnp.where((active & (positions >= min(cache.capacity, config.max_positions)))[:, None], jnp.nan, logits)  # pyright: ignore[reportArgumentType]
+    if method_state is not None:
+        method_state = method_state.begin(step)
+    state = DecodeState(cache, method_state)
+    hidden, state = run_decoder(params, tokens[:, None], positions[:, None], decode_attend(step), state, config=config)
+    logits = unembed(params, hidden[:, 0], config=config)
+    is_full = active & (positions >= min(cache.capacity, config.max_positions))
+    logits = jnp.where(is_full[:, None], jnp.nan, logits)
     return logits, DecodeState(dataclasses.replace(state.cache, lengths=lengths), state.method_state)

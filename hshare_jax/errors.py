@@ -1,6 +1,10 @@
-"""The errors that carry facts instead of a finished sentence, so that Python and the command line can each say them."""
+"""Errors that carry facts, not finished sentences, so that Python and the command line each say them their own way."""
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+Value = TypeVar("Value")
 
 
 class CheckpointError(ValueError):
@@ -36,3 +40,20 @@ class SettingError(ValueError):
 
     def __str__(self) -> str:
         return self.told(lambda name, value: f"{name}={value!r}")
+
+
+def setting(default: Value, help: str) -> Value:
+    """A dataclass field with a default, and with the help text of its command-line option."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def check_whole(name: str, value: object, least: int) -> None:
+    """Raises SettingError unless `value` is a whole number of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise SettingError(name, value, f"must be at least {least}, a whole number")
+
+
+def check_one_of(name: str, value: object, allowed: Sequence[object]) -> None:
+    """Raises SettingError unless `value` is one of the allowed values."""
+    if value not in allowed:
+        raise SettingError(name, value, f"must be one of {', '.join(map(repr, allowed))}")

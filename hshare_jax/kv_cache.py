@@ -1,4 +1,4 @@
-"""The KV cache: per-layer arrays of keys and values, and how many of their slots each row has filled."""
+"""The KV cache: per-layer arrays of keys and values, and how many slots each row has filled."""
 
 import dataclasses
 
@@ -14,10 +14,10 @@ from hshare_jax.models.config import ModelConfig
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys (rotated) and values; slot s of a row holds its token at position s.
+    """Rotated keys, and values; slot s of a row holds the row's token at position s.
 
-    One array for each layer that has its own (`ModelConfig.kv_layers`; layer l reads array `kv_index(l)`), so that a
-    donated step updates each in place: stacking the layers would copy them on every step.
+    There is one array for each layer with keys and values of its own (`ModelConfig.kv_layers`); layer l reads array
+    `kv_index(l)`. A donated step updates each array in place; one stacked array would be copied on every step.
     """
 
     keys: tuple[Array, ...]  # KV layers x [B, K, S, H]
@@ -26,12 +26,12 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
-        """Returns S, the number of slots of each row."""
+        """S, the number of slots of each row."""
         return self.keys[0].shape[2]
 
 
 def init_cache(config: ModelConfig, batch_size: int, capacity: int, dtype: jnp.dtype) -> KVCache:
-    """Returns an empty cache; `capacity` rounds up to whole prefill blocks."""
+    """An empty cache. `capacity` rounds up to whole prefill blocks."""
     S = -(-capacity // PREFILL_BLOCK) * PREFILL_BLOCK
     shape = (batch_size, config.num_kv_heads, S, config.head_dim)
     return KVCache(
@@ -44,18 +44,18 @@ def init_cache(config: ModelConfig, batch_size: int, capacity: int, dtype: jnp.d
 def append(
     cache: Shaped[Array, "B *dims"], new: Shaped[Array, "B T *rest"], slots: Int[Array, "B T"], *, axis: int = 2
 ) -> Shaped[Array, "B *dims"]:
-    """Returns the cache with token t of row b written at slots[b, t]; a slot at or beyond its end drops the write.
+    """The cache with token t of row b written at slots[b, t]. A slot at or beyond the end drops the write.
 
     Args:
         cache: B rows, with the slots along `axis`: 2 for [B, K, S, H], 3 for labels.
-        new: the remaining axes in their order [B, T, K, H].
+        new: the new tokens, with the remaining axes in their order [B, T, K, H].
         slots: where each token goes [B, T].
         axis: 2 or 3.
     """
     rows = jnp.arange(cache.shape[0])[:, None]
     if slots.shape[1] == 1:
-        # XLA:CPU turns a scatter of one update into a slice update, and copies the cache for it; two updates, one of
-        # them dropped, stay a scatter in place.
+        # XLA:CPU turns a scatter of one update into a slice update, and copies the cache for it. Two updates, one of
+        # which is dropped, stay a scatter in place.
         slots = jnp.concatenate([slots, jnp.full_like(slots, cache.shape[axis])], axis=1)
         new = jnp.concatenate([new, new], axis=1)
     index = (rows, *[slice(None)] * (axis - 1), slots)

@@ -1,4 +1,4 @@
-"""Prefill: prompts into the cache, exactly and in chunks; then a sparse method finds from them what it needs."""
+"""Prefill: reads prompts into the cache, exactly and in chunks; then a sparse method finds from them what it needs."""
 
 import dataclasses
 import functools
@@ -14,12 +14,13 @@ from jaxtyping import Int
 from hshare_jax.attend import prefill_attend
 from hshare_jax.decode_state import DecodeState
 from hshare_jax.kv_cache import KVCache
-from hshare_jax.methods.base import PromptQueries
+from hshare_jax.methods.base import Method, PromptQueries
 from hshare_jax.models.config import ModelConfig
-from hshare_jax.models.decoder import Decoder
+from hshare_jax.models.decoder import run_decoder
+from hshare_jax.models.decoder import unembed as unembed_hidden
 from hshare_jax.shapes import Logits, PerRow, Tokens, check_rows
 
-CHUNKS = (64, 512)  # widths of a prefill program: two programs serve prompts of every length
+CHUNKS = (64, 512)  # widths of the prefill programs; these two serve prompts of every length
 
 
 def prefill(
@@ -29,13 +30,14 @@ def prefill(
     state: DecodeState,
     *,
     config: ModelConfig,
+    method: Method | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> tuple[Logits, DecodeState]:
-    """Returns (float32 logits after each row's last token [B, V], the state with the prompts in it).
+    """Reads prompts into the state, and gives float32 logits after each row's last token [B, V].
 
-    Runs onto an empty state or one that already holds tokens (the next turn of a chat). Attention is dense and exact.
-    With shared lists the plan and the label channels are found anew from this prefill's tokens alone, however few, and
-    the next decode step refreshes. The state is donated: use the returned one.
+    Attention is dense and exact. The state may be empty, or hold tokens already (the next turn of a chat). A sparse
+    method then finds what it needs from the tokens of this prefill alone, however few; the next decode step refreshes.
+    The state is donated, so use the returned one.
 
     Args:
         params: the decoder's parameters.
@@ -43,32 +45,36 @@ def prefill(
         lengths: how many of them are real, at least 1 [B].
         state: from `init_state`, or a previous call.
         config: the model.
-        progress: called with the tokens per row of each chunk, once it is computed; it makes the host wait. Not under
-            jit.
+        method: the method that `init_state` was given.
+        progress: called with the tokens per row of each chunk, once the chunk is computed. It makes the host wait, and
+            cannot be used under jit.
 
     Raises:
-        ValueError: shapes that disagree, or rows that outgrow the capacity. Where lengths are traced, such a row's
-            logits are NaN instead.
+        ValueError: shapes that disagree, a state of another method, or rows that outgrow the capacity. Where lengths
+            are traced, the logits of a row that outgrows it are NaN instead.
     """
     cache, T = state.cache, getattr(tokens, "shape", (0,))[-1]
     B = cache.lengths.shape[0]
     check_rows("tokens", tokens, (B, T), jnp.integer)
     check_rows("lengths", lengths, (B,), jnp.integer)
+    if (method is None) != (state.method_state is None):
+        started = "dense decoding" if state.method_state is None else type(state.method_state).__name__
+        raise ValueError(
+            f"method={method!r} does not fit the state, which init_state made for {started}: give both the same method"
+        )
     if not any(isinstance(array, Tracer) for array in (cache.lengths, lengths)):
         _check_lengths(lengths, cache.lengths, T, cache.capacity, config.max_positions)
-    starts, selection = cache.lengths, state.method_state
+    starts, method_state = cache.lengths, state.method_state
     fits = (lengths >= 1) & (starts + lengths <= min(cache.capacity, config.max_positions))
-    positions = None if selection is None else selection.probe_positions(starts, starts + lengths, T)
+    positions = None if method is None else method.probe_positions(starts, starts + lengths, T)
     hidden, cache, queries = read_prompt(
         params, tokens, lengths, cache, positions,
-        sums_received=selection is not None and selection.wants_received, config=config, progress=progress,
+        sums_received=method is not None and method.wants_received, config=config, progress=progress,
     )  # fmt: skip
-    if selection is not None:
-        assert positions is not None
-        assert queries is not None
-        selection = selection.after_prefill(queries, positions, cache, config)
+    if method is not None and queries is not None:
+        method_state = method.after_prefill(method_state, queries, cache, config)
     logits = unembed(params, hidden, config=config)
-    return jnp.where(fits[:, None], logits, jnp.nan), DecodeState(cache, selection)
+    return jnp.where(fits[:, None], logits, jnp.nan), DecodeState(cache, method_state)
 
 
 def read_prompt(
@@ -82,31 +88,32 @@ def read_prompt(
     sums_received: bool = False,
     progress: Callable[[int], object] | None = None,
 ) -> tuple[Array, KVCache, PromptQueries | None]:
-    """Returns (hidden state after each row's last token [B, D], cache, kept queries).
+    """Reads prompts into the cache: the hidden state after each row's last token [B, D], the cache, the kept queries.
 
     Args:
         params, tokens, lengths, config, progress: as for `prefill`, which checks them.
         cache: donated.
-        positions: where the queries stand that are kept, -1 for none; None keeps nothing.
-        sums_received: whether also to add up the attention that each slot receives.
+        positions: positions of the queries that are kept, -1 for none; None keeps nothing.
+        sums_received: whether to add up the attention that each slot receives, too.
     """
     T, kept = tokens.shape[1], None
     if positions is not None:
         B, L, N, H = lengths.shape[0], config.num_layers, config.num_heads, config.head_dim
         S, dtype = cache.capacity, cache.keys[0].dtype
         kept = PromptQueries(
+            positions=positions,
             probes=tuple(jnp.zeros((B, positions.shape[1], N, H), dtype) for _ in range(L)),
             sizes=tuple(jnp.zeros((B, N, H), jnp.float32) for _ in config.kv_layers),
             received=tuple(jnp.zeros((B, N, S), jnp.float32) for _ in range(L)) if sums_received else None,
         )
     hidden = jnp.zeros((tokens.shape[0], config.width), params["embedding"].dtype)
     widths = _chunk_widths(T)
-    # On the host where they are at hand: there no length of prompt is a program of its own.
+    # Padded on the host where tokens are concrete: there a new length of prompt compiles nothing.
     padded = (jnp if isinstance(tokens, Tracer) else np).pad(tokens, ((0, 0), (0, sum(widths) - T)))
     offset = 0
     for width in widths:
         chunk, valid = padded[:, offset : offset + width], jnp.clip(lengths - offset, 0, width)
-        hidden, cache, kept = _prefill_chunk(params, chunk, valid, hidden, cache, kept, positions, config=config)
+        hidden, cache, kept = _prefill_chunk(params, chunk, valid, hidden, cache, kept, config=config)
         offset += width
         if progress is not None:
             hidden.block_until_ready()
@@ -143,18 +150,16 @@ def _prefill_chunk(
     hidden: Array,
     cache: KVCache,
     kept: PromptQueries | None,
-    positions: Array | None,
     *,
     config: ModelConfig,
 ) -> tuple[Array, KVCache, PromptQueries | None]:
-    """Appends `valid` of these tokens to each row; hidden [B, D] becomes that of its last token, if among them."""
+    """Appends `valid` of these tokens to each row. `hidden` [B, D] follows the last token of each row that got any."""
     index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
     starts = cache.lengths
     places = starts[:, None] + index
     slots = jnp.where(index < valid[:, None], places, cache.capacity)
-    attend = prefill_attend(config, slots, starts, positions)
-    decoder = Decoder(config)
-    out, (cache, kept) = decoder.apply({"params": params}, tokens, places, attend, (cache, kept))  # pyright: ignore[reportAssignmentType]
+    attend = prefill_attend(config, slots, starts)
+    out, (cache, kept) = run_decoder(params, tokens, places, attend, (cache, kept), config=config)
     last = jnp.take_along_axis(out, jnp.maximum(valid - 1, 0)[:, None, None], axis=1)[:, 0]
     hidden = jnp.where((valid > 0)[:, None], last, hidden)
     return hidden, dataclasses.replace(cache, lengths=starts + valid), kept
@@ -162,5 +167,5 @@ def _prefill_chunk(
 
 @functools.partial(jax.jit, static_argnames=("config",))
 def unembed(params: dict, hidden: Array, *, config: ModelConfig) -> Array:
-    """Returns float32 logits [B, V] of hidden states [B, D] (jitted)."""
-    return Decoder(config).apply({"params": params}, hidden, method="unembed")  # pyright: ignore[reportReturnType]
+    """Float32 logits [B, V] of hidden states [B, D] (jitted)."""
+    return unembed_hidden(params, hidden, config=config)

@@ -1,20 +1,31 @@
-"""Prompts, texts or token ids, become one padded batch and the cache that it and its answers need."""
+"""Prompts: texts, chats or token ids become one padded batch, and the cache capacity that batch and answers need."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hshare_jax.errors import SettingError
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.pretrained import Model, ModelFiles
 from hshare_jax.shapes import round_up_coarsely
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Prompt = str | Sequence[int]
 
 
 def encode_prompts(model: Model | ModelFiles, prompts: Sequence[Prompt], *, name: str = "prompts") -> list[list[int]]:
-    """Returns the token ids of prompts, checked. A text is encoded with the tokenizer's special tokens.
+    """Token ids of prompts, checked. A text is encoded with the tokenizer's special tokens.
 
-    `name` is the argument that errors speak of.
+    Args:
+        model: its tokenizer and vocabulary count.
+        prompts: texts or token ids.
+        name: the argument that errors speak of.
+
+    Raises:
+        ValueError: no prompt, an empty prompt, a text without a tokenizer, or an id outside the vocabulary.
     """
     if isinstance(prompts, str) or len(prompts) == 0 or isinstance(prompts[0], int):
         raise ValueError(f"{name}={prompts!r} must be a sequence of at least one prompt; put a single one in a list")
@@ -37,7 +48,7 @@ def encode_prompts(model: Model | ModelFiles, prompts: Sequence[Prompt], *, name
 
 
 def pad_prompts(prompts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (tokens [B, T], lengths [B]), int32, padded on the right with token 0."""
+    """Tokens [B, T] and lengths [B], int32, padded on the right with token 0."""
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     tokens = np.zeros((len(prompts), lengths.max()), np.int32)
     for row, prompt in enumerate(prompts):
@@ -46,20 +57,49 @@ def pad_prompts(prompts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def choose_capacity(config: ModelConfig, prompts: list[list[int]], max_new_tokens: int, capacity: int | None) -> int:
-    """Returns the cache slots that a generation needs, in coarse steps unless told; ValueError where it cannot fit."""
+    """The cache slots that a generation needs: `capacity`, or as many as needed in coarse steps.
+
+    Raises:
+        ValueError: prompts and answers that do not fit into the capacity or the model's positions.
+    """
     longest = max(range(len(prompts)), key=lambda row: len(prompts[row]))
     needed = len(prompts[longest]) + max_new_tokens
     if needed > config.max_positions:
-        raise ValueError(
-            f"prompts[{longest}] has {len(prompts[longest])} tokens; with max_new_tokens={max_new_tokens} that is "
-            f"beyond the model's {config.max_positions} positions; shorten either"
+        rule = (
+            f"is too much after the {len(prompts[longest])} tokens of prompts[{longest}]: together they are beyond the "
+            f"model's {config.max_positions} positions; shorten either"
         )
+        raise SettingError("max_new_tokens", max_new_tokens, rule)
     if capacity is None:
         return min(round_up_coarsely(needed, 256), config.max_positions)
     if capacity > config.max_positions:
-        raise ValueError(f"capacity={capacity} must be at most the model's max_positions={config.max_positions}")
+        rule = f"must be at most the model's max_positions={config.max_positions}"
+        raise SettingError("capacity", capacity, rule)
     if capacity < needed:
-        raise ValueError(
-            f"capacity={capacity} must be at least {needed}: prompts[{longest}] and max_new_tokens together"
-        )
+        rule = f"must be at least {needed}: prompts[{longest}] and max_new_tokens together"
+        raise SettingError("capacity", capacity, rule)
     return capacity
+
+
+def encode_text(tokenizer: "PreTrainedTokenizerBase", text: str) -> tuple[list[int], list[int]]:
+    """Token ids of a text without special tokens, and the ids that must precede any stretch of it (<s>, or none)."""
+    ids, first = tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer("")["input_ids"][:1]
+    return list(ids), list(first) if first == [tokenizer.bos_token_id] else []
+
+
+def encode_chat(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """Token ids of a conversation in the tokenizer's chat template, up to where the answer begins.
+
+    The template writes the special tokens itself, so the tokenizer adds none.
+
+    Args:
+        tokenizer: one with a chat template.
+        messages: with keys "role" and "content".
+
+    Raises:
+        jinja2.TemplateError: the template refuses the conversation. Some templates know no system message.
+    """
+    text = tokenizer.apply_chat_template(
+        [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
+    )
+    return list(tokenizer(str(text), add_special_tokens=False)["input_ids"])

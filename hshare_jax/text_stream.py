@@ -1,25 +1,28 @@
-"""From token ids to text, a few at a time: whole characters only, and nothing that may begin a stop string."""
+"""Text from token ids, a few at a time: whole characters only, and nothing that may begin a stop string."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from tokenizers.decoders import DecodeStream
-from transformers import PreTrainedTokenizerFast
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 class TextStream:
-    """The text of one row: `push` tokens as they come, show `text`; `finish` releases what was held back."""
+    """The text of one row. `push` tokens as they come and show `text`; `finish` releases what was held back."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, stop: Sequence[str] = ()) -> None:
-        self._tokenizer = tokenizer.backend_tokenizer
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast", stop: Sequence[str] = ()) -> None:
+        from tokenizers.decoders import DecodeStream
+
+        self._tokenizer, self._new_stream = tokenizer.backend_tokenizer, DecodeStream
         self._stream = DecodeStream(skip_special_tokens=True)
         self._stop = tuple(stop)
-        self._pending = ""  # decoded, but perhaps the beginning of a stop string
-        self._tail: list[int] = []  # tokens whose bytes are not yet a whole character
+        self._pending = ""  # decoded text that may be the beginning of a stop string
+        self._tail: list[int] = []  # tokens whose bytes are not a whole character yet
         self.text = ""
         self.is_stopped = False
 
     def push(self, token: int) -> None:
-        """Takes the next token; after a stop string everything is ignored."""
+        """Takes the next token. Tokens after a stop string are ignored."""
         if self.is_stopped:
             return
         piece = self._decode(token)
@@ -36,19 +39,18 @@ class TextStream:
         self._pending = self._pending[released:]
 
     def _decode(self, token: int) -> str | None:
-        """Returns the text that a token completes, if it does."""
+        """The text that a token completes; None if it completes none."""
         try:
             return self._stream.step(self._tokenizer, token)
-        except Exception as error:  # the library raises Exception itself, known by its text alone: all else goes on
+        except Exception as error:  # the library raises Exception itself, known only by its text; all else goes on
             if type(error) is not Exception or "Invalid prefix" not in str(error):
                 raise
-        # Byte fallback makes U+FFFD of every byte in a row that is no text, of those that were text by themselves and
-        # have been shown too. They stay, and what has come since begins anew.
-        self._stream = DecodeStream(ids=[token], skip_special_tokens=True)
+        # One invalid byte can turn earlier, already shown bytes into U+FFFD. We keep what was shown and restart.
+        self._stream = self._new_stream(ids=[token], skip_special_tokens=True)
         return self._tokenizer.decode([*self._tail, token], skip_special_tokens=True)
 
     def finish(self) -> str:
-        """Returns the whole text, once no more tokens come."""
+        """The whole text, once no more tokens come."""
         if not self.is_stopped:
             self.text += self._pending + self._tokenizer.decode(self._tail, skip_special_tokens=True)
             self._pending, self._tail = "", []
@@ -56,5 +58,5 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Returns the length of the longest end of `text` that begins `stop`."""
+    """Length of the longest end of `text` that is a beginning of `stop`."""
     return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if stop.startswith(text[-size:])), 0)

@@ -12,6 +12,7 @@ imports no implementation.
 """
 
 from jax import Array, lax
+from jax.experimental import checkify
 from jaxtyping import Bool, Float, Int
 
 from hshare_jax.kernels.implementations import IMPLS, Implementation, check_impl, run
@@ -46,7 +47,7 @@ def dense_decode(
 
     Args:
         q: one rotated query per head. The query's own key is the last of the `lengths` slots.
-        keys, values: the cache of one layer. Slots that are not read may hold anything but NaN.
+        keys, values: the cache of one layer. Slots that are not read may hold any finite numbers.
         lengths: cached tokens of each row, the current token included.
         window: the layer's sliding window.
         impl: the implementation, as the module describes it.
@@ -86,7 +87,7 @@ def sparse_decode(
 
     Args:
         q: one rotated query per head. The query's own key is the last of the `lengths` slots.
-        keys, values: the cache of one layer. Slots that are not read may hold anything but NaN.
+        keys, values: the cache of one layer. Slots that are not read may hold any finite numbers.
         lists: the lists of all layers: slots in [num_sinks, recent_start), ascending, padded with EMPTY.
         source: the plan: for each list the flat id (layer * J + list) of the list that is read in its place.
         layer: the layer whose attention this is.
@@ -112,8 +113,6 @@ def sparse_decode(
 
 def _check_plan(lists: Lists, source: Source, lengths: Int[Array, "B"], num_slots: int) -> None:
     """Adds checks of the plan, the lists and the lengths, which do nothing unless `checkify` transforms the program."""
-    from jax.experimental import checkify  # here, because a program that never decodes sparsely does without it
-
     num_lists = lists.shape[0] * lists.shape[2]
     checkify.debug_check(
         ((source >= 0) & (source < num_lists)).all(),
@@ -218,7 +217,7 @@ def prefill_attention(
 
     Args:
         q: rotated queries of the new tokens.
-        keys, values: the cache of one layer. Slots that are not read may hold anything but NaN.
+        keys, values: the cache of one layer. Slots that are not read may hold any finite numbers.
         starts: the position of each row's first new token.
         window: the layer's sliding window.
     """

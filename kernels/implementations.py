@@ -25,14 +25,14 @@ class Implementation:
 
     The module `<prefix>_attention` defines `dense_decode` and `sparse_decode`; `<prefix>_selection` defines
     `select_by_labels` and `select_by_keys`. The functions take the arguments that `api` describes, without `impl`, and
-    the row's options. A module is imported when an operation first needs it, so that nobody waits for a library that is
-    not used: importing Pallas doubles the time of importing jax.
+    the row's options. A module is imported when an operation first needs it, so that a program imports no library that
+    it does not use.
     """
 
     prefix: str
     platforms: tuple[str, ...] = ()  # where it runs, as jax names platforms; empty: everywhere
     is_automatic: bool = False  # whether "auto" takes it on these platforms
-    options: Mapping[str, bool] = dataclasses.field(default_factory=dict)  # further arguments of its functions
+    options: Mapping[str, object] = dataclasses.field(default_factory=dict)  # further arguments of its functions
     way_out: str = "leave it 'auto'"  # what a refusal advises on the other platforms
 
     @property

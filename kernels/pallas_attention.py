@@ -35,7 +35,7 @@ def dense_decode(
     tiles: Tiles | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B N H"]:
-    """`api.dense_decode` as a kernel. Slots that are not read may even be NaN.
+    """`api.dense_decode` as a kernel. Slots that are not read may even be infinite or NaN.
 
     Args:
         q, keys, values, lengths, window: as `api.dense_decode` takes them.
@@ -67,7 +67,7 @@ def sparse_decode(
     tiles: Tiles | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B N H"]:
-    """`api.sparse_decode` as a kernel. Slots that are not read may even be NaN.
+    """`api.sparse_decode` as a kernel. Slots that are not read may even be infinite or NaN.
 
     Rows under `min_length` read everything in this same kernel, in other blocks than `dense_decode`. So they equal it
     within rounding and not bit for bit.

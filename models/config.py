@@ -1,12 +1,18 @@
-"""The shape of a model: everything static that the decoder needs, read from a Hugging Face configuration."""
+"""The configuration of a model: all static values that the decoder needs, read from a Hugging Face config.json.
+
+This module imports no jax, so that the command line can build its options quickly.
+"""
 
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jax import Array
-from jaxtyping import Int
+from hshare_jax.errors import SettingError
+
+if TYPE_CHECKING:
+    from jax import Array
+    from jaxtyping import Int
 
 ARCHITECTURES = ("llama", "mistral", "qwen2")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -14,7 +20,7 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
-    """How rotary position embedding spaces its angles; fields that its kind does not use are inert."""
+    """How rotary position embedding spaces its angles. Fields that the `kind` does not use have no effect."""
 
     kind: str = "default"
     theta: float = 10_000.0
@@ -30,29 +36,35 @@ class RopeConfig:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
-    # A GGUF file stores llama3 scaling as one divisor per frequency instead of by its parameters.
+    # GGUF files store llama3 scaling as one divisor per frequency, instead of the parameters above.
     divisors: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in ROPE_TYPES:
             raise ValueError(f"rope type {self.kind!r} is not known; known types: {', '.join(ROPE_TYPES)}")
         if not self.theta > 0:
-            raise ValueError(f"rope theta={self.theta} must be positive")
+            raise SettingError("rope theta", self.theta, "must be positive")
         if not self.factor > 0:
-            raise ValueError(f"rope factor={self.factor} must be positive")
+            raise SettingError("rope factor", self.factor, "must be positive")
         if self.kind in ("llama3", "yarn") and self.divisors is None and self.original_max_positions < 1:
             raise ValueError(f"rope type {self.kind!r} needs original_max_position_embeddings of at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A LLaMA-family decoder, static and hashable; windows[l] is layer l's sliding window, None where it has none.
+    """The configuration of a LLaMA-family decoder, static and hashable.
 
-    Layers may share keys and values (cross-layer KV sharing, arXiv 2410.14442): layer l attends to those of layer
-    kv_layer_map[l], and a layer whose own are not used has neither their weights nor a cache. None: each its own. A
-    layer that looks up, at one above it, attends to the positions before its own, and at position 0 to nothing; prompts
-    and training texts then take passes over the layers in between, `forward_passes` without gradient and
-    `backward_passes` with (section 3.2). With `forward_passes` None they go on until nothing changes, which is exact.
+    Layers may share keys and values (cross-layer KV sharing, arXiv 2410.14442). Layer l attends to the keys and values
+    of layer `kv_layer_map[l]`. A layer that borrows keys and values has no K/V weights and no cache.
+
+    A layer looks up if it borrows from a layer above it. Such a layer attends only to earlier positions (the first
+    token to nothing). A prompt or a training text then takes several passes over the layers in between (section 3.2).
+
+    Attributes:
+        windows: the sliding window of each layer; None for a layer without one.
+        kv_layer_map: for each layer the layer whose keys and values it uses. None: no sharing.
+        forward_passes: passes without gradient. None repeats until nothing changes, which is exact.
+        backward_passes: passes with gradient, after those without.
     """
 
     vocab_size: int
@@ -81,11 +93,12 @@ class ModelConfig:
         )  # fmt: skip
         for name in sizes:
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+                raise SettingError(name, getattr(self, name), "must be at least 1")
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
+            others = {"num_kv_heads": self.num_kv_heads}
+            raise SettingError("num_heads", self.num_heads, "must be a multiple of {num_kv_heads}", others=others)
         if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} must be even: rotary embedding turns pairs of channels")
+            raise SettingError("head_dim", self.head_dim, "must be even", "rotary embedding turns pairs of channels")
         if len(self.windows) != self.num_layers:
             raise ValueError(
                 f"windows has {len(self.windows)} entries; it needs one for each of {self.num_layers} layers"
@@ -102,9 +115,12 @@ class ModelConfig:
 
     def _check_kv_sharing(self) -> None:
         if self.forward_passes is not None and self.forward_passes < 0:
-            raise ValueError(f"forward_passes={self.forward_passes} must be at least 0, or None: until nothing changes")
+            rule = "must be at least 0; {forward_passes} repeats until nothing changes"
+            raise SettingError("forward_passes", self.forward_passes, rule, others={"forward_passes": None})
         if self.backward_passes < 1:
-            raise ValueError(f"backward_passes={self.backward_passes} must be at least 1: the last pass has a gradient")
+            raise SettingError(
+                "backward_passes", self.backward_passes, "must be at least 1", "the last pass has a gradient"
+            )
         if self.kv_layer_map is None:
             return
         if len(self.kv_layer_map) != self.num_layers:
@@ -112,38 +128,45 @@ class ModelConfig:
                 f"kv_layer_map has {len(self.kv_layer_map)} entries; it needs one for each of {self.num_layers} layers"
             )
         for layer, shared in enumerate(self.kv_layer_map):
-            where = f"kv_layer_map[{layer}]={shared}"
+            name = f"kv_layer_map[{layer}]"
             if not 0 <= shared < self.num_layers:
-                raise ValueError(f"{where} is no layer; it must lie in [0, {self.num_layers})")
+                raise SettingError(name, shared, f"is no layer; it must lie in [0, {self.num_layers})")
             if layer == 0 and shared != 0:
-                raise ValueError(f"{where}: layer 0 must use its own keys and values, 0; quality drops far without")
+                reason = "layer 0 must use its own keys and values, because quality drops far without them"
+                raise SettingError(name, shared, "must be 0", reason)
             if self.kv_layer_map[shared] != shared:
-                raise ValueError(
-                    f"{where} points to a layer without keys and values of its own, "
-                    f"kv_layer_map[{shared}]={self.kv_layer_map[shared]}; point to one that has {shared} there"
-                )
+                raise SettingError(
+                    name, shared, f"points to a layer without keys and values of its own, kv_layer_map[{shared}]="
+                    f"{self.kv_layer_map[shared]}; point to a layer that has its own number there",
+                )  # fmt: skip
             if shared > layer and self.windows[layer] == 1:
-                raise ValueError(f"windows[{layer}]=1 leaves nothing: layer {layer} looks up, and sees no own position")
+                reason = f"layer {layer} looks up, so it does not see its own position"
+                raise SettingError(f"windows[{layer}]", 1, "leaves nothing", reason)
 
     def kv_layer(self, layer: int) -> int:
-        """Returns the layer whose keys and values serve this layer's queries."""
+        """The layer whose keys and values this layer attends to."""
         return layer if self.kv_layer_map is None else self.kv_layer_map[layer]
 
     @property
     def kv_layers(self) -> tuple[int, ...]:
-        """Returns the layers that have keys and values of their own, in their order."""
+        """The layers that have keys and values, from the bottom up. All other layers borrow."""
         return tuple(layer for layer in range(self.num_layers) if self.kv_layer(layer) == layer)
 
     def kv_index(self, layer: int) -> int:
-        """Returns which of the cache's arrays holds the keys and values that serve this layer's queries."""
+        """The index, among the cache's arrays, of the keys and values that this layer attends to."""
         return self.kv_layers.index(self.kv_layer(layer))
 
     def looks_up(self, layer: int) -> bool:
-        """Returns whether a layer uses keys and values of one above it, which are not known yet at its own position."""
+        """Whether this layer borrows from a layer above it, whose newest keys and values are not known yet."""
         return self.kv_layer(layer) > layer
 
-    def sees(self, layer: int, ends: Int[Array, "*rows"]) -> tuple[Int[Array, "*rows"], int | None]:
-        """Returns (ends, window) as a layer sees them: `ends` are those of a layer that sees its own position."""
+    def sees(self, layer: int, ends: 'Int[Array, "*rows"]') -> 'tuple[Int[Array, "*rows"], int | None]':
+        """Where the visible positions of a layer end, and its window: (ends, window).
+
+        Args:
+            layer: the layer.
+            ends: where they end for a layer that sees its own position. A layer that looks up sees one position less.
+        """
         window = self.windows[layer]
         if not self.looks_up(layer):
             return ends, window
@@ -151,7 +174,10 @@ class ModelConfig:
 
     @property
     def blocks(self) -> tuple[range, ...]:
-        """Returns the layers in runs, bottom up: a single one, or from one that looks up to the last that it waits for.
+        """All layers in groups, from the bottom up. A group of several layers is evaluated in passes.
+
+        A layer that looks up forms a group with all layers up to the highest one that the group waits for. Every other
+        layer is a group alone.
 
         # kv_layer_map (0, 3, 2, 3, 4):  0 | 1 2 3 | 4
         """
@@ -167,7 +193,7 @@ class ModelConfig:
 
     @property
     def num_parameters(self) -> int:
-        """Returns how many numbers the weights hold; tied embeddings count once."""
+        """How many numbers the weights hold. Tied embeddings count once."""
         query_width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         layer = self.width * (2 * query_width + 3 * self.mlp_width + 2)
         layer += self.qkv_bias * query_width + self.out_bias * self.width
@@ -177,20 +203,20 @@ class ModelConfig:
         return embeddings + self.num_layers * layer + len(self.kv_layers) * kv_layer + self.width
 
     def cache_bytes_per_token(self, bytes_per_number: int) -> int:
-        """Returns the bytes that one cached token takes over all layers, keys and values together."""
+        """Bytes that one token takes in the cache: keys and values of all layers."""
         return 2 * len(self.kv_layers) * self.num_kv_heads * self.head_dim * bytes_per_number
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
-    """Returns the ModelConfig of a Hugging Face configuration.
+    """Reads a Hugging Face configuration.
 
     Args:
-        hf: config.json as a mapping, or `LlamaConfig(...).to_dict()`. Both spellings of rotary scaling are read:
-            transformers 5's `rope_parameters` and the older `rope_theta` with `rope_scaling`.
+        hf: config.json as a mapping, or `LlamaConfig(...).to_dict()`. Rotary scaling may be spelt as in transformers 5
+            (`rope_parameters`) or as before (`rope_theta` and `rope_scaling`).
 
     Raises:
-        ValueError: an architecture, activation or rotary type that this decoder does not compute, or a missing size.
-            The message names the field and what is known.
+        ValueError: the architecture, activation or rotary type is not one that this decoder computes, or a size is
+            missing. The message names the field and the known values.
     """
     architecture = hf.get("model_type")
     if architecture not in ARCHITECTURES:

@@ -1,7 +1,11 @@
-"""The decoder: LLaMA, Mistral and Qwen2 are this one module with different configurations; attention is passed in."""
+"""The decoder: one Flax module computes LLaMA, Mistral and Qwen2, which differ in their `ModelConfig` alone.
+
+The module is written in Flax Linen, because parameters and caches are explicit pytrees here and attention is passed in
+as a function, whereas NNX modules own their state. For NNX programs there is `flax.nnx.bridge.ToNNX(Decoder(config))`.
+"""
 
 from collections.abc import Callable
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -22,11 +26,12 @@ Rotation = tuple[Float[Array, "B T 1 half"], Float[Array, "B T 1 half"]]
 
 @runtime_checkable
 class Attend(Protocol[State]):
-    """A model's attention: it stores the new keys and values, attends, and returns (output, new state).
+    """Attention of one layer: stores the new keys and values, attends, and returns (output, new state).
 
-    Queries and keys arrive rotated, and belong to layer `ModelConfig.kv_layer`; k and v are None where the layer's own
-    are not used and nothing is to be stored. What the layer sees is `ModelConfig.sees`. The model knows nothing of
-    caches, masks or lists; dense decoding, prefill, sparse decoding and training are all functions of this type.
+    Queries and keys arrive rotated. k and v belong to layer `ModelConfig.kv_layer`. They are None if the state holds
+    them already, because that layer has stored them; then nothing is to be stored. `ModelConfig.sees` says which
+    positions the layer sees. Dense decoding, prefill, sparse decoding and training are all functions of this type, so
+    the model knows nothing of caches, masks or lists.
     """
 
     def __call__(
@@ -35,7 +40,7 @@ class Attend(Protocol[State]):
 
 
 class DecoderLayer(nn.Module):
-    """One layer: attention, then the gated mlp, each behind a norm and added to the residual stream."""
+    """One layer: attention, then the gated mlp. Each has a norm before it and adds to the residual stream."""
 
     config: ModelConfig
     layer: int
@@ -55,7 +60,18 @@ class DecoderLayer(nn.Module):
     def __call__(
         self, x: Hidden, turn: Rotation, attend: Attend[State], state: State, looked_up: KeysValues | None = None
     ) -> tuple[Hidden, State, KeysValues | None]:
-        """Returns (hidden states, state, the keys and values attended to where they are not in the state yet)."""
+        """Evaluates the layer: (hidden states, state, keys and values).
+
+        Args:
+            x: hidden states.
+            turn: cos and sin of the positions, from `rotation`.
+            attend: the attention.
+            state: the state of `attend`.
+            looked_up: the keys and values of a layer above, for a layer that looks up while several tokens are given.
+
+        Returns:
+            The keys and values are those handed to `attend`; None where `attend` got none.
+        """
         c = self.config
         B, T, _ = x.shape
         N, K, H = c.num_heads, c.num_kv_heads, c.head_dim
@@ -70,7 +86,7 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.mlp_norm(x)), state, kv
 
     def keys_values(self, x: Hidden, turn: Rotation) -> KeysValues:
-        """Returns the layer's keys and values alone."""
+        """The layer's new keys and values, without anything else that the layer computes."""
         c = self.config
         B, T, _ = x.shape
         fused = self.qkv(self.attention_norm(x), first=c.num_heads * c.head_dim)
@@ -79,7 +95,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The whole decoder as pure functions: `hidden, state = apply(...)`, then `unembed` where logits are wanted."""
+    """The whole decoder. `run_decoder` and `unembed` below apply it as pure functions."""
 
     config: ModelConfig
 
@@ -94,17 +110,17 @@ class Decoder(nn.Module):
     def __call__(
         self, tokens: Tokens, positions: Int[Array, "B T"], attend: Attend[State], state: State
     ) -> tuple[Hidden, State]:
-        """Returns (hidden states after the last norm [B, T, D], state).
+        """Evaluates all layers: (hidden states after the last norm [B, T, D], state).
 
-        Token by token, from the bottom up, is what defines the model. For more tokens at once, layers that look up are
-        iterated (`ModelConfig.forward_passes`).
+        The model is defined token by token, from the bottom layer up. Several tokens at once take several passes over
+        layers that look up (`ModelConfig.forward_passes`).
 
         Args:
             tokens: ids in [0, vocab_size) [B, T].
-            positions: the place of each token in its own row, from 0 [B, T].
-            attend: the attention, called from the bottom up; more than once for layers that are iterated, where only
-                the state of the last time is kept.
-            state: whatever `attend` carries.
+            positions: the place of each token in its row, from 0 [B, T].
+            attend: the attention, called for each layer from the bottom up. It is called for every pass, but only the
+                state that the last pass returns is kept.
+            state: the state of `attend`.
         """
         x = _embed(self.embedding, tokens)
         turn = rotation(self.config.rope, self.config.head_dim, positions)
@@ -118,25 +134,31 @@ class Decoder(nn.Module):
     def _iterate(
         self, block: range, x: Hidden, turn: Rotation, attend: Attend[State], state: State
     ) -> dict[int, KeysValues]:
-        """Returns the keys and values that the last pass over a block looks up, found by the passes before it.
+        """The keys and values that layers of a block look up in the last pass, computed by the passes before it.
 
-        Every pass starts from the same hidden states and looks up what the pass before it computed, at first zeros
-        (arXiv 2410.14442, section 3.2; its parent, arXiv 2405.10637, section 2.2). After p passes p tokens are exact.
+        Every pass starts from the same hidden states and looks up what the pass before it computed, the first pass
+        zeros (arXiv 2410.14442, section 3.2; its parent, arXiv 2405.10637, section 2.2). After p passes the first p
+        tokens are exact.
+
+        The layers are unbound and applied to their variables by hand, because Linen's own loops do not serve. `nn.scan`
+        and `nn.while_loop` take the variables from the module, so the gradient cannot be stopped at the variables but
+        only at the results of a pass, and `nn.scan` traces its body twice. The compiled program would be as fast, but
+        tracing takes half as long again (16 layers with gradient: 2.4 s instead of 1.5 s).
         """
         c, (B, T, _) = self.config, x.shape
         targets = sorted({c.kv_layer(layer) for layer in block if c.looks_up(layer)})
-        if T == 1 or not targets:  # one token looks up nothing that its own step computes
+        if T == 1 or not targets:  # a single token looks up only earlier tokens, which the state holds
             return {}
         unbound = [self.layers[layer].unbind() for layer in block]
-        layers, variables = [layer for layer, _ in unbound], [its for _, its in unbound]
+        layers, variables = [layer for layer, _ in unbound], [own for _, own in unbound]
 
         def look(found: dict[int, KeysValues], inputs: tuple) -> dict[int, KeysValues]:
-            """Returns the keys and values after one more pass; of the last layer nothing else is computed."""
+            """One more pass: the new keys and values. The last layer computes nothing else."""
             x, state, variables = inputs
             new = {}
-            for layer, decoder_layer, its in zip(block[:-1], layers, variables, strict=False):
+            for layer, decoder_layer, own in zip(block[:-1], layers, variables, strict=False):
                 looked_up = found[c.kv_layer(layer)] if c.looks_up(layer) else None
-                x, state, new[layer] = decoder_layer.apply(its, x, turn, attend, state, looked_up)  # pyright: ignore[reportAssignmentType]
+                x, state, new[layer] = decoder_layer.apply(own, x, turn, attend, state, looked_up)  # pyright: ignore[reportAssignmentType]
             new[block[-1]] = layers[-1].apply(variables[-1], x, turn, method="keys_values")
             return {target: new[target] for target in targets}
 
@@ -154,14 +176,14 @@ class Decoder(nn.Module):
         return found
 
     def unembed(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
-        """Returns float32 logits of hidden states."""
+        """Float32 logits of hidden states."""
         weight = self.embedding if self.config.tie_embeddings else self.unembedding
         return project(weight, hidden).astype(jnp.float32)
 
 
 @jax.custom_vjp
 def _embed(embedding: Float[Array, "V D"], tokens: Tokens) -> Hidden:
-    """Returns the rows of the tokens; the gradient of a row is summed in float32, however many tokens share it."""
+    """The embedding of each token. The gradient of a row is summed in float32, because many tokens may share it."""
     return embedding[tokens]
 
 
@@ -178,8 +200,32 @@ def _embed_backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array, 
 _embed.defvjp(_embed_forward, _embed_backward)
 
 
+def run_decoder(
+    params: dict[str, Any],
+    tokens: Tokens,
+    positions: Int[Array, "B T"],
+    attend: Attend[State],
+    state: State,
+    *,
+    config: ModelConfig,
+) -> tuple[Hidden, State]:
+    """Applies the decoder to tokens: (hidden states after the last norm [B, T, D], state).
+
+    Args:
+        params: the parameter tree.
+        tokens, positions, attend, state: as for `Decoder.__call__`.
+        config: the model's configuration.
+    """
+    return Decoder(config).apply({"params": params}, tokens, positions, attend, state)  # pyright: ignore[reportReturnType]
+
+
+def unembed(params: dict[str, Any], hidden: Float[Array, "*rows D"], *, config: ModelConfig) -> Float[Array, "*rows V"]:
+    """Float32 logits of hidden states that `run_decoder` returned."""
+    return Decoder(config).apply({"params": params}, hidden, method="unembed")  # pyright: ignore[reportReturnType]
+
+
 def parameter_shapes(config: ModelConfig) -> dict:
-    """Returns the parameter tree of `Decoder(config)`, a ShapeDtypeStruct at every leaf; nothing is allocated."""
+    """The parameter tree of `Decoder(config)` with a ShapeDtypeStruct at every leaf. Nothing is allocated."""
 
     def attend(layer: int, q: Array, k: Array | None, v: Array | None, state: None) -> tuple[Array, None]:
         return q, None
@@ -189,7 +235,7 @@ def parameter_shapes(config: ModelConfig) -> dict:
 
 
 def _until_equal(step: Callable[[Tree], Tree], start: Tree, most: int) -> Tree:
-    """Returns step(step(...start)), at most `most` times, and no more once a step has changed nothing."""
+    """Applies `step` to `start` again and again, until a step changes nothing or `most` steps are done."""
 
     def is_open(carry: tuple[Array, Array, Tree]) -> Array:
         return carry[1] & (carry[0] < most)

@@ -1,4 +1,4 @@
-"""A GGUF file (llama.cpp's format) as a model: configuration from the metadata, weights dequantised block by block."""
+"""A GGUF file (the format of llama.cpp) as a model: its configuration, and its weights, dequantised block by block."""
 
 import math
 import re
@@ -6,15 +6,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from gguf.constants import GGMLQuantizationType
-from gguf.quants import dequantize
 
 from hshare_jax.errors import CheckpointError
 from hshare_jax.models.config import ModelConfig, RopeConfig
-from hshare_jax.models.gguf_file import GGUFFile
+from hshare_jax.models.gguf_file import GGUFFile, GGUFTensor
 from hshare_jax.models.weights import BLOCK_BYTES
 
-ARCHITECTURES = ("llama", "qwen2")  # llama.cpp writes Mistral as llama too
+ARCHITECTURES = ("llama", "qwen2")  # llama.cpp calls Mistral llama too
 _ROPE_DIVISORS = "rope_freqs.weight"
 _PERMUTED = re.compile(r"blk\.\d+\.attn_[qk]\.(weight|bias)$")
 _TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -27,11 +25,11 @@ _LAYER_NAMES = {
 
 
 def config_from_gguf(file: GGUFFile) -> ModelConfig:
-    """Returns the configuration that a GGUF file's metadata and tensor table describe.
+    """Reads the configuration from the metadata and the tensor table of a GGUF file.
 
     Raises:
-        ValueError: an architecture or a rotary scaling that this decoder does not compute.
-        CheckpointError: a missing or mistyped entry, or sizes that contradict each other.
+        ValueError: this decoder does not compute the architecture or the rotary scaling.
+        CheckpointError: an entry is missing or of a wrong type, or sizes contradict each other.
     """
     architecture = file.metadata.get("general.architecture")
     if architecture not in ARCHITECTURES:
@@ -83,7 +81,7 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
 
 
 class _Entries:
-    """The metadata of one architecture, by type."""
+    """The metadata entries of one architecture, read with a check of their type."""
 
     def __init__(self, file: GGUFFile, prefix: str) -> None:
         self._file, self._prefix = file, prefix
@@ -102,7 +100,7 @@ class _Entries:
         return self._get(name, int, default)
 
     def number(self, name: str, default: float | None = None) -> float:
-        # Stored as float32: its shortest decimal (1e-05, not 9.999999747e-06) is what the model's authors wrote.
+        # The file stores a float32. Its shortest decimal (1e-05, not 9.999999747e-06) is what the authors wrote.
         value = float(str(np.float32(self._get(name, (int, float), default))))
         if not math.isfinite(value) or value <= 0:
             raise CheckpointError(
@@ -127,7 +125,7 @@ def _rope(file: GGUFFile, entries: _Entries) -> RopeConfig:
     if kind == "linear":
         return RopeConfig("linear", theta, factor, positions)
     if kind == "yarn":
-        # llama.cpp multiplies yarn's own factor on queries and keys by attn_factor.
+        # llama.cpp multiplies yarn's usual factor on queries and keys by attn_factor.
         attention_factor = None
         if "rope.scaling.attn_factor" in entries:
             attention_factor = entries.number("rope.scaling.attn_factor") * (0.1 * math.log(max(factor, 1.0)) + 1.0)
@@ -154,7 +152,9 @@ def _rope_divisors(file: GGUFFile) -> tuple[float, ...] | None:
 
 
 def _blocks(file: GGUFFile, name: str, row_multiple: int) -> Iterator[np.ndarray]:
-    """Yields a tensor in float32, in blocks of a multiple of `row_multiple` rows; a vector is one block."""
+    """Reads a tensor as float32, in blocks of a multiple of `row_multiple` rows. A vector is one block."""
+    from gguf.quants import dequantize  # here, because most starts of the program read no GGUF file
+
     tensor = file.tensors[name]
     num_rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
     row_bytes = tensor.num_bytes // max(num_rows, 1)
@@ -165,7 +165,7 @@ def _blocks(file: GGUFFile, name: str, row_multiple: int) -> Iterator[np.ndarray
             data.seek(tensor.offset + row * row_bytes)
             packed = np.frombuffer(data.read(rows * row_bytes), np.uint8).reshape(rows, row_bytes)
             try:
-                block = dequantize(_typed(packed, tensor.kind), tensor.kind)
+                block = dequantize(_typed(packed, tensor), tensor.kind)
             except NotImplementedError as error:
                 raise ValueError(
                     f"{file.path}: tensor {name} is stored as {tensor.kind.name}, which cannot be read"
@@ -173,18 +173,18 @@ def _blocks(file: GGUFFile, name: str, row_multiple: int) -> Iterator[np.ndarray
             yield block.reshape(rows, *tensor.shape[1:]) if len(tensor.shape) > 1 else block.reshape(tensor.shape)
 
 
-def _typed(packed: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
-    plain = {GGMLQuantizationType.F32: "<f4", GGMLQuantizationType.F16: "<f2"}
-    return packed.view(plain[kind]) if kind in plain else packed
+def _typed(packed: np.ndarray, tensor: GGUFTensor) -> np.ndarray:
+    """Bytes of a tensor in the dtype that `dequantize` expects: floats for float32 and float16, else bytes."""
+    plain = {"F32": "<f4", "F16": "<f2"}
+    return packed.view(plain[tensor.kind.name]) if tensor.kind.name in plain else packed
 
 
 class GGUFTensors:
-    """A GGUF file's tensors under their Hugging Face names (a `TensorSource`)."""
+    """The tensors of a GGUF file under their Hugging Face names (a `TensorSource`)."""
 
     def __init__(self, file: GGUFFile, config: ModelConfig) -> None:
         self._file, self._head_dim = file, config.head_dim
-        # Converters permute the rows of q and k for the llama architecture, where llama.cpp rotates neighbouring
-        # channels.
+        # llama.cpp rotates neighbouring channels in the llama architecture, so converters permute the rows of q and k.
         self._is_permuted = config.architecture == "llama"
         self._names = {_hf_name(name): name for name in file.tensors if name != _ROPE_DIVISORS}
 
@@ -206,7 +206,7 @@ class GGUFTensors:
 
 
 def _hf_name(name: str) -> str:
-    """Returns the Hugging Face name of a GGUF tensor; a name that no LLaMA decoder has stays as it is."""
+    """The Hugging Face name of a GGUF tensor. A name that no LLaMA decoder has stays as it is."""
     stem, _, kind = name.rpartition(".")
     if stem in _TOP_NAMES:
         return f"{_TOP_NAMES[stem]}.{kind}"

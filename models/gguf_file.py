@@ -1,9 +1,10 @@
-"""The inside of a GGUF file: its metadata, and where each tensor lies; nothing is believed before it is checked.
+"""A reader of GGUF files: the metadata, and the place of each tensor. Every length is checked before it is used.
 
-The reader of the `gguf` package follows lengths beyond the end of a damaged file, where one flipped bit can send it
-through 2^60 array entries, and takes seconds for a vocabulary. Here every length is compared with what is left of the
-file before it is used, and the tensors must tile the file without gaps, so that a file cut short or grown is an error.
-The format: the GGUF specification in the ggml repository, versions 2 and 3, little-endian.
+The reader of the `gguf` package trusts the lengths in a file, so one flipped bit can send it through 2^60 entries of an
+array. It also takes seconds for a vocabulary. This reader compares every length with the rest of the file. The tensors
+must fill the file without gaps, so a file that was cut short or has grown is an error.
+
+The format is the GGUF specification in the ggml repository, versions 2 and 3, little-endian.
 """
 
 import dataclasses
@@ -11,17 +12,20 @@ import math
 import os
 import struct
 from collections.abc import Mapping
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGUF_MAGIC, GGMLQuantizationType, GGUFValueType
 
 from hshare_jax.errors import CheckpointError
 
-_SCALARS = {
-    GGUFValueType.UINT8: "u1", GGUFValueType.INT8: "i1", GGUFValueType.UINT16: "<u2", GGUFValueType.INT16: "<i2",
-    GGUFValueType.UINT32: "<u4", GGUFValueType.INT32: "<i4", GGUFValueType.FLOAT32: "<f4", GGUFValueType.BOOL: "?",
-    GGUFValueType.UINT64: "<u8", GGUFValueType.INT64: "<i8", GGUFValueType.FLOAT64: "<f8",
+if TYPE_CHECKING:
+    from gguf.constants import GGMLQuantizationType
+
+# The gguf package is imported by the functions that need it, because most starts of the program read no GGUF file.
+
+_SCALARS = {  # NumPy dtypes by the names of gguf's GGUFValueType
+    "UINT8": "u1", "INT8": "i1", "UINT16": "<u2", "INT16": "<i2", "UINT32": "<u4", "INT32": "<i4", "UINT64": "<u8",
+    "INT64": "<i8", "FLOAT32": "<f4", "FLOAT64": "<f8", "BOOL": "?",
 }  # fmt: skip
 _VERSIONS = (2, 3)
 _MAX_DIMENSIONS = 4
@@ -29,17 +33,17 @@ _MAX_DIMENSIONS = 4
 
 @dataclasses.dataclass(frozen=True)
 class GGUFTensor:
-    """One tensor: its shape as NumPy writes it (rows first), how it is quantised, and its bytes in the file."""
+    """One tensor of a GGUF file."""
 
-    shape: tuple[int, ...]
-    kind: GGMLQuantizationType
-    offset: int
+    shape: tuple[int, ...]  # as NumPy writes it, rows first
+    kind: "GGMLQuantizationType"
+    offset: int  # of its first byte in the file
     num_bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
 class GGUFFile:
-    """What a GGUF file says about itself. Arrays in the metadata are lists."""
+    """The metadata and the tensor table of a GGUF file. Arrays in the metadata are lists."""
 
     path: str
     metadata: Mapping[str, Any]
@@ -47,13 +51,14 @@ class GGUFFile:
 
 
 def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
-    """Returns the metadata and the tensor table of the GGUF file at `path`; no tensor is read.
+    """Reads the metadata and the tensor table of the GGUF file at `path`. No tensor is read.
 
     Raises:
-        CheckpointError: not a GGUF file, an unknown version or type, a length that does not fit the file, or tensors
-        that do not
-            fill it exactly.
+        CheckpointError: the file is not GGUF, its version or a type is not known, a length does not fit the file, or
+            the tensors do not fill the file exactly.
     """
+    from gguf.constants import GGUF_DEFAULT_ALIGNMENT, GGUF_MAGIC
+
     with open(path, "rb") as file:
         cursor = _Cursor(file, os.fspath(path))
         if cursor.integer("<I") != GGUF_MAGIC:
@@ -69,35 +74,35 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
             key = cursor.text()
             if key in metadata:
                 raise cursor.error(f"metadata {key!r} appears twice")
-            metadata[key] = cursor.value(cursor.integer("<I"))
-        tensors: dict[str, tuple[tuple[int, ...], GGMLQuantizationType, int]] = {}
+            metadata[key] = cursor.value()
+        tensors: dict[str, GGUFTensor] = {}
         for _ in range(num_tensors):
             name = cursor.text()
             if name in tensors:
                 raise cursor.error(f"tensor {name!r} appears twice")
-            tensors[name] = cursor.tensor_entry(name)
+            tensors[name] = cursor.tensor(name)
         alignment = metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
             raise cursor.error(f"general.alignment={alignment!r} must be a power of two")
         return GGUFFile(cursor.path, metadata, _place(cursor, tensors, alignment))
 
 
-def _place(
-    cursor: "_Cursor", entries: Mapping[str, tuple[tuple[int, ...], GGMLQuantizationType, int]], alignment: int
-) -> dict[str, GGUFTensor]:
-    """Returns the tensors, at offsets into the file; each must begin where the one before it ends, once aligned."""
+def _place(cursor: "_Cursor", entries: Mapping[str, GGUFTensor], alignment: int) -> dict[str, GGUFTensor]:
+    """Turns offsets into the tensor data into offsets into the file, and checks that the tensors fill the file.
+
+    Each tensor must begin where the tensor before it ends, rounded up to the alignment.
+    """
     data_start = _round_up(cursor.position, alignment)
     end = data_start
     tensors = {}
-    for name, (shape, kind, offset) in entries.items():
-        if data_start + offset != _round_up(end, alignment):
-            raise cursor.error(f"tensor {name!r} lies at {offset}, not right behind the tensor before it")
-        block_size, block_bytes = GGML_QUANT_SIZES[kind]
-        num_bytes = math.prod(shape) // block_size * block_bytes
-        end = data_start + offset + num_bytes
+    for name, entry in entries.items():
+        start = data_start + entry.offset
+        if start != _round_up(end, alignment):
+            raise cursor.error(f"tensor {name!r} lies at {entry.offset}, not right behind the tensor before it")
+        end = start + entry.num_bytes
         if end > cursor.size:
             raise cursor.error(f"tensor {name!r} ends at byte {end}, but the file has {cursor.size}: it is cut short")
-        tensors[name] = GGUFTensor(shape, kind, data_start + offset, num_bytes)
+        tensors[name] = dataclasses.replace(entry, offset=start)
     if cursor.size > _round_up(end, alignment):
         raise cursor.error(f"the tensors end at byte {end}, but the file goes on to {cursor.size}")
     return tensors
@@ -108,7 +113,7 @@ def _round_up(number: int, multiple: int) -> int:
 
 
 class _Cursor:
-    """Reads a file forwards and never past its end."""
+    """Reads a file from its start and never past its end."""
 
     def __init__(self, file: BinaryIO, path: str) -> None:
         self.path, self.size, self.position = path, os.fstat(file.fileno()).st_size, 0
@@ -118,37 +123,53 @@ class _Cursor:
         return CheckpointError(f"{self.path} is damaged: {what}")
 
     def take(self, length: int) -> bytes:
+        """The next `length` bytes."""
         if length > self.size - self.position:
             raise self.error(f"{length} bytes are announced at byte {self.position} of {self.size}")
         self.position += length
         return self._file.read(length)
 
     def integer(self, layout: str) -> int:
+        """The next integer, in a layout of `struct`."""
         return struct.unpack(layout, self.take(struct.calcsize(layout)))[0]
 
     def text(self) -> str:
+        """The next text: its length, then UTF-8."""
         data = self.take(self.integer("<Q"))
         try:
             return data.decode()
         except UnicodeDecodeError as error:
             raise self.error(f"a text before byte {self.position} is not UTF-8") from error
 
-    def value(self, kind: int) -> Any:
-        if kind == GGUFValueType.STRING:
+    def value(self) -> Any:
+        """The next metadata value: its type, then a scalar, a text or a list."""
+        kind = self._value_kind()
+        if kind == "STRING":
             return self.text()
-        if kind == GGUFValueType.ARRAY:
-            kind, length = self.integer("<I"), self.integer("<Q")
-            return [self.text() for _ in range(length)] if kind == GGUFValueType.STRING else self._numbers(kind, length)
-        return self._numbers(kind, 1)[0]
+        if kind == "ARRAY":
+            kind, length = self._value_kind(), self.integer("<Q")
+            return [self.text() for _ in range(length)] if kind == "STRING" else self._scalars(kind, length)
+        return self._scalars(kind, 1)[0]
 
-    def _numbers(self, kind: int, count: int) -> list[Any]:
-        layout = _SCALARS.get(kind)  # pyright: ignore[reportArgumentType] - an IntEnum's members equal their numbers
-        if layout is None:
-            raise self.error(f"a metadata value before byte {self.position} has the unknown type {kind}")
-        dtype = np.dtype(layout)
+    def _value_kind(self) -> str:
+        from gguf.constants import GGUFValueType
+
+        number = self.integer("<I")
+        try:
+            return GGUFValueType(number).name
+        except ValueError as error:
+            raise self.error(f"a metadata value before byte {self.position} has the unknown type {number}") from error
+
+    def _scalars(self, kind: str, count: int) -> list[Any]:
+        if kind not in _SCALARS:
+            raise self.error(f"a metadata list before byte {self.position} holds values of type {kind}")
+        dtype = np.dtype(_SCALARS[kind])
         return np.frombuffer(self.take(count * dtype.itemsize), dtype).tolist()
 
-    def tensor_entry(self, name: str) -> tuple[tuple[int, ...], GGMLQuantizationType, int]:
+    def tensor(self, name: str) -> GGUFTensor:
+        """The next entry of the tensor table, its offset counted from the start of the tensor data."""
+        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
         num_dimensions = self.integer("<I")
         if not 1 <= num_dimensions <= _MAX_DIMENSIONS:
             raise self.error(f"tensor {name!r} has {num_dimensions} dimensions; 1 to {_MAX_DIMENSIONS} are possible")
@@ -158,6 +179,7 @@ class _Cursor:
             kind = GGMLQuantizationType(raw_kind)
         except ValueError as error:
             raise self.error(f"tensor {name!r} has the unknown type {raw_kind}") from error
-        if shape[-1] % GGML_QUANT_SIZES[kind][0]:
+        block_size, block_bytes = GGML_QUANT_SIZES[kind]
+        if shape[-1] % block_size:
             raise self.error(f"tensor {name!r}: rows of {shape[-1]} are not whole blocks of {kind.name}")
-        return shape, kind, offset
+        return GGUFTensor(shape, kind, offset, math.prod(shape) // block_size * block_bytes)

@@ -1,21 +1,25 @@
-"""The tokeniser and chat template inside a GGUF file, rebuilt from its metadata.
+"""The tokeniser and the chat template of a GGUF file, rebuilt from its metadata.
 
-transformers can do this only beside torch, and splits text by GPT-2's rule where it does not know the file's own
-(SmolLM2's single digits, for one). Sources: llama.cpp's vocabulary code for the meaning of the keys, and the
-tokenizer.json files that the models' authors published for how `tokenizers` spells the same thing.
+transformers can rebuild them only if torch is installed. It also splits text by GPT-2's rule if it does not know the
+file's rule, such as SmolLM2's single digits.
+
+Sources: llama.cpp's vocabulary code for the meaning of the keys, and the tokenizer.json files that the authors of the
+models published for the spelling of the same rules in `tokenizers`.
 """
 
-from typing import Any
-
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
-from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerFast
+from typing import TYPE_CHECKING, Any
 
 from hshare_jax.errors import CheckpointError
 from hshare_jax.models.gguf_file import GGUFFile
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+# tokenizers and transformers are imported by the functions that need them, because importing them takes a second.
+
 _CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
-_SPACE = "\u2581"  # how SentencePiece writes a space
+_SPACE = "\u2581"  # stands for a space in SentencePiece
 _GPT2 = ("gpt-2", "gpt2", "default")
 _SMOLLM = ("smollm",)
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -30,12 +34,12 @@ _QWEN2 = ("qwen2", "deepseek-r1-qwen")
 _END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 
-def tokenizer_from_gguf(file: GGUFFile) -> PreTrainedTokenizerFast | None:
-    """Returns the tokeniser of a GGUF file with its chat template; None where the file carries no tokeniser.
+def tokenizer_from_gguf(file: GGUFFile) -> "PreTrainedTokenizerFast | None":
+    """Rebuilds the tokeniser of a GGUF file, with its chat template. None if the file holds no tokeniser.
 
     Raises:
-        ValueError: a kind of tokeniser or pre-tokeniser that is not known.
-        CheckpointError: entries that contradict each other.
+        ValueError: the kind of tokeniser or pre-tokeniser is not known.
+        CheckpointError: entries contradict each other.
     """
     kind = file.metadata.get("tokenizer.ggml.model")
     if kind is None:
@@ -47,6 +51,9 @@ def tokenizer_from_gguf(file: GGUFFile) -> PreTrainedTokenizerFast | None:
         raise CheckpointError(f"{file.path}: tokenizer.ggml.tokens must be a list of texts")
     if len(set(tokens)) != len(tokens):
         raise CheckpointError(f"{file.path}: tokenizer.ggml.tokens names a token twice")
+    from tokenizers import AddedToken
+    from transformers import PreTrainedTokenizerFast
+
     backend = _byte_level(file, tokens) if kind == "gpt2" else _sentencepiece(file, tokens)
     kinds = _list(file, "tokenizer.ggml.token_type", len(tokens)) or [1] * len(tokens)
     added = [
@@ -76,13 +83,16 @@ def tokenizer_from_gguf(file: GGUFFile) -> PreTrainedTokenizerFast | None:
 
 
 def end_tokens_of_gguf(file: GGUFFile) -> tuple[int, ...]:
-    """Returns the ids that end a generation according to a GGUF file."""
+    """The ids that end a generation, according to a GGUF file."""
     ids = (file.metadata.get(f"tokenizer.ggml.{key}") for key in _END_KEYS)
     return tuple(dict.fromkeys(token for token in ids if isinstance(token, int)))
 
 
-def _byte_level(file: GGUFFile, tokens: list[str]) -> Tokenizer:
-    """GPT-2's byte-level BPE; `tokenizer.ggml.pre` names how text is cut into words first."""
+def _byte_level(file: GGUFFile, tokens: list[str]) -> "Tokenizer":
+    """Byte-level BPE, as in GPT-2. `tokenizer.ggml.pre` names the rule by which text is first cut into words."""
+    from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+    from tokenizers.models import BPE
+
     pre = file.metadata.get("tokenizer.ggml.pre", "default")
     if pre not in (*_GPT2, *_SMOLLM, *_SPLITS):
         known = ", ".join((*_GPT2, *_SMOLLM, *_SPLITS))
@@ -110,12 +120,15 @@ def _byte_level(file: GGUFFile, tokens: list[str]) -> Tokenizer:
     return backend
 
 
-def _sentencepiece(file: GGUFFile, tokens: list[str]) -> Tokenizer:
+def _sentencepiece(file: GGUFFile, tokens: list[str]) -> "Tokenizer":
     """SentencePiece BPE with byte fallback (LLaMA 1 and 2, Mistral).
 
-    SentencePiece joins the neighbours whose union scores best, so the merges are all ways to cut a token in two, best
-    token first.
+    SentencePiece joins the two neighbours whose union is the token with the best score. So the merges are all ways to
+    cut a token in two, the best token first.
     """
+    from tokenizers import Tokenizer, decoders, normalizers
+    from tokenizers.models import BPE
+
     scores = _list(file, "tokenizer.ggml.scores", len(tokens))
     if scores is None:
         raise CheckpointError(f"{file.path}: metadata tokenizer.ggml.scores is missing")
@@ -140,32 +153,29 @@ def _sentencepiece(file: GGUFFile, tokens: list[str]) -> Tokenizer:
     return backend
 
 
-def _add_ends(file: GGUFFile, backend: Tokenizer, tokens: list[str], kind: str) -> None:
-    """Has encoding add the begin and end tokens that the file asks for, or that llama.cpp adds unasked."""
-    begins_unasked = kind == "llama" or file.metadata.get("tokenizer.ggml.pre") in _LLAMA3
+def _add_ends(file: GGUFFile, backend: "Tokenizer", tokens: list[str], kind: str) -> None:
+    """Lets the tokeniser add a begin and an end token to every text, if the file or llama.cpp's default says so."""
+    begins_by_default = kind == "llama" or file.metadata.get("tokenizer.ggml.pre") in _LLAMA3
     ends = {
-        "bos": ("bos_token_id", file.metadata.get("tokenizer.ggml.add_bos_token", begins_unasked)),
+        "bos": ("bos_token_id", file.metadata.get("tokenizer.ggml.add_bos_token", begins_by_default)),
         "eos": ("eos_token_id", file.metadata.get("tokenizer.ggml.add_eos_token", False)),
     }
     chosen = {end: _token(file, tokens, key) for end, (key, is_wanted) in ends.items() if is_wanted}
     chosen = {end: token for end, token in chosen.items() if token is not None}
     if chosen:
+        from tokenizers import processors
+
         before, after = ([chosen[end]] if end in chosen else [] for end in ("bos", "eos"))
+        first, second = [*before, "$A", *after], [*before, "$B", *after]
         backend.post_processor = processors.TemplateProcessing(
-            single=[*before, "$A", *after],
-            pair=[
-                *before,
-                "$A",
-                *after,
-                *(f"{token}:1" for token in before),
-                "$B:1",
-                *(f"{token}:1" for token in after),
-            ],
+            single=first,
+            pair=[*first, *(f"{part}:1" for part in second)],
             special_tokens=[(token, tokens.index(token)) for token in dict.fromkeys(chosen.values())],
         )
 
 
 def _token(file: GGUFFile, tokens: list[str], key: str) -> str | None:
+    """The token whose id the metadata entry `key` gives. None if there is no such entry."""
     index = file.metadata.get(f"tokenizer.ggml.{key}")
     if index is None:
         return None
@@ -175,6 +185,7 @@ def _token(file: GGUFFile, tokens: list[str], key: str) -> str | None:
 
 
 def _list(file: GGUFFile, key: str, length: int) -> list[Any] | None:
+    """The metadata entry `key`, a list with one value for each token. None if there is no such entry."""
     values = file.metadata.get(key)
     if values is not None and (not isinstance(values, list) or len(values) != length):
         raise CheckpointError(f"{file.path}: {key} must hold one entry for each of {length} tokens")

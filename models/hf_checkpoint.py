@@ -1,24 +1,24 @@
 """A Hugging Face directory as a model: config.json, safetensors (one file or shards), tokeniser, end tokens.
 
-What is promised about damage: a file cut short or grown, and any change to a safetensors header, is an error or leaves
-the model as it was. A flipped bit inside a tensor is another valid number and cannot be seen, unless SHA256SUMS lies
-beside the files (checksums.py): then it is an error too.
+Damaged files: a file that was cut short or has grown is an error. A changed safetensors header is an error too, unless
+the change has no effect on the model. A flipped bit inside a tensor gives another valid number, so it can only be
+noticed if SHA256SUMS lies beside the files (checksums.py). Then it is an error.
 """
 
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedTokenizerBase
 
 from hshare_jax.errors import CheckpointError
 from hshare_jax.files.checksums import verify_checksums
 from hshare_jax.models.config import ARCHITECTURES, ModelConfig, config_from_hf
 from hshare_jax.models.weights import BLOCK_BYTES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _CONFIG, _WEIGHTS, _INDEX, _GENERATION = (
     "config.json", "model.safetensors", "model.safetensors.index.json", "generation_config.json",
@@ -29,14 +29,14 @@ _FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
 def read_hf_config(directory: Path) -> tuple[ModelConfig, tuple[int, ...]]:
-    """Returns the model's configuration and the ids that end a generation (generation_config.json before config.json).
+    """Reads (the configuration, the ids that end a generation).
+
+    The ids come from generation_config.json, or from config.json if the former gives none.
 
     Raises:
         ValueError: an architecture, activation, rotary type or quantisation that is not supported.
         CheckpointError: config.json is not JSON, or its sizes contradict each other.
     """
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # imports torch where it is installed: slow
-
     verify_checksums(directory, [_CONFIG, _GENERATION])
     path = directory / _CONFIG
     found = _read_json(path)
@@ -46,29 +46,32 @@ def read_hf_config(directory: Path) -> tuple[ModelConfig, tuple[int, ...]]:
         )
     if found.get("quantization_config"):
         raise ValueError(f"{path}: quantised safetensors are not supported; use the original weights or a GGUF file")
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # slow: imports torch if that is installed
+
     try:
-        # transformers' own class supplies the defaults that config.json leaves out.
+        # The class of transformers supplies the defaults for what config.json leaves out.
         config = config_from_hf(CONFIG_MAPPING[found["model_type"]](**found).to_dict())
     except (TypeError, ValueError, AttributeError, KeyError, ZeroDivisionError, StrictDataclassError) as error:
         raise CheckpointError(f"{path}: {error}") from error
-    settings = _read_json(directory / _GENERATION) if (directory / _GENERATION).is_file() else {}
-    ends = settings.get("eos_token_id", found.get("eos_token_id"))
+    generation = _read_json(directory / _GENERATION) if (directory / _GENERATION).is_file() else {}
+    ends = generation.get("eos_token_id", found.get("eos_token_id"))
     ends = ends if isinstance(ends, list) else [ends]
     return config, tuple(end for end in ends if isinstance(end, int) and not isinstance(end, bool))
 
 
-def read_hf_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
-    """Returns the directory's tokeniser, or None where it has none; CheckpointError for one that cannot be read."""
+def read_hf_tokenizer(directory: Path) -> "PreTrainedTokenizerBase | None":
+    """Reads the tokeniser of a directory. None if it has none. Raises CheckpointError if it cannot be read."""
     if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
         return None
-    from transformers import AutoTokenizer  # imports torch where it is installed: slow
+    from transformers import AutoTokenizer  # slow: imports torch if that is installed
 
     verify_checksums(directory, [*_TOKENIZER_FILES, *_TOKENIZER_EXTRAS])
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except Exception as error:
-        # For a damaged file transformers raises these, and the tokenizers library Exception itself, which no narrower
-        # clause catches. All else goes on: memory, a mistake of ours.
+        # For a damaged file transformers raises the types below, and the tokenizers library raises Exception itself,
+        # which no narrower clause catches. Every other error (no memory, a mistake of ours) is raised again.
         if type(error) is not Exception and not isinstance(error, ImportError | KeyError | TypeError | ValueError):
             raise
         is_model = not (directory / _TOKENIZER_FILES[0]).is_file()
@@ -106,12 +109,14 @@ class HFTensors:
         row_bytes = int(np.prod(shape[1:], dtype=np.int64)) * 4
         step = max(BLOCK_BYTES // max(row_bytes, 1), 1)
         for row in range(0, shape[0], step):
-            # Opened anew for each block: an open file is mapped, and what was read of it counts as memory until it is
-            # closed.
+            # The file is opened again for each block. An open file is mapped, and the part that was read counts as
+            # used memory until the file is closed.
             with self._open(self._files[name]) as file:
                 yield file.get_slice(name)[row : min(row + step, shape[0])]
 
     def _open(self, file: str) -> Any:
+        from safetensors import SafetensorError, safe_open
+
         path = self._directory / file
         try:
             return safe_open(path, framework="np")
@@ -147,7 +152,7 @@ class HFTensors:
 
 
 def check_hf_directory(directory: Path, name: str) -> None:
-    """Raises FileNotFoundError if the directory of the model `name` has no configuration, or no safetensors."""
+    """Raises FileNotFoundError if the directory of the model `name` has no config.json or no safetensors."""
     if not (directory / _CONFIG).is_file():
         raise FileNotFoundError(f"{name} has no {_CONFIG} (a Hugging Face model) and no model.json (a converted one)")
     if not ((directory / _WEIGHTS).is_file() or (directory / _INDEX).is_file()):

@@ -1,4 +1,4 @@
-"""Cross-layer KV sharing: which layer's keys and values serve which, by name or written out, and from which weights.
+"""Cross-layer KV sharing: which layer uses the keys and values of which, and the weights of a model that shares.
 
 Wu, Wu, Tu: A Systematic Study of Cross-Layer KV Sharing for Efficient LLM Inference (NAACL 2025, arXiv 2410.14442).
 """
@@ -6,13 +6,14 @@ Wu, Wu, Tu: A Systematic Study of Cross-Layer KV Sharing for Efficient LLM Infer
 import dataclasses
 import itertools
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
-import jax.numpy as jnp
-from jax import Array
-
+from hshare_jax.errors import SettingError
 from hshare_jax.models.config import ModelConfig
+
+if TYPE_CHECKING:
+    from jax import Array
 
 Pattern = Literal["pizza", "sandwich", "lasagna"]
 Target = Literal["bottom", "middle", "top"]
@@ -33,31 +34,66 @@ KNOWN_SPECS = (
 _NOTATION = re.compile(r"\d+s?(_\d+s?)*", re.ASCII)
 
 
+class SpecError(SettingError):
+    """A `spec` of `share_kv` cannot be read, or this model cannot share so. `reason` says why."""
+
+    def __init__(self, spec: str, reason: ValueError) -> None:
+        super().__init__("spec", spec, str(reason))
+        self.args, self.reason = (spec, reason), reason
+
+    def told(self, say: Callable[[str, object], str]) -> str:
+        """The message, in which `say(name, value)` spells each setting, those of the reason too."""
+        reason = self.reason.told(say) if isinstance(self.reason, SettingError) else str(self.reason)
+        return f"{say(self.name, self.value)}: {reason}"
+
+
+class _NumberToChoose:
+    """Stands in a message where the user is to put a number."""
+
+    def __repr__(self) -> str:
+        return "N"
+
+
+class _WindowMissing(SettingError):
+    """An entry such as 1s needs a sliding window, and neither the model nor `window` gives one. `where` names it."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__("window", _NumberToChoose(), where)
+        self.args = (where,)
+
+    def told(self, say: Callable[[str, object], str]) -> str:
+        """The message, in which `say(name, value)` spells the window."""
+        return f"{self.rule}; give {say(self.name, self.value)}"
+
+
 def kv_layer_map(pattern: Pattern, target: Target, num_layers: int, num_kv_layers: int) -> tuple[int, ...]:
-    """Returns for each layer the layer whose keys and values serve it (section 3.1).
+    """The map of a named pattern: for each layer the layer whose keys and values it uses (section 3.1).
 
     # 6 layers, 3 KV layers:  pizza-bottom    0 | 1 | 2 2 2 2
     #                         sandwich-top    0 | 4 4 4 4 | 5
     #                         lasagna-middle  0 | 2 2 2 | 5 5
 
     Args:
-        pattern: which layers share. pizza: the first `num_kv_layers` - 1 keep their own, all others share. sandwich: of
-            those that keep their own, half are the first layers and half the last; the odd one is among the first.
-            lasagna: layer 0 keeps its own, the others form `num_kv_layers` - 1 groups as equal as possible, larger ones
-            first.
-        target: whose they share: those of the lowest layer of a group, of its middle one, or of its highest. Between
-            two middle ones pizza and sandwich take the lower, lasagna the upper: the lower of a pair is its bottom.
-        num_layers: of the model.
-        num_kv_layers: how many layers keep keys and values of their own.
+        pattern: how the layers are grouped.
+            pizza: the first `num_kv_layers` - 1 layers are groups alone; all other layers are one group.
+            sandwich: `num_kv_layers` - 1 layers are groups alone, half of them the first layers and half the last (an
+            odd one is among the first); all layers between them are one group.
+            lasagna: layer 0 is a group alone; the other layers form `num_kv_layers` - 1 groups of equal size, or nearly
+            so, the larger groups first.
+        target: which layer of a group keeps its keys and values: the lowest, the middle or the highest. Where a group
+            has two middle layers, pizza and sandwich take the lower one, lasagna takes the upper one, because the lower
+            of a pair is its bottom.
+        num_layers: how many layers the model has.
+        num_kv_layers: how many layers keep keys and values.
 
     Raises:
-        ValueError: an unknown pattern or target, a number of KV layers that the model cannot have, or one with which
-            layer 0 would share those of another layer.
+        ValueError: the pattern or target is not known, the model cannot have this number of KV layers, or layer 0 would
+            use the keys and values of another layer.
     """
     if pattern not in PATTERNS:
-        raise ValueError(f"pattern={pattern!r} must be one of {', '.join(PATTERNS)}")
+        raise SettingError("pattern", pattern, f"must be one of {', '.join(PATTERNS)}")
     if target not in TARGETS:
-        raise ValueError(f"target={target!r} must be one of {', '.join(TARGETS)}")
+        raise SettingError("target", target, f"must be one of {', '.join(TARGETS)}")
     _check_number(num_layers, num_kv_layers)
     layers = tuple(range(num_layers))
     if num_kv_layers == 1:
@@ -71,20 +107,21 @@ def kv_layer_map(pattern: Pattern, target: Target, num_layers: int, num_kv_layer
         groups = [*first, layers[num_first:end], *last]
     chosen = [_choose(group, pattern, target) for group in groups]
     if chosen[0] != 0:
-        raise ValueError(
-            f"num_kv_layers=1 with {target} has layer 0 look up at layer {chosen[0]}, and it must use its own keys and "
-            "values (quality drops far without); take bottom, or at least 2 KV layers"
-        )
+        raise SettingError(
+            "num_kv_layers", 1, f"with {target} has layer 0 look up at layer {chosen[0]}, and it must use its own keys "
+            "and values (quality drops far without); take bottom, or at least 2 KV layers",
+        )  # fmt: skip
     return tuple(shared for group, shared in zip(groups, chosen, strict=True) for _ in group)
 
 
 def _check_number(num_layers: int, num_kv_layers: int) -> None:
     if not 1 <= num_kv_layers <= num_layers:
-        raise ValueError(f"num_kv_layers={num_kv_layers} must lie between 1 and the model's {num_layers} layers")
+        rule = f"must lie between 1 and the model's {num_layers} layers"
+        raise SettingError("num_kv_layers", num_kv_layers, rule)
 
 
 def _split(layers: Sequence[int], num_groups: int) -> list[Sequence[int]]:
-    """Returns consecutive groups whose sizes differ by one at most, the larger ones first."""
+    """Splits layers into consecutive groups whose sizes differ by at most one, the larger groups first."""
     size, num_larger = divmod(len(layers), num_groups)
     starts = [size * index + min(index, num_larger) for index in range(num_groups + 1)]
     return [layers[start:end] for start, end in itertools.pairwise(starts)]
@@ -96,28 +133,29 @@ def _choose(group: Sequence[int], pattern: Pattern, target: Target) -> int:
 
 
 def share_kv(config: ModelConfig, spec: str, *, window: int | None = None) -> ModelConfig:
-    """Returns the configuration whose layers share keys and values as `spec` says.
+    """Changes a configuration so that its layers share keys and values.
 
     Args:
-        config: the model. One that shares already can only share more: weights that it lacks cannot be had back.
-        spec: one of
+        config: the model's configuration. A model that shares already can only share more, because the weights that it
+            lacks cannot be restored.
+        spec: how the layers share. One of
             `PATTERN-TARGET:KV_LAYERS`, such as sandwich-middle:11 (see `kv_layer_map`);
-            `cla:KV_LAYERS`, groups as equal as possible, layer 0 in the first, that share those of their lowest layer
-            (Brandon et al. 2024, arXiv 2405.12981): lasagna-bottom, but that layer 0 is not alone;
-            `lckv:OWN_LAYERS`, which is sandwich-top with one KV layer more;
-            `yoco` or `yoco:WINDOW`: the lower half of the layers keep their own and attend within a window (1024), the
-            upper half attend in full and share those of their lowest layer;
-            one entry a layer, as the paper writes it: 0_0_2_2. A layer whose entry ends in s (0_1s_1s) attends within
-            the sliding window, every other one in full.
-        window: the sliding window for yoco and for entries with s; None takes 1024 for yoco, and the model's own for
-            entries.
+            `cla:KV_LAYERS`: groups of equal size, or nearly so, that use the keys and values of their lowest layer
+            (Brandon et al. 2024, arXiv 2405.12981). This is lasagna-bottom, except that layer 0 is in the first group;
+            `lckv:OWN_LAYERS`: sandwich-top with one KV layer more;
+            `yoco` or `yoco:WINDOW`: the lower half of the layers keep their keys and values and attend within a window
+            (1024); the upper half attend to everything and share the keys and values of their lowest layer;
+            one entry for each layer, in the paper's notation: 0_0_2_2. A layer whose entry ends in s (0_1s_1s) attends
+            within the sliding window, every other layer to everything.
+        window: the sliding window for yoco and for entries that end in s. None takes 1024 for yoco, and the model's
+            window for entries.
 
     Raises:
-        ValueError: a spec that cannot be read or that this model cannot have. The message says why and what can be had.
+        SpecError: the spec cannot be read, or the model cannot share so. The message says why, and what is possible.
     """
     try:
         if window is not None and window < 1:
-            raise ValueError(f"window={window} must be at least 1")
+            raise SettingError("window", window, "must be at least 1")
         layers, windows = _read_spec(config, spec, window)
         shared = dataclasses.replace(config, kv_layer_map=layers, windows=windows)
         if lacking := sorted({*shared.kv_layers} - {*config.kv_layers}):
@@ -126,12 +164,12 @@ def share_kv(config: ModelConfig, spec: str, *, window: int | None = None) -> Mo
                 f"no weights for them; choose KV layers among {', '.join(map(str, config.kv_layers))}"
             )
     except ValueError as error:
-        raise ValueError(f"spec={spec!r}: {error}") from error
+        raise SpecError(spec, error) from error
     return shared
 
 
 def _read_spec(config: ModelConfig, spec: str, window: int | None) -> tuple[tuple[int, ...], tuple[int | None, ...]]:
-    """Returns (the layer that serves each layer, the window of each layer)."""
+    """Reads a spec as (`kv_layer_map`, the window of each layer)."""
     if _NOTATION.fullmatch(spec):
         return _read_notation(config, spec.split("_"), window)
     L = config.num_layers
@@ -148,7 +186,7 @@ def _read_spec(config: ModelConfig, spec: str, window: int | None) -> tuple[tupl
         if size < 1:
             raise ValueError("the window must be at least 1")
         if window not in (None, size):
-            raise ValueError(f"window={window} contradicts it; leave either out")
+            raise SettingError("window", window, "contradicts it; leave either out")
         return kv_layer_map("pizza", "bottom", L, L // 2 + 1), (size,) * (L // 2) + (None,) * (L - L // 2)
     _check_no_window(window)
     if name == "cla":
@@ -173,24 +211,24 @@ def _read_notation(
 
 
 def _window_of(config: ModelConfig, layer: int, entry: str) -> int:
+    """The window for an entry that ends in s: that of the layer, or the only one that the model has."""
     if (own := config.windows[layer]) is not None:
         return own
     known = sorted({window for window in config.windows if window is not None})
     if len(known) != 1:
         has = f"the windows {', '.join(map(str, known))}" if known else "no sliding window"
-        raise ValueError(f"{entry} of layer {layer} attends within a window, and the model has {has}; give window=N")
+        raise _WindowMissing(f"{entry} of layer {layer} attends within a window, and the model has {has}")
     return known[0]
 
 
 def _check_no_window(window: int | None) -> None:
     if window is not None:
-        raise ValueError(
-            f"window={window} has no effect: it is for yoco and for entries with s (0_1s_1s); leave it out"
-        )
+        reason = "it is for yoco and for entries with s (0_1s_1s); leave it out"
+        raise SettingError("window", window, "has no effect", reason)
 
 
 def write_notation(config: ModelConfig) -> str:
-    """Returns the paper's notation of a model: for each layer the one that serves it, with s where a window limits it.
+    """The paper's notation of a model: for each layer the layer that it borrows from, with s where it has a window.
 
     # kv_layer_map (0, 2, 2), windows (None, 16, 16):  0_2s_2s
     """
@@ -200,22 +238,23 @@ def write_notation(config: ModelConfig) -> str:
 
 
 def papers_prefill_cost(config: ModelConfig) -> float:
-    """Returns what prefill costs relative to the model without sharing, as the paper counts (section 3.2).
+    """The cost of prefill relative to the same model without sharing, as the paper counts it (section 3.2).
 
     Every layer from the first that looks up to the last that is looked up counts `forward_passes` + `backward_passes`,
-    every other one 1. Layer 0 counts with them where they begin at layer 1, as in the paper's lasagna: 9.0, not 8.33.
-    This is a rule of thumb; `layer_passes` is what this decoder does.
+    every other layer 1. If the first layer that looks up is layer 1, layer 0 counts like it, as in the paper's lasagna:
+    9.0, not 8.33. This is a rule of thumb. `layer_passes` counts what this decoder really does.
 
     # 12 layers, 6 KV layers, 7 + 2 passes:
     # bottom 1.00; pizza- and sandwich-middle 44 / 12 = 3.67, -top 68 / 12 = 5.67; lasagna-middle and -top 9.0
 
     Raises:
-        ValueError: `forward_passes` is None: the passes then depend on the prompt.
+        ValueError: `forward_passes` is None, so the number of passes depends on the prompt.
     """
     if config.kv_layer_map is None:
         return 1.0
     if config.forward_passes is None:
-        raise ValueError("forward_passes=None has no fixed cost; set a number, or ask layer_passes about a prompt")
+        rule = "has no fixed cost; set a number, or ask layer_passes about a prompt"
+        raise SettingError("forward_passes", None, rule)
     looking_up = [layer for layer in range(config.num_layers) if config.looks_up(layer)]
     if not looking_up:
         return 1.0
@@ -226,15 +265,16 @@ def papers_prefill_cost(config: ModelConfig) -> float:
 
 
 def layer_passes(config: ModelConfig, num_tokens: int) -> tuple[int, ...]:
-    """Returns how often the decoder evaluates each layer for `num_tokens` tokens that it is given at once.
+    """How often the decoder evaluates each layer, if it is given `num_tokens` tokens at once.
 
-    The highest layer of a block that is iterated is evaluated once; of it, the passes before compute only keys and
-    values. With `forward_passes` None this is the most: the passes end where nothing changes any more.
+    In a block that takes several passes the highest layer is evaluated only once, because earlier passes need only its
+    keys and values. With `forward_passes` None the counts are upper bounds, because the passes end as soon as nothing
+    changes.
 
     # kv_layer_map (0, 3, 3, 3), 7 + 2 passes:  1 9 9 1 for a long prompt, 1 4 4 1 for 4 tokens, 1 1 1 1 for one
     """
     if num_tokens < 1:
-        raise ValueError(f"num_tokens={num_tokens} must be at least 1")
+        raise SettingError("num_tokens", num_tokens, "must be at least 1")
     backward = min(config.backward_passes, num_tokens)
     most = num_tokens - backward
     forward = most if config.forward_passes is None else min(config.forward_passes, most)
@@ -246,22 +286,24 @@ def layer_passes(config: ModelConfig, num_tokens: int) -> tuple[int, ...]:
 
 
 def share_weights(params: Mapping[str, Any], config: ModelConfig, shared_config: ModelConfig, init: Init) -> dict:
-    """Returns the parameters of `shared_config` made from those of `config` (section 3.3); untrained, they are no use.
+    """Makes the parameters of `shared_config` from those of `config` (section 3.3). They are of no use before training.
 
-    Queries and all that is no projection to keys and values stay; what does not change is not copied.
+    Only key and value projections change. Parameters that do not change are not copied.
 
     Args:
         params: the parameter tree of `config`.
-        config: the model that is converted.
+        config: the configuration of the model that is converted.
         shared_config: the same model with more sharing, from `share_kv`.
-        init: "mean" gives a KV layer the mean, over the layers that it serves, of the key and value projections
-            (weights and biases) that served them before; "copy" leaves it its own.
+        init: where the key and value projections (weights and biases) of a KV layer come from. "mean": the mean of the
+            projections of all layers that will use them. "copy": the layer's present projections.
 
     Raises:
-        ValueError: an unknown `init`, or configurations that differ in more than what is shared.
+        ValueError: `init` is not known, or the configurations differ in more than their sharing.
     """
+    import jax.numpy as jnp  # here, because the command line reads the names above before it needs jax
+
     if init not in INITS:
-        raise ValueError(f"init={init!r} must be one of {', '.join(INITS)}")
+        raise SettingError("init", init, f"must be one of {', '.join(INITS)}")
     _check_same_model(config, shared_config)
     first = config.num_heads * config.head_dim  # the rows of queries come before those of keys and values
     result = dict(params)
@@ -286,11 +328,11 @@ def share_weights(params: Mapping[str, Any], config: ModelConfig, shared_config:
     return result
 
 
-def _mean(arrays: Sequence[Array]) -> Array:
-    """Returns the mean, summed in float32, in the arrays' own dtype."""
-    total = arrays[0].astype(jnp.float32)
+def _mean(arrays: "Sequence[Array]") -> "Array":
+    """The mean of arrays, summed in float32 and returned in their dtype."""
+    total = arrays[0].astype("float32")
     for array in arrays[1:]:
-        total = total + array.astype(jnp.float32)
+        total = total + array.astype("float32")
     return (total / len(arrays)).astype(arrays[0].dtype)
 
 
@@ -304,6 +346,6 @@ def _check_same_model(config: ModelConfig, shared_config: ModelConfig) -> None:
             )
     if lacking := sorted({*shared_config.kv_layers} - {*config.kv_layers}):
         raise ValueError(
-            f"layer {lacking[0]} of shared_config has keys and values of its own, that of config has none; "
-            "make it with share_kv(config, ...)"
+            f"layer {lacking[0]} has keys and values in shared_config, but none in config; "
+            "make shared_config with share_kv(config, ...)"
         )

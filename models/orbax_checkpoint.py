@@ -1,13 +1,12 @@
-"""Our own checkpoint: a directory with the parameters (by Orbax), the configuration, the tokeniser and checksums.
+"""Our own checkpoint format: a directory with parameters (by Orbax), configuration, tokeniser and checksums.
 
     model.json      configuration, dtype, ids that end a generation, name
     params/         Orbax, uncompressed: random mantissas do not compress, and this loads faster
     tokenizer/      as transformers saves it, chat template included; absent for a model without one
     SHA256SUMS      of all the files above
 
-It is written beside its final name, flushed to the disk and renamed, so nothing half-written ever stands under that
-name. On loading, every file is compared with its checksum before Orbax sees any: Orbax casts a wrong dtype in silence
-and finds no flipped bits.
+The directory is written as a draft and renamed, so a checkpoint is never half-written. Before Orbax reads a checkpoint,
+every file is compared with its checksum, because Orbax neither notices flipped bits nor warns of a wrong dtype.
 """
 
 import dataclasses
@@ -15,31 +14,35 @@ import json
 import math
 import os
 import re
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jax import tree
-from orbax.checkpoint import v1 as ocp
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hshare_jax.errors import CheckpointError
-from hshare_jax.files.checksums import verify_all, write_checksums
+from hshare_jax.files.atomic import whole_directory
+from hshare_jax.files.checksums import verify_all
 from hshare_jax.models.config import ModelConfig, RopeConfig
 from hshare_jax.models.weights import DType, aligned_empty, cast_into, dtype_of, tensor_layout
 
+if TYPE_CHECKING:
+    from orbax.checkpoint import v1 as ocp
+    from transformers import PreTrainedTokenizerBase
+
+# Orbax and transformers are imported by the functions that need them, because importing them takes a second.
+
 _MODEL, _PARAMS, _TOKENIZER = "model.json", "params", "tokenizer"
 _FORMAT = 1
-# A call of Orbax takes some 20 ms; what fewer and larger ones free is slow to return to the system.
+# How many parts a checkpoint is read in. A call of Orbax takes some 20 ms, and the memory of large parts returns to the
+# system only slowly.
 _GROUPS = 24
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointInfo:
-    """What model.json says: everything of a checkpoint but its arrays and its tokeniser."""
+    """The contents of model.json: everything in a checkpoint except its arrays and its tokeniser."""
 
     config: ModelConfig
     dtype: DType
@@ -48,7 +51,7 @@ class CheckpointInfo:
 
 
 def is_orbax_directory(directory: Path) -> bool:
-    """Returns whether `directory` looks like one of our checkpoints."""
+    """Whether `directory` looks like one of our checkpoints. Only model.json is looked for."""
     return (directory / _MODEL).is_file()
 
 
@@ -56,15 +59,22 @@ def save_checkpoint(
     path: str | os.PathLike[str],
     info: CheckpointInfo,
     params: Mapping[str, Any],
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: "PreTrainedTokenizerBase | None",
     *,
     overwrite: bool = False,
 ) -> None:
-    """Writes a checkpoint directory at `path`, all of it or none.
+    """Writes a checkpoint directory at `path`, completely or not at all.
+
+    Args:
+        path: the directory to write.
+        info: the contents of model.json.
+        params: the parameter tree.
+        tokenizer: the tokeniser; None for a model without one.
+        overwrite: whether to replace a checkpoint at `path`.
 
     Raises:
-        FileExistsError: `path` exists and `overwrite` is False. Overwriting replaces only a directory that is one of
-        our checkpoints. ValueError: the parameters are not those of `info.config` in `info.dtype`.
+        FileExistsError: `path` exists and `overwrite` is False, or `path` is not one of our checkpoints.
+        ValueError: the parameters do not have the shapes of `info.config` or the dtype `info.dtype`.
     """
     path = Path(path).expanduser().absolute()  # Orbax asks for absolute paths
     if path.exists() and not (overwrite and is_orbax_directory(path)):
@@ -81,49 +91,20 @@ def save_checkpoint(
 
 
 def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
-    """Writes a tree of NumPy arrays by Orbax; OSError, which names the path, where the system refuses to write."""
+    """Writes a tree of NumPy arrays with Orbax. Raises OSError, which names the path, if the system cannot write."""
+    from orbax.checkpoint import v1 as ocp
+
     try:
         with orbax_context():
             ocp.save(str(path), arrays)
-    except ValueError as error:  # what the system said to tensorstore is in the text alone
+    except ValueError as error:  # the system's error code is only in the text of tensorstore's error
         if (code := re.search(r"os_error_code='(\d+)'", str(error))) is None:
             raise
         raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
 
 
-@contextmanager
-def whole_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yields an empty directory to fill; then it gets its checksums, is flushed, and becomes `path`: all of it or none.
-
-    One that is left behind by a kill is called `.<name of path>.` and some letters, and lies beside `path`.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        # In the same directory, because only there is a rename one indivisible step.
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent, ignore_cleanup_errors=True) as here:
-            draft = Path(here) / "checkpoint"
-            draft.mkdir()
-            yield draft
-            write_checksums(draft)
-            _flush(draft)
-            replaced = Path(here) / "replaced"
-            try:
-                if overwrite and path.exists():
-                    path.rename(replaced)
-                draft.rename(path)
-            except BaseException:  # an interrupt too
-                if replaced.exists() and not path.exists():
-                    replaced.rename(path)
-                raise
-            _flush_directory(path.parent)
-    except OSError as error:
-        if error.filename is None and error.errno is not None:  # a full disk does not say of itself where it is
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
-
-
 def read_checkpoint_info(directory: Path) -> CheckpointInfo:
-    """Returns the checkpoint's description; CheckpointError if any file differs from its checksum."""
+    """Reads model.json. Raises CheckpointError if any file of the checkpoint differs from its checksum."""
     verify_all(directory)
     path = directory / _MODEL
     try:
@@ -146,19 +127,25 @@ def read_checkpoint_info(directory: Path) -> CheckpointInfo:
         raise CheckpointError(f"{path} does not describe a model: {error}") from error
 
 
-def read_checkpoint_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
-    """Returns the checkpoint's tokeniser, or None where it has none."""
+def read_checkpoint_tokenizer(directory: Path) -> "PreTrainedTokenizerBase | None":
+    """Reads the tokeniser of a checkpoint. None if it has none."""
     path = directory / _TOKENIZER
-    # Every tokeniser that is saved has a tokenizer.json; AutoTokenizer would import torch where that is installed.
-    return PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True) if path.is_dir() else None
+    if not path.is_dir():
+        return None
+    # Not AutoTokenizer, which imports torch if that is installed. Every saved tokeniser has a tokenizer.json.
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
 
 
 def stream_checkpoint(directory: Path, info: CheckpointInfo, dtype: DType) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields (parameter path, its array in `dtype` on the host), reading it in about `_GROUPS` parts.
+    """Reads all parameters in about `_GROUPS` parts: yields (path, array in `dtype` on the host).
 
     Raises:
-        CheckpointError: a parameter is missing, or has another shape or dtype than model.json says.
+        CheckpointError: a parameter is missing, or its shape or dtype is not what model.json says.
     """
+    from orbax.checkpoint import v1 as ocp
+
     shapes = _parameter_shapes(info.config)
     stored, target = dtype_of(info.dtype), dtype_of(dtype)
     where = str((directory / _PARAMS).absolute())
@@ -166,7 +153,7 @@ def stream_checkpoint(directory: Path, info: CheckpointInfo, dtype: DType) -> It
     for paths in _groups(shapes):
         wanted: dict[str, Any] = {}
         for path in paths:
-            _put(wanted, path, np.empty(shapes[path], stored))  # only its shape and dtype are used
+            _put(wanted, path, np.empty(shapes[path], stored))  # Orbax uses only the shape and the dtype
         with orbax_context():
             loaded = ocp.load(where, wanted)
         for path in paths:
@@ -180,14 +167,14 @@ def _check_stored(directory: Path, found: Any, shapes: Mapping[str, tuple[int, .
         array = _get(found, path)
         if array is None:
             raise CheckpointError(f"{directory}: parameter {path} of shape {shape} is missing")
-        if tuple(array.shape) != shape or array.dtype != dtype:  # Orbax would cast without a word
+        if tuple(array.shape) != shape or array.dtype != dtype:  # Orbax would cast without a warning
             raise CheckpointError(
                 f"{directory}: parameter {path} is {array.dtype} {tuple(array.shape)}; model.json says {dtype} {shape}"
             )
 
 
 def _groups(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[list[str]]:
-    """Yields the parameters, the largest first, in lists of one or of at most 1 / `_GROUPS` of the model."""
+    """Splits the parameters, the largest first, into groups of at most 1 / `_GROUPS` of the model, or of one."""
     sizes = {path: math.prod(shape) for path, shape in shapes.items()}
     limit = sum(sizes.values()) / _GROUPS
     group: list[str] = []
@@ -199,8 +186,10 @@ def _groups(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[list[str]]:
     yield group
 
 
-def orbax_context() -> ocp.Context:
-    """Returns how we write and read: uncompressed, and only the arrays that are asked for."""
+def orbax_context() -> "ocp.Context":
+    """Orbax's settings for our files: written without compression, and read in part if only a part is asked for."""
+    from orbax.checkpoint import v1 as ocp
+
     context = ocp.Context()
     context.array.saving.use_compression = False
     context.pytree.loading.partial_load = True
@@ -237,21 +226,3 @@ def _put(params: dict[str, Any], path: str, value: Any) -> None:
     for branch in branches:
         params = params.setdefault(branch, {})
     params[leaf] = value
-
-
-def _flush(directory: Path) -> None:
-    """Has the system write everything below `directory` to the disk."""
-    for folder, _, names in os.walk(directory):
-        for name in names:
-            with open(Path(folder) / name, "rb+") as file:
-                os.fsync(file.fileno())
-        _flush_directory(Path(folder))
-
-
-def _flush_directory(directory: Path) -> None:
-    if hasattr(os, "O_DIRECTORY"):  # Windows cannot open directories
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

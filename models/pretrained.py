@@ -1,4 +1,4 @@
-"""`load_model`: a name or a path becomes a Model, be it built in, a GGUF file, a directory or on the hub."""
+"""Loading and saving of models: built-in models, GGUF files, Hugging Face directories and hub ids, our checkpoints."""
 
 import dataclasses
 import difflib
@@ -7,25 +7,19 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
-from hshare_jax.errors import CheckpointError
+from hshare_jax.errors import CheckpointError, SettingError
 from hshare_jax.files.checksums import verify_checksums
 from hshare_jax.models.builtin_model import BUILTIN_MODELS, builtin_checkpoint
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.gguf_checkpoint import GGUFTensors, config_from_gguf
 from hshare_jax.models.gguf_file import read_gguf
 from hshare_jax.models.gguf_tokenizer import end_tokens_of_gguf, tokenizer_from_gguf
-from hshare_jax.models.hf_checkpoint import (
-    HFTensors,
-    check_hf_directory,
-    read_hf_config,
-    read_hf_tokenizer,
-)
+from hshare_jax.models.hf_checkpoint import HFTensors, check_hf_directory, read_hf_config, read_hf_tokenizer
 from hshare_jax.models.orbax_checkpoint import (
     CheckpointInfo,
     is_orbax_directory,
@@ -44,50 +38,53 @@ from hshare_jax.models.weights import (
     tensor_layout,
 )
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 ModelForm = Literal["built-in", "gguf", "checkpoint", "hf", "hub"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja", "SHA256SUMS")
-_NOT_HUB_FILES = ("consolidated*", "*/*")  # the same weights in another form, and folders of other forms
-# Tokens that end a turn in a chat template; a file's single end token often ends only whole documents.
+_NOT_HUB_FILES = ("consolidated*", "*/*")  # the same weights in other formats
+# Tokens that end a turn in a chat template. The one end token that a file names often ends only whole documents.
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "</s>")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-    """A model in memory. `identity` is a short hash that tells one model's weights and configuration from another's."""
+    """A model in memory. `identity` is a short hash of its weights and configuration."""
 
     config: ModelConfig
     params: dict[str, Any]
-    tokenizer: PreTrainedTokenizerBase | None
+    tokenizer: "PreTrainedTokenizerBase | None"
     eos_token_ids: tuple[int, ...]
     name: str
     identity: str
 
     @property
     def dtype(self) -> DType:
-        """Returns the dtype of the parameters."""
+        """The dtype of the parameters."""
         return str(self.params["embedding"].dtype)  # pyright: ignore[reportReturnType]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ModelFiles:
-    """A model whose configuration and tokeniser have been read, and its weights not yet."""
+    """A model whose configuration and tokeniser have been read, but not its weights."""
 
     config: ModelConfig
-    tokenizer: PreTrainedTokenizerBase | None
+    tokenizer: "PreTrainedTokenizerBase | None"
     eos_token_ids: tuple[int, ...]
     name: str
-    dtype: DType  # what `load` takes unless told: a converted checkpoint's own, else float32
-    stream: Callable[[DType], Iterator[tuple[str, np.ndarray]]]  # the parameters one by one, in a dtype
+    dtype: DType  # the default of `load`: that of a converted checkpoint, else float32
+    stream: Callable[[DType], Iterator[tuple[str, np.ndarray]]]  # reads the parameters one by one, in a dtype
 
     def load(self, dtype: DType | None = None) -> Model:
-        """Returns the model, its parameters in `dtype` on JAX's default device; errors are those of `load_model`."""
+        """Reads the weights as `dtype`, onto JAX's default device. The errors are those of `load_model`."""
         with self._read("loading", dtype) as bar:
             params, identity = load_parameters(self.config, iter(bar))
         return Model(self.config, params, self.tokenizer, self.eos_token_ids, self.name, identity)
 
     def identify(self, dtype: DType | None = None) -> str:
-        """Returns the identity of the model that `load` returns, without keeping its parameters."""
+        """The identity of the model that `load` returns. The weights are read and not kept."""
         with self._read("reading", dtype) as bar:
             return identify(self.config, iter(bar))
 
@@ -104,22 +101,22 @@ def load_model(
     cache_dir: str | os.PathLike[str] | None = None,
     revision: str | None = None,
 ) -> Model:
-    """Returns the model called or stored at `name_or_path`, its parameters in `dtype` on JAX's default device.
+    """Loads a model, with its parameters on JAX's default device.
 
     Args:
         name_or_path: a built-in name (`smollm2-135m-instruct`), a .gguf file, a Hugging Face directory, a checkpoint
             written by `save_model`, or a Hugging Face hub id (`organisation/name`).
-        dtype: float32, bfloat16 or float16; weights stored otherwise are cast. None: that of a converted checkpoint,
-            and float32 for all other forms.
-        cache_dir: where downloads and conversions are kept; default $HSHARE_JAX_CACHE, or hshare-jax in the user's
-            cache directory (for the hub: its own cache).
-        revision: a branch, tag or commit; only for a hub id.
+        dtype: float32, bfloat16 or float16. Weights of another dtype are cast. None: the dtype of a converted
+            checkpoint, and float32 for every other form of model.
+        cache_dir: the directory of downloads and conversions. None: $HSHARE_JAX_CACHE, or hshare-jax in the user's
+            cache directory; for a hub id the cache of the hub.
+        revision: a branch, tag or commit of a hub id.
 
     Raises:
-        FileNotFoundError: a path that does not exist, or a directory without weights.
-        CheckpointError: damaged files, or files that contradict their configuration.
-        ConnectionError: a built-in or hub model that is not cached cannot be fetched.
-        ValueError: an unknown name, or a model that this decoder does not compute.
+        FileNotFoundError: the path does not exist, or the directory has no weights.
+        CheckpointError: the files are damaged or contradict their configuration.
+        ConnectionError: a built-in model or a hub id is not cached and cannot be fetched.
+        ValueError: the name is not known, or this decoder cannot compute the model.
     """
     if dtype is not None:
         dtype_of(dtype)
@@ -132,9 +129,9 @@ def open_model(
     cache_dir: str | os.PathLike[str] | None = None,
     revision: str | None = None,
 ) -> ModelFiles:
-    """Returns the model's configuration and tokeniser, for checks before its weights are loaded.
+    """Reads the configuration and the tokeniser of a model, so that both can be checked before the weights are loaded.
 
-    Arguments and errors are those of `load_model`. What is not on this machine yet is fetched.
+    Arguments and errors are those of `load_model`. A model that is not on this machine is fetched.
     """
     form = check_model_name(name_or_path, revision=revision)
     name = os.fspath(name_or_path)
@@ -153,26 +150,26 @@ def open_model(
 
 
 def save_model(model: Model, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-    """Writes `model` as a checkpoint directory that `load_model` reads: all of it or, on an error, nothing.
+    """Writes a model as a checkpoint directory that `load_model` can read. On an error nothing is written.
 
     Raises:
-        FileExistsError: `path` exists and `overwrite` is False, or it is something other than such a checkpoint.
+        FileExistsError: `path` exists and `overwrite` is False, or `path` is not such a checkpoint.
     """
     info = CheckpointInfo(model.config, model.dtype, model.eos_token_ids, model.name)
     save_checkpoint(path, info, model.params, model.tokenizer, overwrite=overwrite)
 
 
 def check_model_name(name_or_path: str | os.PathLike[str], *, revision: str | None = None) -> ModelForm:
-    """Returns what form of model a name or path is, from its spelling and the files present; nothing heavy is read.
+    """Which form of model a name or a path is. Only names of files are looked at.
 
     Raises:
-        FileNotFoundError: a path that does not exist, or a directory without a model.
-        ValueError: a name that is neither built in nor a path nor a hub id; a revision for anything but a hub id.
+        FileNotFoundError: the path does not exist, or the directory holds no model.
+        ValueError: the name is neither built in nor a path nor a hub id, or a revision is given for anything but a hub
+            id.
     """
-    name = os.fspath(name_or_path)
-    form = _form(name)
+    form = _form(os.fspath(name_or_path))
     if revision is not None and form != "hub":
-        raise ValueError(f"revision={revision!r} is for Hugging Face hub ids; {name!r} is a {form} model")
+        raise SettingError("revision", revision, f"is for Hugging Face hub ids; this is a {form} model")
     return form
 
 
@@ -208,6 +205,7 @@ def _known_forms() -> str:
 
 
 def _snapshot(name: str, cache_dir: str | os.PathLike[str] | None, revision: str | None) -> Path:
+    """Downloads a hub model, unless the hub's cache has it. Returns its directory."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
@@ -243,9 +241,8 @@ def _open_gguf(path: Path, name: str) -> ModelFiles:
     def stream(dtype: DType) -> Iterator[tuple[str, np.ndarray]]:
         return stream_parameters(config, GGUFTensors(file, config), dtype)
 
-    return ModelFiles(
-        config, tokenizer, _end_tokens(config, tokenizer, end_tokens_of_gguf(file)), name, "float32", stream
-    )
+    ends = _end_tokens(config, tokenizer, end_tokens_of_gguf(file))
+    return ModelFiles(config, tokenizer, ends, name, "float32", stream)
 
 
 def _open_hf(directory: Path, name: str) -> ModelFiles:
@@ -265,18 +262,19 @@ def _open_checkpoint(directory: Path) -> ModelFiles:
     def stream(dtype: DType) -> Iterator[tuple[str, np.ndarray]]:
         return stream_checkpoint(directory, info, dtype)
 
-    return ModelFiles(
-        info.config, tokenizer, _end_tokens(info.config, tokenizer, info.eos_token_ids), info.name, info.dtype, stream
-    )
+    ends = _end_tokens(info.config, tokenizer, info.eos_token_ids)
+    return ModelFiles(info.config, tokenizer, ends, info.name, info.dtype, stream)
 
 
-def _end_tokens(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None, ends: Iterable[int]) -> tuple[int, ...]:
-    """Returns what ends an answer: the end tokens that the files name, and those that end a turn of the template."""
+def _end_tokens(
+    config: ModelConfig, tokenizer: "PreTrainedTokenizerBase | None", ends: Iterable[int]
+) -> tuple[int, ...]:
+    """The ids that end an answer: `ends`, which the files name, and the tokens that end a turn of the chat template."""
     distinct = dict.fromkeys([*ends, *_turn_ends(tokenizer)])
     return tuple(end for end in distinct if 0 <= end < config.vocab_size)
 
 
-def _turn_ends(tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+def _turn_ends(tokenizer: "PreTrainedTokenizerBase | None") -> list[int]:
     if tokenizer is None:
         return []
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""

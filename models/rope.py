@@ -1,4 +1,4 @@
-"""Rotary position embedding: the angles of every published spacing, and the rotation of queries and keys."""
+"""Rotary position embedding: the frequencies of each kind of scaling, and the rotation of queries and keys."""
 
 import math
 
@@ -11,11 +11,12 @@ from hshare_jax.models.config import RopeConfig
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
-    """Returns (frequencies [H // 2] in radians per position, the factor on queries and keys).
+    """(frequencies [H // 2] in radians per position, a factor on queries and keys).
+
+    The factor is 1 except for yarn, which sharpens attention on long contexts.
 
     Sources: RoFormer (arXiv 2104.09864, section 3.4.2); linear: position interpolation (arXiv 2306.15595); llama3: the
-        LLaMA 3.1 model code; yarn: arXiv 2309.00071, section 3. The factor is 1 except for yarn, which sharpens
-        attention on long contexts.
+        LLaMA 3.1 model code; yarn: arXiv 2309.00071, section 3.
     """
     frequencies = rope.theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if rope.divisors is not None:
@@ -30,7 +31,10 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, fl
 
 
 def _llama3(rope: RopeConfig, frequencies: np.ndarray) -> np.ndarray:
-    """Divides slow angles by `factor`, keeps fast ones, and interpolates by how often they turn in training."""
+    """Keeps high frequencies and divides low ones by `factor`; between them it interpolates.
+
+    A frequency is high if it makes many turns within the context that the model was trained on.
+    """
     turns = rope.original_max_positions * frequencies / (2 * math.pi)
     is_kept = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     is_kept = np.clip(is_kept, 0.0, 1.0)
@@ -38,9 +42,10 @@ def _llama3(rope: RopeConfig, frequencies: np.ndarray) -> np.ndarray:
 
 
 def _yarn(rope: RopeConfig, frequencies: np.ndarray, head_dim: int) -> np.ndarray:
-    """As llama3, but the ramp is linear in the channel between the ones that turn beta_fast and beta_slow times."""
+    """As llama3, but interpolates linearly over channels, between those that turn beta_fast and beta_slow times."""
 
     def channel(turns: float) -> float:
+        """The channel, not rounded, whose angle makes this many turns."""
         return head_dim * math.log(rope.original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     low, high = channel(rope.beta_fast), channel(rope.beta_slow)
@@ -64,18 +69,17 @@ def _yarn_attention_factor(rope: RopeConfig) -> float:
 
 
 def rotation(rope: RopeConfig, head_dim: int, positions: Int[Array, "B T"]) -> tuple[Array, Array]:
-    """Returns (cos, sin), each float32 [B, T, 1, H // 2], that `rotate` applies at `positions`."""
+    """The (cos, sin) of all angles at `positions`, each float32 [B, T, 1, H // 2], for `rotate`."""
     frequencies, factor = inverse_frequencies(rope, head_dim)
+    per_channel = jnp.asarray(frequencies, jnp.float32)[None, None, None, :]
     # Angles must stay float32: in bfloat16 neighbouring positions beyond 256 would share an angle.
-    angles = (
-        positions[:, :, None, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)[None, None, None, :]
-    )
+    angles = positions[:, :, None, None].astype(jnp.float32) * per_channel
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
 def rotate(
     x: Float[Array, "B T heads H"], cos: Float[Array, "B T 1 half"], sin: Float[Array, "B T 1 half"]
 ) -> Float[Array, "B T heads H"]:
-    """Returns x with channels i and i + H // 2 of every head turned together, the layout of Hugging Face weights."""
+    """Rotates x: channels i and i + H // 2 of every head turn together, as in the layout of Hugging Face weights."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

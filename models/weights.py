@@ -1,9 +1,9 @@
-"""Weights in: a checkpoint's tensors, named as Hugging Face names them, become the decoder's parameter tree.
+"""Loading of weights: the tensors of a checkpoint, under their Hugging Face names, become the parameter tree.
 
-A checkpoint format is a `TensorSource`. It hands out a tensor in blocks of rows, so what is held beside the finished
-parameters is one block of the checkpoint; the largest parameters come first, while little else is held. Query, key and
-value projections are laid into one array, as are gate and up: two products fewer a layer, and XLA would otherwise
-concatenate the weights on every call.
+A checkpoint format is a `TensorSource`, which hands out a tensor in blocks of rows. Beside the finished parameters only
+one block is in memory, and the largest parameters are read first, while memory holds little else. Query, key and value
+projections are stacked in one array, and so are gate and up. This saves three products in each layer, and XLA would
+otherwise concatenate the weights on every call.
 """
 
 import json
@@ -18,16 +18,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hshare_jax.errors import CheckpointError
+from hshare_jax.errors import CheckpointError, SettingError
 from hshare_jax.models.config import ModelConfig
 
 DType = Literal["float32", "bfloat16", "float16"]
 DTYPES: tuple[DType, ...] = ("float32", "bfloat16", "float16")
 BLOCK_BYTES = 16 << 20
 
-# Buffers of rotary angles that old versions of transformers saved; the decoder computes them.
+# Buffers of rotary angles that old versions of transformers saved. The decoder computes these itself.
 _HARMLESS = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
-_ALIGNMENT = 64  # what XLA:CPU asks of memory that it is to use without a copy
+_ALIGNMENT = 64  # bytes; XLA:CPU copies memory that is aligned less
 _SAMPLES = 256
 
 
@@ -37,27 +37,30 @@ class TensorSource(Protocol):
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Returns every tensor's shape, without reading any."""
+        """The shape of every tensor. No tensor is read."""
         ...
 
     def file_of(self, name: str) -> str:
-        """Returns the file to name in an error about tensor `name`; for a tensor that is missing, where it would be."""
+        """The file to name in an error about tensor `name`. For a missing tensor: the file where it would be."""
         ...
 
     def blocks(self, name: str) -> Iterator[np.ndarray]:
-        """Yields tensor `name` from its first row to its last, in blocks of about `BLOCK_BYTES` along axis 0."""
+        """Reads tensor `name` in order, in blocks of about `BLOCK_BYTES` along axis 0."""
         ...
 
 
 def dtype_of(name: str) -> np.dtype:
-    """Returns the dtype called `name`; ValueError for one that the decoder does not run in."""
+    """The dtype called `name`. Raises ValueError for a dtype that the decoder cannot run in."""
     if name not in DTYPES:
-        raise ValueError(f"dtype={name!r} must be one of {', '.join(DTYPES)}")
+        raise SettingError("dtype", name, f"must be one of {', '.join(DTYPES)}")
     return jnp.dtype(name)
 
 
 def tensor_layout(config: ModelConfig) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Returns for each parameter (`layers_0/qkv/weight`) the tensors stacked in it along axis 0, with their shapes."""
+    """How tensors make up parameters: for each parameter the tensors stacked in it along axis 0, with their shapes.
+
+    A parameter is named by its path in the tree, such as `layers_0/qkv/weight`, a tensor as Hugging Face names it.
+    """
     D, F, V = config.width, config.mlp_width, config.vocab_size
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     layout = {"embedding": {"model.embed_tokens.weight": (V, D)}, "final_norm/scale": {"model.norm.weight": (D,)}}
@@ -85,12 +88,11 @@ def tensor_layout(config: ModelConfig) -> dict[str, dict[str, tuple[int, ...]]]:
 
 
 def stream_parameters(config: ModelConfig, source: TensorSource, dtype: DType) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields (parameter path, its array in `dtype` on the host), the largest first.
+    """Reads all parameters, the largest first: yields (path, array in `dtype` on the host).
 
     Raises:
         CheckpointError: a tensor is missing, unexpected, of a wrong shape, not finite, or too large for `dtype`. Names
-        and shapes
-            are checked before anything is read.
+            and shapes are checked before any tensor is read.
     """
     target = dtype_of(dtype)
     layout = tensor_layout(config)
@@ -109,8 +111,8 @@ def stream_parameters(config: ModelConfig, source: TensorSource, dtype: DType) -
 
 
 def cast_into(target: np.ndarray, block: np.ndarray, name: str, file: str) -> None:
-    """Copies `block` into `target` and its dtype; CheckpointError if a number is not finite there."""
-    with np.errstate(over="ignore"):  # reported below, by name
+    """Copies `block` into `target`, cast to its dtype. Raises CheckpointError if a number is then not finite."""
+    with np.errstate(over="ignore"):  # the error below names the tensor
         target[...] = block
     if np.isfinite(target).all():
         return
@@ -123,11 +125,14 @@ def cast_into(target: np.ndarray, block: np.ndarray, name: str, file: str) -> No
 
 
 def load_parameters(config: ModelConfig, arrays: Iterator[tuple[str, np.ndarray]]) -> tuple[dict, str]:
-    """Returns (the parameter tree on JAX's default device, the model's identity) of (path, host array) pairs.
+    """Puts parameters on JAX's default device: (parameter tree, identity of the model).
 
-    On a CPU the arrays are used where they lie, not copied. The identity is a short hash of the configuration and of a
-    sample of every parameter: the same for float32 and bfloat16 readings of one checkpoint, another for any other
-    model.
+    On a CPU the arrays are not copied. The identity is a short hash of the configuration and of a sample of every
+    parameter. It is the same whether a checkpoint is read as float32 or bfloat16, and differs between models.
+
+    Args:
+        config: the model's configuration.
+        arrays: pairs (path of the parameter, array on the host).
     """
     params: dict[str, Any] = {}
     samples: dict[str, str] = {}
@@ -142,7 +147,7 @@ def load_parameters(config: ModelConfig, arrays: Iterator[tuple[str, np.ndarray]
 
 
 def identify(config: ModelConfig, arrays: Iterator[tuple[str, np.ndarray]]) -> str:
-    """Returns a model's identity, as `load_parameters` does, of arrays that are read one by one and not kept."""
+    """The identity that `load_parameters` gives a model. The arrays are read one by one and not kept."""
     return _identity(config, {path: _sample(array) for path, array in arrays})
 
 
@@ -157,7 +162,7 @@ def _sample(array: np.ndarray) -> str:
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Returns uninitialised memory that XLA:CPU uses as it lies: jax.device_put copies any other."""
+    """An uninitialised array, aligned so that jax.device_put does not copy it on a CPU."""
     size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT

@@ -1,9 +1,9 @@
-"""Writes tests/fixtures/logits.npz: what transformers computes for the cases of tests/support/logit_cases.py.
+"""Writes tests/fixtures/logits.npz: the logits of transformers for the cases of tests/support/logit_cases.py.
 
     PYTHONPATH=tests/support python scripts/make_logit_fixtures.py
 
-The weights are not stored: tests/support/random_weights.py makes them from the tensors' names. Run this script again
-after a case has changed.
+The file holds no weights, because tests/support/random_weights.py makes them from their names. Run this script again
+after changing a case.
 """
 
 import json
@@ -14,7 +14,7 @@ import transformers
 from logit_cases import CASES, NUM_TOKENS, TOKENS_SEED, VOCAB_SIZE, transformers_logits, transformers_model
 
 TARGET = Path(__file__).parent.parent / "tests" / "fixtures" / "logits.npz"
-POSITIONS = (0, 1, 8, 9, 17, 39)  # the positions whose logits are kept: around the window and the original length
+POSITIONS = (0, 1, 8, 9, 17, 39)  # the positions whose logits are stored: around the window and the original length
 
 
 def main() -> None:

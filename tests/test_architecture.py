@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 # Imports point down only: a module may import those before it. A new module fails until it is given its place here.
 # `.*` places a whole folder: its files may import one another, and what comes before the folder.
 ORDER = (
+    "hshare_jax.lazy",
     "hshare_jax.shapes",
     "hshare_jax.errors",
     "hshare_jax.files.*",
@@ -21,6 +22,7 @@ ORDER = (
     "hshare_jax.attend",
     "hshare_jax.prefill",
     "hshare_jax.decode_step",
+    "hshare_jax.sampling_params",
     "hshare_jax.sampling",
     "hshare_jax.decode_loop",
     "hshare_jax.prompts",

@@ -11,19 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from random_weights import random_params
-from tiny_decoder import oracle_rows
+from tiny_decoder import oracle_rows, vary
 
-from hshare_jax.calibration import (
-    calibrate,
-    find_plans,
-    load_channels,
-    load_plan,
-    save_channels,
-    save_plan,
-    to_share_plan,
-)
+from hshare_jax.calibration import calibrate, find_plans
 from hshare_jax.decode_state import init_state
-from hshare_jax.methods.hshare.settings import HShareSettings
+from hshare_jax.methods.hshare.method import HShare
+from hshare_jax.methods.hshare.plan_files import load_channels, load_plan, save_channels, save_plan
+from hshare_jax.methods.hshare.settings import HShareSettings, PlanSearch
+from hshare_jax.methods.hshare.share_plan import to_share_plan
 from hshare_jax.methods.hshare.shared_lists import SharedLists
 from hshare_jax.models.config import ModelConfig, RopeConfig
 from hshare_jax.models.decoder import Decoder
@@ -39,10 +34,11 @@ MODEL_OF_IDS = Model(MODEL, PARAMS, None, (), "tiny", "0" * 16)
 FILES = ModelFiles(MODEL, None, (), "tiny", "float32", lambda dtype: iter(()))
 L, K, N, H = MODEL.num_layers, MODEL.num_kv_heads, MODEL.num_heads, MODEL.head_dim
 # A budget of 12, and a plan in which half of the lists of the last two layers copy.
-HSHARE = HShareSettings(
-    num_sinks=2, num_critical=6, num_recent=4, num_probes=5, label_channels=3, dense_layers=1
+HSHARE = HShare(
+    HShareSettings(num_sinks=2, num_critical=6, num_recent=4, label_channels=3, dense_layers=1, min_length=0),
+    PlanSearch(num_probes=5),
 ).with_sharing_ratio("1/2-1-1/2")
-PUBLISHED = dataclasses.replace(HSHARE, plan="published", lists_per="query_head")
+PUBLISHED = vary(HSHARE, plan_kind="published", lists_per="query_head")
 BLOCK = 40
 TEXT = np.random.default_rng(11).integers(0, MODEL.vocab_size, 2 * BLOCK + 7).tolist()
 LLAMA2_MAP = [
@@ -56,7 +52,7 @@ LLAMA2 = dataclasses.replace(
 
 @pytest.fixture(scope="module")
 def calibrated():
-    return calibrate(MODEL_OF_IDS, [TEXT], hshare=HSHARE, block_length=BLOCK)
+    return calibrate(MODEL_OF_IDS, [TEXT], method=HSHARE, block_length=BLOCK)
 
 
 def queries_and_keys(ids: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -91,29 +87,30 @@ def test_channels_are_ranked_by_the_mean_product_over_all_pairs_of_all_blocks(ca
     assert calibrated.num_tokens == len(TEXT)
 
 
-@pytest.mark.parametrize("hshare", [HSHARE, PUBLISHED], ids=["units", "published"])
-def test_the_plan_of_a_text_of_one_block_is_that_of_its_prefill_with_these_channels(hshare):
-    found = calibrate(MODEL_OF_IDS, [TEXT[:BLOCK]], hshare=hshare, block_length=BLOCK)
-    state = init_state(MODEL, 1, BLOCK, method=hshare, channels=found.channels)
+@pytest.mark.parametrize("method", [HSHARE, PUBLISHED], ids=["units", "published"])
+def test_the_plan_of_a_text_of_one_block_is_that_of_its_prefill_with_these_channels(method):
+    found = calibrate(MODEL_OF_IDS, [TEXT[:BLOCK]], method=method, block_length=BLOCK)
+    known = dataclasses.replace(method, channels=found.channels)
+    state = init_state(MODEL, 1, BLOCK, method=known)
     tokens, lengths = jnp.asarray([TEXT[:BLOCK]], jnp.int32), jnp.asarray([BLOCK], jnp.int32)
-    _, state = prefill(PARAMS, tokens, lengths, state, config=MODEL)
+    _, state = prefill(PARAMS, tokens, lengths, state, config=MODEL, method=known)
     assert isinstance(state.method_state, SharedLists)
     assert found.plan == to_share_plan(np.asarray(state.method_state.source[0]))
     assert any(unit != place for place, unit in enumerate(sum(found.plan.source, ())))
-    assert find_plans(MODEL_OF_IDS, [TEXT[:BLOCK]], hshare=hshare, channels=found.channels) == [found.plan]
+    assert find_plans(MODEL_OF_IDS, [TEXT[:BLOCK]], method=known) == [found.plan]
 
 
 @pytest.mark.parametrize(
-    "hshare",
-    [HSHARE, PUBLISHED, dataclasses.replace(HSHARE, plan="anchors")],
+    "method",
+    [HSHARE, PUBLISHED, vary(HSHARE, plan_kind="anchors")],
     ids=["units", "published", "anchors"],
 )
-def test_the_plan_of_several_blocks_is_that_of_the_mean_over_all_their_probes(hshare):
+def test_the_plan_of_several_blocks_is_that_of_the_mean_over_all_their_probes(method):
     # Labels keep all channels, so that which come first does not matter. The last block has fewer probes.
-    hshare = dataclasses.replace(hshare, label_channels=H, num_probes="all")
+    method = vary(method, label_channels=H, num_probes="all")
     blocks = [TEXT[:BLOCK], TEXT[BLOCK : 2 * BLOCK], TEXT[20:46]]
-    rows = oracle_rows([np.asarray(block) for block in blocks], hshare, MODEL)
-    counts = [len(block) - hshare.first_probe for block in blocks]
+    rows = oracle_rows([np.asarray(block) for block in blocks], method, MODEL)
+    counts = [len(block) - method.settings.first_probe for block in blocks]
     assert len(set(counts)) == 2
 
     def mean(*of_blocks):
@@ -122,17 +119,17 @@ def test_the_plan_of_several_blocks_is_that_of_the_mean_over_all_their_probes(hs
     similarity = jax.tree.map(mean, *(row.similarity for row in rows))
     expected = [[layer * len(lists) + j for layer, j in lists] for lists in rows[0].find_plan(similarity)]
     texts = [blocks[0] + blocks[1], blocks[2]]
-    found = calibrate(MODEL_OF_IDS, texts, hshare=hshare, block_length=BLOCK)
+    found = calibrate(MODEL_OF_IDS, texts, method=method, block_length=BLOCK)
     assert [list(layer) for layer in found.plan.source] == expected
     flat = [unit for layer in expected for unit in layer]
     assert flat != list(range(len(flat)))
-    if hshare.plan == "units":  # the others have few plans to choose from
+    if method.search.plan_kind == "units":  # the others have few plans to choose from
         assert any(row.find_plan(row.similarity) != rows[0].find_plan(similarity) for row in rows)
 
 
 def test_a_rest_without_a_full_budget_leaves_the_plan_to_the_other_blocks(calibrated):
     # The 7 tokens at the end, below the 18 of a first probe, have none.
-    whole = calibrate(MODEL_OF_IDS, [TEXT, TEXT[:BLOCK]], hshare=HSHARE, block_length=BLOCK, max_blocks=3)
+    whole = calibrate(MODEL_OF_IDS, [TEXT, TEXT[:BLOCK]], method=HSHARE, block_length=BLOCK, max_blocks=3)
     assert whole.plan == calibrated.plan
     np.testing.assert_array_equal(whole.channels, calibrated.channels)
 
@@ -155,7 +152,7 @@ def test_a_rest_without_a_full_budget_leaves_the_plan_to_the_other_blocks(calibr
 def test_mistakes_are_refused_before_anything_is_computed(monkeypatch, texts, settings, message):
     monkeypatch.setattr("hshare_jax.calibration.read_prompt", None)
     with pytest.raises(ValueError, match=message):
-        calibrate(MODEL_OF_IDS, texts, hshare=HSHARE, **settings)
+        calibrate(MODEL_OF_IDS, texts, method=HSHARE, **settings)
 
 
 def test_files_come_back_whole(tmp_path, calibrated):
@@ -166,7 +163,8 @@ def test_files_come_back_whole(tmp_path, calibrated):
         np.testing.assert_array_equal(channels, calibrated.channels)
         assert load_plan(tmp_path / "plan.json", model, HSHARE) == calibrated.plan
     settings = json.loads((tmp_path / "plan.json").read_text())["hshare_jax"]["settings"]
-    assert settings == {field.name: str(getattr(HSHARE, field.name)) for field in dataclasses.fields(HSHARE)}
+    records = (HSHARE.settings, HSHARE.search)
+    assert settings == {f.name: str(getattr(record, f.name)) for record in records for f in dataclasses.fields(record)}
 
 
 def test_a_file_of_another_model_is_refused(tmp_path, calibrated):
@@ -271,10 +269,10 @@ def test_a_published_layer_map_copies_list_by_list(tmp_path):
     plan = load_plan(
         write(tmp_path / "p.json", {"layer.share_config": LLAMA2_MAP}),
         model,
-        dataclasses.replace(HSHARE, dense_layers=0),
+        vary(HSHARE, dense_layers=0),
     )
     assert plan.source == tuple(tuple(32 * layer + j for j in range(32)) for layer in LLAMA2_MAP)
-    assert sum(plan.owns(layer) for layer in range(32)) == 16
+    assert plan.is_computed.any(axis=1).sum() == 16
 
 
 MALFORMED_PLANS = {

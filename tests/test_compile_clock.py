@@ -1,4 +1,4 @@
-"""The compile clock: it counts compiling once, only inside its block, and nothing where all is compiled."""
+"""The compile clock: it counts compile time once and only inside its block, and counts no running time."""
 
 import time
 

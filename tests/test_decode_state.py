@@ -8,17 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from tiny_decoder import HSHARE, MODEL
+from tiny_decoder import HSHARE, MODEL, vary
 
 from hshare_jax.decode_state import DecodeState, count_reads, init_state
-from hshare_jax.methods.hshare.settings import HShareSettings
+from hshare_jax.methods.hshare.channels import check_channels
+from hshare_jax.methods.hshare.method import HShare
 from hshare_jax.methods.hshare.share_plan import SharePlan, identity_plan
-from hshare_jax.methods.hshare.shared_lists import SharedLists, check_channels
+from hshare_jax.methods.hshare.shared_lists import SharedLists
 from hshare_jax.shapes import EMPTY
 
 F32 = 1e-5  # relative, on means of whole numbers
 L, K, H = MODEL.num_layers, MODEL.num_kv_heads, MODEL.head_dim
 PLAN = SharePlan(((0, 1, 2), (3, 4, 5), (3, 7, 8), (3, 7, 7)))
+COPIES_DENSE = SharePlan(((0, 1, 2), (0, 4, 5), (6, 7, 8), (9, 10, 11)))
 CHANNELS = np.stack([np.random.default_rng(1).permutation(H)[:5] for _ in range(L * K)]).reshape(L, K, 5)
 
 
@@ -28,31 +30,30 @@ CHANNELS = np.stack([np.random.default_rng(1).permutation(H)[:5] for _ in range(
         ({"batch_size": 0}, "batch_size=0 must be at least 1"),
         ({"capacity": 0}, "capacity=0 must lie between 1 and the model's max_positions=1024"),
         ({"capacity": 1025}, "capacity=1025 must lie between 1 and the model's max_positions=1024"),
-        ({"dtype": jnp.int32}, "dtype=int32 must be float32, bfloat16 or float16"),
-        ({"plan": PLAN}, "a plan or channels were given, but method=None: dense decoding uses neither"),
-        ({"channels": CHANNELS}, "a plan or channels were given"),
+        ({"dtype": jnp.int32}, "dtype='int32' must be one of 'float32', 'bfloat16', 'float16'"),
         (
-            {"plan": SharePlan(((0, 1), (2, 3))), "method": HSHARE},
+            {"method": dataclasses.replace(HSHARE, plan=SharePlan(((0, 1), (2, 3))))},
             "the plan is for 2 layers of 2 lists; this model with lists_per='kv_head' has 4 layers of 3",
         ),
         (
-            {"plan": SharePlan(((0, 1, 2), (0, 4, 5), (6, 7, 8), (9, 10, 11))), "method": HSHARE},
+            {"method": dataclasses.replace(HSHARE, plan=COPIES_DENSE)},
             "the plan copies from the first 1 layers, which are dense and have no lists",
         ),
-        ({"method": dataclasses.replace(HSHARE, label_channels=9)}, "label_channels=9 must be at most"),
+        ({"method": vary(HSHARE, label_channels=9)}, "label_channels=9 must be at most"),
         (
-            {"channels": CHANNELS[1:], "method": HSHARE},
+            {"method": dataclasses.replace(HSHARE, channels=CHANNELS[1:])},
             r"channels has shape \[3, 3, 5\]; this model needs \[4, 3\] heads",
-        ),
-        (
-            {"channels": CHANNELS, "method": dataclasses.replace(HSHARE, scoring="exact")},
-            "channels were given, but scoring='exact' reads keys and has no labels; leave them out",
         ),
     ],
 )
 def test_a_state_that_cannot_be_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         init_state(MODEL, **({"batch_size": 1, "capacity": 8} | arguments))
+
+
+def test_channels_under_exact_scoring_are_refused():
+    with pytest.raises(ValueError, match="channels were given, but scoring='exact' reads keys and has no labels"):
+        dataclasses.replace(vary(HSHARE, scoring="exact"), channels=CHANNELS)
 
 
 @pytest.mark.parametrize("shape", [(L, K), (L, K, 2), (L, K + 1, 5), (L - 1, K, 5), (1, L, K, 5)])
@@ -78,24 +79,24 @@ def test_of_given_channels_the_first_are_used_in_ascending_order(num_channels):
     np.testing.assert_array_equal(found, np.sort(CHANNELS[:, :, :num_channels], axis=-1))
 
 
-def shared_of(hshare=HSHARE, batch_size=2, **settings):
-    shared = init_state(MODEL, batch_size, 300, method=hshare, **settings).selection
+def shared_of(method=HSHARE, batch_size=2, **settings):
+    shared = init_state(MODEL, batch_size, 300, method=method, **settings).method_state
     assert isinstance(shared, SharedLists)
     return shared
 
 
 def test_a_given_plan_and_channels_are_every_rows():
-    shared = shared_of(plan=PLAN, channels=CHANNELS)
-    assert (shared.plan, shared.has_fixed_channels) == (PLAN, True)
+    shared = shared_of(dataclasses.replace(HSHARE, plan=PLAN, channels=CHANNELS))
+    assert shared.plan == PLAN
     assert shared.source.tolist() == [list(map(list, PLAN.source))] * 2
     np.testing.assert_array_equal(shared.channels, np.tile(np.sort(CHANNELS[:, :, :3], axis=-1), (2, 1, 1, 1)))
 
 
 def test_an_empty_state_shares_nothing_and_lists_nothing():
     shared = shared_of()
-    assert (shared.plan, shared.has_fixed_channels) == (None, False)
+    assert shared.plan is None
     np.testing.assert_array_equal(shared.source, identity_plan(2, L, K))
-    assert shared.token_indices.shape == (L, 2, K, HSHARE.num_critical)
+    assert shared.token_indices.shape == (L, 2, K, HSHARE.settings.num_critical)
     assert (np.asarray(shared.token_indices) == EMPTY).all()
 
 
@@ -103,8 +104,8 @@ def test_an_empty_state_shares_nothing_and_lists_nothing():
     ("bits", "codes", "dtype"), [(4, 2, "uint8"), (8, 3, "uint8"), (None, 3, "bfloat16")], ids=["4", "8", "None"]
 )
 def test_labels_take_the_bits_that_they_are_said_to(bits, codes, dtype):
-    hshare = dataclasses.replace(HSHARE, label_bits=bits, dense_layers=2)
-    labels = shared_of(hshare, dtype=jnp.bfloat16).labels
+    method = vary(HSHARE, label_bits=bits, dense_layers=2)
+    labels = shared_of(method, dtype=jnp.bfloat16).labels
     assert labels[:2] == (None, None)  # dense layers choose nothing
     for of_layer in labels[2:]:
         assert of_layer is not None
@@ -117,7 +118,7 @@ def test_labels_take_the_bits_that_they_are_said_to(bits, codes, dtype):
 
 
 def test_exact_scoring_keeps_no_labels():
-    assert shared_of(dataclasses.replace(HSHARE, scoring="exact")).labels == (None,) * L
+    assert shared_of(vary(HSHARE, scoring="exact")).labels == (None,) * L
 
 
 WINDOWED = dataclasses.replace(MODEL, windows=(None, 20, 9, 3))
@@ -133,13 +134,14 @@ WINDOWED = dataclasses.replace(MODEL, windows=(None, 20, 9, 3))
         {"budget_ratio": Fraction(1, 4)},
     ],
 )
-@pytest.mark.parametrize("model", [MODEL, WINDOWED], ids=["no windows", "windows"])
-def test_reads_are_those_of_the_definition(model, changes):
+@pytest.mark.parametrize("config", [MODEL, WINDOWED], ids=["no windows", "windows"])
+def test_reads_are_those_of_the_definition(config, changes):
     # Rows with no list, a part of one and a whole one; ranges that overlap the sinks, or are about to be chosen anew.
-    hshare: HShareSettings = dataclasses.replace(HSHARE, **changes)
+    method: HShare = vary(HSHARE, **changes)
+    settings = method.settings
     rng = np.random.default_rng(2)
     lengths, starts = [1, 5, 8, 14, 60, 200], [0, 1, 3, 10, 54, 196]
-    B, J, C = len(lengths), hshare.num_lists(MODEL), hshare.num_critical
+    B, J, C = len(lengths), settings.num_lists(MODEL), settings.num_critical
     lists = np.full((L, B, J, C), EMPTY, np.int32)
     source = np.tile(np.arange(L * J).reshape(1, L, J), (B, 1, 1))
     for b, first in enumerate(starts):
@@ -148,7 +150,7 @@ def test_reads_are_those_of_the_definition(model, changes):
             lists[layer, b, j, : len(tokens)] = tokens
             if layer >= 2:
                 source[b, layer, j] = rng.integers(J, layer * J)
-    state = init_state(model, B, 256, method=hshare)
+    state = init_state(config, B, 256, method=method)
     assert isinstance(state.method_state, SharedLists)
     state = DecodeState(
         dataclasses.replace(state.cache, lengths=jnp.asarray(lengths)),
@@ -157,25 +159,25 @@ def test_reads_are_those_of_the_definition(model, changes):
             recent_start=jnp.asarray(starts),
         ),
     )  # fmt: skip
-    found = jax.jit(count_reads, static_argnums=1)(state, model)
+    found = jax.jit(count_reads, static_argnums=1)(state, config)
     for b, length in enumerate(lengths):
         counts = []
         for layer, j in np.ndindex(L, J):
             a, i = divmod(int(source[b, layer, j]), J)
-            window = model.windows[layer]
-            if layer < hshare.dense_layers or length < hshare.min_length:
+            window = config.windows[layer]
+            if layer < settings.dense_layers or length < settings.dense_below:
                 counts.append(len(oracle.dense_reads(length, window)))
             else:
                 seen = oracle.dense_reads(length, window)
-                reads = oracle.shared_reads(lists[a, b, i].tolist(), hshare.num_sinks, starts[b], seen)
+                reads = oracle.shared_reads(lists[a, b, i].tolist(), settings.num_sinks, starts[b], seen)
                 counts.append(len(reads))
         np.testing.assert_allclose(found[b], np.mean(counts), rtol=F32)
 
 
-@pytest.mark.parametrize("model", [MODEL, WINDOWED], ids=["no windows", "windows"])
-def test_dense_decoding_reads_all_that_its_windows_hold(model):
-    state = init_state(model, 3, 256)
+@pytest.mark.parametrize("config", [MODEL, WINDOWED], ids=["no windows", "windows"])
+def test_dense_decoding_reads_all_that_its_windows_hold(config):
+    state = init_state(config, 3, 256)
     lengths = [1, 10, 100]
     state = dataclasses.replace(state, cache=dataclasses.replace(state.cache, lengths=jnp.asarray(lengths)))
-    expected = [np.mean([len(oracle.dense_reads(n, window)) for window in model.windows]) for n in lengths]
-    np.testing.assert_allclose(count_reads(state, model), expected, rtol=F32)
+    expected = [np.mean([len(oracle.dense_reads(n, window)) for window in config.windows]) for n in lengths]
+    np.testing.assert_allclose(count_reads(state, config), expected, rtol=F32)

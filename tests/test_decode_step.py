@@ -19,21 +19,24 @@ from tiny_decoder import (
     params,
     prefill_rows,
     random_rows,
+    vary,
 )
 
 from hshare_jax.decode_state import DecodeState, count_reads, init_state
 from hshare_jax.decode_step import decode_step
 from hshare_jax.methods import double_sparsity, exact_topk
+from hshare_jax.methods.hshare.settings import HShareSettings
 from hshare_jax.methods.hshare.share_plan import SharePlan, identity_plan, kv_layer_plan
 from hshare_jax.methods.hshare.shared_lists import SharedLists
 from hshare_jax.shapes import EMPTY
 
+BUDGET = HShareSettings(num_sinks=2, num_critical=6, num_recent=4, label_channels=3, min_length=0)
 F32 = 1e-4  # absolute, on float32 logits of about 5 after four layers, against float64
 SAME = 1e-5  # between two float32 programs of the same model
 WINDOWED = dataclasses.replace(MODEL, windows=(None, 20, 9, None))
-WIDE = dataclasses.replace(HSHARE, num_critical=120)  # more than any row here holds
-GATED = dataclasses.replace(HSHARE, min_length=30)
-INTERVAL = HSHARE.refresh_interval
+WIDE = vary(HSHARE, num_critical=120)  # more than any row here holds
+GATED = vary(HSHARE, min_length=30)
+INTERVAL = HSHARE.settings.refresh_interval
 
 
 def shared_of(state: DecodeState) -> SharedLists:
@@ -81,7 +84,7 @@ def prefilled_logits(rows, steps, lengths=LENGTHS, **settings):
     ends = [[length + step + 1 for length in lengths] for step in range(steps)]
     return np.stack(
         [
-            np.asarray(prefill_rows([row[:n] for row, n in zip(rows, end, strict=True)], hshare=None, **settings)[0])
+            np.asarray(prefill_rows([row[:n] for row, n in zip(rows, end, strict=True)], method=None, **settings)[0])
             for end in ends
         ]
     )
@@ -89,7 +92,7 @@ def prefilled_logits(rows, steps, lengths=LENGTHS, **settings):
 
 def test_cached_decode_equals_full_forward():
     rows = random_rows(1, more=4)
-    logits, state = decode(rows, start(rows, hshare=None), 4)
+    logits, state = decode(rows, start(rows, method=None), 4)
     np.testing.assert_allclose(logits, prefilled_logits(rows, 4), atol=SAME, rtol=0)
     assert state.cache.lengths.tolist() == [length + 4 for length in LENGTHS]
 
@@ -99,55 +102,60 @@ def test_cached_decode_equals_full_forward():
 WHOLE = {
     "published": (MODEL, PUBLISHED, LENGTHS),
     "units": (MODEL, HSHARE, LENGTHS),
-    "units, shared KV, gate": (SHARED_KV, dataclasses.replace(HSHARE, min_length=20), LENGTHS),
-    "published, shared KV, dense layers": (SHARED_KV, dataclasses.replace(PUBLISHED, dense_layers=1), LENGTHS),
+    "units, shared KV, gate": (SHARED_KV, vary(HSHARE, min_length=20), LENGTHS),
+    "published, shared KV, dense layers": (SHARED_KV, vary(PUBLISHED, dense_layers=1), LENGTHS),
     "anchors, shared KV, exact, no dense layers": (
         SHARED_KV,
-        dataclasses.replace(
-            HSHARE, plan="anchors", layer_ratio=Fraction(1, 2), head_ratio=Fraction(1), scoring="exact", dense_layers=0
+        vary(
+            HSHARE,
+            plan_kind="anchors",
+            layer_ratio=Fraction(1, 2),
+            head_ratio=Fraction(1),
+            scoring="exact",
+            dense_layers=0,
         ),
         LENGTHS,
     ),
     "units, windows, 8 bits, budget ratio": (
         WINDOWED,
-        dataclasses.replace(HSHARE, label_bits=8, budget_ratio=Fraction(1, 6), dense_layers=0),
+        vary(HSHARE, label_bits=8, budget_ratio=Fraction(1, 6), dense_layers=0),
         LENGTHS,
     ),
     "units of a batch, query heads, not quantised, gate": (
         MODEL,
-        dataclasses.replace(HSHARE, label_bits=None, min_length=20, plan_scope="batch", lists_per="query_head"),
+        vary(HSHARE, label_bits=None, min_length=20, plan_scope="batch", lists_per="query_head"),
         (3, 24, 11, 60),
     ),
     "anchors": (
         MODEL,
-        dataclasses.replace(HSHARE, plan="anchors", layer_ratio=Fraction(1, 2), head_ratio=Fraction(1)),
+        vary(HSHARE, plan_kind="anchors", layer_ratio=Fraction(1, 2), head_ratio=Fraction(1)),
         LENGTHS,
     ),
     "published of a batch, dense layer, exact, dilated": (
         MODEL,
-        dataclasses.replace(PUBLISHED, scoring="exact", dense_layers=1, plan_scope="batch", dilate=True),
+        vary(PUBLISHED, scoring="exact", dense_layers=1, plan_scope="batch", dilate=True),
         (3, 24, 13, 60),
     ),
-    "exact top-k": (MODEL, exact_topk(2, 6, 4), LENGTHS),
-    "double sparsity, windows": (WINDOWED, dataclasses.replace(double_sparsity(2, 6, 4), label_channels=3), LENGTHS),
+    "exact top-k": (MODEL, exact_topk(BUDGET), LENGTHS),
+    "double sparsity, windows": (WINDOWED, double_sparsity(BUDGET), LENGTHS),
 }
 
 
-@pytest.mark.parametrize(("config", "hshare", "lengths"), WHOLE.values(), ids=WHOLE)
-def test_a_whole_shared_decode_equals_the_oracle(config, hshare, lengths):
+@pytest.mark.parametrize(("config", "method", "lengths"), WHOLE.values(), ids=WHOLE)
+def test_a_whole_shared_decode_equals_the_oracle(config, method, lengths):
     steps, rows = 14, random_rows(2, lengths, more=14)
-    state = start(rows, lengths, hshare=hshare, config=config)
-    J = hshare.num_lists(config)
-    shared_rows = oracle_rows([row[:n] for row, n in zip(rows, lengths, strict=True)], hshare, config)
+    state = start(rows, lengths, method=method, config=config)
+    J = method.settings.num_lists(config)
+    shared_rows = oracle_rows([row[:n] for row, n in zip(rows, lengths, strict=True)], method, config)
     plans = [[[divmod(flat, J) for flat in layer] for layer in row] for row in shared_of(state).source.tolist()]
     assert plans == [row.source for row in shared_rows]
     is_shared = [plan != [[(layer, j) for j in range(J)] for layer in range(MODEL.num_layers)] for plan in plans]
-    if hshare.sharing_ratio == "1-1-1":
+    if method.sharing_ratio == "1-1-1":
         assert not any(is_shared)
     else:
-        assert is_shared == ([True] * 4 if hshare.plan_scope == "batch" else [False, False, False, True])
+        assert is_shared == ([True] * 4 if method.search.plan_scope == "batch" else [False, False, False, True])
     for step in range(steps):
-        refresh = on_schedule(step) if hshare is HSHARE else None
+        refresh = on_schedule(step) if method is HSHARE else None
         logits, state = decode_step(
             params(config), tokens_at(rows, lengths, step), state, config=config, refresh=refresh
         )
@@ -164,11 +172,11 @@ def test_where_nothing_is_shared_every_step_chooses_its_own_lists():
     # Three ways: at 1-1-1; with every step a refresh, under the identity plan; and in the oracle, without any plan.
     rows, steps = random_rows(20, more=6), 6
     single = HSHARE.with_sharing_ratio("1-1-1")
-    own, state = decode(rows, start(rows, hshare=single), steps)
-    forced = dataclasses.replace(HSHARE, dilate=False)
-    begun = start(rows, hshare=forced)
+    own, state = decode(rows, start(rows, method=single), steps)
+    forced = vary(HSHARE, dilate=False)
+    begun = start(rows, method=forced)
     identity = identity_plan(len(rows), MODEL.num_layers, MODEL.num_kv_heads)
-    begun = dataclasses.replace(begun, selection=dataclasses.replace(shared_of(begun), source=identity))
+    begun = dataclasses.replace(begun, method_state=dataclasses.replace(shared_of(begun), source=identity))
     others, same = decode(rows, begun, steps, refresh=lambda step: True)
     np.testing.assert_array_equal(shared_of(state).token_indices, shared_of(same).token_indices)
     np.testing.assert_allclose(own, others, atol=SAME, rtol=0)
@@ -186,14 +194,14 @@ def test_where_nothing_is_shared_every_step_chooses_its_own_lists():
 @pytest.mark.parametrize("lengths", [(1, 5, 11, 12), LENGTHS], ids=["all", "some"])
 def test_rows_below_the_gate_decode_as_dense_to_the_bit(lengths):
     steps, rows = 6, random_rows(21, lengths, more=6)
-    gated, state = decode(rows, start(rows, lengths, hshare=GATED), steps, lengths=lengths)
-    dense, expected = decode(rows, start(rows, lengths, hshare=None), steps, lengths=lengths)
-    below = np.array(lengths) + steps < GATED.min_length
+    gated, state = decode(rows, start(rows, lengths, method=GATED), steps, lengths=lengths)
+    dense, expected = decode(rows, start(rows, lengths, method=None), steps, lengths=lengths)
+    below = np.array(lengths) + steps < GATED.settings.min_length
     np.testing.assert_array_equal(gated[:, below], dense[:, below])
     for one, other in zip(jax.tree.leaves(state.cache), jax.tree.leaves(expected.cache), strict=True):
         np.testing.assert_array_equal(np.asarray(one)[below], np.asarray(other)[below])
     if not below.all():
-        sparse, _ = decode(rows, start(rows, lengths, hshare=HSHARE), steps, lengths=lengths)
+        sparse, _ = decode(rows, start(rows, lengths, method=HSHARE), steps, lengths=lengths)
         np.testing.assert_allclose(gated[:, ~below], sparse[:, ~below], atol=SAME, rtol=0)
         assert np.abs(sparse[:, ~below] - dense[:, ~below]).max() > 100 * SAME  # it is not dense above the gate
 
@@ -205,11 +213,11 @@ PLAN = SharePlan(((0, 1, 2), (3, 4, 3), (4, 3, 3), (3, 4, 4)))
 def test_a_constant_plan_decodes_as_the_same_plan_as_data():
     rows, steps = random_rows(22, more=7), 7
     prompts = [row[:n] for row, n in zip(rows, LENGTHS, strict=True)]
-    empty = init_state(MODEL, len(rows), CAPACITY, method=HSHARE, plan=PLAN)
-    constant, of_constant = decode(rows, prefill_rows(prompts, hshare=HSHARE, state=empty)[1], steps)
-    state = start(rows, hshare=HSHARE)
+    planned = dataclasses.replace(HSHARE, plan=PLAN)
+    constant, of_constant = decode(rows, prefill_rows(prompts, method=planned)[1], steps)
+    state = start(rows, method=HSHARE)
     source = np.tile(np.asarray(PLAN.source, np.int32), (len(rows), 1, 1))
-    state = dataclasses.replace(state, selection=dataclasses.replace(shared_of(state), source=jnp.asarray(source)))
+    state = dataclasses.replace(state, method_state=dataclasses.replace(shared_of(state), source=jnp.asarray(source)))
     data, of_data = decode(rows, state, steps)
     np.testing.assert_array_equal(constant.argmax(axis=-1), data.argmax(axis=-1))
     np.testing.assert_allclose(constant, data, atol=SAME, rtol=0)
@@ -219,13 +227,12 @@ def test_a_constant_plan_decodes_as_the_same_plan_as_data():
 
 def test_layers_that_share_keys_and_values_share_lists_under_their_plan():
     # Layer 1 looks up, so its lists hold earlier tokens only; layers 2 and 3 read them at their own position too.
-    plan = kv_layer_plan(SHARED_KV, HSHARE)
+    plan = kv_layer_plan(SHARED_KV, HSHARE.settings)
+    method = dataclasses.replace(HSHARE, plan=plan)
     assert plan.source == ((0, 1, 2), (3, 4, 5), (3, 4, 5), (3, 4, 5))
     rows, steps = random_rows(25, more=7), 7
     prompts = [row[:n] for row, n in zip(rows, LENGTHS, strict=True)]
-    empty = init_state(SHARED_KV, len(rows), CAPACITY, method=HSHARE, plan=plan)
-    logits, _ = decode(rows, prefill_rows(prompts, hshare=HSHARE, config=SHARED_KV, state=empty)[1], steps,
-                       config=SHARED_KV)  # fmt: skip
+    logits, _ = decode(rows, prefill_rows(prompts, method=method, config=SHARED_KV)[1], steps, config=SHARED_KV)
     shared_rows = oracle_rows(prompts, HSHARE, SHARED_KV, plan=None)
     for shared_row in shared_rows:
         shared_row.source = [[divmod(unit, MODEL.num_kv_heads) for unit in of_layer] for of_layer in plan.source]
@@ -237,8 +244,7 @@ def test_layers_that_share_keys_and_values_share_lists_under_their_plan():
 def test_given_channels_are_those_that_labels_keep():
     rows = random_rows(23)
     channels = np.stack([np.random.default_rng(2).permutation(8)[:5] for _ in range(12)]).reshape(4, 3, 5)
-    empty = init_state(MODEL, len(rows), CAPACITY, method=HSHARE, channels=channels)
-    shared = shared_of(prefill_rows(rows, hshare=HSHARE, state=empty)[1])
+    shared = shared_of(prefill_rows(rows, method=dataclasses.replace(HSHARE, channels=channels))[1])
     np.testing.assert_array_equal(shared.channels, np.tile(np.sort(channels[:, :, :3], axis=-1), (4, 1, 1, 1)))
 
 
@@ -249,8 +255,8 @@ def test_a_second_turn_finds_its_plan_anew_and_refreshes_first():
         for token in rows[b][LENGTHS[b] :]:  # two steps of a block of three: the next one would reuse the lists
             shared_row.decode(token)
         shared_row.prefill(turn[b])
-    _, state = decode(rows, start(rows, hshare=HSHARE), 2)
-    _, state = prefill_rows(turn, hshare=HSHARE, state=state)
+    _, state = decode(rows, start(rows, method=HSHARE), 2)
+    _, state = prefill_rows(turn, method=HSHARE, state=state)
     for token in (7, 11, 13, 17):
         logits, state = decode_step(params(), jnp.full((4,), token, jnp.int32), state, config=MODEL)
         expected = np.stack([shared_row.decode(token) for shared_row in shared_rows])
@@ -260,7 +266,7 @@ def test_a_second_turn_finds_its_plan_anew_and_refreshes_first():
 
 def test_without_refreshes_the_recent_range_slides_and_holds_the_current_token():
     rows, steps = random_rows(3, more=30), 30
-    state = start(rows, hshare=HSHARE)
+    state = start(rows, method=HSHARE)
     shared_rows = oracle_rows([row[:n] for row, n in zip(rows, LENGTHS, strict=True)], HSHARE)
     for step in range(steps):
         logits, state = decode_step(params(), tokens_at(rows, LENGTHS, step), state, config=MODEL, refresh=step == 0)
@@ -268,44 +274,42 @@ def test_without_refreshes_the_recent_range_slides_and_holds_the_current_token()
         np.testing.assert_allclose(logits, np.stack(expected), atol=F32, rtol=0)
         length, first = np.asarray(state.cache.lengths), np.asarray(shared_of(state).recent_start)
         assert (first < length).all()
-        assert (length - first <= HSHARE.max_recent).all()
+        assert (length - first <= HSHARE.settings.max_recent).all()
 
 
-@pytest.mark.parametrize(
-    "hshare", [None, HSHARE, dataclasses.replace(PUBLISHED, num_probes=4)], ids=["dense", "units", "published"]
-)
-def test_a_row_in_a_ragged_batch_equals_the_row_alone(hshare):
+@pytest.mark.parametrize("method", [None, HSHARE, vary(PUBLISHED, num_probes=4)], ids=["dense", "units", "published"])
+def test_a_row_in_a_ragged_batch_equals_the_row_alone(method):
     rows = random_rows(24, more=7)
-    started = start(rows, hshare=hshare)
-    source = None if hshare is None else np.asarray(shared_of(started).source)
+    started = start(rows, method=method)
+    source = None if method is None else np.asarray(shared_of(started).source)
     logits, state = decode(rows, started, 7)
     for b, length in enumerate(LENGTHS):
-        alone = start([rows[b]], [length], hshare=hshare)
+        alone = start([rows[b]], [length], method=method)
         if source is not None:
             np.testing.assert_array_equal(shared_of(alone).source[0], source[b])
         own, alone = decode([rows[b]], alone, 7, lengths=[length])
         np.testing.assert_allclose(logits[:, b], own[:, 0], atol=SAME, rtol=0)
-        if hshare is not None:
+        if method is not None:
             np.testing.assert_array_equal(shared_of(alone).token_indices[:, 0], shared_of(state).token_indices[:, b])
 
 
 @pytest.mark.parametrize(
-    ("config", "hshare"),
-    [(MODEL, WIDE), (MODEL, dataclasses.replace(WIDE, lists_per="query_head")), (SHARED_KV, WIDE)],
+    ("config", "method"),
+    [(MODEL, WIDE), (MODEL, vary(WIDE, lists_per="query_head")), (SHARED_KV, WIDE)],
     ids=["J=K", "J=N", "shared KV"],
 )
-def test_a_budget_that_covers_the_row_equals_dense(config, hshare):
+def test_a_budget_that_covers_the_row_equals_dense(config, method):
     # As long as the lists are fresh: between refreshes they grow by the new tokens, which the recent range holds.
     rows = random_rows(5, more=8)
-    dense, _ = decode(rows, start(rows, hshare=None, config=config), 8, config=config)
-    shared, _ = decode(rows, start(rows, hshare=hshare, config=config), 8, config=config)
+    dense, _ = decode(rows, start(rows, method=None, config=config), 8, config=config)
+    shared, _ = decode(rows, start(rows, method=method, config=config), 8, config=config)
     np.testing.assert_allclose(shared, dense, atol=SAME, rtol=0)
 
 
 def test_rows_on_their_own_schedule_equal_the_static_schedule():
     rows = random_rows(6, more=7)
-    by_age, of_ages = decode(rows, start(rows, hshare=HSHARE), 7)
-    static, of_static = decode(rows, start(rows, hshare=HSHARE), 7, refresh=on_schedule)
+    by_age, of_ages = decode(rows, start(rows, method=HSHARE), 7)
+    static, of_static = decode(rows, start(rows, method=HSHARE), 7, refresh=on_schedule)
     np.testing.assert_array_equal(by_age, static)
     for one, other in zip(jax.tree.leaves(of_ages), jax.tree.leaves(of_static), strict=True):
         np.testing.assert_array_equal(one, other)
@@ -313,9 +317,9 @@ def test_rows_on_their_own_schedule_equal_the_static_schedule():
 
 def test_rows_of_different_age_refresh_each_in_its_turn():
     rows = random_rows(7, more=8)
-    state = start(rows, hshare=HSHARE)
+    state = start(rows, method=HSHARE)
     ages = jnp.asarray([0, 1, 2, 3], jnp.int32)
-    state = dataclasses.replace(state, selection=dataclasses.replace(shared_of(state), age=ages))
+    state = dataclasses.replace(state, method_state=dataclasses.replace(shared_of(state), age=ages))
     starts = []
     for step in range(6):
         _, state = decode_step(params(), tokens_at(rows, LENGTHS, step), state, config=MODEL)
@@ -329,14 +333,14 @@ def test_rows_of_different_age_refresh_each_in_its_turn():
 def test_rows_that_have_ended_append_nothing_and_keep_their_state():
     rows = random_rows(8, more=5)
     is_active = jnp.asarray([True, False, True, False])
-    _, state = decode(rows, start(rows, hshare=HSHARE), 1)
+    _, state = decode(rows, start(rows, method=HSHARE), 1)
     kept = [np.asarray(leaf).copy() for leaf in jax.tree.leaves(state)]
     found = []
     for step in range(1, 4):
         tokens = tokens_at(rows, LENGTHS, step)
         logits, state = decode_step(params(), tokens, state, config=MODEL, is_active=is_active)
         found.append(np.asarray(logits))
-    expected, everyone = decode(rows, start(rows, hshare=HSHARE), 4)
+    expected, everyone = decode(rows, start(rows, method=HSHARE), 4)
     np.testing.assert_allclose(np.stack(found)[:, ::2], expected[1:, ::2], atol=SAME, rtol=0)
     for leaf, was, other in zip(jax.tree.leaves(state), kept, jax.tree.leaves(everyone), strict=True):
         axis = 1 if leaf is shared_of(state).token_indices else 0
@@ -346,24 +350,24 @@ def test_rows_that_have_ended_append_nothing_and_keep_their_state():
     assert state.cache.lengths.tolist() == [5, 6, 15, 61]
 
 
-@pytest.mark.parametrize("hshare", [None, HSHARE], ids=["dense", "shared"])
-def test_a_full_row_yields_nan_and_leaves_the_others_alone(hshare):
+@pytest.mark.parametrize("method", [None, HSHARE], ids=["dense", "shared"])
+def test_a_full_row_yields_nan_and_leaves_the_others_alone(method):
     lengths = (CAPACITY, *LENGTHS[1:])
     rows = random_rows(9, lengths, more=5)
-    logits, state = decode(rows, start(rows, lengths, hshare=hshare), 5, lengths=lengths)
+    logits, state = decode(rows, start(rows, lengths, method=method), 5, lengths=lengths)
     assert np.isnan(logits[:, 0]).all()
-    expected, _ = decode(rows, start(rows, lengths, hshare=hshare, capacity=CAPACITY + 8), 5, lengths=lengths)
+    expected, _ = decode(rows, start(rows, lengths, method=method, capacity=CAPACITY + 8), 5, lengths=lengths)
     np.testing.assert_allclose(logits[:, 1:], expected[:, 1:], atol=SAME, rtol=0)
     assert np.isfinite(np.asarray(state.cache.keys[0])).all()
 
 
-@pytest.mark.parametrize("hshare", [None, HSHARE], ids=["dense", "shared"])
-def test_bfloat16_decode_errs_no_more_than_twice_the_bfloat16_forward(hshare):
+@pytest.mark.parametrize("method", [None, HSHARE], ids=["dense", "shared"])
+def test_bfloat16_decode_errs_no_more_than_twice_the_bfloat16_forward(method):
     rows = random_rows(10, more=6)
     exact = prefilled_logits(rows, 6)
     low = prefilled_logits(rows, 6, dtype="bfloat16")
-    hshare = None if hshare is None else WIDE  # that reads every token, so that one truth serves both
-    state = start(rows, hshare=hshare, dtype="bfloat16")
+    method = None if method is None else WIDE  # that reads every token, so that one truth serves both
+    state = start(rows, method=method, dtype="bfloat16")
     logits, state = decode(rows, state, 6, dtype="bfloat16")
     assert logits.dtype == np.float32
     assert {array.dtype for array in state.cache.keys} == {jnp.dtype(jnp.bfloat16)}
@@ -382,18 +386,18 @@ def test_a_scan_in_a_users_own_jit_equals_the_loop():
 
         return jax.lax.scan(step, state, tokens)
 
-    state, logits = run(params(), start(rows, hshare=HSHARE), tokens)
-    expected, looped = decode(rows, start(rows, hshare=HSHARE), 7)
+    state, logits = run(params(), start(rows, method=HSHARE), tokens)
+    expected, looped = decode(rows, start(rows, method=HSHARE), 7)
     np.testing.assert_allclose(logits, expected, atol=SAME, rtol=0)
     np.testing.assert_array_equal(shared_of(state).token_indices, shared_of(looped).token_indices)
 
 
 def test_lists_that_copy_stay_empty_and_read_their_source():
     rows = random_rows(12, more=2)
-    state = start(rows, hshare=HSHARE)
+    state = start(rows, method=HSHARE)
     # By hand: the upper layers read layer 1's lists, whose third copies the first.
     source = jnp.tile(jnp.asarray([3, 4, 3], jnp.int32), (4, MODEL.num_layers, 1))
-    state = dataclasses.replace(state, selection=dataclasses.replace(shared_of(state), source=source))
+    state = dataclasses.replace(state, method_state=dataclasses.replace(shared_of(state), source=source))
     _, state = decode(rows, state, 2)
     lists = np.asarray(shared_of(state).token_indices)
     assert (lists[[0, 2, 3]] == EMPTY).all()  # layer 0 is dense

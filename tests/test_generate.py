@@ -10,7 +10,7 @@ import jaxtyping
 import numpy as np
 import pytest
 from program_text import count_copies
-from tiny_decoder import HSHARE, MODEL, params
+from tiny_decoder import HSHARE, MODEL, params, vary
 from tiny_tokenizer import LETTERS, byte_tokenizer
 from transformers import AddedToken
 
@@ -20,13 +20,14 @@ from hshare_jax.decode_state import init_state
 from hshare_jax.decode_step import decode_step
 from hshare_jax.evaluation.teacher_forcing import token_agreement
 from hshare_jax.generate import generate, stream
+from hshare_jax.methods.hshare.method import HShare
 from hshare_jax.methods.hshare.settings import HShareSettings
 from hshare_jax.methods.hshare.share_plan import SharePlan
 from hshare_jax.methods.hshare.shared_lists import SharedLists
 from hshare_jax.models.pretrained import Model
 from hshare_jax.prefill import prefill
 from hshare_jax.prompts import choose_capacity
-from hshare_jax.sampling import SamplingConfig
+from hshare_jax.sampling import SamplingParams
 
 SHALLOW = dataclasses.replace(MODEL, num_layers=2, windows=(None,) * 2)
 TOKENIZER = byte_tokenizer(LETTERS)
@@ -34,7 +35,7 @@ MODEL_OF_TEXT = Model(SHALLOW, params(SHALLOW), TOKENIZER, (), "tiny", "0" * 16)
 MODEL_OF_IDS = dataclasses.replace(MODEL_OF_TEXT, tokenizer=None)
 # Texts of about 5, 20 and 60 tokens: shorter than sinks and recent tokens, and longer than the budget of 12.
 PROMPTS = ["there", "in the end, an inn.", "the rain in spain stays mainly in the plain, or so it is said."]
-SAMPLED = SamplingConfig(temperature=1.0, top_p=0.95)
+SAMPLED = SamplingParams(temperature=1.0, top_p=0.95)
 NEW = 20
 
 
@@ -51,7 +52,7 @@ def test_generated_tokens_are_those_of_a_loop_of_steps(greedy):
     for prompt, found in zip(PROMPTS, greedy.tokens, strict=True):
         ids = jnp.asarray([TOKENIZER(prompt)["input_ids"]], jnp.int32)
         state = init_state(SHALLOW, 1, 256, method=HSHARE)
-        logits, state = prefill(params(SHALLOW), ids, jnp.asarray([ids.size]), state, config=SHALLOW)
+        logits, state = prefill(params(SHALLOW), ids, jnp.asarray([ids.size]), state, config=SHALLOW, method=HSHARE)
         tokens = [int(logits[0].argmax())]
         while len(tokens) < NEW:
             logits, state = decode_step(params(SHALLOW), jnp.asarray(tokens[-1:]), state, config=SHALLOW)
@@ -64,7 +65,7 @@ def test_texts_are_the_tokens_decoded(greedy):
     assert greedy.finish_reasons == ["length"] * 3
 
 
-@pytest.mark.parametrize("sampling", [SamplingConfig(), SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("sampling", [SamplingParams(), SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("hshare", [None, HSHARE], ids=["dense", "shared"])
 def test_a_batch_of_different_lengths_equals_each_prompt_alone(hshare, sampling):
     settings: dict[str, Any] = {"method": hshare, "sampling": sampling, "max_new_tokens": NEW}
@@ -81,17 +82,15 @@ def test_pieces_of_a_stream_join_to_the_generation(greedy):
         {"sampling": SAMPLED, "seeds": [5, 5, 5]},
     ]
     for settings in cases:
-        running = stream(MODEL_OF_TEXT, PROMPTS, method=HSHARE, max_new_tokens=NEW, **settings)
-        pieces, result = [], None
-        while result is None:
-            try:
-                pieces.append(next(running))
-            except StopIteration as end:
-                result = end.value
+        *pieces, last = stream(MODEL_OF_TEXT, PROMPTS, method=HSHARE, max_new_tokens=NEW, **settings)
+        result = last.result
+        assert result is not None
+        assert [piece.result for piece in pieces] == [None] * len(pieces)
         expected = generate(MODEL_OF_TEXT, PROMPTS, method=HSHARE, max_new_tokens=NEW, **settings)
         assert len(pieces) > 1
-        assert all(any(texts) for texts in pieces)
-        assert ["".join(texts) for texts in zip(*pieces, strict=True)] == result.texts == expected.texts
+        assert all(any(piece.texts) for piece in pieces)
+        rows = zip(*(piece.texts for piece in (*pieces, last)), strict=True)
+        assert ["".join(texts) for texts in rows] == result.texts == expected.texts
         assert result.tokens == expected.tokens
         assert result.finish_reasons == expected.finish_reasons
 
@@ -162,7 +161,9 @@ def test_the_number_of_new_tokens_is_exact(greedy, max_new_tokens):
     assert found.timing.prompt_tokens == sum(len(TOKENIZER(prompt)["input_ids"]) for prompt in PROMPTS)
 
 
-BUDGET = HShareSettings(num_sinks=2, num_critical=6, num_recent=4, refresh_interval=3, label_channels=3, dense_layers=1)
+BUDGET = HShareSettings(
+    num_sinks=2, num_critical=6, num_recent=4, refresh_interval=3, label_channels=3, dense_layers=1, min_length=0
+)
 # Of the three lists of the sparse layer the second copies the first.
 COPYING = SharePlan(((0, 1, 2), (3, 3, 5)))
 
@@ -175,7 +176,7 @@ def reads_of_step(length: int, at_refresh: int) -> float:
 
 @pytest.mark.parametrize("new", [1, 2, NEW])
 def test_usage_counts_what_was_read_and_chosen(new):
-    found = generate(MODEL_OF_TEXT, PROMPTS, method=BUDGET, plan=COPYING, max_new_tokens=new).usage
+    found = generate(MODEL_OF_TEXT, PROMPTS, method=HShare(BUDGET, plan=COPYING), max_new_tokens=new).usage
     by_row, lengths = [], []
     for prompt in PROMPTS:
         size = len(TOKENIZER(prompt)["input_ids"])
@@ -210,32 +211,28 @@ def test_a_row_that_ends_early_counts_only_its_own_steps(greedy):
 
 
 def test_a_plan_given_beforehand_decodes_as_the_same_plan_found():
-    (plan,) = find_plans(MODEL_OF_TEXT, PROMPTS[2:], hshare=HSHARE)
+    (plan,) = find_plans(MODEL_OF_TEXT, PROMPTS[2:], method=HSHARE)
     found = generate(MODEL_OF_TEXT, PROMPTS[2:], method=HSHARE, max_new_tokens=NEW)
-    given = generate(MODEL_OF_TEXT, PROMPTS[2:], method=HSHARE, plan=plan, max_new_tokens=NEW)
+    given = generate(MODEL_OF_TEXT, PROMPTS[2:], method=dataclasses.replace(HSHARE, plan=plan), max_new_tokens=NEW)
     assert given.tokens == found.tokens
     assert given.usage == found.usage
 
 
 def test_channels_given_beforehand_are_used():
     L, K, H = SHALLOW.num_layers, SHALLOW.num_kv_heads, SHALLOW.head_dim
-    whole = dataclasses.replace(HSHARE, label_channels=H, label_bits=None, num_critical=8)
-    exact = dataclasses.replace(whole, scoring="exact")
+    whole = vary(HSHARE, label_channels=H, label_bits=None, num_critical=8)
+    exact = vary(whole, scoring="exact")
     expected = generate(MODEL_OF_TEXT, PROMPTS[2:], method=exact, max_new_tokens=NEW)
     channels = np.tile(np.arange(H)[::-1], (L, K, 1))
-    given = generate(MODEL_OF_TEXT, PROMPTS[2:], method=whole, channels=channels, max_new_tokens=NEW)
+    known = dataclasses.replace(whole, channels=channels)
+    given = generate(MODEL_OF_TEXT, PROMPTS[2:], method=known, max_new_tokens=NEW)
     assert given.tokens == expected.tokens
     with pytest.raises(ValueError, match=r"channels has shape \[2, 3, 2\]"):
-        generate(MODEL_OF_TEXT, PROMPTS[2:], method=HSHARE, channels=channels[:, :, :2])
-
-
-def test_a_plan_or_channels_without_hshare_are_refused():
-    with pytest.raises(ValueError, match="method=None: dense decoding uses neither"):
-        generate(MODEL_OF_TEXT, PROMPTS, method=None, plan=COPYING)
+        generate(MODEL_OF_TEXT, PROMPTS[2:], method=dataclasses.replace(HSHARE, channels=channels[:, :, :2]))
 
 
 def test_a_large_repetition_penalty_repeats_nothing():
-    sampling = SamplingConfig(repetition_penalty=1e6)
+    sampling = SamplingParams(repetition_penalty=1e6)
     prompt = [5, 6, 7, 8]
     found = generate(MODEL_OF_IDS, [prompt, prompt[:2]], method=None, sampling=sampling, max_new_tokens=NEW)
     for given, tokens in zip([prompt, prompt[:2]], found.tokens, strict=True):
@@ -270,7 +267,7 @@ def test_the_second_call_compiles_nothing(greedy):
         (
             [[1], [1] * 1000],
             {"max_new_tokens": 25},
-            r"prompts\[1\] has 1000 tokens; with max_new_tokens=25 that is beyond the model's 1024 positions; shorten",
+            r"max_new_tokens=25 is too much after the 1000 tokens of prompts\[1\]: .* model's 1024 positions; shorten",
         ),
         ([[1] * 30], {"capacity": 40, "max_new_tokens": 11}, r"capacity=40 must be at least 41: prompts\[0\] and max"),
         ([[1], [2]], {"seeds": [1]}, "seeds has 1 entries; it needs one for each of the 2 prompts"),
@@ -297,9 +294,10 @@ def test_streaming_needs_a_tokenizer_and_says_so_at_once():
 
 def test_a_stream_refuses_a_plan_and_channels_at_once():
     with pytest.raises(ValueError, match="the plan is for 1 layers of 3 lists"):
-        stream(MODEL_OF_TEXT, ["there"], method=HSHARE, plan=SharePlan(((0, 1, 2),)))
+        stream(MODEL_OF_TEXT, ["there"], method=dataclasses.replace(HSHARE, plan=SharePlan(((0, 1, 2),))))
+    known = dataclasses.replace(HSHARE, channels=np.zeros((1, 1, 1), np.int32))
     with pytest.raises(ValueError, match="channels has shape"):
-        stream(MODEL_OF_TEXT, ["there"], method=HSHARE, channels=np.zeros((1, 1, 1), np.int32))
+        stream(MODEL_OF_TEXT, ["there"], method=known)
 
 
 @pytest.mark.parametrize("size", [1, 255, 256, 257, 500, 1000, 1023, 1024])
@@ -309,7 +307,7 @@ def test_a_chosen_capacity_holds_the_row_and_is_a_coarse_step(size):
     assert capacity % 256 == 0
 
 
-@pytest.mark.parametrize("hshare", [None, dataclasses.replace(HSHARE, num_critical=120)], ids=["dense", "covering"])
+@pytest.mark.parametrize("hshare", [None, vary(HSHARE, num_critical=120)], ids=["dense", "covering"])
 def test_what_reads_all_tokens_agrees_with_dense_in_full(hshare):
     dense = generate(MODEL_OF_TEXT, PROMPTS, method=None, max_new_tokens=NEW)
     ragged = [dense.tokens[0], dense.tokens[1][:2], dense.tokens[2][:7]]
@@ -347,7 +345,7 @@ def test_the_compiled_loop_updates_its_buffers_in_place(hshare, batch):
         )
         one = jnp.int32(1)
         compiled = decode_tokens.lower(
-            params(SHALLOW), progress, one, one[None], one, config=SHALLOW, sampling=SamplingConfig(), impl="auto"
+            params(SHALLOW), progress, one, one[None], one, config=SHALLOW, sampling=SamplingParams(), impl="auto"
         ).compile()
     finally:
         jaxtyping.config.update("jaxtyping_disable", False)

@@ -1,6 +1,5 @@
 """Prefill: exact whatever the chunks, the padding and the number of calls; then the plan that the definition finds."""
 
-import dataclasses
 import functools
 
 import jax
@@ -18,6 +17,7 @@ from tiny_decoder import (
     params,
     prefill_rows,
     random_rows,
+    vary,
 )
 
 from hshare_jax.attend import prefill_attend
@@ -43,7 +43,7 @@ def long_row() -> np.ndarray:
 def full_forward() -> np.ndarray:
     """Returns the logits [T, V] of the long row, computed in one piece."""
     positions = jnp.arange(LONGEST, dtype=jnp.int32)[None, :]
-    attend = prefill_attend(MODEL, positions, jnp.zeros((1,), jnp.int32), None)
+    attend = prefill_attend(MODEL, positions, jnp.zeros((1,), jnp.int32))
 
     @jax.jit
     def forward(params: dict, tokens: jax.Array) -> jax.Array:
@@ -64,7 +64,7 @@ def test_the_full_forward_equals_the_oracle():
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 511, 512, 513, 577])
 def test_prefill_equals_the_full_forward_around_every_chunk_boundary(length):
     assert CHUNKS == (64, 512)
-    logits, state = prefill_rows([long_row()[:length]], hshare=None, capacity=640)
+    logits, state = prefill_rows([long_row()[:length]], method=None, capacity=640)
     np.testing.assert_allclose(logits[0], full_forward()[length - 1], atol=SAME, rtol=0)
     assert state.cache.lengths.tolist() == [length]
     for array in (*state.cache.keys, *state.cache.values):
@@ -74,7 +74,7 @@ def test_prefill_equals_the_full_forward_around_every_chunk_boundary(length):
 
 def test_a_padded_row_equals_the_row_alone():
     rows = [long_row()[:length] for length in (1, 64, 65, 130, 577)]
-    logits, _ = prefill_rows(rows, hshare=None, capacity=640)
+    logits, _ = prefill_rows(rows, method=None, capacity=640)
     for b, row in enumerate(rows):
         np.testing.assert_allclose(logits[b], full_forward()[len(row) - 1], atol=SAME, rtol=0)
 
@@ -86,8 +86,8 @@ def test_ids_in_the_padding_change_nothing():
         tokens = np.full((4, 60), pad, np.int32)
         for b, row in enumerate(rows):
             tokens[b, : len(row)] = row
-        found.append(prefill(params(), jnp.asarray(tokens), lengths, init_state(MODEL, 4, CAPACITY, method=HSHARE),
-                             config=MODEL))  # fmt: skip
+        state = init_state(MODEL, 4, CAPACITY, method=HSHARE)
+        found.append(prefill(params(), jnp.asarray(tokens), lengths, state, config=MODEL, method=HSHARE))
     for one, other in zip(jax.tree.leaves(found[0]), jax.tree.leaves(found[1]), strict=True):
         np.testing.assert_array_equal(one, other)
 
@@ -95,22 +95,22 @@ def test_ids_in_the_padding_change_nothing():
 @pytest.mark.parametrize("first", [1, 40, 64, 99])
 def test_two_calls_equal_one(first):
     row = long_row()[:100]
-    _, state = prefill_rows([row[:first]], hshare=None, capacity=640)
-    logits, state = prefill_rows([row[first:]], hshare=None, state=state)
-    once, expected = prefill_rows([row], hshare=None, capacity=640)
+    _, state = prefill_rows([row[:first]], method=None, capacity=640)
+    logits, state = prefill_rows([row[first:]], method=None, state=state)
+    once, expected = prefill_rows([row], method=None, capacity=640)
     np.testing.assert_allclose(logits, once, atol=SAME, rtol=0)
     for one, other in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, other, atol=SAME, rtol=0)
 
 
-@pytest.mark.parametrize("hshare", [HSHARE, PUBLISHED], ids=["units", "published"])
-def test_channels_and_plan_are_those_of_the_definition_on_both_turns(hshare):
+@pytest.mark.parametrize("method", [HSHARE, PUBLISHED], ids=["units", "published"])
+def test_channels_and_plan_are_those_of_the_definition_on_both_turns(method):
     rows, more = random_rows(3), random_rows(4, (20, 1, 40, 3))
-    state, J = None, hshare.num_lists(MODEL)
+    state, J = None, method.settings.num_lists(MODEL)
     identity = np.arange(MODEL.num_layers * J).reshape(MODEL.num_layers, J)
-    shared_rows = oracle_rows(rows, hshare)
+    shared_rows = oracle_rows(rows, method)
     for turn in (rows, more):
-        logits, state = prefill_rows(turn, hshare=hshare, state=state)
+        logits, state = prefill_rows(turn, method=method, state=state)
         assert isinstance(state.method_state, SharedLists)
         for b, shared_row in enumerate(shared_rows):
             if turn is more:
@@ -128,7 +128,7 @@ def test_channels_and_plan_are_those_of_the_definition_on_both_turns(hshare):
 def test_channels_of_a_prompt_in_chunks_are_those_of_all_its_queries():
     # The sum of |q| runs over both chunks; the padding of each row, whatever it holds, has no say.
     rows = [long_row()[:length] for length in (577, 513, 512, 400)]
-    state = prefill_rows(rows, hshare=HSHARE, capacity=640)[1]
+    state = prefill_rows(rows, method=HSHARE, capacity=640)[1]
     assert isinstance(state.method_state, SharedLists)
     exact = oracle_row()
     for token in rows[0]:  # the others begin as it does
@@ -148,8 +148,8 @@ def test_channels_of_a_prompt_in_chunks_are_those_of_all_its_queries():
 
 @pytest.mark.parametrize("bits", [4, 8, None])
 def test_labels_are_the_cached_keys_on_the_channels(bits):
-    hshare = dataclasses.replace(HSHARE, label_bits=bits)
-    _, state = prefill_rows(random_rows(3), hshare=hshare)
+    method = vary(HSHARE, label_bits=bits)
+    _, state = prefill_rows(random_rows(3), method=method)
     assert isinstance(state.method_state, SharedLists)
     assert state.method_state.labels[0] is None  # a dense layer's
     for layer in range(1, MODEL.num_layers):
@@ -175,10 +175,11 @@ def test_prefill_inside_a_jit_equals_prefill():
 
     @jax.jit
     def start(params, tokens, lengths):
-        return prefill(params, tokens, lengths, init_state(MODEL, 4, CAPACITY, method=HSHARE), config=MODEL)
+        state = init_state(MODEL, 4, CAPACITY, method=HSHARE)
+        return prefill(params, tokens, lengths, state, config=MODEL, method=HSHARE)
 
     logits, state = start(params(), jnp.asarray(tokens), jnp.asarray(LENGTHS, jnp.int32))
-    expected, expected_state = prefill_rows(rows, hshare=HSHARE)
+    expected, expected_state = prefill_rows(rows, method=HSHARE)
     np.testing.assert_allclose(logits, expected, atol=SAME, rtol=0)
     assert isinstance(state.method_state, SharedLists)
     assert isinstance(expected_state.method_state, SharedLists)
@@ -220,7 +221,7 @@ def test_prompts_of_another_length_compile_nothing():
         tokens, lengths = jnp.zeros((1, num_tokens), jnp.int32), jnp.asarray([num_tokens])
         state = init_state(MODEL, 1, 1024, method=HSHARE)
         with compile_clock() as clock:
-            prefill(params(), tokens, lengths, state, config=MODEL)
+            prefill(params(), tokens, lengths, state, config=MODEL, method=HSHARE)
         return clock.seconds
 
     run(600)
@@ -234,3 +235,12 @@ def test_a_row_that_outgrows_its_capacity_under_jit_yields_nan():
     logits = np.asarray(run(jnp.array([300, 20]), state))
     assert np.isnan(logits[0]).all()
     assert np.isfinite(logits[1]).all()
+
+
+@pytest.mark.parametrize(("started", "given"), [(HSHARE, None), (None, HSHARE)], ids=["without", "with"])
+def test_a_state_of_another_method_is_refused(started, given):
+    state, tokens = init_state(MODEL, 1, CAPACITY, method=started), jnp.zeros((1, 4), jnp.int32)
+    with pytest.raises(
+        ValueError, match=r"does not fit the state, which init_state made for .*: give both the same method"
+    ):
+        prefill(params(), tokens, jnp.asarray([4]), state, config=MODEL, method=given)

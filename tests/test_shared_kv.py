@@ -14,13 +14,13 @@ from jax.extend.core import jaxprs_in_params
 from random_weights import random_params
 from tiny_decoder import MODEL, oracle_row, params, random_rows
 
-from hshare_jax.attend import causal_attend
 from hshare_jax.decode_state import init_state
 from hshare_jax.decode_step import decode_step
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.decoder import Decoder, parameter_shapes
 from hshare_jax.models.kv_sharing import layer_passes, papers_prefill_cost
 from hshare_jax.prefill import prefill
+from hshare_jax.training.attention import causal_attend
 
 F32 = 1e-4  # absolute, on float32 logits of about 5, against float64
 DEEP = 5e-4  # the same after 70 tokens: what looks up at earlier tokens is as deep as the text is long, and so rounds

@@ -1,151 +1,128 @@
-"""`hshare-jax eval`: what sparse decoding costs on a user's own model and text."""
+"""`hshare-jax eval`: measures what sparse decoding costs in quality, on published tasks and on any text."""
 
 import argparse
 import dataclasses
 import hashlib
-import importlib
 import json
 import os
 import sys
-from fractions import Fraction
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hshare_jax.cli.errors import UsageError, option_name, usage_errors
 from hshare_jax.cli.options import (
-    UsageError,
+    add_files,
+    add_impl,
     add_named_model,
     add_settings,
-    as_usage_error,
+    argument_of,
     check_method,
     check_output,
-    choose_method,
-    fraction,
+    default_of,
     open_named,
-    option_name,
-    read_constants,
-    read_settings,
-    read_text,
+    read_files,
+    read_method,
     whole,
 )
+from hshare_jax.errors import check_whole
+from hshare_jax.evaluation.run import KEYS, summarise
+from hshare_jax.evaluation.tasks import TASKS, Task
+from hshare_jax.evaluation.tasks.examples import DataError, FileError
 from hshare_jax.host_memory import return_freed_memory
-from hshare_jax.methods.registry import METHODS, tell_short
+from hshare_jax.methods.names import METHODS
 
 if TYPE_CHECKING:
-    from hshare_jax.evaluation.run import Settings
-    from hshare_jax.evaluation.tasks.examples import DataError
     from hshare_jax.files.records import Records
-    from hshare_jax.methods.hshare.settings import HShareSettings
-    from hshare_jax.models.pretrained import Model, ModelFiles
+    from hshare_jax.methods.hshare.method import HShare
+    from hshare_jax.models.pretrained import ModelFiles
 
-READERS = ("gsm8k", "coqa", "longbench")  # tasks whose examples are read from a file of their own
+# jax and the modules that need it are imported in the functions that run after the options have been read.
 
 
 def add_eval(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `hshare-jax eval`."""
+    """Adds the options of `eval`."""
     parser.set_defaults(run=run_eval)
-    parser.add_argument("--task", required=True, choices=(*READERS, "passkey", "perplexity"))
+    parser.add_argument("--task", required=True, choices=tuple(TASKS))
     parser.add_argument(
         "--data", type=Path, nargs="+", required=True, metavar="FILE",
         help="the task's published file; for passkey a book, for perplexity any texts",
     )  # fmt: skip
-    parser.add_argument("--method", nargs="+", choices=METHODS, default=["hshare"], metavar="NAME",
-                        help=f"one or more of {', '.join(METHODS)}, all at HShare's budget (hshare)")  # fmt: skip
-    parser.add_argument("--output", type=Path, required=True, metavar="JSONL",
-                        help="a line for each item and method; a run that was stopped goes on here")  # fmt: skip
     parser.add_argument(
-        "--limit", type=whole, metavar="N",
-        help="read only the first N examples, N passkeys (50), or N windows spread over each text",
+        "--method", nargs="+", choices=METHODS, default=["hshare"], metavar="NAME",
+        help=f"one or more of {', '.join(METHODS)}; each reads as many tokens as HShare would (default: hshare)",
     )  # fmt: skip
-    parser.add_argument("--skip-bad", action="store_true", help="leave bad examples out and count them")
-    parser.add_argument("--batch-size", type=whole, default=8, metavar="N", help="items computed together (8)")
-    parser.add_argument("--impl", choices=("auto", "pallas", "reference", "interpret"), default="auto",
-                        help="what computes decode steps")  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="the summary as one JSON object on standard output")
-    add_named_model(parser)
-    tasks = parser.add_argument_group("tasks", argument_default=argparse.SUPPRESS)
-    tasks.add_argument("--max-new-tokens", type=whole, metavar="N", help="gsm8k and coqa: where an answer ends (256)")
-    tasks.add_argument("--turns", choices=("last", "all"), help="coqa: the questions asked of a conversation (last)")
-    tasks.add_argument("--subset", nargs="+", metavar="NAME", help="longbench: only these of its tasks")
-    tasks.add_argument("--context", type=whole, metavar="N", help="passkey, perplexity: tokens of a text (1024)")
-    tasks.add_argument("--steps", type=whole, metavar="N", help="perplexity: last positions scored of a window (256)")
-    tasks.add_argument(
-        "--skip-start",
-        type=fraction,
-        metavar="A/B",
-        help="passkey, perplexity: leave out this much of a text's beginning (0)",
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="JSONL",
+        help="file that gets a line for each item and method; a run that was stopped is resumed from it",
+    )  # fmt: skip
+    parser.add_argument("--skip-bad", action="store_true", help="leave bad examples out, and count them")
+    parser.add_argument(
+        "--batch-size", type=whole, default=8, metavar="N", help="items computed together (default: %(default)s)"
     )
-    tasks.add_argument("--depth", type=fraction, metavar="A/B", help="passkey: where the number stands; else anywhere")
-    tasks.add_argument("--seed", type=whole, metavar="N", help="passkey: of the first text; the next ones count up (0)")
-    sharing = add_settings(parser)
-    sharing.add_argument("--channels-file", metavar="FILE", help="label channels, from calibrate or as published")
-    sharing.add_argument("--plan-file", metavar="FILE", help="a plan, from calibrate or as published")
+    add_impl(parser)
+    parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
+    add_named_model(parser)
+    _add_task_options(parser.add_argument_group("tasks", argument_default=argparse.SUPPRESS))
+    add_files(add_settings(parser))
 
 
-_OF_TASK: dict[str, tuple[tuple[str, ...], Any]] = {
-    # the tasks that an option is for, and its default
-    "max_new_tokens": (("gsm8k", "coqa"), None), "turns": (("coqa",), "last"), "subset": (("longbench",), None),
-    "context": (("passkey", "perplexity"), 1024), "steps": (("perplexity",), 256),
-    "skip_start": (("passkey", "perplexity"), Fraction(0)), "depth": (("passkey",), None), "seed": (("passkey",), 0),
-}  # fmt: skip
+def _add_task_options(group: argparse._ArgumentGroup) -> None:
+    """Adds the options of all tasks. Options that are not given leave no trace."""
+    for name, fields in _options_of_tasks().items():
+        by_help: dict[str, list[str]] = {}
+        for task, field in fields.items():
+            by_help.setdefault(field.metadata["help"] + default_of(field.default), []).append(task)
+        help = "; ".join(f"{', '.join(tasks)}: {text}" for text, tasks in by_help.items())
+        field = next(iter(fields.values()))
+        group.add_argument(option_name(name), help=help, **argument_of(field.type))
+
+
+def _options_of_tasks() -> dict[str, dict[str, dataclasses.Field]]:
+    """For each option, the field of every task that has the option, by the task's name."""
+    found: dict[str, dict[str, dataclasses.Field]] = {}
+    for task, kind in TASKS.items():
+        for field in dataclasses.fields(kind):
+            found.setdefault(field.name, {})[task] = field
+    return found
 
 
 def run_eval(options: argparse.Namespace) -> int:
-    """Runs `hshare-jax eval`."""
-    task = options.task
-    for name, (tasks, default) in _OF_TASK.items():
-        if hasattr(options, name) and task not in tasks:
-            raise UsageError(f"{option_name(name)} is for --task {' or '.join(tasks)}, not {task}")
-        setattr(options, name, getattr(options, name, default))
-    for name in ("limit", "batch_size", "max_new_tokens", "context", "steps"):
-        if (value := getattr(options, name)) is not None and value < 1:
-            raise UsageError(f"{option_name(name)} {value} must be at least 1")
-    if task != "perplexity" and len(options.data) > 1:
-        raise UsageError(f"--data names {len(options.data)} files; --task {task} reads one")
-    if len({path.name for path in options.data}) < len(options.data):
-        raise UsageError("--data names two files of one name, which results could not tell apart; rename one")
-    if options.seed < 0:
-        raise UsageError(f"--seed {options.seed} must be at least 0")
-    if options.skip_bad and task not in READERS:
-        raise UsageError(f"--skip-bad is for --task {' or '.join(READERS)}, not {task}, whose data holds no examples")
-    if not options.output.exists():  # else the run goes on there
-        check_output(options.output, overwrite=False)
-    elif not os.access(options.output, os.W_OK):
-        raise UsageError(f"--output {options.output} cannot be written: no permission")
-    hshare = read_settings(options)
+    """Measures and prints a summary. Returns the exit status."""
+    task = _read_task(options)
+    _check_files(options, task)
+    hshare = read_method(options)
     check_method(options, options.method, hshare)
-    items, num_bad = _read_items(options)
+    data, num_bad = _read_data(options, task)
     files = open_named(options)
     return_freed_memory()
-    from hshare_jax.evaluation.run import summarise
+    items, num_long = _fit(options, task, files, data)
+    sizes = task.sizes(items)
     from hshare_jax.kernels.api import check_impl
+    from hshare_jax.methods.registry import method_named, notes_on_short_texts
 
-    items, too_long = _fit_items(options, files, items)
-    num_bad += too_long
-    # What SnapKV makes room for: the answer, with a passkey's question before it.
-    room = {"perplexity": options.steps, "passkey": 64}.get(task)
-    room = room or max((example.max_new_tokens for example, _ in items), default=1)
-    methods = {name: choose_method(name, hshare, max_new_tokens=room) for name in options.method}
-    try:
+    with usage_errors():
         check_impl(options.impl)
-        hshare.num_label_channels(files.config)
-        read_constants(options, files, hshare)
-        records = _open_records(options, files, hshare)
-    except ValueError as error:
-        raise as_usage_error(error) from error
-    except OSError as error:
-        raise UsageError(f"{error.filename}: {error.strerror}") from error
-    notes = _tell_short(options, files, hshare, items)
+        hshare.settings.num_label_channels(files.config)
+        hshare, origins = read_files(options, files, hshare)
+        added = max((size - prefilled for prefilled, size in sizes), default=1)
+        methods = {name: method_named(name, hshare, max_new_tokens=added) for name in options.method}
+        records = _open_records(options, task, files, hshare)
+    notes = notes_on_short_texts(hshare, files.config, sizes, names=options.method)
     for note in notes:
         print(f"hshare-jax: note: {note}", file=sys.stderr)
     model = files.load(options.dtype)
-    try:
+    for origin in origins:
+        origin.check(model)
+    with usage_errors():
         records.settle(identity=model.identity)
-    except ValueError as error:
-        raise as_usage_error(error) from error
-    _evaluate(options, model, methods, items, records)
-    ids = set(map(_id_of, items))
-    wanted = [line for line in records.lines if line["method"] in methods and line["id"] in ids]
-    summary = {"task": task, "model": files.name, "bad": num_bad, "notes": notes, "methods": summarise(wanted)}
+    task.run(model, items, methods, records, batch_size=options.batch_size, impl=options.impl)
+    # The file may hold further items and methods.
+    ids = {item.id for item in items}
+    lines = [line for line in records.lines if line["method"] in methods and line["id"] in ids]
+    summary = {
+        "task": task.name, "model": files.name, "bad": num_bad + num_long, "notes": notes, "methods": summarise(lines),
+    }  # fmt: skip
     if options.json:
         print(json.dumps(summary))
     else:
@@ -153,159 +130,111 @@ def run_eval(options: argparse.Namespace) -> int:
     return 0
 
 
-def _id_of(item: Any) -> str:
-    """Returns what tells an item of a task from the others: an example with its tokens, a passkey or a window."""
-    return item[0].id if isinstance(item, tuple) else item.id
+def _read_task(options: argparse.Namespace) -> Task:
+    """The task with its options; UsageError for an option of another task, or a value outside its range."""
+    given = {}
+    for name, fields in _options_of_tasks().items():
+        if not hasattr(options, name):
+            continue
+        if options.task not in fields:
+            raise UsageError(f"{option_name(name)} is for --task {' or '.join(fields)}, not {options.task}")
+        given[name] = getattr(options, name)
+    with usage_errors():
+        check_whole("batch_size", options.batch_size, 1)
+        return TASKS[options.task](**given)
 
 
-def _task_module(task: str) -> Any:
-    """Returns the module that reads and scores a task's examples."""
+def _check_files(options: argparse.Namespace, task: Task) -> None:
+    """Raises UsageError for files that the task does not take, or an output that cannot be written."""
+    if len(options.data) > 1 and not task.takes_many_files:
+        raise UsageError(f"--data names {len(options.data)} files; --task {task.name} reads one")
+    if len({path.name for path in options.data}) < len(options.data):
+        raise UsageError("--data names two files of one name, which results could not tell apart; rename one")
+    if options.skip_bad and not task.has_examples:
+        takers = " or ".join(name for name, kind in TASKS.items() if kind.has_examples)
+        raise UsageError(f"--skip-bad is for --task {takers}, not {task.name}, whose data holds no examples")
+    if not options.output.exists():
+        check_output(options.output, overwrite=False)
+    elif not os.access(options.output, os.W_OK):  # a run is resumed from a file that exists
+        raise UsageError(f"--output {options.output} cannot be written: no permission")
+
+
+def _read_data(options: argparse.Namespace, task: Task) -> tuple[Any, int]:
+    """What the task's files hold, and the number of bad examples; UsageError for files that cannot be read."""
     try:
-        return importlib.import_module(f"hshare_jax.evaluation.{task}")
+        return task.read(options.data, skip_bad=options.skip_bad)
     except ModuleNotFoundError as error:
-        raise UsageError(f"--task {task} needs {error.name}: pip install 'hshare-jax[eval]'") from error
+        raise UsageError(f"--task {task.name} needs {error.name}: pip install 'hshare-jax[eval]'") from error
+    except DataError as error:
+        raise _bad_data(options, error) from error
+    except OSError as error:
+        raise UsageError(f"--data {error.filename}: {error.strerror}") from error
 
 
-def _bad_data(options: argparse.Namespace, error: "DataError") -> UsageError:
-    from hshare_jax.evaluation.tasks.examples import FileError
+def _fit(options: argparse.Namespace, task: Task, files: "ModelFiles", data: Any) -> tuple[list[Any], int]:
+    """The task's items, and the number of those that are too long for the model; UsageError if they do not fit."""
+    with usage_errors():
+        try:
+            return task.fit(files, data, skip_bad=options.skip_bad)
+        except DataError as error:
+            raise _bad_data(options, error) from error
 
+
+def _bad_data(options: argparse.Namespace, error: DataError) -> UsageError:
     has_way_out = not options.skip_bad and not isinstance(error, FileError)
     return UsageError(f"{error}{' (--skip-bad leaves such examples out)' if has_way_out else ''}")
 
 
-def _read_items(options: argparse.Namespace) -> tuple[Any, int]:
-    """Returns (what the task reads from its files, the number of bad records)."""
-    from hshare_jax.evaluation.tasks.examples import DataError
-
-    if options.task not in READERS:
-        return {path.name: read_text(str(path), "--data ") for path in options.data}, 0
-    more = {"coqa": {"turns": options.turns}, "longbench": {"tasks": options.subset}}.get(options.task, {})
-    read = _task_module(options.task).read
-    try:
-        items, num_bad = read(options.data[0], limit=options.limit, skip_bad=options.skip_bad, **more)
-    except DataError as error:
-        raise _bad_data(options, error) from error
-    except ValueError as error:
-        raise UsageError(str(error).replace("tasks holds", "--subset names", 1)) from error
-    except OSError as error:
-        raise UsageError(f"--data {error.filename}: {error.strerror}") from error
-    if options.max_new_tokens is not None:
-        items = [dataclasses.replace(item, max_new_tokens=options.max_new_tokens) for item in items]
-    return items, num_bad
-
-
-def _fit_items(options: argparse.Namespace, files: "ModelFiles", items: Any) -> tuple[Any, int]:
-    """Returns (items ready to be computed, the number of those too long for the model)."""
-    from hshare_jax.evaluation.run import encode_examples
-    from hshare_jax.evaluation.tasks.examples import DataError
-    from hshare_jax.evaluation.tasks.passkey import ANSWER_TOKENS, make_passkeys
-    from hshare_jax.evaluation.text_windows import cut_windows
-
-    if files.tokenizer is None:
-        raise ValueError(f"{files.name} has no tokeniser, so text cannot be given to it")
-    context, skip = options.context, float(options.skip_start)
-    if not 0 <= skip < 1:
-        raise UsageError(f"--skip-start {skip} must lie in [0, 1)")
-    try:
-        if options.task in READERS:
-            shorten = _task_module("longbench").truncate_middle if options.task == "longbench" else None
-            return encode_examples(files, items, shorten=shorten, skip_bad=options.skip_bad)
-        if options.task == "perplexity":
-            if options.steps >= context:
-                raise UsageError(f"--steps {options.steps} must be less than --context {context}")
-            windows = [
-                window
-                for name, text in items.items()
-                for window in cut_windows(files, name, text, context=context, count=options.limit, skip=skip)
-            ]
-            return windows, 0
-        if context + ANSWER_TOKENS > files.config.max_positions:
-            most = files.config.max_positions - ANSWER_TOKENS
-            raise UsageError(f"--context {context} must be at most {most}, so that the model has room for the answer")
-        (book,) = items.values()
-        seed, depth = options.seed, options.depth
-        if depth is not None and not 0 <= depth <= 1:
-            raise UsageError(f"--depth {depth} must lie in [0, 1]")
-        seeds = range(seed, seed + (options.limit or 50))
-        book = book[int(len(book) * skip) :]
-        return make_passkeys(files.tokenizer, book, context, seeds, depth=None if depth is None else float(depth)), 0
-    except DataError as error:
-        raise _bad_data(options, error) from error
-    except ValueError as error:
-        raise UsageError(str(as_usage_error(error)).replace("count=", "--limit ", 1)) from error
-
-
-def _open_records(options: argparse.Namespace, files: "ModelFiles", hshare: "HShareSettings") -> "Records":
-    from hshare_jax.evaluation.run import KEYS
+def _open_records(options: argparse.Namespace, task: Task, files: "ModelFiles", hshare: "HShare") -> "Records":
+    """The results file, whose first line says what is measured; ValueError if it holds results of another run."""
     from hshare_jax.files.records import Records
 
+    settings = [(part, field.name) for part in (hshare.settings, hshare.search) for field in dataclasses.fields(part)]
     study: dict[str, Any] = {
-        "task": options.task,
+        "task": task.name,
         "model": files.name,
         "data": [path.name for path in options.data],
         "data_sha256": [_hash(path) for path in options.data],
-        "settings": {field.name: str(getattr(hshare, field.name)) for field in dataclasses.fields(hshare)},
+        "settings": {name: str(getattr(part, name)) for part, name in settings},
         "batch_size": options.batch_size,
         "impl": options.impl,
         "dtype": options.dtype or files.dtype,
     }
-    for name in (name for name, (tasks, _) in _OF_TASK.items() if options.task in tasks):
-        value = getattr(options, name)
-        study[name] = None if value is None else str(value)
-    names = ("revision", "plan_file", "channels_file")
-    study |= {name: str(value) for name in names if (value := getattr(options, name, None)) is not None}
-    study |= {f"{name}_sha256": _hash(study[name]) for name in ("plan_file", "channels_file") if name in study}
-    if options.task == "perplexity" or hshare.plan_scope == "batch":
-        study["limit"] = options.limit  # it changes where windows stand, or which rows share a plan
-    # The model is known by its weights, which are read later: trained again, it keeps its name.
+    for field in dataclasses.fields(task):
+        value = getattr(task, field.name)
+        if field.name != "limit":
+            study[field.name] = None if value is None else str(value)
+    for name in ("revision", "plan_file", "channels_file"):
+        if (value := getattr(options, name, None)) is not None:
+            study[name] = value
+    for name in ("plan_file", "channels_file"):
+        if name in study:
+            study[f"{name}_sha256"] = _hash(study[name])
+    # With another limit the same run goes on, unless the limit moves items, or changes which rows share a plan.
+    if task.limit_moves_items or hshare.search.plan_scope == "batch":
+        study["limit"] = task.limit
+    # The identity is a checksum of the weights, which are read later. A model that is trained further keeps its name.
     return Records(options.output, study, keys=KEYS, later=("identity",))
-
-
-def _tell_short(options: argparse.Namespace, files: "ModelFiles", hshare: "HShareSettings", items: Any) -> list[str]:
-    """Returns what a user must know of items that are too short for the settings."""
-    from hshare_jax.evaluation.tasks.passkey import ANSWER_TOKENS
-
-    if options.method == ["dense"]:
-        return []
-    match options.task:
-        case "perplexity":
-            sizes = [(len(window.tokens) - 1 - options.steps, len(window.tokens) - 1) for window in items]
-        case "passkey":
-            sizes = [(len(item.text), len(item.text) + len(item.question) + ANSWER_TOKENS) for item in items]
-        case _:
-            sizes = [(len(ids), len(ids) + example.max_new_tokens) for example, ids in items]
-    needs_plan = "hshare" in options.method and not hasattr(options, "plan_file")
-    return tell_short(hshare, files.config, sizes, needs_plan=needs_plan)
 
 
 def _hash(path: str | Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
-def _evaluate(
-    options: argparse.Namespace, model: "Model", methods: "dict[str, Settings]", items: Any, records: "Records"
-) -> None:
-    from hshare_jax.evaluation.run import run_generation, run_passkeys, run_texts
-
-    plan, channels = read_constants(options, model, read_settings(options))
-    common = {"batch_size": options.batch_size, "impl": options.impl, "plan": plan, "channels": channels}
-    if options.task in READERS:
-        run_generation(model, items, methods, _task_module(options.task).score, records, **common)
-    elif options.task == "passkey":
-        run_passkeys(model, items, methods, records, **common)
-    else:
-        run_texts(model, items, methods, records, steps=options.steps, **common)
-
-
 def _print_summary(summary: dict[str, Any]) -> None:
+    """Prints a table with a row for each method, and below it the scores of each task if there are several."""
     rows = [{"method": name, **values} for name, values in summary["methods"].items()]
     columns = list(dict.fromkeys(key for row in rows for key in row if key != "tasks"))
     table = [columns, *([str(row.get(column, "")) for column in columns] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for cells in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
+    _print_table(table)
     for row in rows:
         for task, scores in row.get("tasks", {}).items():
             print(f"{row['method']}  {task}  " + "  ".join(f"{name} {value}" for name, value in scores.items()))
     if summary["bad"]:
         print(f"left out {summary['bad']} bad examples", file=sys.stderr)
+
+
+def _print_table(table: Sequence[Sequence[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for cells in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())

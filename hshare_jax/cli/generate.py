@@ -1,44 +1,39 @@
-"""`hshare-jax generate`: continues or answers prompts, and tells what was read and how fast."""
+"""`hshare-jax generate`: continues or answers prompts, and tells how many tokens were read and how fast."""
 
 import argparse
 import dataclasses
-import functools
 import json
 import resource
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from hshare_jax.cli.errors import UsageError, option_name, usage_errors
 from hshare_jax.cli.options import (
-    UsageError,
+    add_fields,
+    add_files,
+    add_impl,
     add_named_model,
     add_prompt_files,
     add_settings,
     apply_chat_template,
-    as_usage_error,
-    check_fit,
     check_method,
-    choose_method,
     open_named,
-    option_name,
-    read_constants,
+    read_files,
+    read_method,
     read_prompts,
-    read_settings,
-    real,
     whole,
 )
-from hshare_jax.methods.registry import METHODS
+from hshare_jax.methods.names import METHODS
+from hshare_jax.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from hshare_jax.evaluation.run import Settings
     from hshare_jax.generate import Generation
-    from hshare_jax.methods.hshare.share_plan import SharePlan
+    from hshare_jax.methods.base import Method
+    from hshare_jax.models.config import ModelConfig
     from hshare_jax.models.pretrained import Model
-    from hshare_jax.sampling import SamplingConfig
 
-# What only one command needs is imported by it: a start stays short.
+# jax and the modules that need it are imported in the functions that run after the options have been read.
 
 
 def add_generate(parser: argparse.ArgumentParser) -> None:
@@ -47,80 +42,92 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", nargs="*", help="one or more prompts; none reads standard input")
     add_prompt_files(parser)
     add_named_model(parser)
-    parser.add_argument("--max-new-tokens", "-n", type=whole, default=128, metavar="N", help="end at the latest here")
     parser.add_argument(
-        "--impl", choices=("auto", "pallas", "reference", "interpret"), default="auto",
-        help="what computes decode steps: auto takes Pallas kernels on an NVIDIA GPU, plain jnp elsewhere",
+        "--max-new-tokens", "-n", type=whole, default=128, metavar="N",
+        help="most tokens of an answer (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text")
-    parser.add_argument("--no-stream", action="store_true", help="print when all is done")
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    add_impl(parser)
     parser.add_argument(
-        "--compare-dense", action="store_true", help="also decode dense and greedily, and tell how far they agree"
+        "--stop", action="append", default=[], metavar="TEXT",
+        help="end an answer before this text; give it again for another text",
+    )  # fmt: skip
+    parser.add_argument("--no-stream", action="store_true", help="print the answer when it is complete")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--compare-dense", action="store_true", help="also decode densely and greedily, and tell how far both agree"
     )
-    drawing = parser.add_argument_group("sampling")
-    drawing.add_argument("--temperature", type=real, default=0.0, help="0 is greedy (default)")
-    drawing.add_argument("--top-k", type=whole, default=0, help="keep the k likeliest")
-    drawing.add_argument("--top-p", type=real, default=1.0, help="keep the fewest that hold this probability")
-    drawing.add_argument("--min-p", type=real, default=0.0, help="keep those this times as likely as the likeliest")
-    drawing.add_argument("--repetition-penalty", type=real, default=1.0, help="make what was seen less likely")
-    drawing.add_argument("--seed", type=whole, default=0, help="of the first prompt; the next ones count up")
-    sharing = add_settings(parser)
-    sharing.add_argument(
-        "--method", choices=METHODS, default="hshare", metavar="NAME",
-        help=f"{', '.join(METHODS)}: all at HShare's budget (hshare)",
+    sampling = parser.add_argument_group("sampling", argument_default=argparse.SUPPRESS)
+    add_fields(sampling, SamplingParams)
+    sampling.add_argument(
+        "--seed", type=whole, default=0, metavar="N",
+        help="seed of the first prompt; the seeds of further prompts count up (default: %(default)s)",
     )  # fmt: skip
-    sharing.add_argument("--channels-file", metavar="FILE", help="label channels, from calibrate or as published")
-    sharing.add_argument("--plan-file", metavar="FILE", help="a plan, from calibrate or as published")
+    group = add_settings(parser)
+    group.add_argument(
+        "--method", choices=METHODS, default="hshare", metavar="NAME",
+        help=f"{', '.join(METHODS)}; each reads as many tokens as HShare would (default: %(default)s)",
+    )  # fmt: skip
+    add_files(group)
 
 
 def run_generate(options: argparse.Namespace) -> int:
-    """Prints the answers, and returns the exit status."""
-    prompts = read_prompts(options)
-    if options.max_new_tokens < 1:
-        raise UsageError(f"--max-new-tokens {options.max_new_tokens} must be at least 1")
-    if not all(options.stop):
-        raise UsageError("--stop is empty and would end every answer at once; leave it out")
-    if not 0 <= options.seed <= 2**31 - len(prompts):
-        raise UsageError(f"--seed {options.seed} must lie between 0 and {2**31 - len(prompts)}")
-    if options.compare_dense and options.method == "dense":
-        raise UsageError("--compare-dense compares with dense decoding; choose another --method")
-    hshare, sampling = read_settings(options), _sampling(options)
+    """Prints the answers. Returns the exit status."""
+    texts = read_prompts(options)
+    _check_options(options, len(texts))
+    sampling, hshare = _read_sampling(options), read_method(options)
     check_method(options, [options.method], hshare)
     files = open_named(options)
-    texts = apply_chat_template(files, prompts, options)
-    check_fit(files, texts, options, hshare)
+    prompts = apply_chat_template(files, texts, options)
+    from hshare_jax.methods.registry import method_named
+
+    with usage_errors():
+        _check_fit(options, files.config, prompts)
+        hshare.settings.num_label_channels(files.config)
+        hshare, origins = read_files(options, files, hshare)
+        method = method_named(options.method, hshare, max_new_tokens=options.max_new_tokens)
     model = files.load(options.dtype)
-    method = choose_method(options.method, hshare, max_new_tokens=options.max_new_tokens)
-    constants = read_constants(options, model, hshare)
-    seeds = [options.seed + row for row in range(len(texts))]
-    is_streamed = len(texts) == 1 and not options.json and not options.no_stream
-    show = functools.partial(print, end="", flush=True) if is_streamed else None
-    result = _decode(model, texts, method, constants, sampling, seeds, options, show)
+    for origin in origins:
+        origin.check(model)
+    is_streamed = len(prompts) == 1 and not options.json and not options.no_stream
+    show = _show if is_streamed else None
+    result = _decode(options, model, prompts, method, sampling, show)
     if is_streamed:
         print(flush=True)
-    statistics = _statistics(result, model, options.method, method, constants[0])
+    statistics = _statistics(result, model, options.method, method)
     if options.compare_dense:
-        statistics |= _compare(model, texts, method, constants, statistics, options, is_streamed)
+        # Dense decoding is streamed if the method was, so that both return to the host as often.
+        dense = _decode(options, model, prompts, None, SamplingParams(), _ignore if is_streamed else None)
+        statistics |= _compare(options, model, prompts, method, dense, statistics["decode_tokens_per_second"])
     if options.json:
         _print_json(model, result, statistics)
     elif not is_streamed:
         for row, text in enumerate(result.texts, start=1):
-            if len(texts) > 1:
+            if len(prompts) > 1:
                 print(f"==> {row} <==")
             print(text)
     print(_statistics_line(statistics), file=sys.stderr)
     return 0
 
 
-def _sampling(options: argparse.Namespace) -> "SamplingConfig":
-    from hshare_jax.sampling import SamplingConfig
+def _check_options(options: argparse.Namespace, num_prompts: int) -> None:
+    """Raises UsageError for a mistake that the options alone show."""
+    if options.max_new_tokens < 1:
+        raise UsageError(f"--max-new-tokens {options.max_new_tokens} must be at least 1")
+    if not all(options.stop):
+        raise UsageError("--stop is empty and would end every answer at once; leave it out")
+    if not 0 <= options.seed <= 2**31 - num_prompts:
+        raise UsageError(f"--seed {options.seed} must lie between 0 and {2**31 - num_prompts}")
+    if options.compare_dense and options.method == "dense":
+        raise UsageError("--compare-dense compares with dense decoding; choose another --method")
 
-    try:
-        sampling = SamplingConfig(**{f.name: getattr(options, f.name) for f in dataclasses.fields(SamplingConfig)})
-    except ValueError as error:
-        raise as_usage_error(error) from error
-    idle = [name for name in ("top_k", "top_p", "min_p") if getattr(sampling, name) != getattr(SamplingConfig(), name)]
+
+def _read_sampling(options: argparse.Namespace) -> SamplingParams:
+    given = {field.name: field for field in dataclasses.fields(SamplingParams) if hasattr(options, field.name)}
+    with usage_errors():
+        sampling = SamplingParams(**{name: getattr(options, name) for name in given})
+    idle = [
+        name for name in ("top_k", "top_p", "min_p") if name in given and getattr(sampling, name) != given[name].default
+    ]
     if sampling.temperature == 0 and idle:
         raise UsageError(
             f"{option_name(idle[0])} has no effect at --temperature 0, which is greedy; give a temperature"
@@ -128,51 +135,63 @@ def _sampling(options: argparse.Namespace) -> "SamplingConfig":
     return sampling
 
 
+def _check_fit(options: argparse.Namespace, config: "ModelConfig", prompts: list[list[int]]) -> None:
+    """Raises SettingError for an implementation that cannot run here, or more tokens than the model has positions."""
+    from hshare_jax.kernels.api import check_impl
+    from hshare_jax.prompts import choose_capacity
+
+    check_impl(options.impl)
+    choose_capacity(config, prompts, options.max_new_tokens, None)
+
+
+def _show(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _ignore(text: str) -> None:
+    pass
+
+
 def _decode(
+    options: argparse.Namespace,
     model: "Model",
     prompts: list[list[int]],
-    method: "Settings",
-    constants: "tuple[SharePlan | None, np.ndarray | None]",
-    sampling: "SamplingConfig",
-    seeds: list[int],
-    options: argparse.Namespace,
-    show: Callable[[str], object] | None,
+    method: "Method | None",
+    sampling: SamplingParams,
+    show: Callable[[str], None] | None,
 ) -> "Generation":
-    """Decodes, and shows new text of the one prompt as it comes, if asked to."""
-    from hshare_jax.generate import Generation, generate, stream
+    """The answers. With `show` there is one prompt, and its answer is streamed: `show` gets each piece of new text."""
+    from hshare_jax.generate import generate, stream
 
-    decode = functools.partial(
-        generate if show is None else stream,
-        max_new_tokens=options.max_new_tokens, method=method, plan=constants[0], channels=constants[1],
-        sampling=sampling, seeds=seeds, stop=options.stop, impl=options.impl,
-    )  # fmt: skip
-    pieces = decode(model, prompts)
-    if isinstance(pieces, Generation):
-        return pieces
-    assert show is not None
-    while True:
-        try:
-            show(next(pieces)[0])
-        except StopIteration as end:
-            return end.value
+    arguments: dict[str, Any] = {
+        "max_new_tokens": options.max_new_tokens, "method": method, "sampling": sampling, "stop": options.stop,
+        "seeds": [options.seed + row for row in range(len(prompts))], "impl": options.impl,
+    }  # fmt: skip
+    if show is None:
+        return generate(model, prompts, **arguments)
+    result = None
+    for piece in stream(model, prompts, **arguments):
+        show(piece.texts[0])
+        result = piece.result
+    assert result is not None  # the last piece has the result
+    return result
 
 
-def _statistics(
-    result: "Generation", model: "Model", name: str, hshare: "Settings", plan: "SharePlan | None"
-) -> dict[str, Any]:
-    from hshare_jax.methods.hshare.settings import HShareSettings
+def _statistics(result: "Generation", model: "Model", name: str, method: "Method | None") -> dict[str, Any]:
+    from hshare_jax.methods.hshare.method import HShare
 
     timing, usage = result.timing, result.usage
     statistics: dict[str, Any] = {"method": name}
-    if isinstance(hshare, HShareSettings):
-        # What was computed and not what was asked for: a prompt too short for a plan shares nothing.
+    if isinstance(method, HShare):
+        settings = method.settings
+        # The lists that were computed, not those that were asked for: a prompt too short for a plan shares nothing.
         computed = usage.selections / max(usage.refreshes, 1)
         statistics |= {
-            "sharing_ratio": hshare.sharing_ratio if plan is None else None,
-            "budget": hshare.budget,
+            "sharing_ratio": method.sharing_ratio if method.plan is None else None,
+            "budget": settings.budget,
             "computed_lists": round(computed, 1),
-            "lists": hshare.num_sparse_layers(model.config) * hshare.num_lists(model.config),
-            "refresh_interval": hshare.refresh_interval,
+            "lists": settings.num_sparse_layers(model.config) * settings.num_lists(model.config),
+            "refresh_interval": settings.refresh_interval,
             "refreshes": usage.refreshes,
             "selections": usage.selections,
             "possible_selections": usage.possible_selections,
@@ -191,41 +210,33 @@ def _statistics(
 
 
 def _compare(
+    options: argparse.Namespace,
     model: "Model",
     prompts: list[list[int]],
-    method: "Settings",
-    constants: "tuple[SharePlan | None, np.ndarray | None]",
-    statistics: dict[str, Any],
-    options: argparse.Namespace,
-    is_streamed: bool,
+    method: "Method | None",
+    dense: "Generation",
+    decode_rate: float,
 ) -> dict[str, Any]:
+    """How far the method agrees with dense, greedy decoding, and both speeds."""
     from hshare_jax.evaluation.teacher_forcing import token_agreement
-    from hshare_jax.sampling import SamplingConfig
 
-    # As the sparse run was decoded, back to the host as often.
-    show = (lambda text: None) if is_streamed else None
-    seeds = list(range(len(prompts)))
-    dense = _decode(model, prompts, None, (None, None), SamplingConfig(), seeds, options, show)
     rows = [row for row, tokens in enumerate(dense.tokens) if len(tokens) > 1]
     if not rows:
         return {"agreement_with_dense": None}
-    continuations = [dense.tokens[row] for row in rows]
-    agreements = token_agreement(
-        model, [prompts[row] for row in rows], continuations,
-        method=method, plan=constants[0], channels=constants[1], impl=options.impl,
-    )  # fmt: skip
+    compared, continuations = [prompts[row] for row in rows], [dense.tokens[row] for row in rows]
+    agreements = token_agreement(model, compared, continuations, method=method, impl=options.impl)
     sizes = [len(tokens) - 1 for tokens in continuations]
-    agreement = sum(a * size for a, size in zip(agreements, sizes, strict=True)) / sum(sizes)
+    agreement = sum(share * size for share, size in zip(agreements, sizes, strict=True)) / sum(sizes)
     rate = round(dense.timing.decode_rate, 1)
     return {
         "agreement_with_dense": round(agreement, 4),
         "dense_decode_tokens_per_second": rate,
-        "times_dense": round(statistics["decode_tokens_per_second"] / rate, 2) if rate else None,
+        "times_dense": round(decode_rate / rate, 2) if rate else None,
     }
 
 
 def _peak_memory() -> int:
-    """Returns the peak bytes of the accelerator, or of this process where the processor computes."""
+    """The peak bytes of the accelerator, or of this process if the CPU computes."""
     import jax
 
     if stats := jax.devices()[0].memory_stats():

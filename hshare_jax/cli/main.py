@@ -1,24 +1,38 @@
-"""The command line: `hshare-jax generate`, `calibrate`, `convert`, `eval`, `plot` and `info`."""
+"""The command line of hshare-jax."""
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
+from typing import Any
 
-from hshare_jax.cli.calibrate import add_calibrate
-from hshare_jax.cli.convert import add_convert, add_info
-from hshare_jax.cli.eval import add_eval
-from hshare_jax.cli.generate import add_generate
-from hshare_jax.cli.options import FAILURE, USAGE, Parser, UsageError
-from hshare_jax.cli.plot import add_plot
+from hshare_jax.cli.errors import FAILURE, USAGE, Parser, UsageError
 
-# What only one command needs is imported by it: a start stays short.
+# A command is the module of its name in this folder. The module holds `add_NAME`, which adds the options of the command
+# and sets `run`. Only the module of the command that is called is imported, so that every start is quick.
+COMMANDS = {
+    "generate": "continue or answer prompts",
+    "calibrate": "find label channels and one plan for all prompts, from texts",
+    "convert": "write a model as an Orbax checkpoint, which loads fast",
+    "eval": "measure what sparse decoding costs, on tasks and on any text",
+    "plot": "draw how alike choices of tokens are, a plan, or quality against tokens read or time",
+    "train": "train a model on text files, from random weights or from a model",
+    "info": "show a model's shape and the size of its cache, or the plans of prompts",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit status: 0, 1 for a failure, 2 for a mistake in how it was called."""
-    options = _parser().parse_args(arguments)
+    """Runs a command.
+
+    Args:
+        arguments: the words after the program's name; None takes those of this process.
+
+    Returns:
+        The exit status: 0, `FAILURE`, or `USAGE` for a mistake in the call.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    options = _parser(arguments).parse_args(arguments)
     try:
         return options.run(options)
     except UsageError as error:
@@ -31,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _complain(f"{error.filename}: {error.strerror}", FAILURE)
         return _complain(str(error) or type(error).__name__, FAILURE)
     except RuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):  # how JAX says that a device is out of memory
+        if "RESOURCE_EXHAUSTED" not in str(error):  # the word with which JAX says that a device is out of memory
             raise
         return _complain(f"out of memory, take fewer or shorter texts at once: {error}", FAILURE)
     except KeyboardInterrupt:
@@ -43,19 +57,34 @@ def _complain(message: str, status: int) -> int:
     return status
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="hshare-jax", description=__doc__)
-    parser.add_argument("--version", action="version", version=f"hshare-jax {version('hshare-jax')}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
-    add_generate(commands.add_parser("generate", help="continue or answer prompts"))
-    add_calibrate(commands.add_parser("calibrate", help="make label channels and a plan for all prompts from texts"))
-    add_convert(commands.add_parser("convert", help="write a model as an Orbax checkpoint that loads fast"))
-    add_eval(commands.add_parser("eval", help="measure what sparse decoding costs, on tasks and on any text"))
-    add_plot(
-        commands.add_parser("plot", help="draw how alike the choices are, a plan, and quality against reads or time")
+def _parser(arguments: Sequence[str]) -> Parser:
+    """The parser of these arguments. Only the command that they name gets its options."""
+    parser = Parser(
+        prog="hshare-jax",
+        description="Sparse decoding without training, and KV sharing across layers, for LLaMA-family models.",
+        epilog="hshare-jax COMMAND --help shows the options of a command.",
     )
-    add_info(commands.add_parser("info", help="show a model's shape and what its cache takes"))
+    parser.add_argument("--version", "-V", action=_ShowVersion, help="show the version and exit")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
+    called = next((word for word in arguments if not word.startswith("-")), None)
+    for name, help in COMMANDS.items():
+        command = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
+        if name == called:
+            getattr(importlib.import_module(f"hshare_jax.cli.{name}"), f"add_{name}")(command)
     return parser
+
+
+class _ShowVersion(argparse.Action):
+    """Prints the version. Only this reads the installed package's metadata, which takes as long as all else here."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **more: Any) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, **more)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        print(f"hshare-jax {version('hshare-jax')}")
+        parser.exit()
 
 
 if __name__ == "__main__":

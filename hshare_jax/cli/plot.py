@@ -1,4 +1,4 @@
-"""`hshare-jax plot`: figures of what sharing rests on in a user's own text, and of what methods cost."""
+"""`hshare-jax plot`: draws how alike choices of tokens are in a user's own text, a plan, and what methods cost."""
 
 import argparse
 import importlib.util
@@ -6,48 +6,49 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hshare_jax.cli.errors import Parser, UsageError, usage_errors
 from hshare_jax.cli.options import (
-    Parser,
-    UsageError,
+    add_files,
     add_named_model,
     add_prompt_files,
     add_settings,
     apply_chat_template,
-    as_usage_error,
     check_not_empty,
     check_output,
     open_named,
-    read_constants,
-    read_settings,
+    read_files,
+    read_method,
     read_text,
     whole,
 )
+from hshare_jax.files.figures import check_suffix, save
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# matplotlib, which the extra `eval` brings, is imported where a figure is drawn.
+# jax and the modules that need it are imported in the functions that run after the options have been read. So is
+# matplotlib, which comes with the extra `eval`.
 
 OF_TEXT = {
     "heads": "how far the lists of each layer choose the same tokens",
     "layers": "how far layers choose the same tokens",
     "steps": "how long a choice of tokens lasts",
-    "plan": "which lists are computed, and which they serve",
+    "plan": "which lists are computed, and which lists copy them",
 }
 OF_RESULTS = {
     "quality": (
         "divergence from dense decoding against tokens read",
-        "of hshare-jax eval --task perplexity, or of scripts/study/methods.py",
+        "results of hshare-jax eval --task perplexity, or of scripts/study/methods.py",
     ),
     "speed": (
         "divergence from dense decoding against the time of a step",
-        "of scripts/study/methods.py, which takes the times too",
+        "results of scripts/study/methods.py, which takes the times too",
     ),
 }
 
 
 def add_plot(parser: argparse.ArgumentParser) -> None:
-    """Adds the figures of `hshare-jax plot` and their options."""
+    """Adds the figures of `plot` and their options."""
     parser.set_defaults(run=run_plot)
     figures = parser.add_subparsers(required=True, metavar="FIGURE", parser_class=Parser, dest="figure")
     for name, what in OF_TEXT.items():
@@ -55,34 +56,31 @@ def add_plot(parser: argparse.ArgumentParser) -> None:
         add_prompt_files(of_text)
         add_named_model(of_text)
         if name == "steps":
-            of_text.add_argument("--steps", type=whole, default=64, metavar="N", help="longest distance measured (64)")
+            of_text.add_argument(
+                "--steps", type=whole, default=64, metavar="N",
+                help="longest distance between two steps that is measured (default: %(default)s)",
+            )  # fmt: skip
         _add_outputs(of_text)
-        sharing = add_settings(of_text)
-        sharing.add_argument("--channels-file", metavar="FILE", help="label channels, from calibrate or as published")
+        add_files(add_settings(of_text), plan=False)
     for name, (what, source) in OF_RESULTS.items():
         of_results = figures.add_parser(name, help=what)
-        of_results.add_argument(
-            "--results", type=Path, nargs="+", required=True, metavar="JSONL",
-            help=source,
-        )  # fmt: skip
+        of_results.add_argument("--results", type=Path, nargs="+", required=True, metavar="JSONL", help=source)
         _add_outputs(of_results)
 
 
 def _add_outputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--output", type=Path, nargs="+", required=True, metavar="FILE", help="one or more of .png and .svg"
+        "--output", type=Path, nargs="+", required=True, metavar="FILE", help="one or more files, .png or .svg"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
 
 
 def run_plot(options: argparse.Namespace) -> int:
-    """Runs `hshare-jax plot`."""
+    """Draws a figure and writes it. Returns the exit status."""
     if importlib.util.find_spec("matplotlib") is None:
         raise UsageError("plots need matplotlib: pip install 'hshare-jax[eval]'")
     _check_outputs(options)
     figure = _draw_text(options) if options.figure in OF_TEXT else _draw_results(options)
-    from hshare_jax.evaluation.plots.overlap import save
-
     for path in options.output:
         save(figure, path)
     print(f"wrote {' and '.join(map(str, options.output))}", file=sys.stderr)
@@ -90,8 +88,6 @@ def run_plot(options: argparse.Namespace) -> int:
 
 
 def _check_outputs(options: argparse.Namespace) -> None:
-    from hshare_jax.evaluation.plots.overlap import check_suffix
-
     for index, path in enumerate(options.output):
         try:
             check_suffix(path)
@@ -105,10 +101,38 @@ def _check_outputs(options: argparse.Namespace) -> None:
 
 
 def _draw_text(options: argparse.Namespace) -> "Figure":
-    """Returns a figure of the lists that a model chooses in a prompt."""
+    """A figure of the tokens that a model chooses in a prompt."""
     steps = getattr(options, "steps", 0)
     if options.figure == "steps" and steps < 1:
         raise UsageError(f"--steps {steps} must be at least 1")
+    text = _read_prompt(options)
+    method = read_method(options)
+    files = open_named(options)
+    (prompt,) = apply_chat_template(files, [text], options)
+    from hshare_jax.evaluation.patterns import check_prompt, measure_patterns
+    from hshare_jax.evaluation.plots import overlap
+
+    with usage_errors():
+        method.settings.num_label_channels(files.config)
+        check_prompt(files.config, len(prompt), settings=method.settings, steps=steps)
+        method, origins = read_files(options, files, method)
+    model = files.load(options.dtype)
+    for origin in origins:
+        origin.check(model)
+    found = measure_patterns(model, prompt, method=method, steps=steps)
+    subject = f"{model.name}, {len(prompt):,} tokens, lists of {method.settings.num_critical}"
+    if options.figure == "heads":
+        return overlap.plot_head_similarity(found.head_overlap, subject=subject)
+    if options.figure == "layers":
+        return overlap.plot_layer_similarity(found.layer_overlap, subject=subject)
+    if options.figure == "steps":
+        return overlap.plot_step_similarity(found.step_overlap, subject=f"{subject}, the last {2 * steps} decoded")
+    dense_layers = method.settings.dense_layers
+    return overlap.plot_plan(found.plan, dense_layers, subject=f"{subject}, {method.sharing_ratio}")
+
+
+def _read_prompt(options: argparse.Namespace) -> str:
+    """The one prompt that the options name; UsageError for none, several or an empty one."""
     if not options.prompt_file:
         raise UsageError("no prompt: give one with --prompt-file")
     if len(options.prompt_file) > 1:
@@ -116,37 +140,13 @@ def _draw_text(options: argparse.Namespace) -> "Figure":
     (name,) = options.prompt_file
     text = read_text(name, "--prompt-file ")
     check_not_empty([name], [text])
-    hshare = read_settings(options)
-    files = open_named(options)
-    (prompt,) = apply_chat_template(files, [text], options)
-    from hshare_jax.evaluation.patterns import check_prompt, measure_patterns
-    from hshare_jax.evaluation.plots import overlap as plots
-
-    try:
-        hshare.num_label_channels(files.config)
-        check_prompt(files.config, len(prompt), hshare=hshare, steps=steps)
-        read_constants(options, files, hshare)
-    except ValueError as error:
-        raise as_usage_error(error) from error
-    except OSError as error:
-        raise UsageError(f"{error.filename}: {error.strerror}") from error
-    model = files.load(options.dtype)
-    _, channels = read_constants(options, model, hshare)
-    found = measure_patterns(model, prompt, hshare=hshare, steps=steps, channels=channels)
-    subject = f"{model.name}, {len(prompt):,} tokens, lists of {hshare.num_critical}"
-    if options.figure == "heads":
-        return plots.plot_head_similarity(found.head_overlap, subject=subject)
-    if options.figure == "layers":
-        return plots.plot_layer_similarity(found.layer_overlap, subject=subject)
-    if options.figure == "steps":
-        subject += f", the last {2 * steps} decoded"
-        return plots.plot_step_similarity(found.step_overlap, subject=subject)
-    return plots.plot_plan(found.plan, hshare.dense_layers, subject=f"{subject}, {hshare.sharing_ratio}")
+    return text
 
 
 def _draw_results(options: argparse.Namespace) -> "Figure":
-    """Returns a figure of what methods cost, from files of results."""
-    from hshare_jax.evaluation.plots.results import plot_quality, plot_speed, read_results
+    """A figure of what methods cost, from files of results."""
+    from hshare_jax.evaluation.plots.results import plot_quality, plot_speed
+    from hshare_jax.evaluation.results import read_results
 
     draw = plot_quality if options.figure == "quality" else plot_speed
     try:

@@ -1,11 +1,11 @@
-"""Intervals of what was measured, by the bootstrap over blocks of neighbouring positions."""
+"""Intervals of measured values, by the bootstrap over blocks of neighbouring positions."""
 
 from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Float
 
-BLOCK = 32  # neighbouring positions of a window that are drawn together, since they are not independent
+BLOCK = 32  # neighbouring positions of a window that are drawn together, because they depend on one another
 
 
 def interval(
@@ -15,16 +15,19 @@ def interval(
     level: float = 0.95,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Returns the percentile interval of a statistic of one or more arrays of scores.
+    """The percentile interval of a statistic of one or more arrays of scores.
 
-    The same blocks are drawn of all arrays, so that methods scored on the same positions are compared pair by pair.
+    Each draw takes the same blocks of all arrays, so methods scored on the same positions are compared in pairs. The
+    draws are written out, because `scipy.stats.bootstrap` draws single values along an axis: to draw blocks with it, an
+    array of indices and as many lines would be needed.
 
     Args:
-        statistic: called with as many arrays, each [blocks, BLOCK]; its value is a number.
-        scores: of the same positions; a window's last steps that fill no block are left out, but a short window is one.
-        draws: bootstrap samples.
-        level: of the interval.
-        seed: of the draws.
+        statistic: called with one array [blocks, BLOCK] for each array of scores; returns a number.
+        scores: arrays over the same positions. The last steps of a window that fill no block are left out; a window
+            shorter than a block is one block.
+        draws: the number of bootstrap samples.
+        level: the share of the samples inside the interval.
+        seed: the seed of the draws.
     """
     block = min(BLOCK, scores[0].shape[1])
     whole = scores[0].shape[1] // block * block
@@ -39,5 +42,5 @@ def interval(
 
 
 def mean_ratio(scores: np.ndarray, base: np.ndarray) -> float:
-    """Returns the ratio of means, a statistic for `interval`."""
+    """The ratio of two means, a statistic for `interval`."""
     return float(scores.mean() / base.mean())

@@ -1,20 +1,17 @@
-"""Log-likelihoods of given continuations, as decode steps of the method that is measured."""
+"""Log-likelihoods of given continuations, by decode steps of the method that is measured."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Int
 
 from hshare_jax.decode_state import init_state
+from hshare_jax.errors import check_whole
 from hshare_jax.evaluation.teacher_forcing import score_steps
 from hshare_jax.kernels.api import check_impl
 from hshare_jax.methods.base import Method
-from hshare_jax.methods.hshare.settings import HShareSettings
-from hshare_jax.methods.hshare.share_plan import SharePlan
 from hshare_jax.models.pretrained import Model
 from hshare_jax.prefill import prefill
 from hshare_jax.prompts import choose_capacity, pad_prompts
@@ -27,40 +24,36 @@ def log_likelihoods(
     model: Model,
     requests: Sequence[Request],
     *,
-    method: HShareSettings | Method | None,
+    method: Method | None,
     batch_size: int,
-    plan: SharePlan | None = None,
-    channels: Int[Array | np.ndarray, "L K ranks"] | None = None,
     impl: str = "auto",
     progress: Callable[[dict[int, tuple[float, bool]]], object] | None = None,
 ) -> list[tuple[float, bool]]:
-    """Returns, for each request, its continuation's log-likelihood in nats and whether greedy decoding would choose it.
+    """The log-likelihood of each request's continuation in nats, and whether greedy decoding would choose it.
 
     One forward pass over context and continuation would never decode, and so never use a sparse method. Here only the
     context without its last token is prefilled, densely. Decode steps then read that last token and the continuation's
-    own tokens (teacher forcing), so that every token is predicted by a step of `method`. A context of a single token
-    has nothing before it: it is prefilled, and its logits predict the first token.
+    tokens (teacher forcing), so that a step of `method` predicts every token. A context of a single token is prefilled
+    instead, and its logits predict the first token.
 
     Args:
         model: from `load_model`.
         requests: contexts and continuations of any lengths, each of at least one token. Rows of a batch are of similar
-            lengths; a result does not depend on its batch (but see `HShareSettings.plan_scope`).
-        method: the settings to measure; None measures dense decoding.
+            lengths; a result does not depend on its batch, unless `PlanSearch.plan_scope` is "batch".
+        method: the method to measure; None measures dense decoding.
         batch_size: requests that are computed together.
-        plan, channels: known beforehand, as for `init_state`; None finds them from each context.
-        impl: what computes decode steps, as for `decode_step`.
-        progress: called with the results of each batch, by the requests' indices, once it is computed.
+        impl: as for `decode_step`.
+        progress: called with the results of each batch, by index of the request, once the batch is computed.
 
     Raises:
         ValueError: a request with an empty part, an id outside the vocabulary or more tokens than the model has
-            positions, or an `impl` that cannot run here; before anything is computed.
+            positions, or an `impl` that cannot run here. All are found before anything is computed.
     """
     check_impl(impl)
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    check_whole("batch_size", batch_size, 1)
     for index, request in enumerate(requests):
         _check_request(model, index, request)
-    # Alike in steps, then in context; the largest first, so that memory runs out at once or never.
+    # Sorted by steps, then by context, the largest first: memory runs out at once or never.
     order = sorted(
         range(len(requests)),
         key=lambda index: (_pad_steps(len(requests[index][1])), len(requests[index][0])),
@@ -69,8 +62,7 @@ def log_likelihoods(
     found: dict[int, tuple[float, bool]] = {}
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        given = {"method": method, "plan": plan, "channels": channels}
-        scores = _score_batch(model, [requests[index] for index in batch], given, impl)
+        scores = _score_batch(model, [requests[index] for index in batch], method, impl)
         of_batch = dict(zip(batch, scores, strict=True))
         found |= of_batch
         if progress is not None:
@@ -98,14 +90,14 @@ def _check_request(model: Model, index: int, request: Request) -> None:
 
 
 def _pad_steps(num_steps: int) -> int:
-    """Returns the steps that are computed for so many: few different numbers, so that few programs are compiled."""
+    """The number of steps rounded up to one of few numbers, so that few programs are compiled."""
     if num_steps <= 64:
         return max(1 << (num_steps - 1).bit_length(), 4)
     return round_up_coarsely(num_steps, 64)
 
 
 def _score_batch(
-    model: Model, requests: Sequence[Request], given: dict[str, Any], impl: str
+    model: Model, requests: Sequence[Request], method: Method | None, impl: str
 ) -> list[tuple[float, bool]]:
     config = model.config
     prompts = [list(context[:-1]) or list(context) for context, _ in requests]
@@ -117,16 +109,18 @@ def _score_batch(
     forced, sizes = pad_prompts(texts)
     T = _pad_steps(max(int(sizes.max()) - 1, 1))
     forced = np.pad(forced, ((0, 0), (0, T + 1 - forced.shape[1])))
-    # Steps beyond a row's own come last and are not looked at. They fit into the cache where the model has positions
-    # for them; otherwise their tokens are dropped.
+    # Steps beyond a row's text come last and are ignored. Where the model has no positions for them, the cache drops
+    # their tokens.
     capacity = choose_capacity(config, prompts, min(T, config.max_positions - int(lengths.max())), None)
-    state = init_state(config, len(requests), capacity, dtype=jnp.dtype(model.dtype), **given)
-    logits, state = prefill(model.params, jnp.asarray(tokens), jnp.asarray(lengths), state, config=config)
+    state = init_state(config, len(requests), capacity, method=method, dtype=jnp.dtype(model.dtype))
+    logits, state = prefill(
+        model.params, jnp.asarray(tokens), jnp.asarray(lengths), state, config=config, method=method
+    )
     first_loss, first_chosen = _score_first(logits, jnp.asarray(forced[:, 0]))
     scores, _ = score_steps(model.params, jnp.asarray(forced), state, config=config, impl=impl)
     loss = np.concatenate([np.asarray(first_loss)[None], scores.loss])  # [T + 1, B], of each token of `forced`
     chosen = np.concatenate([np.asarray(first_chosen)[None], scores.chosen])
-    starts = sizes - [len(continuation) for _, continuation in requests]  # behind the context's last token
+    starts = sizes - [len(continuation) for _, continuation in requests]  # where each continuation begins
     places = np.arange(T + 1)[:, None]
     is_scored = (places >= starts) & (places < sizes)
     totals = -np.where(is_scored, loss, 0).sum(axis=0, dtype=np.float64)
@@ -136,6 +130,6 @@ def _score_batch(
 
 @jax.jit
 def _score_first(logits: Logits, tokens: PerRow) -> tuple[Array, Array]:
-    """Returns (negative log-likelihood of each row's next token [B], the likeliest one [B])."""
+    """Negative log-likelihood of each row's next token [B], and the most probable token [B]."""
     log_p = jax.nn.log_softmax(logits, axis=-1)
     return -jnp.take_along_axis(log_p, tokens[:, None], axis=1)[:, 0], jnp.argmax(logits, axis=-1)

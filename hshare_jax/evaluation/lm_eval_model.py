@@ -1,18 +1,19 @@
 """The model `hshare_jax` of lm-evaluation-harness: its tasks, decoded sparsely.
 
     python -m hshare_jax.evaluation.lm_eval_model run --model hshare_jax --tasks gsm8k --apply_chat_template \
-        --model_args pretrained=smollm2-135m-instruct,sharing_ratio=1/2-1-1,num_critical=432
+        --model_args pretrained=smollm2-135m-instruct,sharing_ratio=1/3-1-1
 
-This is lm-evaluation-harness's own command line with the model registered. For versions that look for entry points one
-is declared; 0.4.13, the newest at the time of writing, does not.
+This is lm-evaluation-harness's own command line, with the model registered. The package also declares an entry point,
+for versions of lm-evaluation-harness that look for one; 0.4.13, the newest at the time of writing, does not.
 """
 
+import contextlib
 import dataclasses
 import inspect
 import logging
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -25,27 +26,29 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from hshare_jax.calibration import differing_settings, load_channels, load_plan
+from hshare_jax.errors import SettingError, check_one_of
 from hshare_jax.evaluation.likelihood import Request, log_likelihoods
 from hshare_jax.generate import generate
-from hshare_jax.methods.base import Method
-from hshare_jax.methods.hshare.settings import HShareSettings
-from hshare_jax.methods.registry import METHODS, has_use_for, method_named, tell_short
+from hshare_jax.methods.hshare.method import HShare
+from hshare_jax.methods.hshare.plan_files import with_files
+from hshare_jax.methods.hshare.settings import HShareSettings, PlanSearch
+from hshare_jax.methods.names import METHODS, has_use_for
+from hshare_jax.methods.registry import method_named, notes_on_short_texts
 from hshare_jax.models.pretrained import Model, load_model
-from hshare_jax.sampling import SamplingConfig
+from hshare_jax.sampling_params import SamplingParams
 
-_FIELDS = {field.name: field.default for field in dataclasses.fields(HShareSettings)}
-_RATIOS = ("layer_ratio", "head_ratio", "refresh_interval")
-_NO_CHOICE = ("device", "max_batch_size", "settings")
+_DEFAULTS = {field.name: field.default for part in (HShareSettings, PlanSearch) for field in dataclasses.fields(part)}
+_RATIOS = ("layer_ratio", "head_ratio", "refresh_interval")  # the settings that `sharing_ratio` gives
+_NO_CHOICE = ("device", "max_batch_size", "settings")  # parameters that no user has to know
 _log = logging.getLogger(__name__)
 
 
 class HShareLM(TemplateLM):
     """A model of `load_model` for lm-evaluation-harness.
 
-    `method` is one of `evaluation.methods.METHODS`. Answers are decoded by `generate`, and log-likelihoods are those of
-    decode steps (`log_likelihoods`). A rolling one has a single token of context, so all of its text is decoded, token
-    by token. No plan can be found from so short a context, and label channels only badly: give files of both.
+    Answers are decoded by `generate`. Log-likelihoods are those of decode steps (`log_likelihoods`). A rolling
+    log-likelihood starts from a context of one token, so its whole text is decoded token by token. No plan can be found
+    from so short a context, and label channels only badly: give files of both.
     """
 
     tokenizer: PreTrainedTokenizerBase  # pyright: ignore[reportIncompatibleVariableOverride] (None there)
@@ -73,75 +76,80 @@ class HShareLM(TemplateLM):
 
         Args:
             pretrained: a name or path as for `load_model`, or the model itself.
-            method: one of `evaluation.methods.METHODS`; each takes the settings that it has
-                a use for: `dense` none, the others the budget's.
-            preset: `hshare-paper`, the paper's method instead of the defaults; the settings change it.
+            method: one of `hshare_jax.methods.names.METHODS`. Each takes the settings that it has a use for: `dense`
+                none, the others at least the budget.
+            preset: `hshare-paper` takes the paper's method instead of the defaults; the settings change it.
             sharing_ratio: layer-head-query, such as `7/8-3/4-1/2`.
             dtype, revision, cache_dir: as for `load_model`.
             batch_size: requests that are computed together.
-            max_length: tokens of context and output together, at most. None: as many as the model has positions.
-            plan_file, channels_file: of `hshare-jax calibrate`, in place of what is found from each prompt.
+            max_length: the most tokens of context and output together; None takes all positions of the model.
+            plan_file, channels_file: files of `hshare-jax calibrate`, used instead of a plan and channels found from
+                each prompt.
             impl: what computes decode steps, as for `decode_step`.
-            device, max_batch_size: not used; the command line gives them to every model. JAX chooses the device.
-            settings: fields of HShareSettings by their names, as values or as text.
+            device, max_batch_size: not used. The command line gives them to every model; JAX chooses the device.
+            settings: fields of HShareSettings and PlanSearch by their names, as values or as text.
 
         Raises:
-            ValueError: an argument that does not exist, contradicts another or is out of range. For the model and the
-                files, the errors of `load_model`, `load_plan` and `load_channels`.
+            ValueError: an argument that does not exist, contradicts another argument or is out of range; or what
+                `load_model` and `with_files` refuse.
         """
         super().__init__()
-        if unknown := [name for name in settings if name not in _FIELDS]:
+        if unknown := [name for name in settings if name not in _DEFAULTS]:
             known = [name for name in inspect.signature(HShareLM).parameters if name not in _NO_CHOICE]
-            raise ValueError(f"unknown model arguments {', '.join(unknown)}; there are {', '.join([*known, *_FIELDS])}")
+            known += _DEFAULTS
+            raise ValueError(f"unknown model arguments {', '.join(unknown)}; there are {', '.join(known)}")
         files = {"plan_file": plan_file, "channels_file": channels_file}
         self._files = {name: path for name, path in files.items() if path is not None}
-        self.method = _choose_method(method, preset, sharing_ratio, settings | self._files)
-        self.batch_size = _whole("batch_size", batch_size, 1)
-        self._impl = impl
+        with _as_model_arguments():
+            _check_use(method, {"preset": preset, "sharing_ratio": sharing_ratio, **settings, **self._files})
+            hshare = _read_hshare(preset, sharing_ratio, settings)
+            self._method_name, self._description = method, repr(method_named(method, hshare))  # without files
+            self.batch_size = _read_whole("batch_size", batch_size, 1)
+            length = None if max_length is None else _read_whole("max_length", max_length, 2)
         if not isinstance(pretrained, Model):
             revision = None if revision is None else str(revision)
             pretrained = load_model(pretrained, dtype=dtype, cache_dir=cache_dir, revision=revision)  # pyright: ignore[reportArgumentType]
         if pretrained.tokenizer is None:
             raise ValueError(f"{pretrained.name} has no tokenizer, and lm-evaluation-harness gives texts")
-        self.model, self.tokenizer = pretrained, pretrained.tokenizer
-        self._constants: dict[str, Any] = {}
-        if isinstance(self.method, HShareSettings):
-            given = {*settings, *(_RATIOS if sharing_ratio is not None else ())}
-            self._constants = _read_constants(self._files, pretrained, self.method, given)
+        self.model, self.tokenizer, self._impl = pretrained, pretrained.tokenizer, impl
         positions = pretrained.config.max_positions
-        self.max_length = positions if max_length is None else _whole("max_length", max_length, 2)
-        if self.max_length > positions:
-            raise ValueError(f"max_length={self.max_length} must be at most the model's {positions} positions")
+        with _as_model_arguments():
+            given = {*settings, *(_RATIOS if sharing_ratio is not None else ())}
+            self._hshare = with_files(hshare, pretrained, **self._files, given=given)
+            if length is not None and length > positions:
+                raise SettingError("max_length", length, f"must be at most the model's {positions} positions")
+        self.method = method_named(method, self._hshare)
+        self.max_length = positions if length is None else length
 
     @property
     def max_gen_toks(self) -> int:
-        """Returns how long an answer may be where the task does not tell."""
+        """The most tokens of an answer, unless the task says otherwise."""
         return 256
 
     @property
     def eot_token_id(self) -> int:
-        """Returns the token that ends a text."""
+        """The token that ends a text."""
         end = self.tokenizer.eos_token_id
         return end if isinstance(end, int) else self.model.eos_token_ids[0]
 
     @property
     def prefix_token_id(self) -> int:
-        """Returns the token that a text without context is conditioned on: the one that begins texts, or ends them."""
+        """The token that stands for an empty context: the one that begins texts, or else the one that ends them."""
         begin = self.tokenizer.bos_token_id
         return begin if isinstance(begin, int) else self.eot_token_id
 
     @property
     def tokenizer_name(self) -> str:
-        """Returns the name that cached requests are kept under."""
+        """The name under which lm-evaluation-harness caches requests."""
         return self.model.name.replace("/", "__")
 
     def get_model_info(self) -> dict[str, str]:
-        """Returns what is written beside the results."""
-        info = {"model_identity": self.model.identity, "model_dtype": self.model.dtype, "method": repr(self.method)}
+        """Facts that lm-evaluation-harness writes beside the results."""
+        info = {"model_identity": self.model.identity, "model_dtype": self.model.dtype, "method": self._description}
         return info | self._files
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Returns the prompt that the tokenizer's template makes of a chat; its last message may be left open."""
+        """A chat in the tokenizer's template, as text. Without a generation prompt the last message stays open."""
         return self.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
@@ -150,13 +158,13 @@ class HShareLM(TemplateLM):
         )  # pyright: ignore[reportReturnType] (text, without tokenize)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
-        """Returns a text's token ids; None adds the tokenizer's special tokens unless the text begins with one."""
+        """Token ids of a text. None adds the tokenizer's special tokens, unless the text begins with one."""
         if add_special_tokens is None:
             add_special_tokens = not string.startswith(str(self.tokenizer.decode([self.prefix_token_id])))
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Returns the log-likelihood of each continuation, and whether greedy decoding would choose it."""
+        """The log-likelihood of each continuation, and whether greedy decoding would choose it."""
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty())
 
     def _loglikelihood_tokens(
@@ -174,7 +182,7 @@ class HShareLM(TemplateLM):
         )
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Returns the log-likelihood of each whole text, in windows of `max_length` that predict every token once."""
+        """The log-likelihood of each whole text, in windows of `max_length` that predict every token once."""
         pairs: list[Request] = []
         owners: list[int] = []
         for index, request in enumerate(requests):
@@ -197,8 +205,8 @@ class HShareLM(TemplateLM):
     def _score(
         self, pairs: Sequence[Request], disable_tqdm: bool, keep: Callable[[int, tuple[float, bool]], object]
     ) -> list[tuple[float, bool]]:
-        """Returns the scores of all pairs, and gives each to `keep` as soon as it is known."""
-        # The last token of a context is decoded, and the last of all is only predicted.
+        """The scores of all pairs. Each score is given to `keep` as soon as it is known."""
+        # The last token of a context is decoded, and the last token of a continuation is only predicted.
         self._warn_of_short([(max(len(start) - 1, 1), len(start) + len(end) - 1) for start, end in pairs])
         with tqdm(total=len(pairs), desc="log-likelihoods", disable=disable_tqdm or None) as bar:
 
@@ -208,16 +216,14 @@ class HShareLM(TemplateLM):
                 bar.update(len(scores))
 
             return log_likelihoods(
-                self.model, pairs,
-                method=self.method, batch_size=self.batch_size, impl=self._impl, progress=keep_batch,
-                **self._constants,
-            )  # fmt: skip
+                self.model, pairs, method=self.method, batch_size=self.batch_size, impl=self._impl, progress=keep_batch
+            )
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Returns the answer to each prompt, up to the first of its stop strings.
+        """The answer to each prompt, up to the first of its stop strings.
 
-        Prompts that leave no room for `max_gen_toks` lose their beginning. A sampled answer depends on its place among
-        the requests, so repeats of one prompt differ, and not on its batch.
+        A prompt that leaves no room for `max_gen_toks` loses its beginning. A sampled answer depends on where its
+        request stands among all requests, not on its batch. So repeats of one prompt differ.
         """
         given: list[Any] = [request.args for request in requests]
         prompts = [self.tok_encode(prompt) or [self.prefix_token_id] for prompt, _ in given]
@@ -242,7 +248,7 @@ class HShareLM(TemplateLM):
                     result = generate(
                         self.model, [prompts[index][-room:] for index in batch],
                         max_new_tokens=max_gen_toks, method=self.method, sampling=sampling, seeds=batch, stop=until,
-                        impl=self._impl, **self._constants,
+                        impl=self._impl,
                     )  # fmt: skip
                     for index, text in zip(batch, result.texts, strict=True):
                         answers[index] = text
@@ -252,8 +258,8 @@ class HShareLM(TemplateLM):
         return answers
 
     def _warn_of_short(self, sizes: Sequence[tuple[int, int]]) -> None:
-        if isinstance(self.method, HShareSettings):
-            for note in tell_short(self.method, self.model.config, sizes, needs_plan="plan" not in self._constants):
+        if isinstance(self.method, HShare):
+            for note in notes_on_short_texts(self._hshare, self.model.config, sizes, names=[self._method_name]):
                 _log.warning(note)
 
     def _warn_of_cuts(self, num_cut: int, num_requests: int) -> None:
@@ -267,56 +273,48 @@ class HShareLM(TemplateLM):
 register_model("hshare_jax")(HShareLM)  # as a decorator it would hide the class from type checkers
 
 
-def _read_constants(
-    files: Mapping[str, str], model: Model, hshare: HShareSettings, given: Collection[str]
-) -> dict[str, Any]:
-    """Returns the plan and the channels that files give; ValueError where they leave a given setting without effect."""
-    found: dict[str, Any] = {}
-    if (plan_file := files.get("plan_file")) is not None:
-        found["plan"] = load_plan(plan_file, model, hshare)
-        differing = differing_settings(plan_file, hshare)
-        if idle := [name for name in differing if name in given]:
-            raise ValueError(
-                f"{idle[0]}={getattr(hshare, idle[0])} has no effect: {plan_file} says which list copies which, found "
-                f"with {differing[idle[0]]}; leave it out"
-            )
-    if (channels_file := files.get("channels_file")) is not None:
-        if hshare.scoring == "exact":
-            raise ValueError(f"channels_file={channels_file} has no effect: scoring=exact reads keys and has no labels")
-        found["channels"] = load_channels(channels_file, model)
-    return found
+@contextlib.contextmanager
+def _as_model_arguments() -> Iterator[None]:
+    """Tells a SettingError as model arguments are written: `layer_ratio=1/8`."""
+    try:
+        yield
+    except SettingError as error:
+        raise ValueError(error.told(lambda name, value: f"{name}={'none' if value is None else value}")) from error
 
 
-def _choose_method(
-    name: str, preset: str | None, sharing_ratio: str | None, settings: Mapping[str, object]
-) -> HShareSettings | Method | None:
-    """Returns the method that the model arguments ask for."""
-    if name not in METHODS:
-        raise ValueError(f"method={name!r} must be one of {', '.join(METHODS)}")
+def _check_use(method: str, arguments: Mapping[str, object]) -> None:
+    """Raises ValueError for an unknown method, or for arguments that the method does not take."""
+    check_one_of("method", method, METHODS)
+    idle = [name for name, value in arguments.items() if value is not None and not has_use_for(method, name)]
+    if idle:
+        takers = [taker for taker in METHODS if all(has_use_for(taker, name) for name in idle)]
+        whom = "sparse decoding" if method == "dense" else f"method={' or '.join(takers)}"
+        raise ValueError(f"{', '.join(idle)} is for {whom}; leave it or method={method} out")
+
+
+def _read_hshare(preset: str | None, sharing_ratio: str | None, settings: Mapping[str, object]) -> HShare:
+    """HShare with the preset, the sharing ratio and the settings that the model arguments give.
+
+    Raises:
+        SettingError: a value outside its range.
+        ValueError: a setting that the sharing ratio gives too.
+    """
     if preset not in (None, "hshare-paper"):
-        raise ValueError(f"preset={preset!r} must be 'hshare-paper'")
-    options = {"preset": preset, "sharing_ratio": sharing_ratio, **settings}
-    given = [key for key, value in options.items() if value is not None and not has_use_for(name, key)]
-    if given:
-        takers = [method for method in METHODS if all(has_use_for(method, key) for key in given)]
-        whom = "sparse decoding" if name == "dense" else f"method={' or '.join(takers)}"
-        raise ValueError(f"{', '.join(given)} is for {whom}; leave it or method={name} out")
-    config = HShareSettings() if preset is None else HShareSettings.published()
+        raise SettingError("preset", preset, "must be hshare-paper")
+    hshare = HShare() if preset is None else HShare.published()
     if sharing_ratio is not None:
-        if doubled := [key for key in _RATIOS if key in settings]:
+        if doubled := [name for name in _RATIOS if name in settings]:
             raise ValueError(f"sharing_ratio={sharing_ratio} sets {doubled[0]} too; leave either out")
-        config = config.with_sharing_ratio(str(sharing_ratio))
-    fields = {key: _parse(key, value) for key, value in settings.items() if key in _FIELDS}
-    config = dataclasses.replace(config, **fields)  # pyright: ignore[reportArgumentType]
-    return method_named(name, config)
+        hshare = hshare.with_sharing_ratio(str(sharing_ratio))
+    return hshare.with_settings({name: _read_value(name, value) for name, value in settings.items()})
 
 
-def _parse(name: str, value: object) -> object:
-    """Returns the value of a setting that may be text; HShareSettings checks what may stand where."""
+def _read_value(name: str, value: object) -> object:
+    """The value of a setting that may be given as text. The setting's range is not checked here."""
     text = str(value).strip()
     constants = {"none": None, "true": True, "false": False}
-    if isinstance(_FIELDS[name], bool) and text.lower() not in ("true", "false"):
-        raise ValueError(f"{name}={value!r} must be true or false")
+    if isinstance(_DEFAULTS[name], bool) and text.lower() not in ("true", "false"):
+        raise SettingError(name, value, "must be true or false")
     if text.lower() in constants:
         return constants[text.lower()]
     try:
@@ -326,27 +324,28 @@ def _parse(name: str, value: object) -> object:
     return number if name.endswith("_ratio") or number.denominator > 1 else int(number)
 
 
-def _whole(name: str, value: object, least: int) -> int:
+def _read_whole(name: str, value: object, least: int) -> int:
+    """A whole number that may be given as text; SettingError if it is none, or less than `least`."""
     number = int(str(value)) if str(value).isdecimal() else -1
     if number < least:
-        raise ValueError(f"{name}={value!r} must be at least {least}, a whole number")
+        raise SettingError(name, value, f"must be at least {least}, a whole number")
     return number
 
 
-def _read_gen_kwargs(gen_kwargs: dict[str, Any], max_gen_toks: int) -> tuple[list[str], int, SamplingConfig]:
-    """Returns (stop strings, most new tokens, sampling) of a task's generation_kwargs."""
+def _read_gen_kwargs(gen_kwargs: dict[str, Any], max_gen_toks: int) -> tuple[list[str], int, SamplingParams]:
+    """Stop strings, the most new tokens and the sampling, from a task's generation_kwargs."""
     kwargs: dict[str, Any] = {**normalize_gen_kwargs(gen_kwargs, max_gen_toks)}
     until = [text for text in kwargs.pop("until") if text]
     max_gen_toks = kwargs.pop("max_gen_toks")
     del kwargs["do_sample"]  # without it the temperature is 0
     if kwargs.get("num_beams") == 1:
         del kwargs["num_beams"]
-    kinds: dict[str, Any] = {field.name: type(field.default) for field in dataclasses.fields(SamplingConfig)}
+    kinds: dict[str, Any] = {field.name: type(field.default) for field in dataclasses.fields(SamplingParams)}
     if unknown := [name for name in kwargs if name not in kinds]:
         raise ValueError(f"unknown generation_kwargs {', '.join(unknown)}; for sampling there are {', '.join(kinds)}")
-    if not float(kwargs.get("temperature", 0)):  # greedy: a task's top_p=0 means nothing then
+    if not float(kwargs.get("temperature", 0)):  # greedy, so that a task's top_p=0 means nothing
         kwargs = {name: value for name, value in kwargs.items() if name == "repetition_penalty"}
-    return until, max_gen_toks, SamplingConfig(**{name: kinds[name](value) for name, value in kwargs.items()})
+    return until, max_gen_toks, SamplingParams(**{name: kinds[name](value) for name, value in kwargs.items()})
 
 
 def main() -> None:

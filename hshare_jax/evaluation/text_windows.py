@@ -1,47 +1,46 @@
-"""Windows of texts, scored by decode steps: a method's likelihood, and how far it stays from dense decoding."""
+"""Windows of texts, scored by decode steps: a method's likelihood, and its distance from dense decoding."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from transformers import PreTrainedTokenizerBase
 
 from hshare_jax.decode_state import DecodeState
+from hshare_jax.errors import SettingError
 from hshare_jax.evaluation.prefilled import Prefilled, prefill_for
 from hshare_jax.evaluation.recall import measure_recall, recall_of
 from hshare_jax.evaluation.teacher_forcing import forced_logits, score_steps
 from hshare_jax.methods.base import Method
-from hshare_jax.methods.hshare.settings import HShareSettings
 from hshare_jax.models.pretrained import Model, ModelFiles
+from hshare_jax.prompts import encode_text
 
-RECALL_EVERY = 13  # a prime: steps that choose and steps that reuse are met alike
+RECALL_EVERY = 13  # a prime, so that steps that choose and steps that reuse are measured alike
 
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """A stretch of a text: the last tokens are scored, by decode steps that read those before them."""
+    """A stretch of a text, whose last tokens are scored by decode steps."""
 
     id: str  # the text's name and the token that the window starts at
-    tokens: tuple[int, ...]  # one more than the context: the last is only predicted
+    tokens: tuple[int, ...]  # one more than the context, because the last token is only predicted
 
 
 def cut_windows(
     model: Model | ModelFiles, name: str, text: str, *, context: int, count: int | None, skip: float = 0.0
 ) -> list[Window]:
-    """Returns windows of `context` + 1 tokens of a text, evenly spread from the share `skip` of it on.
+    """Windows of `context` + 1 tokens of a text, evenly spread over the part after the share `skip`.
 
-    With a `count` the last one ends well before the text: a book's end is often a licence.
+    With a `count` the last window ends well before the text does, because a book often ends in a licence.
 
     Args:
-        model: whose tokeniser reads the text.
-        name: of the text, for the windows' ids.
+        model: its tokeniser reads the text.
+        name: the text's name, for the ids of the windows.
         text: the text.
         context: tokens that the last step of a window reads.
-        count: how many windows; they overlap where the text is short. None takes as many as fit without overlap.
-        skip: the share of the text that is left out at its beginning: title pages, licences.
+        count: number of windows, which overlap where the text is short. None takes as many as fit without overlap.
+        skip: share of the text that is left out at its beginning: title pages, licences.
 
     Raises:
         ValueError: a count below 1, a context beyond the model's positions, or a text too short for so many windows.
@@ -49,47 +48,45 @@ def cut_windows(
     if model.tokenizer is None:
         raise ValueError(f"{model.name} has no tokeniser, so text cannot be given to it")
     if not 2 <= context <= model.config.max_positions:
-        raise ValueError(f"context={context} must lie between 2 and the model's {model.config.max_positions} positions")
+        rule = f"must lie between 2 and the model's {model.config.max_positions} positions"
+        raise SettingError("context", context, rule)
     if count is not None and count < 1:
-        raise ValueError(f"count={count} must be at least 1, or None for all that fit")
+        raise SettingError("count", count, "must be at least 1, or None for all that fit")
     ids, prefix = encode_text(model.tokenizer, text)
     first, size = int(len(ids) * skip), context + 1 - len(prefix)
     room = len(ids) - first - size
     if room < 0:
-        raise ValueError(f"{name} has {len(ids) - first} tokens to cut from; a window needs context={context} and one")
+        rule = f"must be less than the {len(ids) - first} tokens that {name} has to cut from"
+        raise SettingError("context", context, rule)
     most = (len(ids) - first) // size
     if count is not None and count > max(room, 1):
-        raise ValueError(f"count={count} must be at most {max(room, 1)}: {name} has no more windows that differ")
+        rule = f"must be at most {max(room, 1)}: {name} has no more windows that differ"
+        raise SettingError("count", count, rule)
     starts = [first + (size * index if count is None else room * index // count) for index in range(count or most)]
     return [Window(f"{name}:{start}", (*prefix, *map(int, ids[start : start + size]))) for start in starts]
 
 
-def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
-    """Returns (the token ids of a text alone, those that must come before every stretch of it: <s>, or none)."""
-    ids, first = tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer("")["input_ids"][:1]
-    return list(ids), list(first) if first == [tokenizer.bos_token_id] else []
-
-
 class Scorer:
-    """A batch of windows of one length, prefilled once, against which methods are scored."""
+    """A batch of windows of one length, prefilled once, on which methods are scored."""
 
     def __init__(
         self,
         model: Model,
         windows: Sequence[Window],
         steps: int,
-        methods: Sequence[HShareSettings | Method | None],
+        methods: Sequence[Method | None],
         *,
         impl: str = "auto",
         progress: Callable[[int], object] | None = None,
     ) -> None:
-        """Prefills all but the last `steps` tokens of each window, and decodes these densely as the reference."""
+        """Prefills all but the last `steps` tokens of each window, and decodes these densely, as the reference."""
         self.windows, self.steps, self.methods = windows, steps, methods
         self._model, self._impl = model, impl
         tokens = jnp.asarray([window.tokens for window in windows], jnp.int32)
         length = tokens.shape[1] - 1 - steps
         if length < 1:
-            raise ValueError(f"steps={steps} must be less than the windows' {length + steps} tokens of context")
+            rule = f"must be less than the windows' {length + steps} tokens of context"
+            raise SettingError("steps", steps, rule)
         lengths = jnp.full((len(windows),), length, jnp.int32)
         self.prefilled: Prefilled = prefill_for(
             model, tokens[:, :length], lengths, length + steps, methods, progress=progress
@@ -100,28 +97,25 @@ class Scorer:
         self._reference, state = forced_logits(model.params, self._scored[:, :-1], state, **given)
         self.prefilled.take_back(state)
 
-    def score(
-        self, method: HShareSettings | Method | None, *, recall_every: int | None = RECALL_EVERY, **given: Any
-    ) -> dict[str, np.ndarray]:
-        """Returns the scores of a method: those of `score_state` from where it starts.
+    def score(self, method: Method | None, *, recall_every: int | None = RECALL_EVERY) -> dict[str, np.ndarray]:
+        """Scores of a method, as `score_state` gives them.
 
         Args:
-            method: the settings; None is dense decoding.
+            method: one of the scorer's methods; None is dense decoding.
             recall_every: as for `score_state`.
-            given: a plan or channels, as for `Prefilled.start`.
         """
-        return self.score_state(self.prefilled.start(method, **given), recall_every=recall_every)
+        return self.score_state(self.prefilled.start(method), recall_every=recall_every)
 
     def score_state(self, state: DecodeState, *, recall_every: int | None = RECALL_EVERY) -> dict[str, np.ndarray]:
-        """Returns the scores of every step by name, each [B, T]; one dispatch.
+        """Scores of every step by name, each [B, T], from one dispatch.
 
-        `loss` (nats), `divergence` (KL from dense decoding, nats), `agrees` (0 or 1), `reads` (tokens) and `recall` (of
-        the true attention mass; NaN on the steps between those it is taken on).
+        The names are `loss` (nats), `divergence` (KL from dense decoding, nats), `agrees` (0 or 1), `reads` (tokens)
+        and `recall` (share of the true attention mass; NaN on steps where it is not measured).
 
         Args:
-            state: from `Prefilled.start`, which takes it back.
-            recall_every: recall is taken on the first of so many steps, or, if None, never; a multiple of the refresh
-                interval would look only at steps that have just chosen.
+            state: from `Prefilled.start`; the scorer takes it back.
+            recall_every: recall is measured on the first of so many steps; None never measures it. A multiple of the
+                refresh interval would look only at steps that have just chosen.
         """
         state = state if recall_every is None else measure_recall(state, recall_every)
         scores, state = score_steps(

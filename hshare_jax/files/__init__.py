@@ -1,1 +1,1 @@
-"""Files: written whole or not at all, checked by their sums, and results that a run goes on with."""
+"""Files: written completely or not at all, checked against checksums, and results that a later run continues."""

@@ -1,8 +1,8 @@
-"""SHA256SUMS beside a model's files: written as `sha256sum` writes it, and checked before a file is read.
+"""The file SHA256SUMS beside a model's files: written in the format of `sha256sum`, and checked before a file is read.
 
-Neither safetensors nor GGUF carries a checksum of its weights: a flipped bit inside a tensor gives another valid
-tensor, and no reader can tell. A file of checksums is what turns that into an error. Our own checkpoints always carry
-one; beside other files, make one with `sha256sum *.safetensors *.json > SHA256SUMS`.
+Neither safetensors nor GGUF stores a checksum of the weights. A flipped bit inside a tensor gives another valid tensor,
+and no reader can notice it without SHA256SUMS. Our own checkpoints always have this file. For other files, make it with
+`sha256sum *.safetensors *.json > SHA256SUMS`.
 """
 
 import hashlib
@@ -18,13 +18,16 @@ _LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 
 
 def verify_checksums(directory: Path, names: Iterable[str]) -> None:
-    """Raises CheckpointError if SHA256SUMS in `directory` lists another checksum for one of the files `names`."""
+    """Raises CheckpointError if a file in `names` does not have the checksum that SHA256SUMS in `directory` lists.
+
+    Files that SHA256SUMS does not list are not checked.
+    """
     listed = _read(directory)
     _compare(directory, {name: listed[name] for name in names if name in listed})
 
 
 def verify_all(directory: Path) -> None:
-    """Raises CheckpointError unless `directory` holds just the files its SHA256SUMS lists, with these checksums."""
+    """Raises CheckpointError unless `directory` holds exactly the files that its SHA256SUMS lists, with these sums."""
     listed, present = _read(directory), set(_files(directory))
     if not listed:
         raise CheckpointError(f"{directory} is damaged: {CHECKSUMS} is missing or empty")

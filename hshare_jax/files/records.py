@@ -1,4 +1,4 @@
-"""Results as lines of JSON, appended item by item: a run that was killed goes on where it was."""
+"""Results files: lines of JSON, appended item by item, so that a killed run can continue where it stopped."""
 
 import json
 import os
@@ -8,30 +8,30 @@ from typing import Any
 
 from hshare_jax.files.atomic import whole_file
 
-_MARK = {"results": "hshare_jax"}  # how the first line of every results file begins
+_MARK = {"results": "hshare_jax"}  # the beginning of the first line of every results file
 
 
 class Records:
-    """A results file: a first line that says what is measured, then one line for each finished item.
+    """A results file: the first line says what is measured, and every further line holds one finished item.
 
-    A line that was only half written when a run was killed is cut off again, and its item done anew; so a resumed file
-    equals an uninterrupted one byte for byte. Nothing is written before the first item is finished. Of two runs that
-    write to one file the second to do so ends, and what the first wrote is kept.
+    A kill may leave half a line. That line is removed and its item is computed again, so a resumed file equals an
+    uninterrupted one byte for byte. Nothing is written before the first item is finished. If two runs write to one
+    file, the second one stops with an error, and the results of the first are kept.
     """
 
     def __init__(
         self, path: str | os.PathLike[str], study: dict[str, Any], *, keys: tuple[str, ...], later: tuple[str, ...] = ()
     ) -> None:
-        """Reads the file, if it is there.
+        """Reads the file, if it exists.
 
         Args:
             path: the file.
-            study: what tells this study from others: settings, model, data.
-            keys: the fields of a line that tell items apart.
-            later: names of what `settle` will add to the study; until then a file is taken at its word.
+            study: the facts that identify this study: settings, model, data.
+            keys: the fields of a line that identify an item.
+            later: names of facts that `settle` will add to the study. Until then the file's own values are accepted.
 
         Raises:
-            ValueError: the file holds results of another study, or is no results file.
+            ValueError: the file holds results of another study, or is not a results file.
         """
         self.path, self._keys = Path(path), keys
         self._study: dict[str, Any] = json.loads(json.dumps(_MARK | study))
@@ -42,14 +42,14 @@ class Records:
         whole = text.rpartition(b"\n")[0]
         lines = [self._parse(number, line) for number, line in enumerate(whole.split(b"\n"), start=1) if whole]
         self._done = {self._key(line): line for line in lines[1:]}
-        # A first line alone is of no results: it may be replaced.
+        # A first line alone holds no results, so it may be replaced.
         self._found: dict[str, Any] | None = lines[0] if self._done else None
         self._compare({} if self._found is None else {name: self._found[name] for name in later if name in self._found})
-        self._size = len(text)  # of the file, as far as is known
-        self._kept = len(whole) + 1 if self._done else 0  # bytes of whole lines, after which the next one goes
+        self._size = len(text)  # bytes in the file, unless another run writes to it
+        self._kept = len(whole) + 1 if self._done else 0  # bytes of whole lines; the next line begins there
 
     def settle(self, **facts: Any) -> None:
-        """Adds to the study what was not known before; ValueError where the file holds results of another study."""
+        """Adds facts to the study. Raises ValueError if the file holds results of another study."""
         self._compare(json.loads(json.dumps(facts)))
         self._study |= facts
 
@@ -73,16 +73,16 @@ class Records:
         return tuple(line.get(key) for key in self._keys)
 
     def __contains__(self, item: dict[str, Any]) -> bool:
-        """Returns whether the item with these key fields is finished."""
+        """Whether the item with these key fields is finished."""
         return self._key(item) in self._done
 
     @property
     def lines(self) -> list[dict[str, Any]]:
-        """Returns the lines of all finished items, in the file's order."""
+        """The lines of all finished items, in the order of the file."""
         return list(self._done.values())
 
     def keep(self, is_kept: Callable[[dict[str, Any]], bool]) -> None:
-        """Removes the lines of all items but those kept; the file is replaced as a whole."""
+        """Removes the items for which `is_kept(line)` is False. The file is replaced as a whole."""
         kept = {key: line for key, line in self._done.items() if is_kept(line)}
         if len(kept) == len(self._done):
             return
@@ -92,11 +92,11 @@ class Records:
         self._done, self._kept = kept, self._size if kept else 0
 
     def append(self, line: dict[str, Any]) -> None:
-        """Writes the line of an item that is finished now, to the disk itself; nothing where it was finished before.
+        """Writes the line of an item to the disk. An item that was finished before is not written again.
 
         Raises:
-            ValueError: another run has written to the file since it was read.
-            OSError: the disk takes no more.
+            ValueError: another run has written to the file since this one read it.
+            OSError: the line cannot be written, because the disk is full for instance.
         """
         if line in self:
             return
@@ -120,7 +120,7 @@ def _encode(lines: Iterable[dict[str, Any]]) -> bytes:
 
 
 def difference(found: dict[str, Any], study: dict[str, Any]) -> str:
-    """Returns the first thing that differs, the words of a message; settings are compared one by one."""
+    """The first difference between two studies, as the end of a message. Nested settings are compared one by one."""
     absent = object()
     for key in {**study, **found}:
         old, new = found.get(key, absent), study.get(key, absent)

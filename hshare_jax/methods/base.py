@@ -1,14 +1,15 @@
-"""What every sparse method is to the decoder: what it asks of a prompt, and how a step reads the cache.
+"""The interface of every sparse method: what it asks of a prompt, and how a decode step reads the cache through it.
 
-HShare's `SharedLists` is one, `selectors/` holds the others. A model, the prefill, the decode step and the loops around
-them know only this.
+A method is a static value (`Method`). It starts a pytree that the decode loop carries from step to step
+(`MethodState`). Prefill, decode step, decode loop and generation know only these two.
 """
 
 import dataclasses
-from typing import Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
@@ -20,29 +21,37 @@ from hshare_jax.shapes import EMPTY
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PromptQueries:
-    """What is kept of a prompt's rotated queries until a method has made of them what it needs."""
+    """The rotated queries of a prompt that prefill keeps until a method has found from them what it needs."""
 
-    probes: tuple[Array, ...]  # L x [B, P, N, H], zero where a row lacks a probe
-    sizes: tuple[
-        Array, ...
-    ]  # KV layers x [B, N, H] float32, the sum of |q| over the prompt and all that read these keys
-    received: tuple[Array, ...] | None  # L x [B, N, S] float32, the attention each slot got from all of the prompt
+    positions: Array  # [B, P] int32, where the probes stand; negative where a row lacks a probe
+    probes: tuple[Array, ...]  # L x [B, P, N, H]; zero where a row lacks a probe
+    # KV layers x [B, N, H] float32: sum of |q| over the prompt and over all layers that read these keys.
+    sizes: tuple[Array, ...]
+    received: tuple[Array, ...] | None  # L x [B, N, S] float32: attention that each slot received from the whole prompt
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One decode step, as a method's attention is told of it."""
+    """One decode step, as a method sees it."""
 
-    model: ModelConfig
+    config: ModelConfig
     slots: Int[Array, "B 1"]  # where each row's new token is written; at or beyond the capacity for idle rows
-    lengths: Int[Array, "B"]  # tokens of each row, the new one included
+    lengths: Int[Array, "B"]  # tokens of each row, the new token included
     is_active: Bool[Array, "B"]  # rows that take part
     refresh: bool | None  # whether rows choose anew on this step; None leaves it to each row's age
-    impl: str  # what computes it (`kernels.api`)
+    impl: str  # which implementation computes the step (`kernels.api`)
 
     def sees(self, layer: int) -> tuple[Int[Array, "B"], int | None]:
-        """Returns (how many tokens of each row a layer sees, its window); one that looks up sees the earlier ones."""
-        return _seen(self.model, layer, self.lengths)
+        """How many tokens of each row a layer sees, and the layer's window. A layer that looks up misses the newest."""
+        return _seen(self.config, layer, self.lengths)
+
+
+class Choices(NamedTuple):
+    """How often critical tokens were chosen, counted over all rows."""
+
+    refreshes: int  # steps of a row that chose lists anew
+    selections: int  # lists that were chosen
+    possible: int  # lists that would be chosen if every list of every sparse layer were chosen on each step
 
 
 @runtime_checkable
@@ -51,32 +60,11 @@ class MethodState(Protocol):
 
     @property
     def refresh_interval(self) -> int:
-        """Returns how many decode steps one choice serves."""
-        ...
-
-    @property
-    def wants_received(self) -> bool:
-        """Returns whether prefill must add up the attention that each slot receives."""
-        ...
-
-    def probe_positions(self, starts: Int[Array, "B"], lengths: Int[Array, "B"], num_tokens: int) -> Int[Array, "B P"]:
-        """Returns where the prompt queries stand that are to be kept; -1 for none.
-
-        Args:
-            starts: tokens that each row held before this prefill.
-            lengths: tokens that it will hold after it.
-            num_tokens: T, the padded width of this prefill.
-        """
-        ...
-
-    def after_prefill(
-        self, queries: PromptQueries, positions: Int[Array, "B P"], cache: KVCache, model: ModelConfig
-    ) -> "MethodState":
-        """Returns what decoding starts from, found from the prompts."""
+        """Decode steps that one choice serves."""
         ...
 
     def begin(self, step: Step) -> "MethodState":
-        """Returns what all layers of a step read through."""
+        """The state that all layers of a step read through."""
         ...
 
     def attend(
@@ -88,45 +76,88 @@ class MethodState(Protocol):
         values: Array,
         step: Step,
     ) -> tuple[Float[Array, "B N H"], "MethodState"]:
-        """Returns (one layer's attention, the next state); what it reads of the rows is `ModelConfig.sees`.
+        """One layer's attention, and the next state.
 
-        The cache [B, K, S, H] that serves the layer holds the new token already, unless the layer looks up. k is the
-        new key where the layer's own is used.
+        Args:
+            layer: the layer.
+            q: the new queries.
+            k: the new key, or None for a layer that borrows keys and values.
+            keys, values: the cache that serves the layer [B, K, S, H]. The new token is in it, unless the layer looks
+                up; `Step.sees` tells what the layer may read.
+            step: the step.
         """
         ...
 
-    def count_reads(self, cache: KVCache, model: ModelConfig) -> Float[Array, "B"]:
-        """Returns the tokens that the last step read, the mean over layers and heads."""
+    def count_reads(self, cache: KVCache, config: ModelConfig) -> Float[Array, "B"]:
+        """Tokens that the last step read, the mean over layers and heads."""
         ...
 
-    def mark_reads(self, layer: int, cache: KVCache, model: ModelConfig) -> Bool[Array, "B J S"]:
-        """Returns the slots that the last step read in this layer, by list: one for each kv or query head."""
+    def mark_reads(self, layer: int, cache: KVCache, config: ModelConfig) -> Bool[Array, "B J S"]:
+        """The slots that the last step read in a layer, for each list: one list for each kv or query head."""
+        ...
+
+    def count_choices(self, steps: Int[np.ndarray, "B"], config: ModelConfig) -> Choices:
+        """How often tokens were chosen by rows that made so many decode steps since their prefill."""
         ...
 
 
 @runtime_checkable
 class Method(Protocol):
-    """The settings of a sparse method: static and hashable."""
+    """A way to decode sparsely: settings, and what was found beforehand. Static and hashable."""
 
-    def start(self, model: ModelConfig, cache: KVCache) -> MethodState:
-        """Returns the state of an empty cache."""
+    @property
+    def wants_received(self) -> bool:
+        """Whether prefill must add up the attention that each slot receives."""
+        ...
+
+    def start(self, config: ModelConfig, cache: KVCache) -> MethodState:
+        """The state that belongs to an empty cache.
+
+        Raises:
+            ValueError: the method does not fit the model.
+        """
+        ...
+
+    def probe_positions(self, starts: Int[Array, "B"], lengths: Int[Array, "B"], num_tokens: int) -> Int[Array, "B P"]:
+        """Positions of the prompt queries that prefill must keep; -1 for none.
+
+        Args:
+            starts: tokens that each row held before this prefill.
+            lengths: tokens that each row will hold after this prefill.
+            num_tokens: T, the padded width of this prefill.
+        """
+        ...
+
+    def after_prefill(
+        self, state: Any, queries: PromptQueries, cache: KVCache, config: ModelConfig, *, memo: dict | None = None
+    ) -> MethodState:
+        """The state that decoding starts from, found from the prompts.
+
+        Args:
+            state: from `start`, or from decode steps before this prefill.
+            queries: the queries at `probe_positions`.
+            cache: with the prompts in it.
+            config: the model.
+            memo: kept by a caller that starts several methods on the same prompts. A method may put there what its next
+                variant need not compute again.
+        """
         ...
 
 
-def _seen(model: ModelConfig, layer: int, lengths: Int[Array, "B"]) -> tuple[Int[Array, "B"], int | None]:
-    ends, window = model.sees(layer, lengths)
-    return jnp.maximum(ends, 0) if model.looks_up(layer) else ends, window  # a row may be empty
+def _seen(config: ModelConfig, layer: int, lengths: Int[Array, "B"]) -> tuple[Int[Array, "B"], int | None]:
+    ends, window = config.sees(layer, lengths)
+    return jnp.maximum(ends, 0) if config.looks_up(layer) else ends, window  # a row may be empty
 
 
-def count_dense(cache: KVCache, model: ModelConfig) -> Int[Array, "L B"]:
-    """Returns the tokens that dense attention reads in each layer: all, or those in its window."""
-    seen = (_seen(model, layer, cache.lengths) for layer in range(model.num_layers))
+def count_dense(cache: KVCache, config: ModelConfig) -> Int[Array, "L B"]:
+    """Tokens that dense attention reads in each layer: all of a row, or those inside the layer's window."""
+    seen = (_seen(config, layer, cache.lengths) for layer in range(config.num_layers))
     return jnp.stack([lengths if window is None else jnp.minimum(lengths, window) for lengths, window in seen])
 
 
-def mark_dense(layer: int, lengths: Int[Array, "B"], num_slots: int, model: ModelConfig) -> Bool[Array, "B S"]:
-    """Returns the slots that dense attention reads in a layer."""
-    lengths, window = model.sees(layer, lengths)
+def mark_dense(layer: int, lengths: Int[Array, "B"], num_slots: int, config: ModelConfig) -> Bool[Array, "B S"]:
+    """The slots that dense attention reads in a layer."""
+    lengths, window = config.sees(layer, lengths)
     slots = jnp.arange(num_slots)[None, :]
     is_read = slots < lengths[:, None]
     return is_read if window is None else is_read & (slots >= lengths[:, None] - window)
@@ -137,10 +168,10 @@ def count_listed(
     recent_start: Int[Array, "B"],
     num_sinks: int,
     cache: KVCache,
-    model: ModelConfig,
+    config: ModelConfig,
 ) -> Float[Array, "L B"]:
-    """Returns the tokens read through these lists, the sinks and the recent range, the mean over a layer's lists."""
-    seen = [_seen(model, layer, cache.lengths) for layer in range(model.num_layers)]
+    """Tokens read through these lists, the sinks and the recent range, the mean over a layer's lists."""
+    seen = [_seen(config, layer, cache.lengths) for layer in range(config.num_layers)]
     lengths = jnp.stack([ends for ends, _ in seen])
     windows = jnp.asarray([cache.capacity if window is None else window for _, window in seen], jnp.int32)
     first = jnp.maximum(lengths - windows[:, None], 0)
@@ -154,7 +185,7 @@ def count_listed(
 def mark_listed(
     listed: Int[Array, "B J C"], recent_start: Int[Array, "B"], num_sinks: int, capacity: int
 ) -> Bool[Array, "B J S"]:
-    """Returns the slots of these lists, the sinks and the recent range."""
+    """The slots of these lists, of the sinks and of the recent range."""
     B, J, _ = listed.shape
     slots, start = jnp.arange(capacity)[None, :], recent_start[:, None]
     is_ranged = (slots < jnp.minimum(num_sinks, start)) | (slots >= start)

@@ -1,14 +1,18 @@
-"""Exact top-k: the tokens with the highest true scores, the yardstick that no cheaper method can pass by much."""
+"""Exact top-k: the tokens with the highest true scores. It is the yardstick of the methods that estimate scores."""
 
+import dataclasses
+
+from hshare_jax.methods.hshare.method import HShare
 from hshare_jax.methods.hshare.settings import HShareSettings
 
 
-def exact_topk(
-    num_sinks: int = 8, num_critical: int = 88, num_recent: int = 32, *, dense_layers: int = 1
-) -> HShareSettings:
-    """Returns settings under which every query head reads the best tokens by q . k on all channels, on every step."""
-    settings = HShareSettings(
-        num_sinks=num_sinks, num_critical=num_critical, num_recent=num_recent, dense_layers=dense_layers,
-        scoring="exact", lists_per="query_head",
-    )  # fmt: skip
-    return settings.with_sharing_ratio("1-1-1")
+def exact_topk(settings: HShareSettings = HShareSettings()) -> HShare:  # noqa: B008 (frozen)
+    """Every query head reads the tokens with the highest q . k on all channels, chosen anew on every step.
+
+    Scoring reads every key, so this is no faster than dense decoding.
+
+    Args:
+        settings: the budget and gates.
+    """
+    settings = dataclasses.replace(settings, lists_per="query_head", scoring="exact")
+    return HShare(settings).with_sharing_ratio("1-1-1")

@@ -1,4 +1,4 @@
-"""H2O: the tokens that received most attention so far, and the last ones (Zhang et al., 2023, arXiv 2306.14048)."""
+"""H2O: the tokens that received most attention so far, and the last tokens (Zhang et al., 2023, arXiv 2306.14048)."""
 
 import dataclasses
 from typing import Any
@@ -17,39 +17,42 @@ from hshare_jax.shapes import EMPTY
 
 @dataclasses.dataclass(frozen=True)
 class H2O(ListMethod):
-    """Reads `num_heavy` heavy hitters and `num_recent` last tokens (Algorithm 1); what a step drops never comes back.
+    """Reads `num_heavy` heavy hitters and the `num_recent` last tokens (Algorithm 1). A dropped token never comes back.
 
-    Attention is summed over all queries of the prompt and, from then on, over each step's on the tokens that it reads.
-    On every step the token that leaves the recent range competes with the list; the one with the least sum is dropped,
-    the oldest on ties. The paper gives half of the budget to either part.
+    Each token adds up the attention that it receives: from all queries of the prompt, and then from every step that
+    reads it. On each step the token that leaves the recent range competes with the list. The token with the smallest
+    sum is dropped; on ties the oldest. The paper gives half of the budget to either part.
     """
 
     num_heavy: int = 512
     num_recent: int = 512
 
-    wants_received = True
+    @property
+    def wants_received(self) -> bool:
+        """True: the prompt's heavy hitters are found from the attention that each slot receives."""
+        return True
 
     @property
     def list_size(self) -> int:
-        """Returns the heavy hitters of a list."""
+        """The heavy hitters of a list."""
         return self.num_heavy
 
     def max_recent(self, capacity: int) -> int:
-        """Returns a bound on the recent range."""
+        """A bound on the length of the recent range."""
         return self.num_recent
 
     def recent_start(self, lengths: Int[Array, "B"], prompt_lengths: Int[Array, "B"]) -> Int[Array, "B"]:
-        """Returns where the recent range starts."""
+        """The first slot of the recent range."""
         return jnp.maximum(lengths - self.num_recent, 0)
 
-    def start_memory(self, cache: KVCache, model: ModelConfig) -> Float[Array, "B N S"]:
-        """Returns the attention that each slot has received: none."""
-        return jnp.zeros((cache.lengths.shape[0], model.num_heads, cache.capacity), jnp.float32)
+    def start_memory(self, cache: KVCache, config: ModelConfig) -> Float[Array, "B N S"]:
+        """The attention that each slot has received: none yet."""
+        return jnp.zeros((cache.lengths.shape[0], config.num_heads, cache.capacity), jnp.float32)
 
     def list_prompt(
         self, prompt: PromptLayer, memory: Float[Array, "B N S"]
     ) -> tuple[Int[Array, "B J C"], Float[Array, "B N S"]]:
-        """Returns (the heavy hitters of the prompt, the attention received)."""
+        """The heavy hitters of the prompt, and the attention that each slot received."""
         assert prompt.received is not None
         memory = memory + prompt.received
         slots = jnp.arange(memory.shape[2])[None, :]
@@ -59,16 +62,16 @@ class H2O(ListMethod):
         return select_tokens(sum_over_lists(memory, prompt.num_lists), is_candidate, self.num_heavy), memory
 
     def list_step(self, step: StepLayer, lists: Int[Array, "B J C"], memory: Any) -> tuple[Int[Array, "B J C"], Any]:
-        """Returns (the lists with the token that has left the recent range in, the attention with this step's)."""
+        """The lists after the token that left the recent range has competed, and the attention with this step's."""
         B, J, C = lists.shape
         leaving = step.recent_start - 1
         is_leaving = step.is_active & (leaving >= self.num_sinks)
         entries = jnp.concatenate([lists, jnp.broadcast_to(leaving[:, None, None], (B, J, 1))], axis=2)
         received = sum_over_lists(memory, J)
         sums = jnp.take_along_axis(received, jnp.maximum(entries, 0), axis=2)
-        if step.window is not None:  # what no query will see again goes first
+        if step.window is not None:  # tokens that no later query sees go first
             sums = jnp.where(entries < (step.lengths - step.window)[:, None, None], -jnp.inf, sums)
-        # Out goes the first empty place, or the least sum; what follows moves up, so that the list stays ascending.
+        # A full list drops its smallest sum, and later entries move up, so that the list stays ascending.
         is_filled = lists != EMPTY
         least = jnp.argmin(sums, axis=2)
         number = is_filled.sum(axis=2)

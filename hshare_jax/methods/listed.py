@@ -1,4 +1,4 @@
-"""What the methods of this folder share: all read sinks, a list and recent tokens; they differ in what is listed."""
+"""What the methods beside HShare share: they read sinks, a list and recent tokens, and differ in what they list."""
 
 import dataclasses
 import functools
@@ -6,14 +6,14 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from hshare_jax.errors import check_one_of, check_whole
 from hshare_jax.kernels.api import dense_decode, sparse_decode
 from hshare_jax.kv_cache import KVCache
-from hshare_jax.methods.base import PromptQueries, Step, count_dense, count_listed, mark_dense, mark_listed
-from hshare_jax.methods.hshare.settings import check_whole
-from hshare_jax.methods.hshare.share_plan import identity_plan
+from hshare_jax.methods.base import Choices, PromptQueries, Step, count_dense, count_listed, mark_dense, mark_listed
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.shapes import EMPTY
 
@@ -23,9 +23,9 @@ from hshare_jax.shapes import EMPTY
 class PromptLayer:
     """One layer right after the prefill, as a method sees it."""
 
-    queries: Float[Array, "B P N H"]  # those that were asked for
-    last_seen: Int[Array, "B P"]  # the last slot that each sees; negative for none
-    received: Float[Array, "B N S"] | None  # attention that each slot got from this prefill's queries, if asked for
+    queries: Float[Array, "B P N H"]  # the queries at `probe_positions`
+    last_seen: Int[Array, "B P"]  # the last slot that each query sees; negative for none
+    received: Float[Array, "B N S"] | None  # attention that each slot received in this prefill, if the method wants it
     keys: Float[Array, "B K S H"]
     lengths: Int[Array, "B"]
     recent_start: Int[Array, "B"]
@@ -40,7 +40,7 @@ class StepLayer:
     q: Float[Array, "B N H"]
     k: Float[Array, "B 1 K H"]  # the newest key that the layer sees
     keys: Float[Array, "B K S H"]  # the newest key included
-    slots: Int[Array, "B 1"]  # where it lies; at or beyond the capacity for idle rows
+    slots: Int[Array, "B 1"]  # the newest key's slot; at or beyond the capacity for idle rows
     lengths: Int[Array, "B"]  # slots that the layer sees
     is_active: Bool[Array, "B"]
     recent_start: Int[Array, "B"]
@@ -49,14 +49,17 @@ class StepLayer:
 
 @dataclasses.dataclass(frozen=True)
 class ListMethod:
-    """Settings that all share, and what a method may define; it must at least say when the recent range starts.
+    """A `Method` that reads sinks, a list and recent tokens. Subclasses say what is listed and where "recent" begins.
 
-    Lists are chosen anew on each step. With `lists_per="query_head"`, as the published codes have it, heads of a group
-    choose apart; with "kv_head" they choose together, by the sum of what each would choose by.
+    Lists are chosen anew on each step. With `lists_per="query_head"`, as in the published codes, the heads of a group
+    choose apart. With "kv_head" they choose together, by the sum of the scores that each would choose by.
+
+    Raises:
+        SettingError: a setting outside its range.
     """
 
     num_sinks: int = 0  # first tokens always read
-    dense_layers: int = 0  # the first layers read everything
+    dense_layers: int = 0  # first layers that read everything
     lists_per: Literal["kv_head", "query_head"] = "query_head"
 
     def __post_init__(self) -> None:
@@ -65,58 +68,101 @@ class ListMethod:
             value = getattr(self, field.name)
             if field.type in (int, "int") or (value is not None and field.type == int | None):
                 check_whole(field.name, value, 0 if field.name in may_be_zero else 1)
-        if self.lists_per not in ("kv_head", "query_head"):
-            raise ValueError(f"lists_per={self.lists_per!r} must be one of 'kv_head', 'query_head'")
+        check_one_of("lists_per", self.lists_per, ("kv_head", "query_head"))
 
-    wants_received = False  # whether prefill is to add up the attention that each slot receives
+    @property
+    def wants_received(self) -> bool:
+        """Whether prefill must add up the attention that each slot receives."""
+        return False
 
     @property
     def list_size(self) -> int:
-        """Returns C, the tokens of a list; at least one place."""
+        """C, the tokens of a list; at least one place."""
         return 1
 
     def max_recent(self, capacity: int) -> int:
-        """Returns a bound on the recent range."""
+        """A bound on the length of the recent range."""
         raise NotImplementedError
 
     def recent_start(self, lengths: Int[Array, "B"], prompt_lengths: Int[Array, "B"]) -> Int[Array, "B"]:
-        """Returns where the recent range starts."""
+        """The first slot of the recent range."""
         raise NotImplementedError
 
-    def probe_positions(self, starts: Int[Array, "B"], lengths: Int[Array, "B"]) -> Int[Array, "B P"]:
-        """Returns where the prompt queries stand that are to be kept; -1 for none."""
-        return jnp.full((lengths.shape[0], 0), -1, jnp.int32)
-
-    def start_memory(self, cache: KVCache, model: ModelConfig) -> Any:
-        """Returns what the method remembers of a layer beside its list."""
+    def start_memory(self, cache: KVCache, config: ModelConfig) -> Any:
+        """What the method remembers of a layer beside its list: a pytree."""
         return None
 
     def list_prompt(self, prompt: PromptLayer, memory: Any) -> tuple[Int[Array, "B J C"], Any]:
-        """Returns (the lists, the memory) after a prefill."""
+        """One layer's lists and memory after a prefill."""
         return jnp.full((prompt.lengths.shape[0], prompt.num_lists, self.list_size), EMPTY, jnp.int32), memory
 
     def list_step(self, step: StepLayer, lists: Int[Array, "B J C"], memory: Any) -> tuple[Int[Array, "B J C"], Any]:
-        """Returns (the lists, the memory) that a step reads through."""
+        """One layer's lists, through which a step reads, and memory."""
         return lists, memory
 
-    def start(self, model: ModelConfig, cache: KVCache) -> "Listed":
-        """Returns the state of an empty cache."""
-        B, L = cache.lengths.shape[0], model.num_layers
-        J = model.num_kv_heads if self.lists_per == "kv_head" else model.num_heads
-        return Listed(
+    def start(self, config: ModelConfig, cache: KVCache) -> "ListState":
+        """The state of an empty cache."""
+        B, L = cache.lengths.shape[0], config.num_layers
+        J = config.num_kv_heads if self.lists_per == "kv_head" else config.num_heads
+        flat = jnp.arange(L * J, dtype=jnp.int32).reshape(1, L, J)
+        return ListState(
             token_indices=jnp.full((L, B, J, self.list_size), EMPTY, jnp.int32),
-            source=identity_plan(B, L, J),
+            source=jnp.tile(flat, (B, 1, 1)),
             recent_start=jnp.zeros((B,), jnp.int32),
             prompt_lengths=jnp.zeros((B,), jnp.int32),
-            memory=tuple(self.start_memory(cache, model) for _ in range(L)),
+            memory=tuple(self.start_memory(cache, config) for _ in range(L)),
             method=self,
+        )
+
+    def probe_positions(self, starts: Int[Array, "B"], lengths: Int[Array, "B"], num_tokens: int) -> Int[Array, "B P"]:
+        """Positions of the prompt queries that prefill must keep; -1 for none."""
+        return jnp.full((lengths.shape[0], 0), -1, jnp.int32)
+
+    def after_prefill(
+        self,
+        state: "ListState",
+        queries: PromptQueries,
+        cache: KVCache,
+        config: ModelConfig,
+        *,
+        memo: dict | None = None,
+    ) -> "ListState":
+        """Lists and memory of the prompts; arguments as for `Method.after_prefill`."""
+        recent_start = self.recent_start(cache.lengths, cache.lengths)
+        lists, memory = [], []
+        for layer in range(config.num_layers):
+            if layer < self.dense_layers:  # a dense layer reads everything and lists nothing
+                lists.append(state.token_indices[layer])
+                memory.append(state.memory[layer])
+                continue
+            last_seen, window = config.sees(layer, queries.positions)
+            seen, _ = config.sees(layer, cache.lengths)
+            prompt = PromptLayer(
+                queries=queries.probes[layer],
+                last_seen=last_seen,
+                received=None if queries.received is None else queries.received[layer],
+                keys=cache.keys[config.kv_index(layer)],
+                lengths=seen,
+                recent_start=recent_start,
+                window=window,
+                num_lists=state.source.shape[2],
+            )
+            new_lists, new_memory = _list_prompt(prompt, state.memory[layer], method=self)
+            lists.append(new_lists)
+            memory.append(new_memory)
+        return dataclasses.replace(
+            state,
+            token_indices=jnp.stack(lists),
+            recent_start=recent_start,
+            prompt_lengths=jnp.copy(cache.lengths),  # a copy, because a step donates both
+            memory=tuple(memory),
         )
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Listed:
-    """The lists of every layer and what their method remembers: a `MethodState`."""
+class ListState:
+    """The `MethodState` of a `ListMethod`: the lists of every layer, and what the method remembers."""
 
     token_indices: Array  # [L, B, J, C] int32 slots, padded with EMPTY
     source: Array  # [B, L, J] int32, the plan in which nothing is shared
@@ -127,51 +173,11 @@ class Listed:
 
     @property
     def refresh_interval(self) -> int:
-        """Returns 1: every step chooses."""
+        """1, because every step chooses."""
         return 1
 
-    @property
-    def wants_received(self) -> bool:
-        """Returns whether prefill must add up the attention that each slot receives."""
-        return self.method.wants_received
-
-    def probe_positions(self, starts: Int[Array, "B"], lengths: Int[Array, "B"], num_tokens: int) -> Int[Array, "B P"]:
-        """Returns where the prompt queries stand that are to be kept; -1 for none."""
-        return self.method.probe_positions(starts, lengths)
-
-    def after_prefill(
-        self, queries: PromptQueries, positions: Int[Array, "B P"], cache: KVCache, model: ModelConfig
-    ) -> "Listed":
-        """Returns lists and memory as the prompts have them."""
-        lengths, lists, memory = cache.lengths, [], []
-        recent_start = self.method.recent_start(lengths, lengths)
-        for layer in range(model.num_layers):
-            last_seen, window = model.sees(layer, positions)
-            seen, _ = model.sees(layer, lengths)
-            prompt = PromptLayer(
-                queries=queries.probes[layer],
-                last_seen=last_seen,
-                received=None if queries.received is None else queries.received[layer],
-                keys=cache.keys[model.kv_index(layer)],
-                lengths=seen,
-                recent_start=recent_start,
-                window=window,
-                num_lists=self.source.shape[2],
-            )
-            if layer < self.method.dense_layers:  # which read everything
-                lists.append(self.token_indices[layer])
-                memory.append(self.memory[layer])
-                continue
-            found = _list_prompt(prompt, self.memory[layer], method=self.method)
-            lists.append(found[0])
-            memory.append(found[1])
-        return dataclasses.replace(
-            self, token_indices=jnp.stack(lists), recent_start=recent_start, memory=tuple(memory),
-            prompt_lengths=jnp.copy(lengths),  # not the cache's own: a step donates both
-        )  # fmt: skip
-
-    def begin(self, step: Step) -> "Listed":
-        """Returns these lists with the recent range where this step reads it."""
+    def begin(self, step: Step) -> "ListState":
+        """The lists with the recent range where this step reads it."""
         return dataclasses.replace(self, recent_start=self.method.recent_start(step.lengths, self.prompt_lengths))
 
     def attend(
@@ -182,13 +188,13 @@ class Listed:
         keys: Array,
         values: Array,
         step: Step,
-    ) -> tuple[Float[Array, "B N H"], "Listed"]:
-        """Returns (attention through the lists, the lists and memory after this step)."""
+    ) -> tuple[Float[Array, "B N H"], "ListState"]:
+        """Attention through the lists, and the lists and memory after this layer."""
         lengths, window = step.sees(layer)
         if layer < self.method.dense_layers:
             return dense_decode(q, keys, values, lengths, window=window, impl=step.impl), self
         slots = step.slots
-        if k is None:  # the newest key that the layer sees is another's
+        if k is None:  # the layer borrows keys; the newest key that it sees is read from the cache
             slots = jnp.where(step.is_active & (lengths > 0), lengths - 1, keys.shape[2])[:, None]
             k = jnp.take_along_axis(keys, slots[:, None, :, None], axis=2, mode="clip").swapaxes(1, 2)
         now = StepLayer(q, k, keys, slots, lengths, step.is_active, self.recent_start, window)
@@ -205,28 +211,32 @@ class Listed:
         )  # fmt: skip
         return out, chosen
 
-    def count_reads(self, cache: KVCache, model: ModelConfig) -> Float[Array, "B"]:
-        """Returns the tokens that the last step read, the mean over layers and heads."""
+    def count_reads(self, cache: KVCache, config: ModelConfig) -> Float[Array, "B"]:
+        """Tokens that the last step read, the mean over layers and heads."""
         listed = jnp.moveaxis(self.token_indices, 0, 1)
-        sparse = count_listed(listed, self.recent_start, self.method.num_sinks, cache, model)
-        is_dense = jnp.arange(model.num_layers)[:, None] < self.method.dense_layers
-        return jnp.where(is_dense, count_dense(cache, model), sparse).mean(axis=0)
+        sparse = count_listed(listed, self.recent_start, self.method.num_sinks, cache, config)
+        is_dense = jnp.arange(config.num_layers)[:, None] < self.method.dense_layers
+        return jnp.where(is_dense, count_dense(cache, config), sparse).mean(axis=0)
 
-    def mark_reads(self, layer: int, cache: KVCache, model: ModelConfig) -> Bool[Array, "B J S"]:
-        """Returns the slots that the last step read in this layer, by list."""
-        dense = mark_dense(layer, cache.lengths, cache.capacity, model)[:, None, :]
+    def mark_reads(self, layer: int, cache: KVCache, config: ModelConfig) -> Bool[Array, "B J S"]:
+        """The slots that the last step read in this layer, for each list."""
+        dense = mark_dense(layer, cache.lengths, cache.capacity, config)[:, None, :]
         if layer < self.method.dense_layers:
             return dense
         return dense & mark_listed(self.token_indices[layer], self.recent_start, self.method.num_sinks, cache.capacity)
 
+    def count_choices(self, steps: Int[np.ndarray, "B"], config: ModelConfig) -> Choices:
+        """Zeros: these methods share nothing, so there is nothing to count."""
+        return Choices(0, 0, 0)
+
 
 @functools.partial(jax.jit, static_argnames=("method",))
 def _list_prompt(prompt: PromptLayer, memory: Any, *, method: ListMethod) -> tuple[Int[Array, "B J C"], Any]:
-    """Returns what the method finds; a program for all layers, since one of them all holds what each writes."""
+    """Compiled once and called per layer; unrolling all layers would keep every layer's intermediates alive."""
     return method.list_prompt(prompt, memory)
 
 
 def sum_over_lists(x: Float[Array, "B N S"], num_lists: int) -> Float[Array, "B J S"]:
-    """Returns the sum over the heads that each list serves."""
+    """The sum over the heads that each list serves."""
     B, N, S = x.shape
     return x.reshape(B, num_lists, N // num_lists, S).sum(axis=2)

@@ -1,4 +1,4 @@
-"""Quest: whole pages, chosen by a bound on what any of their keys could score (Tang et al., 2024, arXiv 2406.10774)."""
+"""Quest: whole pages of tokens, chosen by a bound on the scores in them (Tang et al., 2024, arXiv 2406.10774)."""
 
 import dataclasses
 from typing import Any
@@ -16,40 +16,40 @@ from hshare_jax.shapes import EMPTY
 
 @dataclasses.dataclass(frozen=True)
 class Quest(ListMethod):
-    """Reads the page that is being filled and the `num_pages` best others (section 3.3, Algorithm 1).
+    """Reads the page that is being filled and the `num_pages` best other pages (section 3.3, Algorithm 1).
 
-    A page keeps each channel's least and greatest key; its score is the sum over channels of the greater of q x least
-    and q x greatest. As published the first two layers are dense, and neither sinks nor recent tokens are kept apart:
-    `num_sinks` and `num_recent` do that. Pages hold 16 tokens; the default reads 1,024.
+    A page keeps each channel's smallest and greatest key. The page's score is the sum over channels of the greater of
+    q x smallest and q x greatest. As published, the first two layers are dense, and sinks and recent tokens get no
+    place of their own; `num_sinks` and `num_recent` give them one. Pages hold 16 tokens; the default reads 1,024.
     """
 
     dense_layers: int = 2
     num_pages: int = 63
     page_size: int = 16
-    num_recent: int = 1  # last tokens always read; never less than the page that is being filled
+    num_recent: int = 1  # last tokens always read; at least the page that is being filled
 
     @property
     def list_size(self) -> int:
-        """Returns the tokens of the chosen pages."""
+        """The tokens of the chosen pages."""
         return max(self.num_pages * self.page_size, 1)
 
     def max_recent(self, capacity: int) -> int:
-        """Returns a bound on the recent range."""
+        """A bound on the length of the recent range."""
         return max(self.num_recent, self.page_size)
 
     def recent_start(self, lengths: Int[Array, "B"], prompt_lengths: Int[Array, "B"]) -> Int[Array, "B"]:
-        """Returns where the recent range starts."""
+        """The first slot of the recent range."""
         page = jnp.maximum(lengths - 1, 0) // self.page_size * self.page_size
         return jnp.maximum(jnp.minimum(page, lengths - self.num_recent), 0)
 
-    def start_memory(self, cache: KVCache, model: ModelConfig) -> tuple[Array, Array]:
-        """Returns the least and the greatest keys of all pages [B, K, pages, H], of none yet."""
+    def start_memory(self, cache: KVCache, config: ModelConfig) -> tuple[Array, Array]:
+        """The smallest and the greatest keys of all pages [B, K, pages, H]; no page is filled yet."""
         B, K, S, H = cache.keys[0].shape
         pages = jnp.zeros((B, K, -(-S // self.page_size), H), cache.keys[0].dtype)
-        return pages, jnp.zeros_like(pages)  # not the same buffer twice: a step donates both
+        return pages, jnp.zeros_like(pages)  # two buffers, because a step donates both
 
     def list_prompt(self, prompt: PromptLayer, memory: tuple[Array, Array]) -> tuple[Int[Array, "B J C"], Any]:
-        """Returns (empty lists, the pages of the prompt)."""
+        """Empty lists, and the pages of the prompt."""
         B, K, S, H = prompt.keys.shape
         pages = memory[0].shape[2]
         padded = jnp.pad(prompt.keys, ((0, 0), (0, 0), (0, pages * self.page_size - S), (0, 0)))
@@ -64,7 +64,7 @@ class Quest(ListMethod):
     def list_step(
         self, step: StepLayer, lists: Int[Array, "B J C"], memory: tuple[Array, Array]
     ) -> tuple[Int[Array, "B J C"], Any]:
-        """Returns (the tokens of the best pages, the pages with the new key in)."""
+        """The tokens of the best pages, and the pages with the new key in them."""
         pages = _append_to_page(memory, step.k, step.slots, step.slots < step.keys.shape[2], self.page_size)
         if self.num_pages == 0:
             return lists, pages
@@ -85,7 +85,7 @@ class Quest(ListMethod):
 def score_pages(
     q: Float[Array, "B N H"], least: Float[Array, "B K pages H"], greatest: Float[Array, "B K pages H"]
 ) -> Float[Array, "B N pages"]:
-    """Returns the sum over channels of max(q x least, q x greatest): no key of the page can score higher."""
+    """The sum over channels of max(q x least, q x greatest). No key of the page can score higher."""
     (B, N, H), K = q.shape, least.shape[1]
     grouped = q.reshape(B, K, N // K, H)
     upper, lower = (
@@ -102,8 +102,8 @@ def _append_to_page(
     is_written: Bool[Array, "B 1"],
     page_size: int,
 ) -> tuple[Array, Array]:
-    """Returns the pages with a new key in; the first key of a page replaces what was there."""
-    page = jnp.where(is_written, slots // page_size, pages[0].shape[2])  # beyond the last one where a row is idle
+    """The pages with a new key in them. The first key of a page replaces the page's old content."""
+    page = jnp.where(is_written, slots // page_size, pages[0].shape[2])  # beyond the last page for an idle row
     is_first = (slots % page_size == 0)[:, :, None, None]
     rows = jnp.arange(k.shape[0])[:, None]
     old = (array[rows, :, jnp.minimum(page, array.shape[2] - 1)] for array in pages)  # [B, 1, K, H]

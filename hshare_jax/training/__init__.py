@@ -1,1 +1,1 @@
-"""Training: causal language models on text files, resumable bit for bit after a kill at any moment."""
+"""Training: causal language models on text files. A run that is killed at any moment resumes bit for bit."""

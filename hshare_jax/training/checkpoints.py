@@ -1,11 +1,14 @@
-"""Checkpoints of a run: DIR/step_000123 with every array, the run's settings and checksums.
+"""Checkpoints of a run. The directory DIR/step_000123 holds every array, the run's settings and checksums.
 
-    run.json     format, step, seconds of training, and what tells this run from others: settings, model, text
-    arrays/      Orbax: parameters, optimiser state, step
-    SHA256SUMS   of all the files above
+    run.json     format, step, seconds of training, and the study: settings, model and text, which identify the run
+    arrays/      parameters, optimiser state and step, written by Orbax
+    SHA256SUMS   checksums of all the files above
 
-Each is written beside its final name, flushed and renamed, and old ones go only then: a kill at any moment, or a full
-disk, leaves the last good one.
+A checkpoint is written beside its final name, flushed to the disk and renamed. Only then are old checkpoints deleted.
+So a kill at any moment, or a full disk, leaves the last good checkpoint.
+
+Orbax's `training.Checkpointer` (0.12.8) does not replace this file, because it loads flipped bits without an error,
+still lists a checkpoint whose deletion was interrupted, and does not flush the rename to the disk.
 """
 
 import json
@@ -19,35 +22,36 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from hshare_jax.errors import CheckpointError
+from hshare_jax.files.atomic import whole_directory
 from hshare_jax.files.checksums import verify_all
 from hshare_jax.files.records import difference
-from hshare_jax.models.orbax_checkpoint import orbax_context, whole_directory, write_arrays
+from hshare_jax.models.orbax_checkpoint import orbax_context, write_arrays
 from hshare_jax.training.step import TrainState
 
 _RUN, _ARRAYS, _FORMAT = "run.json", "arrays", 1
 _NAME = re.compile(r"step_(\d{6,})")
-# As drafts of what a run writes are called.
+# The names of unfinished files and directories: drafts end in random letters, checkpoints being deleted in `.old`.
 _LEFTOVER = re.compile(r"\.(step_\d{6,}|model|metrics\.jsonl|metrics\.png)\.([a-z0-9_]{8}|old)")
 
 
 def checkpoints(directory: Path) -> list[Path]:
-    """Returns the checkpoints of a run, the oldest first."""
+    """The directories of a run's checkpoints, the oldest first."""
     found = ((match, path) for path in directory.glob("step_*") if (match := _NAME.fullmatch(path.name)))
     return [path for _, path in sorted((int(match[1]), path) for match, path in found)]
 
 
 def save_train_state(directory: Path, state: TrainState, study: dict[str, Any], *, seconds: float, keep: int) -> Path:
-    """Returns the checkpoint that it wrote of a state; then only the `keep` newest stay.
+    """Writes a checkpoint, then deletes all checkpoints except the `keep` newest. Returns the new checkpoint's path.
 
     Args:
-        directory: of the run.
-        state: what to write.
-        study: what tells this run from others, as JSON.
-        seconds: how long it has trained.
-        keep: how many checkpoints stay.
+        directory: the run's directory.
+        state: the state to write.
+        study: the facts that identify this run. They are written as JSON.
+        seconds: how long the run has trained.
+        keep: how many checkpoints to keep.
 
     Raises:
-        OSError: it cannot be written. The checkpoints that are there stay.
+        OSError: the checkpoint cannot be written. The earlier checkpoints stay.
     """
     directory, step = directory.absolute(), int(state.step)
     path = directory / f"step_{step:06d}"
@@ -62,22 +66,22 @@ def save_train_state(directory: Path, state: TrainState, study: dict[str, Any], 
         raise OSError(error.errno, message, str(path)) from error
     for old in checkpoints(directory)[:-keep]:
         doomed = old.with_name(f".{old.name}.old")
-        old.rename(doomed)  # at once: what a kill leaves of it is no damaged checkpoint
+        old.rename(doomed)  # so that a kill while files are being deleted leaves no damaged checkpoint under its name
         shutil.rmtree(doomed)
     return path
 
 
 def load_train_state(directory: Path, shapes: TrainState, study: dict[str, Any]) -> TrainState | None:
-    """Returns the state of a run's newest checkpoint, NumPy arrays at its leaves; None where it has no checkpoint.
+    """Reads the state of a run's newest checkpoint, with NumPy arrays at its leaves. None if there is no checkpoint.
 
     Args:
-        directory: of the run.
-        shapes: of `state_shapes`.
-        study: what tells this run from others; the checkpoint's must be the same.
+        directory: the run's directory.
+        shapes: the tree of shapes to read, from `state_shapes`.
+        study: the facts that identify this run. The checkpoint must hold the same.
 
     Raises:
-        CheckpointError: the checkpoint is damaged. The message names the file, and the checkpoint before it.
-        ValueError: it is one of another run.
+        CheckpointError: the checkpoint is damaged. The message names the file, and the checkpoint before this one.
+        ValueError: the checkpoint belongs to another run.
     """
     *earlier, path = checkpoints(directory.absolute()) or [None]
     if path is None:
@@ -97,10 +101,10 @@ def load_train_state(directory: Path, shapes: TrainState, study: dict[str, Any])
             "on, or name another directory"
         )
     wanted = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in _named(shapes).items()}
-    stored = {
-        name: (tuple(array.shape), array.dtype) for name, array in ocp.metadata(str(path / _ARRAYS)).metadata.items()
-    }
-    if stored != {name: (array.shape, array.dtype) for name, array in wanted.items()}:  # Orbax would cast in silence
+    found = ocp.metadata(str(path / _ARRAYS)).metadata
+    stored = {name: (tuple(array.shape), array.dtype) for name, array in found.items()}
+    # Checked here, because Orbax would cast another dtype without an error.
+    if stored != {name: (array.shape, array.dtype) for name, array in wanted.items()}:
         raise CheckpointError(f"{path / _ARRAYS} holds other arrays than this version trains; train with the old one")
     with orbax_context():
         arrays = ocp.load(str(path / _ARRAYS), wanted)
@@ -108,19 +112,19 @@ def load_train_state(directory: Path, shapes: TrainState, study: dict[str, Any])
 
 
 def seconds_of(directory: Path) -> float:
-    """Returns how long a run had trained at its newest checkpoint; 0 without one."""
+    """How long a run had trained when its newest checkpoint was written; 0 without a checkpoint."""
     *_, path = [None, *checkpoints(directory)]
     return 0.0 if path is None else json.loads((path / _RUN).read_bytes()).get("seconds", 0.0)
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Deletes what kills have left half-written or half-deleted in a run's directory, and nothing else."""
+    """Deletes what earlier kills left half written or half deleted in a run's directory. All other files stay."""
     for path in directory.iterdir():
         if _LEFTOVER.fullmatch(path.name) and path.is_dir():
             shutil.rmtree(path)
 
 
 def _named(state: TrainState) -> dict[str, Any]:
-    """Returns the leaves by their paths in the tree: params.layers_0.qkv.weight."""
+    """The leaves of a state, named by their paths in the tree, such as params.layers_0.qkv.weight."""
     leaves, _ = jax.tree.flatten_with_path(state)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}

@@ -1,4 +1,4 @@
-"""Figures of a run: how loss, perplexity and the learning rate went, from its metrics.jsonl."""
+"""The figure of a run: loss, perplexity and learning rate over its steps, from metrics.jsonl."""
 
 import json
 import os
@@ -8,15 +8,15 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from hshare_jax.evaluation.plots.overlap import BLUE, GREY, VERMILION, blank_figure, set_title
+from hshare_jax.files.figures import BLUE, GREY, VERMILION, blank_figure, set_title
 from hshare_jax.training.loss import perplexity_of
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Returns the lines of a metrics.jsonl, each of kind "train" or "eval"; one half-written at the end is left out.
+    """The lines of kind "train" and "eval" of a metrics.jsonl. A last line that is only half written is left out.
 
     Raises:
-        ValueError: a line that is not a JSON object.
+        ValueError: a line is not a JSON object.
     """
     lines, whole = [], Path(path).read_bytes().rpartition(b"\n")[0]
     for number, text in enumerate(whole.split(b"\n"), start=1):
@@ -31,14 +31,14 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def plot_training(lines: list[dict[str, Any]], *, subject: str = "") -> Figure:
-    """Returns the losses over steps, perplexity beside them, and below the learning rate.
+    """A figure with two panels over the steps: loss, with a second scale for perplexity, and the learning rate.
 
     Args:
-        lines: of `read_metrics`.
+        lines: the result of `read_metrics`.
         subject: what was trained, for the title.
 
     Raises:
-        ValueError: no lines.
+        ValueError: there are no lines.
     """
     if not lines:
         raise ValueError("lines is empty: no step of this run has been written yet")
@@ -46,11 +46,11 @@ def plot_training(lines: list[dict[str, Any]], *, subject: str = "") -> Figure:
     evaluated = [line for line in lines if line["kind"] == "eval"]
     figure = blank_figure(7.2, 5.6)
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    for its, label, style in (
+    for drawn, label, style in (
         (trained, "training, one step's windows", {"color": GREY, "linewidth": 1}),
         (evaluated, "held-out windows", {"color": BLUE, "linewidth": 2, "marker": "o", "markersize": 4}),
     ):
-        losses.plot([line["step"] for line in its], [line["loss"] for line in its], label=label, **style)
+        losses.plot([line["step"] for line in drawn], [line["loss"] for line in drawn], label=label, **style)
     losses.set_ylabel("loss (nats per token)")
     losses.legend(loc="upper right")
     perplexity = losses.secondary_yaxis("right")

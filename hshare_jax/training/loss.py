@@ -1,4 +1,4 @@
-"""The loss of next tokens, in chunks of rows: logits over a large vocabulary never lie in memory all at once."""
+"""The loss of next-token prediction, computed in chunks, so that the logits of all tokens are never held at once."""
 
 import functools
 import math
@@ -10,22 +10,23 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from hshare_jax.attend import causal_attend
 from hshare_jax.models.config import ModelConfig
-from hshare_jax.models.decoder import Decoder
+from hshare_jax.models.decoder import run_decoder
+from hshare_jax.training.attention import causal_attend
 
-_CHUNK = 1 << 25  # logits held at once: 128 MB
+_CHUNK = 1 << 25  # logits that are held at once: 128 MB
 
 
 def perplexity_of(loss: float) -> float:
-    """Returns e to a loss in nats per token; e to 700 for any larger one, which a float could not hold."""
+    """The perplexity, e to the power of a loss in nats per token. A loss above 700 would overflow and counts as 700."""
     return math.exp(min(loss, 700.0))
 
 
 def perplexity(params: dict[str, Any], windows: Int[np.ndarray, "N T1"], *, config: ModelConfig) -> float:
-    """Returns the perplexity of all tokens of the windows but each one's first, one window at a time, without a cache.
+    """The model's perplexity over windows of tokens, computed window by window and without a cache.
 
-    This is the model's; a sparse method's is that of decode steps (`hshare_jax.evaluation.Scorer`).
+    The first token of each window is not predicted. Attention is dense here. The perplexity of a sparse method comes
+    from decode steps instead (`hshare_jax.evaluation.text_windows.Scorer`).
     """
     total = sum(float(_window_loss(params, jnp.asarray(window)[None], config=config)) for window in windows)
     return perplexity_of(total / windows[:, 1:].size)
@@ -43,17 +44,17 @@ def sum_of_window_losses(
     *,
     config: ModelConfig,
 ) -> Float[Array, ""]:
-    """Returns the summed loss (nats) of all tokens of the windows but each one's first.
+    """The summed loss (nats) of all tokens of the windows except the first token of each window.
 
     Args:
-        params: the model's, in the dtype to compute in.
-        windows: token ids, all predicted from the window's own earlier tokens (teacher forcing).
-        is_real: which windows count; None counts all.
-        config: the model.
+        params: the model's parameters, in the dtype to compute in.
+        windows: token ids. Each is predicted from the earlier tokens of its window (teacher forcing).
+        is_real: the windows that count. None counts all windows.
+        config: the model's configuration.
     """
     tokens, targets = windows[:, :-1], windows[:, 1:]
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None, :], tokens.shape)
-    hidden, _ = Decoder(config).apply({"params": params}, tokens, positions, causal_attend(config), {})
+    hidden, _ = run_decoder(params, tokens, positions, causal_attend(config), {}, config=config)
     if is_real is not None:
         targets = jnp.where(is_real[:, None], targets, -1)
     unembedding = params["embedding" if config.tie_embeddings else "unembedding"]
@@ -64,14 +65,14 @@ def sum_of_window_losses(
 def sum_of_losses(
     weight: Float[Array, "V D"], hidden: Float[Array, "M D"], targets: Int[Array, "M"]
 ) -> Float[Array, ""]:
-    """Returns the summed negative log-likelihood (nats, float32) of `targets` under the logits `hidden @ weight.T`.
+    """The summed negative log-likelihood (nats, float32) of `targets` under the logits `hidden @ weight.T`.
 
-    Its gradients are taken in the same pass, chunk by chunk, while the chunk's logits are at hand.
+    The gradients are computed in the same pass, chunk by chunk, so that no logits are computed twice.
 
     Args:
         weight: the unembedding.
-        hidden: hidden states after the last norm; logits are float32 whatever their dtype.
-        targets: ids in [0, V), or -1 for a row that does not count.
+        hidden: hidden states after the last norm. The logits are float32 for every dtype of the hidden states.
+        targets: token ids in [0, V), or -1 for a row that does not count.
     """
 
     def add(total: Array, chunk: tuple[Array, Array]) -> tuple[Array, None]:
@@ -85,7 +86,7 @@ def _forward(weight: Array, hidden: Array, targets: Array) -> tuple[Array, tuple
         total, to_weight = carry
         loss, to_logits = _chunk(weight, *chunk)
         to_logits = to_logits.astype(hidden.dtype)
-        # [D, V] here and turned over once at the end: XLA:CPU takes half the time of VD.
+        # Summed as [D, V] and transposed once at the end: on XLA:CPU this takes half the time of summing [V, D].
         to_weight += jnp.einsum("MD,MV->DV", chunk[0], to_logits, preferred_element_type=jnp.float32)
         return (total + loss, to_weight), jnp.einsum("MV,VD->MD", to_logits, weight)
 
@@ -103,7 +104,7 @@ sum_of_losses.defvjp(_forward, _backward)
 
 
 def _chunks(weight: Array, hidden: Array, targets: Array) -> tuple[Float[Array, "C m D"], Int[Array, "C m"]]:
-    """Returns rows in equal chunks; what the last one lacks does not count."""
+    """Cuts rows into equal chunks. The rows that fill up the last chunk do not count."""
     rows = len(hidden)
     num_chunks = -(-rows * len(weight) // _CHUNK)
     size = -(-rows // num_chunks)
@@ -114,7 +115,7 @@ def _chunks(weight: Array, hidden: Array, targets: Array) -> tuple[Float[Array, 
 
 
 def _chunk(weight: Array, hidden: Array, targets: Array) -> tuple[Float[Array, ""], Float[Array, "m V"]]:
-    """Returns (the summed loss of a chunk, its gradient with respect to the logits)."""
+    """The summed loss of a chunk, and the gradient of this loss with respect to the logits."""
     logits = jnp.einsum("MD,VD->MV", hidden, weight, preferred_element_type=jnp.float32)
     counts = targets >= 0
     is_target = jnp.arange(len(weight))[None, :] == targets[:, None]

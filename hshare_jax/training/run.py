@@ -1,7 +1,7 @@
-"""`train`: the loop over steps, with evaluation, metrics and checkpoints; a killed run goes on where it was.
+"""`train`: the loop over steps, with evaluation, metrics and checkpoints. A run that was killed resumes.
 
-What a step computes follows from the state before it and from its number, so a run that was killed and started again
-ends with the same parameters, bit for bit, as one that was not (on the same machine, with the same devices).
+The state before a step and the step's number decide everything that the step computes. So a run that was killed and
+resumed ends with the same parameters, bit for bit, as a run that was not (on the same machine, with the same devices).
 """
 
 import contextlib
@@ -21,14 +21,15 @@ from jax import Array
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from hshare_jax.errors import SettingError
 from hshare_jax.files.records import Records
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.orbax_checkpoint import is_orbax_directory
 from hshare_jax.models.pretrained import Model, save_model
 from hshare_jax.training.checkpoints import load_train_state, remove_leftovers, save_train_state, seconds_of
-from hshare_jax.training.config import TrainingConfig
 from hshare_jax.training.data import TrainingData
 from hshare_jax.training.loss import perplexity_of
+from hshare_jax.training.settings import TrainingSettings
 from hshare_jax.training.step import (
     TrainState,
     data_mesh,
@@ -41,45 +42,45 @@ from hshare_jax.training.step import (
 )
 
 METRICS, MODEL = "metrics.jsonl", "model"
-# What may change from one start of a run to the next, for it changes no number of it.
+# Settings that may change when a run is resumed, because no number of the run depends on them.
 _FREE = ("checkpoint_every", "keep_checkpoints")
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingResult:
-    """How a run ended; losses are nats per token."""
+    """How a run ended. Losses are in nats per token."""
 
     steps: int
-    tokens: int  # predicted, by all steps together
-    loss: float | None  # of the last step; None, as the times, where metrics.jsonl was lost
+    tokens: int  # predicted by all steps together
+    loss: float | None  # of the last step; the loss and both times are None if metrics.jsonl was lost
     eval_loss: float
     perplexity: float
-    seconds: float | None  # of training alone: without compiling, evaluation and checkpoints
+    seconds: float | None  # spent on training steps alone, without compilation, evaluation and checkpoints
     tokens_per_second: float | None
-    resumed_from: int  # the step of the checkpoint that this start went on from; 0 is the beginning
+    resumed_from: int  # the step of the checkpoint from which this call resumed; 0 is the beginning
     model: str  # the directory of the trained model
 
 
 def train(
-    model: Model, data: TrainingData, settings: TrainingConfig, directory: str | os.PathLike[str]
+    model: Model, data: TrainingData, settings: TrainingSettings, directory: str | os.PathLike[str]
 ) -> TrainingResult:
-    """Returns how training ended; the trained model is in DIR/model, for `load_model`.
+    """Trains a model, or resumes its training, and writes the trained model to DIR/model, for `load_model`.
 
-    DIR/metrics.jsonl gets a line for steps (kind "train") and evaluations (kind "eval"), DIR/step_000123 is a
-    checkpoint. Where DIR has checkpoints of the same run, it goes on from the newest. Progress is drawn on standard
-    error where that is a terminal.
+    DIR/metrics.jsonl gets one line for each logged step (kind "train") and each evaluation (kind "eval"). Checkpoints
+    are DIR/step_000123. If DIR holds checkpoints of the same run, training resumes from the newest. A progress bar is
+    drawn if standard error is a terminal.
 
     Args:
-        model: what to start from, of `load_model` or `new_model`; it stays as it is.
-        data: of `split_windows`.
-        settings: the run's.
-        directory: the run's own; it is made.
+        model: the model to start from, from `load_model` or `new_model`. It is not changed.
+        data: the windows, from `split_windows`.
+        settings: the settings of the run.
+        directory: the run's directory, DIR. It is created if necessary. No two runs can share a directory.
 
     Raises:
-        ValueError: settings, model and data do not fit, or are not those that the directory's run began with.
-        CheckpointError: the newest checkpoint is damaged; the message says what to delete to go on from the one before.
-        OSError: something cannot be written; the last good checkpoint stays.
-        FloatingPointError: loss or gradients are no longer finite numbers.
+        ValueError: settings, model and data do not fit together, or the directory holds a run that began with others.
+        CheckpointError: the newest checkpoint is damaged. The message says what to delete to resume from the previous.
+        OSError: a file cannot be written. The last good checkpoint stays.
+        FloatingPointError: the loss or the gradients are no longer finite numbers.
     """
     directory = Path(directory).expanduser().absolute()
     _check(model, data, settings, directory)
@@ -90,22 +91,23 @@ def train(
         return _train(model, data, settings, directory, mesh, study)
 
 
-def check_length(model: ModelConfig, settings: TrainingConfig) -> None:
-    """Raises ValueError for windows longer than the model has positions."""
-    length, most = settings.sequence_length, model.max_positions
+def check_length(config: ModelConfig, settings: TrainingSettings) -> None:
+    """Raises SettingError for windows that are longer than the model has positions."""
+    length, most = settings.sequence_length, config.max_positions
     if length > most:
-        raise ValueError(f"sequence_length={length} must be at most the model's {most} positions")
+        raise SettingError("sequence_length", length, f"must be at most the model's {most} positions")
 
 
 def _train(
-    model: Model, data: TrainingData, settings: TrainingConfig, directory: Path, mesh: Mesh, study: dict[str, Any]
+    model: Model, data: TrainingData, settings: TrainingSettings, directory: Path, mesh: Mesh, study: dict[str, Any]
 ) -> TrainingResult:
     loaded = load_train_state(directory, state_shapes(model.params, settings), study)
     done = -1 if loaded is None else int(loaded.step)
     metrics = Records(directory / METRICS, study, keys=("kind", "step"))
     has_model = (directory / MODEL).exists()
     if loaded is None and has_model and {"kind": "eval", "step": settings.num_steps} in metrics:
-        return _result(metrics, settings, settings.num_steps, directory)  # finished; its checkpoints were deleted
+        # The run is finished, and somebody has deleted its checkpoints.
+        return _result(metrics, settings, settings.num_steps, directory)
     if loaded is None and not metrics.lines and has_model:
         raise ValueError(
             f"{directory / MODEL} is there already, and no run that made it; the trained model would replace it: name "
@@ -115,7 +117,7 @@ def _train(
     metrics.keep(lambda line: line["step"] <= done)
     state = init_state(model.params, settings, mesh) if loaded is None else replicate(loaded, mesh)
     del loaded
-    params = _run_steps(state, model.config, data, settings, directory, mesh, study, metrics)
+    params = _Loop(model.config, data, settings, directory, mesh, study, metrics).run(state)
     save_model(dataclasses.replace(model, params=params), directory / MODEL, overwrite=True)
     return _result(metrics, settings, max(done, 0), directory)
 
@@ -134,71 +136,85 @@ def _locked(directory: Path) -> Iterator[None]:
         os.close(lock)
 
 
-def _run_steps(
-    state: TrainState,
-    model: ModelConfig,
-    data: TrainingData,
-    settings: TrainingConfig,
-    directory: Path,
-    mesh: Mesh,
-    study: dict[str, Any],
-    metrics: Records,
-) -> dict[str, Any]:
-    """Returns the parameters after the last step, on the host; the state is donated."""
-    first, last, held_out = int(state.step), settings.num_steps, data.held_out()
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Loop:
+    """The loop over steps, and everything that the loop reads and writes."""
 
-    def place(step: int) -> Array:
-        windows = data.batch(step, batch_size=settings.batch_size, seed=settings.seed)
-        return place_batch(windows, settings, mesh)
+    config: ModelConfig
+    data: TrainingData
+    settings: TrainingSettings
+    directory: Path
+    mesh: Mesh
+    study: dict[str, Any]
+    metrics: Records
 
-    def add_evaluation(step: int) -> None:
-        if {"kind": "eval", "step": step} in metrics:
-            return
-        loss = evaluate(state.params, held_out, model=model, settings=settings, mesh=mesh)
-        _check_finite(step, {"loss": loss}, directory)
-        found = {"loss": loss, "perplexity": perplexity_of(loss), "tokens": held_out[:, 1:].size}
-        metrics.append({"kind": "eval", "step": step, **found, "seconds": round(seconds, 3)})
-
-    seconds = seconds_of(directory)  # of training alone
-    if first in (0, last):
-        add_evaluation(first)
-    if first == last:
+    def run(self, state: TrainState) -> dict[str, Any]:
+        """Runs all steps that are left. Returns the parameters after the last step, on the host. Donates the state."""
+        settings, first, last = self.settings, int(state.step), self.settings.num_steps
+        seconds = seconds_of(self.directory)  # spent on training steps alone
+        if first in (0, last):
+            self._evaluate(first, state, seconds)
+        if first == last:
+            return jax.tree.map(np.asarray, state.params)
+        # Compiled beforehand, so that the clock counts training alone.
+        compiled = train_step.lower(
+            state, self._windows(first), config=self.config, settings=settings, mesh=self.mesh
+        ).compile()
+        began, logged = time.perf_counter(), (first, seconds)
+        # disable=None: a bar only if stderr is a terminal.
+        with tqdm(total=last, initial=first, desc="training", unit="step", file=sys.stderr, disable=None) as bar:
+            for step in range(first + 1, last + 1):
+                state, found = compiled(state, self._windows(step - 1))
+                bar.update()
+                every = (settings.log_every, settings.eval_every, settings.checkpoint_every)
+                is_logged, is_evaluated, is_saved = (step % interval == 0 or step == last for interval in every)
+                if not (is_logged or is_evaluated or is_saved):
+                    continue  # without waiting, so that steps follow one another on the device without a pause
+                line = {name: float(found[name]) for name in ("loss", "learning_rate", "grad_norm")}
+                jax.block_until_ready(state)
+                seconds += time.perf_counter() - began
+                _check_finite(step, line, self.directory)
+                if is_logged:
+                    speed = self._log(step, line, seconds, since=logged)
+                    bar.set_postfix_str(f"loss {line['loss']:.3f}, {speed:,.0f} tokens/s")
+                    logged = (step, seconds)
+                if is_evaluated:
+                    self._evaluate(step, state, seconds)
+                if is_saved:
+                    keep = settings.keep_checkpoints
+                    save_train_state(self.directory, state, self.study, seconds=seconds, keep=keep)
+                began = time.perf_counter()
         return jax.tree.map(np.asarray, state.params)
-    # Compiled beforehand, so that the clock counts training alone.
-    compiled = train_step.lower(state, place(first), model=model, settings=settings, mesh=mesh).compile()
-    began, logged = time.perf_counter(), (first, seconds)
-    # disable=None: a bar only where stderr is a terminal.
-    with tqdm(total=last, initial=first, desc="training", unit="step", file=sys.stderr, disable=None) as bar:
-        for step in range(first + 1, last + 1):
-            state, found = compiled(state, place(step - 1))
-            bar.update()
-            every = (settings.log_every, settings.eval_every, settings.checkpoint_every)
-            is_logged, is_evaluated, is_saved = (step % interval == 0 or step == last for interval in every)
-            if not (is_logged or is_evaluated or is_saved):
-                continue  # steps follow one another on the device without a pause
-            line = {name: float(found[name]) for name in ("loss", "learning_rate", "grad_norm")}
-            jax.block_until_ready(state)
-            seconds += time.perf_counter() - began
-            _check_finite(step, line, directory)
-            if is_logged:
-                speed = (step - logged[0]) * settings.tokens_per_step / (seconds - logged[1])
-                bar.set_postfix_str(f"loss {line['loss']:.3f}, {speed:,.0f} tokens/s")
-                times = {"seconds": round(seconds, 3), "tokens_per_second": round(speed, 1)}
-                tokens = step * settings.tokens_per_step
-                metrics.append({"kind": "train", "step": step, **line, "tokens": tokens, **times})
-                logged = (step, seconds)
-            if is_evaluated:
-                add_evaluation(step)
-            if is_saved:
-                save_train_state(directory, state, study, seconds=seconds, keep=settings.keep_checkpoints)
-            began = time.perf_counter()
-    return jax.tree.map(np.asarray, state.params)
+
+    def _windows(self, step: int) -> Array:
+        """The windows that training step `step`, counted from 0, reads, on the devices."""
+        windows = self.data.batch(step, batch_size=self.settings.batch_size, seed=self.settings.seed)
+        return place_batch(windows, self.settings, self.mesh)
+
+    def _log(self, step: int, line: dict[str, float], seconds: float, *, since: tuple[int, float]) -> float:
+        """Writes the metrics of a step. Returns the speed, in tokens per second, since the (step, seconds) `since`."""
+        size = self.settings.tokens_per_step
+        speed = (step - since[0]) * size / (seconds - since[1])
+        times = {"seconds": round(seconds, 3), "tokens_per_second": round(speed, 1)}
+        self.metrics.append({"kind": "train", "step": step, **line, "tokens": step * size, **times})
+        return speed
+
+    def _evaluate(self, step: int, state: TrainState, seconds: float) -> None:
+        """Evaluates the parameters after a step and writes the result, unless the metrics already hold it."""
+        if {"kind": "eval", "step": step} in self.metrics:
+            return
+        held_out = self.data.held_out()
+        loss = evaluate(state.params, held_out, config=self.config, settings=self.settings, mesh=self.mesh)
+        _check_finite(step, {"loss": loss}, self.directory)
+        found = {"loss": loss, "perplexity": perplexity_of(loss), "tokens": held_out[:, 1:].size}
+        self.metrics.append({"kind": "eval", "step": step, **found, "seconds": round(seconds, 3)})
 
 
-def _check(model: Model, data: TrainingData, settings: TrainingConfig, directory: Path) -> None:
+def _check(model: Model, data: TrainingData, settings: TrainingSettings, directory: Path) -> None:
+    """Raises ValueError unless model, data, settings and directory fit together."""
     length = settings.sequence_length
     if data.sequence_length != length:
-        raise ValueError(f"sequence_length={length} must be that of the data's windows, {data.sequence_length}")
+        raise SettingError("sequence_length", length, f"must be that of the data's windows, {data.sequence_length}")
     check_length(model.config, settings)
     highest = int(max(data.windows.max(), data.eval_windows.max()))
     if highest >= model.config.vocab_size:
@@ -211,6 +227,7 @@ def _check(model: Model, data: TrainingData, settings: TrainingConfig, directory
 
 
 def _check_finite(step: int, line: dict[str, float], directory: Path) -> None:
+    """Raises FloatingPointError if a metric of a step is not a finite number."""
     for name, value in line.items():
         if not math.isfinite(value):
             way_out = "lower learning_rate, or lengthen warmup_steps" if step else "start from other weights"
@@ -219,8 +236,8 @@ def _check_finite(step: int, line: dict[str, float], directory: Path) -> None:
             )
 
 
-def _study(model: Model, data: TrainingData, settings: TrainingConfig) -> dict[str, Any]:
-    """Returns what tells a run from others: all that its numbers follow from."""
+def _study(model: Model, data: TrainingData, settings: TrainingSettings) -> dict[str, Any]:
+    """The facts that identify a run: everything on which a number of the run depends."""
     fixed = {name: value for name, value in dataclasses.asdict(settings).items() if name not in _FREE}
     return {
         "training": fixed,
@@ -230,8 +247,9 @@ def _study(model: Model, data: TrainingData, settings: TrainingConfig) -> dict[s
     }
 
 
-def _result(metrics: Records, settings: TrainingConfig, resumed_from: int, directory: Path) -> TrainingResult:
-    lines = {line["kind"]: line for line in metrics.lines}  # the last of each kind
+def _result(metrics: Records, settings: TrainingSettings, resumed_from: int, directory: Path) -> TrainingResult:
+    """The result of a finished run, read from the run's metrics."""
+    lines = {line["kind"]: line for line in metrics.lines}  # the last line of each kind
     last, evaluation, steps = lines.get("train", {}), lines["eval"], settings.num_steps
     tokens, seconds = steps * settings.tokens_per_step, last.get("seconds")
     return TrainingResult(

@@ -1,6 +1,5 @@
-"""`hshare-jax convert` and `info` with cross-layer KV sharing, on a tiny model."""
+"""`hshare-jax convert`, as it is and with cross-layer KV sharing, on a tiny model."""
 
-import json
 import math
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from command_line import call
+from command_line import TEXT, call
 from random_weights import random_params
 from tiny_models import assert_equal_trees
 from tiny_tokenizer import LETTERS, byte_tokenizer
@@ -25,7 +24,6 @@ TINY = ModelConfig(
     vocab_size=48, width=32, mlp_width=48, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=8, max_positions=64,
     windows=(None,) * 4, rope=RopeConfig(theta=100.0),
 )  # fmt: skip
-TEXT = "the rain in spain stays mainly in the plain, or so it is said."
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +32,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
     model = pretrained.Model(TINY, random_params(TINY), byte_tokenizer(LETTERS), (), "tiny", "")
     pretrained.save_model(model, path)
     return str(path)
-
-
-@pytest.fixture
-def text_file(tmp_path: Path) -> str:
-    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
-    return str(tmp_path / "text.txt")
 
 
 @pytest.mark.parametrize("init", ["mean", "copy"])
@@ -127,7 +119,10 @@ MISTAKES = {
     "unknown passes": (["--kv-sharing", "cla:2", "--forward-passes", "all"], "'all' is not a whole number or exact"),
     "no text": (["--kv-sharing", "cla:2", "--perplexity", "no/text.txt"], "--perplexity no/text.txt: No such file"),
     "empty text": (["--kv-sharing", "cla:2", "--perplexity", "{empty}"], "empty.txt is empty"),
-    "short text": (["--kv-sharing", "cla:2", "--perplexity", "{short}"], "short.txt has 2 tokens to cut from"),
+    "short text": (
+        ["--kv-sharing", "cla:2", "--perplexity", "{short}"],
+        "short.txt has 2 tokens, too few to measure; give a longer text",
+    ),
 }
 
 
@@ -149,48 +144,14 @@ def test_a_mistake_in_convert_is_told_before_the_model_is_loaded(
     assert not (tmp_path / "shared").exists()
 
 
-def test_info_shows_what_sharing_saves_and_costs(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = str(tmp_path / "shared")
-    assert call(["convert", tiny, out, "--kv-sharing", "0s_2_2_3s", "--kv-window", "8"], capsys)[0] == 0
-    plain, shared, asked = (
-        json.loads(call(["info", *arguments, "--json"], capsys)[1])
-        for arguments in ([tiny], [out], [tiny, "--kv-sharing", "0s_2_2_3s", "--kv-window", "8"])
-    )
-    assert plain["identity"] == pretrained.load_model(tiny).identity
-    assert plain["num_kv_layers"] == 4
-    assert plain["relative_prefill_cost"] == 1.0
-    assert "kv_layer_map" not in plain
-    assert shared["kv_layer_map"] == "0s_2_2_3s"
-    assert (shared["num_kv_layers"], shared["sliding_windows"]) == (3, [8])
-    assert (shared["forward_passes"], shared["backward_passes"], shared["relative_prefill_cost"]) == (7, 2, 3.0)
-    for name in ("cache_bytes_per_token", "kv_parameters"):
-        assert shared[name] == plain[name] * 3 // 4
-    assert plain["parameters"] - shared["parameters"] == plain["kv_parameters"] - shared["kv_parameters"]
-    assert all(not isinstance(value, dict) for value in shared.values())
-    assert asked | {"model": "", "identity": ""} == shared | {"model": "", "identity": ""}
-    passes = ["--forward-passes", "exact", "--backward-passes", "3"]
-    exact = json.loads(call(["info", tiny, "--kv-sharing", "lckv:1", *passes, "--json"], capsys)[1])
-    assert (exact["forward_passes"], exact["backward_passes"], exact["relative_prefill_cost"]) == (None, 3, None)
-    status, text, _ = call(["info", out], capsys)
-    assert status == 0
-    assert "kv_layer_map           0s_2_2_3s\n" in text
-
-
-def test_info_tells_what_a_model_would_be_without_loading_it(
-    tiny: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_convert_refuses_an_existing_target_before_the_model_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(pretrained.ModelFiles, "load", None)
-    status, out, _ = call(["info", tiny, "--kv-sharing", "yoco", "--json", "--dtype", "bfloat16"], capsys)
-    facts = json.loads(out)
-    assert status == 0
-    assert (facts["kv_layer_map"], facts["sliding_windows"]) == ("0s_1s_2_2", [1024])
-    assert facts["cache_bytes_per_token"] == 2 * 3 * 2 * 8 * 2
-    for arguments, message in (
-        (["--kv-window", "8"], "--kv-window is for sharing keys and values; add --kv-sharing"),
-        (["--kv-sharing", "mine"], "--kv-sharing mine: no way of sharing is called so"),
-        (["--kv-sharing", "cla:2", "--plan"], "--plan needs them; leave out either"),
-        (["--kv-sharing", "cla:2", "--num-sinks", "2"], "--num-sinks is for showing a plan; add --plan"),
-    ):
-        status, _, err = call(["info", tiny, *arguments], capsys)
+    for more in ([], ["--overwrite"]):
+        status, _, err = call(["convert", "smollm2-135m-instruct", str(tmp_path), *more], capsys)
         assert status == 2
-        assert message in err
+        assert f"{tmp_path} exists, and is nothing that this command writes; name another path" in err
+    (tmp_path / "model.json").touch()
+    status, _, err = call(["convert", "smollm2-135m-instruct", str(tmp_path)], capsys)
+    assert status == 2
+    assert "exists; give --overwrite to replace it" in err

@@ -25,7 +25,7 @@ from hshare_jax.evaluation.lm_eval_model import HShareLM, main
 from hshare_jax.generate import generate
 from hshare_jax.methods.hshare.settings import HShareSettings
 from hshare_jax.models.pretrained import Model, save_model
-from hshare_jax.sampling import SamplingConfig
+from hshare_jax.sampling import SamplingParams
 
 SHALLOW = dataclasses.replace(MODEL, num_layers=2, windows=(None,) * 2)
 TOKENIZER = byte_tokenizer(LETTERS)
@@ -214,7 +214,7 @@ def test_repeats_are_sampled_differently_and_not_by_their_batch():
     asked = requests("generate_until", *[("there", {"temperature": 2.0, "top_k": 20.0, "max_gen_toks": 8})] * 4)
     found = HShareLM(TINY, method="dense", batch_size=2).generate_until(asked)
     assert len(set(found)) == 4
-    sampling = SamplingConfig(temperature=2.0, top_k=20)
+    sampling = SamplingParams(temperature=2.0, top_k=20)
     assert found == generate(TINY, ["there"] * 4, max_new_tokens=8, method=None, sampling=sampling).texts
 
 

@@ -18,9 +18,9 @@ from hshare_jax.evaluation.plots.overlap import (
     plot_layer_similarity,
     plot_plan,
     plot_step_similarity,
-    save,
 )
 from hshare_jax.evaluation.plots.results import DEFAULT, plot_quality, plot_speed, read_results
+from hshare_jax.files.figures import save
 from hshare_jax.methods.hshare.settings import HShareSettings
 from hshare_jax.methods.hshare.share_plan import SharePlan
 

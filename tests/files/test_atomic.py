@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, as are the study scripts' reports; these name the command that was given."""
+"""Files and directories are written completely or not at all, and so are the reports of the study scripts."""
 
 import argparse
 import importlib.util
@@ -8,7 +8,9 @@ from types import ModuleType
 
 import pytest
 
-from hshare_jax.files.atomic import whole_file
+from hshare_jax.errors import CheckpointError
+from hshare_jax.files.atomic import whole_directory, whole_file
+from hshare_jax.files.checksums import CHECKSUMS, verify_all
 
 ROOT = Path(__file__).parent.parent.parent
 MARK = "<!-- written -->"
@@ -16,8 +18,8 @@ MARK = "<!-- written -->"
 
 @pytest.fixture(scope="module")
 def reports() -> ModuleType:
-    """Returns scripts/study/reports.py, which no path leads to."""
-    spec = importlib.util.spec_from_file_location("study_reports", ROOT / "scripts" / "study" / "reports.py")
+    """The module scripts/study_reports.py, which is not on the import path."""
+    spec = importlib.util.spec_from_file_location("study_reports", ROOT / "scripts" / "study_reports.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -52,6 +54,44 @@ def test_an_error_leaves_what_was_there_and_nothing_else(
     assert {found.name: found.read_text() for found in tmp_path.iterdir()} == ({"a.txt": before} if before else {})
 
 
+def test_a_directory_takes_its_place_with_checksums_and_nothing_left_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "a"
+    with whole_directory(path) as draft:
+        (draft / "b").mkdir()
+        (draft / "b" / "c.txt").write_text("one")
+        assert not path.exists()
+    verify_all(path)
+    with whole_directory(path, overwrite=True) as draft:
+        (draft / "c.txt").write_text("two")
+    assert {found.name for found in path.iterdir()} == {"c.txt", CHECKSUMS}
+    assert [found.name for found in path.parent.iterdir()] == ["a"]
+    (path / "c.txt").write_text("changed")
+    with pytest.raises(CheckpointError, match=r"c\.txt is damaged"):
+        verify_all(path)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_directory_that_cannot_be_written_leaves_what_was_there(
+    overwrite: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a"
+    with whole_directory(path) as draft:
+        (draft / "c.txt").write_text("before")
+    with pytest.raises(OSError, match=r"a'$") as caught, whole_directory(path) as draft:  # it exists
+        (draft / "c.txt").write_text("after")
+    assert caught.value.filename == str(path)
+
+    def fail(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space left") as caught, whole_directory(path, overwrite=overwrite) as draft:
+        (draft / "c.txt").write_text("after")
+    assert caught.value.filename == str(path)
+    assert (path / "c.txt").read_text() == "before"
+    assert [found.name for found in tmp_path.iterdir()] == ["a"]
+
+
 def test_a_report_keeps_what_stands_above_the_mark(
     reports: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -76,11 +116,9 @@ def test_a_command_is_the_one_given_with_paths_by_their_names(
     options = argparse.Namespace(text=[Path("corpus/a b.txt"), Path("c.txt")], report=Path("docs/new.md"), steps=8)
     given = ["--text", "corpus/a b.txt", "./c.txt", "--report=docs/new.md", "--model", str(model), "--steps", "8"]
     given += ["--tokenizer", "owner/name", "--report-only"]
-    monkeypatch.setattr("sys.orig_argv", ["/somewhere/python", "-m", "scripts.study.methods", *given])
+    monkeypatch.setattr("sys.argv", ["/somewhere/study.py", *given])
     monkeypatch.delenv("XLA_FLAGS", raising=False)
-    words = (
-        "-m scripts.study.methods --text 'a b.txt' c.txt --report=new.md --model model --steps 8 --tokenizer owner/name"
-    )
+    words = "scripts/study.py --text 'a b.txt' c.txt --report=new.md --model model --steps 8 --tokenizer owner/name"
     assert reports.command(options) == f"python {words}"
     monkeypatch.setenv("XLA_FLAGS", "--a=false --b=1")
     assert reports.command(options) == f"XLA_FLAGS='--a=false --b=1' python {words}"

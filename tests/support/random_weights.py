@@ -1,4 +1,4 @@
-"""Random weights that depend on a tensor's name and shape alone, so that torch and JAX can hold the same model."""
+"""Random weights that depend only on the name and shape of a tensor, so that torch and JAX can hold the same model."""
 
 import zlib
 
@@ -10,7 +10,7 @@ from hshare_jax.models.weights import tensor_layout
 
 
 def random_tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Returns the float32 values of the tensor that Hugging Face calls `name`; none is zero or one throughout."""
+    """Random float32 values for the tensor that Hugging Face calls `name`. No tensor is all zeros or all ones."""
     values = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
     if name.endswith("norm.weight"):
         values = 1 + 0.2 * values
@@ -22,7 +22,7 @@ def random_tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def random_params(config: ModelConfig, dtype: jnp.dtype | type = jnp.float32) -> dict:
-    """Returns the decoder's parameter tree."""
+    """The decoder's parameter tree with random weights."""
     params: dict = {}
     for path, parts in tensor_layout(config).items():
         *branches, leaf = path.split("/")

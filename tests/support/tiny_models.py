@@ -1,4 +1,4 @@
-"""Tiny random models of transformers, written as the checkpoints that the tests read back."""
+"""Tiny random models of transformers, and the checkpoints that the tests read."""
 
 from pathlib import Path
 
@@ -40,7 +40,7 @@ GGUF_NAMES = {
 
 
 def tiny_model(architecture: str = "llama", **changes) -> transformers.PreTrainedModel:
-    """Returns a model with every parameter random: norms and biases too, so that none can be forgotten unseen."""
+    """A model in which every parameter is random, norms and biases too, so that a test notices a missing one."""
     torch.manual_seed(7)
     make_config, make_model = CLASSES[architecture]
     model = make_model(make_config(**{**SIZES, **changes}))
@@ -51,7 +51,7 @@ def tiny_model(architecture: str = "llama", **changes) -> transformers.PreTraine
 
 
 def state_of(model: transformers.PreTrainedModel) -> dict[str, np.ndarray]:
-    """Returns the model's tensors as a checkpoint names them; a tied output layer is left out."""
+    """The tensors of a model under their names in a checkpoint. A tied output layer is left out."""
     tied = model.config.tie_word_embeddings
     return {
         name: tensor.to(torch.float32).numpy()
@@ -61,7 +61,7 @@ def state_of(model: transformers.PreTrainedModel) -> dict[str, np.ndarray]:
 
 
 def fused(state: dict[str, np.ndarray], num_layers: int = 2) -> dict:
-    """Returns the parameter tree that the decoder expects of a state, written out from its definition."""
+    """The decoder's parameter tree made from the tensors of `state_of`, written out from its definition."""
 
     def pick(*names: str) -> dict[str, np.ndarray]:
         kinds = [kind for kind in ("weight", "bias") if f"{names[0]}.{kind}" in state]
@@ -153,7 +153,7 @@ def write_gguf(
 
 
 def permuted(tensor: np.ndarray, num_heads: int) -> np.ndarray:
-    """Returns rows in llama.cpp's order: channel i and channel i + H / 2 of a head become neighbours."""
+    """The rows in llama.cpp's order: channel i and channel i + H / 2 of a head become neighbours."""
     head_dim = tensor.shape[0] // num_heads
     order = [
         head * head_dim + half * head_dim // 2 + channel
@@ -165,13 +165,13 @@ def permuted(tensor: np.ndarray, num_heads: int) -> np.ndarray:
 
 
 def flipped(data: bytes, position: int, bit: int) -> bytes:
-    """Returns `data` with one bit turned over; the position wraps around."""
+    """`data` with one bit flipped. The position wraps around."""
     position %= len(data)
     return data[:position] + bytes([data[position] ^ (1 << bit)]) + data[position + 1 :]
 
 
 def assert_equal_trees(found, expected, atol: float = 0.0) -> None:
-    """Fails unless two parameter trees have the same keys and values (bit for bit, or within `atol`)."""
+    """Fails unless two parameter trees have the same keys and values, bit for bit or within `atol`."""
     if isinstance(expected, dict):
         assert found.keys() == expected.keys()
         for key in expected:

@@ -1,10 +1,9 @@
-"""A run: killed and resumed it equals an uninterrupted one, damage is named, and the script's exit codes and files."""
+"""A run: killed and resumed it equals an uninterrupted one, damage is named, and its files are whole."""
 
 import dataclasses
 import errno
 import fcntl
 import functools
-import importlib.util
 import json
 import os
 import random
@@ -13,30 +12,27 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import jax
 import numpy as np
 import pytest
+from orbax.checkpoint import v1 as ocp
 from tiny_models import assert_equal_trees, flipped
-from tiny_tokenizer import byte_tokenizer
 from tiny_training import CONFIG, SETTINGS, tiny_data, tiny_model, tiny_run
 
 from hshare_jax.errors import CheckpointError
-from hshare_jax.evaluation.plots.overlap import save
-from hshare_jax.models import orbax_checkpoint
-from hshare_jax.models.pretrained import ModelFiles, load_model, save_model
+from hshare_jax.files.figures import save
+from hshare_jax.models.pretrained import load_model
 from hshare_jax.training.checkpoints import checkpoints, load_train_state
-from hshare_jax.training.config import TrainingConfig
 from hshare_jax.training.curves import plot_training, read_metrics
 from hshare_jax.training.run import train
 from hshare_jax.training.start import new_model
 from hshare_jax.training.step import state_shapes
 
-ROOT = Path(__file__).parent.parent.parent
+PROGRAM = Path(__file__).parent.parent / "support" / "tiny_training.py"
 KILLS = int(os.environ.get("HSHARE_JAX_KILLS", "3"))
 SHORT = dataclasses.replace(SETTINGS, num_steps=2, warmup_steps=0)
-OPERATIONS = 340  # on files, of a whole run; some 48 write a checkpoint
+OPERATIONS = 340  # file operations of a whole run; some 48 write one checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +51,7 @@ def copy_of(whole: Path, tmp_path: Path, *, without: tuple[int, ...] = ()) -> Pa
 
 
 def timeless(directory: Path) -> list[dict]:
-    """Returns the lines of the metrics without the times."""
+    """The lines of the metrics without the times."""
     lines = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
     return [{key: line[key] for key in line if key not in ("seconds", "tokens_per_second")} for line in lines]
 
@@ -87,11 +83,11 @@ def test_a_run_leaves_its_metrics_its_last_checkpoints_and_its_model(whole):
 
 @pytest.mark.parametrize("seed", range(KILLS // 3))
 def test_a_run_that_is_killed_at_random_moments_equals_one_that_is_not(whole, tmp_path, seed):
-    command = [sys.executable, str(ROOT / "tests" / "tiny_training.py"), str(tmp_path / "killed")]
+    command = [sys.executable, str(PROGRAM), str(tmp_path / "killed")]
     cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     start = functools.partial(subprocess.run, env=os.environ | cache, capture_output=True, text=True)
     moments = random.Random(seed)
-    for kill in range(3):  # what is left to do becomes less each time
+    for kill in range(3):  # each restart has fewer operations left
         moment = moments.randint(8, OPERATIONS // (kill + 1))
         killed = start([*command, str(moment)])
         assert killed.returncode in (-signal.SIGKILL, 0), killed.stderr
@@ -132,7 +128,7 @@ def test_time_is_not_lost_where_a_run_goes_on(tmp_path):
     result = tiny_run(tmp_path / "run", settings)
     assert result.resumed_from == 20
     assert result.seconds is not None
-    assert result.seconds > until > 0  # though no line of the metrics tells of the steps before
+    assert result.seconds > until > 0  # though the metrics have no line for the earlier steps
 
 
 @pytest.mark.parametrize("name", ["run.json", "arrays/state/manifest.ocdbt", "arrays/_CHECKPOINT_METADATA"])
@@ -158,7 +154,7 @@ def test_a_full_disk_is_named_and_leaves_the_last_good_checkpoint(whole, tmp_pat
         Path(path).mkdir()
         raise ValueError("RESOURCE_EXHAUSTED: Failed to write: No space left on device [os_error_code='28']")
 
-    monkeypatch.setattr(orbax_checkpoint.ocp, "save", full)
+    monkeypatch.setattr(ocp, "save", full)
     with pytest.raises(OSError, match="No space left on device") as caught:
         tiny_run(directory)
     assert caught.value.errno == errno.ENOSPC
@@ -222,11 +218,11 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_written(tmp_pat
 
 def test_two_devices_train_as_one(whole, tmp_path):
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
-    command = [sys.executable, str(ROOT / "tests" / "tiny_training.py"), str(tmp_path / "two")]
+    command = [sys.executable, str(PROGRAM), str(tmp_path / "two")]
     done = subprocess.run(command, env={**os.environ, "XLA_FLAGS": flags}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for ours, theirs in zip(timeless(tmp_path / "two")[1:], timeless(whole)[1:], strict=True):
-        # Sums in another order; 24 steps of AdamW, which divides small gradients by small numbers, amplify that.
+        # Sums are taken in another order, and 24 steps of AdamW, which divides small by small numbers, amplify this.
         np.testing.assert_allclose(ours.pop("loss"), theirs.pop("loss"), rtol=1e-4)
         assert (ours["kind"], ours["step"], ours["tokens"]) == (theirs["kind"], theirs["step"], theirs["tokens"])
 
@@ -243,105 +239,11 @@ def test_the_plot_shows_every_loss(whole, tmp_path):
         plot_training([])
 
 
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_script", ROOT / "scripts" / "train.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_script_trains_a_model_that_generates(tmp_path, script, capsys, monkeypatch):
-    tokenizer = byte_tokenizer()
-    sizes = {"num_layers": 2, "windows": (None,) * 2, "max_positions": 64}
-    config = dataclasses.replace(CONFIG, vocab_size=len(tokenizer), **sizes)
-    save_model(new_model(config, tokenizer), tmp_path / "start")
-    (tmp_path / "a.txt").write_text("the man in the inn. " * 60)
-    common = ["--text", str(tmp_path / "a.txt"), "--sequence-length", "16", "--batch-size", "4", "--num-steps", "6"]
-    common += ["--warmup-steps", "1", "--log-every", "2"]
-    arguments = [*common, "--output", str(tmp_path / "run"), "--model", str(tmp_path / "start"), "--kv-sharing", "0_0s"]
-    arguments += ["--kv-window", "5", "--forward-passes", "3", "--init", "copy"]
-    assert script.main(arguments) == 0
-    summary = json.loads(capsys.readouterr().out)
-    assert summary["steps"] == 6
-    assert summary["eval_loss"] < 6
-    trained = load_model(tmp_path / "run" / "model")
-    assert (trained.config.kv_layer_map, trained.config.windows) == ((0, 0), (None, 5))
-    assert trained.config.forward_passes == 3
-    assert trained.tokenizer is not None
-    assert trained.tokenizer("the").input_ids == tokenizer("the").input_ids
-    assert Path(summary["plot"]).stat().st_size > 1000
-    assert script.main([*arguments, "--beta1", "0.5"]) == 1
-    assert "is a checkpoint for beta1=0.9, and this run has beta1=0.5" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--preset", "tiny", "--num-steps", "0"], "--num-steps 0 must be at least 1"),
-        (["--preset", "tiny", "--eval-fraction", "1"], "--eval-fraction 1.0 must lie between 0 and 1"),
-        (["--model", "nowhere/at/all"], "nowhere/at/all does not exist"),
-        (["--model", "smollm2-135m-instruct", "--tokenizer", "smollm2-135m-instruct"], "--model brings its own"),
-        (["--preset", "huge"], "invalid choice: 'huge'"),
-        (["--preset", "tiny", "--kv-sharing", "cla:4", "--init", "copy"], "--init is for --model"),
-        (["--preset", "tiny", "--kv-window", "8"], "--kv-window is for sharing keys and values; add --kv-sharing"),
-        (["--config", "absent.json"], "--config absent.json: No such file"),
-        (["--config", "a.txt"], "--config a.txt is not JSON: Expecting value"),
-        (["--config", "list.json"], "--config list.json must hold a JSON object"),
-        (["--config", "gpt2.json"], "--config gpt2.json: model_type='gpt2' is not supported; supported: llama"),
-        (["--preset", "tiny", "--eval-text", "-"], "--eval-text must name files, not -"),
-        (["--preset", "tiny", "--eval-text", "b.txt"], "--eval-text b.txt: No such file"),
-        (["--preset", "tiny", "--batch-size", "3"], "--batch-size 3 in --accumulation-steps 1 makes micro-batches"),
-        (["--preset", "tiny", "--output", "a.txt"], "a.txt is not a directory"),
-        ([], "one of the arguments --model --preset --config is required"),
-    ],
-)
-def test_mistakes_end_the_script_with_code_2(tmp_path, script, capsys, monkeypatch, arguments, message):
-    two = jax.devices()[:1] * 2
-    monkeypatch.setattr(jax, "devices", lambda: two)
-    monkeypatch.chdir(tmp_path)
-    Path("a.txt").write_text("words")
-    Path("list.json").write_text("[]")
-    Path("gpt2.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(SystemExit) as caught:
-        script.main(["--text", "a.txt", "--output", "run", *arguments])
-    assert caught.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("train.py: error: ")
-    assert message in error
-
-
-@pytest.mark.parametrize(
-    ("length", "message"),
-    [
-        ("33", "--sequence-length 33 must be at most the model's 32"),
-        ("32", "--text has 6 tokens; a window of --sequence-length 32"),
-    ],
-)
-def test_what_does_not_fit_the_model_ends_the_script_before_weights_are_read(
-    tmp_path, script, capsys, monkeypatch, length, message
-):
-    (tmp_path / "a.txt").write_text("words")
-    files = ModelFiles(CONFIG, byte_tokenizer(), (), "tiny", "float32", lambda dtype: pytest.fail("weights are read"))
-    monkeypatch.setattr(script, "open_model", lambda name: files)
-    arguments = ["--text", str(tmp_path / "a.txt"), "--output", str(tmp_path / "run"), "--sequence-length", length]
-    assert script.main([*arguments, "--model", "smollm2-135m-instruct"]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("train.py: error: ")
-    assert message in error
-
-
-def test_every_setting_is_an_option_of_the_script(script):
-    assert script.HELP.keys() == {field.name for field in dataclasses.fields(TrainingConfig)}
-
-
-def test_what_is_not_the_runs_own_stays(tmp_path):
+def test_files_that_the_run_did_not_write_stay(tmp_path):
     (tmp_path / ".model.backup").mkdir()
     (tmp_path / ".step_notes").write_text("mine")
     for draft in (".model.abcd1234", ".metrics.jsonl.abcd1234"):
-        (tmp_path / draft).mkdir()  # as a kill leaves it
+        (tmp_path / draft).mkdir()  # as a kill leaves them
     tiny_run(tmp_path, SHORT)
     assert (tmp_path / ".model.backup").is_dir()
     assert (tmp_path / ".step_notes").read_text() == "mine"
@@ -364,3 +266,11 @@ def test_two_processes_do_not_train_in_one_directory(tmp_path):
             tiny_run(tmp_path, SHORT)
     finally:
         os.close(lock)
+
+
+def test_training_loads_no_sparse_method_no_kernel_and_no_evaluation():
+    program = "import sys, hshare_jax.training.run; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    strangers = ("hshare_jax.methods", "hshare_jax.kernels", "hshare_jax.evaluation", "jax.experimental.pallas")
+    assert "hshare_jax.training.loss" in done.stdout.split()
+    assert not [name for name in done.stdout.split() if name.startswith(strangers)]

@@ -1,9 +1,5 @@
-"""Figures of what sharing rests on: how alike lists, layers and steps are, and a plan. They hold no state."""
+"""Figures of how alike critical tokens are between lists, layers and steps, and a figure of a plan."""
 
-import os
-from pathlib import Path
-
-import matplotlib
 import numpy as np
 from jaxtyping import Float
 from matplotlib import cm, colormaps
@@ -14,44 +10,18 @@ from matplotlib.image import AxesImage
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from hshare_jax.files.atomic import whole_file
+from hshare_jax.files.figures import GREEN, blank_figure, set_title
 from hshare_jax.methods.hshare.share_plan import SharePlan
 
-SUFFIXES = (".png", ".svg")
-NO_LISTS = "#d9d9d9"
-
-# Okabe and Ito's colours, which colour-blind readers tell apart too; without yellow, which is faint on white.
-BLACK, BLUE, SKY, GREEN = "#000000", "#0072B2", "#56B4E9", "#009E73"
-ORANGE, VERMILION, PURPLE, GREY = "#E69F00", "#D55E00", "#CC79A7", "#7F7F7F"
-_FAINT = 0.55  # how opaque a copied list is drawn
-
-
-def save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Writes a figure as PNG or SVG, as the path's suffix says: all of it or, on an error, nothing.
-
-    The same figure gives the same bytes.
-
-    Raises:
-        ValueError: another suffix.
-    """
-    path = Path(path)
-    check_suffix(path)
-    with whole_file(path) as draft, matplotlib.rc_context({"svg.hashsalt": "hshare_jax"}):
-        metadata = {"Date": None} if path.suffix.lower() == ".svg" else {}
-        figure.savefig(draft, format=path.suffix.lower()[1:], dpi=150, metadata=metadata)
-
-
-def check_suffix(path: str | os.PathLike[str]) -> None:
-    """Raises ValueError for a file that `save` cannot write."""
-    if Path(path).suffix.lower() not in SUFFIXES:
-        raise ValueError(f"{path} must end in {' or '.join(SUFFIXES)}: figures are written as PNG or SVG")
+NO_LISTS = "#d9d9d9"  # the colour of layers that read everything
+_FAINT = 0.55  # the opacity of a list that copies
 
 
 def plot_head_similarity(similarity: Float[np.ndarray, "L J J"], *, subject: str = "") -> Figure:
-    """Returns small squares, one for each layer with lists: how much every two lists of it have in common.
+    """A square for each layer with lists: the share of critical tokens that every two lists have in common.
 
     Args:
-        similarity: of `measure_overlap`; layers without lists are zero.
+        similarity: `Patterns.head_overlap`; zero in layers without lists.
         subject: what was measured, for the title.
 
     Raises:
@@ -84,10 +54,10 @@ def plot_head_similarity(similarity: Float[np.ndarray, "L J J"], *, subject: str
 
 
 def plot_layer_similarity(similarity: Float[np.ndarray, "L L"], *, subject: str = "") -> Figure:
-    """Returns a square: how much the lists of every two layers have in common; layers without lists are grey.
+    """A square: the share of critical tokens that every two layers have in common. Layers without lists are grey.
 
     Args:
-        similarity: of `measure_overlap`; layers without lists are zero.
+        similarity: `Patterns.layer_overlap`; zero in layers without lists.
         subject: what was measured, for the title.
 
     Raises:
@@ -112,10 +82,10 @@ def plot_layer_similarity(similarity: Float[np.ndarray, "L L"], *, subject: str 
 
 
 def plot_step_similarity(overlap: Float[np.ndarray, "D L"], *, subject: str = "") -> Figure:
-    """Returns how much a list still has in common with itself 1, 2, ... D steps later: a line a layer, and the mean.
+    """Curves: the share of a list's tokens that are chosen again 1, 2, ... D steps later, for each layer and the mean.
 
     Args:
-        overlap: of `measure_patterns`; layers without lists are zero.
+        overlap: `Patterns.step_overlap`; zero in layers without lists.
         subject: what was measured, for the title.
 
     Raises:
@@ -151,18 +121,18 @@ def plot_step_similarity(overlap: Float[np.ndarray, "D L"], *, subject: str = ""
 
 
 def plot_plan(plan: SharePlan, dense_layers: int, *, subject: str = "") -> Figure:
-    """Returns the plan as a grid of layers and lists, each in the colour of the layer whose list it reads.
+    """A plan as a grid of layers and lists. Each list has the colour of the layer whose list it reads.
 
-    A list that is computed says "own"; one that copies is fainter and names its source: "4.1" is list 1 of layer 4.
+    A list that is computed says "own". A list that copies is fainter and names its source: "4.1" is list 1 of layer 4.
 
     Args:
         plan: the plan.
         dense_layers: how many first layers have no lists.
-        subject: what it was found for, for the title.
+        subject: the prompt or texts that the plan was found for, for the title.
     """
-    source = np.array(plan.source)
+    source, is_own = np.array(plan.source), plan.is_computed
     L, J = source.shape
-    is_own, is_dense = source == np.arange(L * J).reshape(L, J), np.arange(L) < dense_layers
+    is_dense = np.arange(L) < dense_layers
     cell = min(max(0.36, 3 / J), 0.9)
     figure = blank_figure(max(cell * J + 1.9, 5.2), max(0.27 * L, 1.0) + 2.0)
     axes = figure.add_subplot()
@@ -201,18 +171,8 @@ def plot_plan(plan: SharePlan, dense_layers: int, *, subject: str = "") -> Figur
 _PERCENT = FuncFormatter(lambda value, _: f"{value:.0%}")
 
 
-def blank_figure(width: float, height: float) -> Figure:
-    """Returns an empty figure of so many inches."""
-    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
-
-
-def set_title(figure: Figure, what: str, subject: str) -> None:
-    """Writes what a figure shows above it, and below that of what."""
-    figure.suptitle(f"{what}\n{subject}" if subject else what, fontsize=11, wrap=True)
-
-
 def _with_lists(of_layers: Float[np.ndarray, "L ..."]) -> list[int]:
-    """Returns the layers that are not zero throughout."""
+    """The layers that are not all zero."""
     layers = np.flatnonzero(of_layers.reshape(len(of_layers), -1).max(axis=1) > 0).tolist()
     if not layers:
         raise ValueError("no layer has lists: all are zero")
@@ -220,13 +180,16 @@ def _with_lists(of_layers: Float[np.ndarray, "L ..."]) -> list[int]:
 
 
 def _num_columns(num_panels: int) -> int:
-    """Returns how many panels stand beside one another: somewhat more than above one another, few places empty."""
+    """The number of panels in a row, so that the page is somewhat wider than high and few places stay empty."""
     candidates = range(max(round(num_panels**0.5), 1), round((2.2 * num_panels) ** 0.5) + 1)
     return min(candidates, key=lambda columns: (-num_panels % columns, -columns))
 
 
 def _largest_between_two(similarity: Float[np.ndarray, "M n n"]) -> float:
-    """Returns where colours end: at the greatest similarity of two, which that of one with itself, 1, would dwarf."""
+    """The end of the colour scale: the greatest similarity of two different lists or layers, rounded up to a tenth.
+
+    Each is at 1 with itself. A scale up to 1 would leave all other values in the darkest colours.
+    """
     between = similarity[:, ~np.eye(similarity.shape[1], dtype=bool)]
     return float(np.clip(np.ceil(round(float(between.max()) * 10, 4)) / 10, 0.1, 1)) if between.any() else 1.0
 
@@ -237,14 +200,14 @@ def _bar_of_shares(figure: Figure, image: AxesImage, panels: list[Axes], most: f
 
 
 def _ink(value: float, *, opacity: float = 1.0) -> str:
-    """Returns black or white, whichever is read better on viridis at `value` in [0, 1] over white."""
+    """Black or white, whichever is easier to read on viridis at `value` in [0, 1], drawn over white."""
     r, g, b, _ = colormaps["viridis"](value)
     lightness = (0.299 * r + 0.587 * g + 0.114 * b) * opacity + 1 - opacity
     return "black" if lightness > 0.5 else "white"
 
 
 def _whole_ticks(axes: Axes, width: int, height: int, *, is_labelled: tuple[bool, bool] = (True, True)) -> None:
-    """Ticks an image at whole numbers, all of a few, every so many of more."""
+    """Puts ticks at whole numbers: at every one, or at equal distances where there are more than 32."""
     for axis, count, labelled in zip((axes.xaxis, axes.yaxis), (width, height), is_labelled, strict=True):
         every = next(step for step in (1, 2, 4, 5, 8, 10, 16, 20, 50, count) if count / step <= 32 or step == count)
         axis.set_ticks(range(0, count, every) if labelled else [])

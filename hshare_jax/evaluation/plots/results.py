@@ -1,9 +1,6 @@
-"""Figures of what methods cost: divergence from dense decoding against tokens read, and against time."""
+"""Figures of what methods cost: the divergence from dense decoding, against tokens read and against time."""
 
-import json
-import os
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,23 +8,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from hshare_jax.evaluation.plots.overlap import (
-    BLACK,
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    PURPLE,
-    SKY,
-    VERMILION,
-    blank_figure,
-    set_title,
-)
-from hshare_jax.methods.hshare.settings import HShareSettings
-from hshare_jax.methods.registry import METHODS, has_use_for
+from hshare_jax.files.figures import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, blank_figure, set_title
+from hshare_jax.methods.hshare.method import HShare
 
-DEFAULT = f"hshare {HShareSettings().sharing_ratio}"  # the package's default, as results name it
+DEFAULT = f"hshare {HShare().sharing_ratio}"  # the package's default method, as results name it
 
+# A colour for each family of methods. Markers tell the methods of a family apart.
 _COLOURS = {
     "hshare": BLUE,
     "anchors": SKY,
@@ -41,22 +27,22 @@ _COLOURS = {
     "quest_window": GREEN,
     "snapkv": GREY,
     "snapkv_fixed": GREY,
-}  # fmt: skip  (a colour for a family; its members differ by their markers)
+}
 _MARKERS = "osD^vPpX*<>dx+1234|"
 
 
 def plot_quality(lines: Sequence[Mapping[str, Any]], *, highlight: str = DEFAULT, subject: str = "") -> Figure:
-    """Returns the divergence from dense decoding against the tokens read: a panel a context, a line a method.
+    """The divergence from dense decoding against the tokens read: a panel for each context, a curve for each method.
 
     Args:
-        lines: of `read_results`, those of kind "text": context, budget, name, reads, divergence. Of several lines of
-            one context, budget and name the mean is shown. Points without divergence, those of dense decoding, are left
-            out: a logarithmic axis has no place for them.
+        lines: from `read_results`; only those of kind "text" are drawn. A point is the mean over the lines of one
+            context, budget and name. Points of divergence zero, such as dense decoding's, are left out, because the
+            axis is logarithmic.
         highlight: the name of the method that stands out.
         subject: what was measured, for the title.
 
     Raises:
-        ValueError: nothing to show.
+        ValueError: there is nothing to draw.
     """
     points = _means(lines, "text", ("context",), ("reads", "divergence"))
     facets = {key: found for key, found in points.items() if _drawn(found)}
@@ -70,23 +56,24 @@ def plot_quality(lines: Sequence[Mapping[str, Any]], *, highlight: str = DEFAULT
         reads = f"\n(dense decoding reads {np.mean(dense):,.0f})" if dense else ""
         axes.set_title(f"{context:,} tokens of context{reads}", fontsize=10)
         axes.set_xlabel("tokens read a step (mean over layers and heads)")
-    _finish_panels(figure, panels, styles, highlight)
+    _add_legend(figure, panels, styles, highlight)
     set_title(figure, "What reading fewer tokens costs", subject)
     return figure
 
 
 def plot_speed(lines: Sequence[Mapping[str, Any]], *, highlight: str = DEFAULT, subject: str = "") -> Figure:
-    """Returns the divergence from dense decoding against the time of a step: a panel a context and batch size.
+    """The divergence from dense decoding against the time of a decode step: a panel for each context and batch size.
+
+    A vertical line shows the time of dense decoding.
 
     Args:
-        lines: of `read_results`: those of kind "speed" (context, budget, name, batch, milliseconds) joined with those
-            of kind "text" by context, budget and name; what lacks either is left out. Dense decoding's time is a
-            vertical line.
-        highlight: the name of the method that stands out; its points tell their budgets.
+        lines: from `read_results`. Lines of kind "speed" and of kind "text" are joined by context, budget and name; a
+            method that lacks either kind is left out.
+        highlight: the name of the method that stands out. Its points are labelled with their budgets.
         subject: what was measured, for the title.
 
     Raises:
-        ValueError: nothing to show.
+        ValueError: there is nothing to draw.
     """
     quality = _means(lines, "text", ("context",), ("divergence",))
     facets = _means(lines, "speed", ("context", "batch"), ("milliseconds",))
@@ -117,125 +104,9 @@ def plot_speed(lines: Sequence[Mapping[str, Any]], *, highlight: str = DEFAULT, 
             )  # fmt: skip
         axes.set_title(f"{context:,} tokens of context, {batch} row{'s' if batch > 1 else ''}", fontsize=10)
         axes.set_xlabel("time of a decode step (ms)")
-    _finish_panels(figure, panels, styles, highlight)
+    _add_legend(figure, panels, styles, highlight)
     set_title(figure, "What faster steps cost", subject)
     return figure
-
-
-def read_results(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[dict[str, Any]], str]:
-    """Returns (lines that `plot_quality` and `plot_speed` take, the model's name) from files of results.
-
-    Lines of `hshare-jax eval --task perplexity` get the names, contexts and budgets that scripts/study/methods.py
-    writes: its hshare at the default ratio is "hshare 1/2-1-1", its published plan "published 7/8-3/4-1/2". Lines of
-    other tasks and kinds are left out, and so is a last line that was only half written.
-
-    Raises:
-        ValueError: a file that holds no results, files of different models, or files that measured one context in
-            different ways, or one method, context and budget with different settings.
-        OSError: a file that cannot be read.
-    """
-    lines: list[dict[str, Any]] = []
-    known: dict[tuple[Any, ...], tuple[Path, dict[str, Any]]] = {}  # what must be the same, by what it is of
-
-    def compare(about: tuple[Any, ...], path: Path, own: dict[str, Any], what: str) -> None:
-        other, theirs = known.setdefault(about, (path, own))
-        names = (name for name in {**theirs, **own} if str(theirs.get(name)) != str(own.get(name)))
-        if name := next(names, None):
-            raise ValueError(
-                f"{other} and {path} both hold {what}, but differ in {name}, {theirs.get(name)} and {own.get(name)}; "
-                "plot them apart"
-            )
-
-    model = ""
-    for path in map(Path, paths):
-        study, found = _read_file(path)
-        model = study["model"]
-        compare((), path, {name: study.get(name) for name in ("model", "identity")}, "results of a model")
-        for line in found:
-            context = line["context"]
-            for name in _PROTOCOL:
-                if name in study:
-                    about = (line["kind"], context, name)
-                    compare(about, path, {name: study[name]}, f"results of {context} tokens")
-            key = tuple(line.get(name) for name in ("kind", "context", "budget", "name", "batch"))
-            what = f"{line['name']} at {line['budget']} of {context} tokens"
-            compare((*key, "settings"), path, _setting_of(study, line["name"]), what)
-            lines.append(line)
-    return lines, model
-
-
-_PROTOCOL = ("steps", "dtype")  # what all lines of a panel share
-_SAME_WHATEVER = (
-    "results",
-    "task",
-    "data",
-    "data_sha256",
-    "texts",
-    "limit",
-    "skip_start",
-    "seeds",
-    "batch_size",
-)  # what lines may be pooled over
-_FILES = ("plan_file", "plan_file_sha256", "channels_file", "channels_file_sha256")
-
-
-def _setting_of(study: dict[str, Any], name: str) -> dict[str, Any]:
-    """Returns what lines of one name must agree in: of HShare's settings and files those the method has a use for."""
-    family = name.partition(" ")[0]
-    method = family if family in METHODS else "hshare"  # "published 7/8-3/4-1/2"
-    settings = study.get("settings", {})
-    setting = {"what made them": "hshare-jax eval" if settings else "a study"} | settings
-    setting |= {key: value for key, value in study.items() if key not in (*_SAME_WHATEVER, "settings")}
-    of_hshare = (*settings, *_FILES)
-    return {k: v for k, v in setting.items() if k not in of_hshare or has_use_for(method, k.removesuffix("_sha256"))}
-
-
-def _read_file(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    text, parsed = path.read_bytes(), []
-    for number, line in enumerate(text[: text.rfind(b"\n") + 1].splitlines(), start=1):
-        try:
-            parsed.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{path}:{number} is not JSON ({error}); this is no results file") from error
-        if not isinstance(parsed[-1], dict):
-            raise ValueError(f"{path}:{number} is not a JSON object; this is no results file")
-    if not parsed or not isinstance(parsed[0].get("model"), str):
-        raise ValueError(f"{path} does not begin with a line that names the model; this is no results file")
-    study, *lines = parsed
-    try:
-        return study, [found for line in lines if (found := _as_study_line(study, line)) is not None]
-    except KeyError as error:
-        raise ValueError(f"{path} has a line without {error}; these results cannot be plotted") from error
-
-
-def _as_study_line(study: dict[str, Any], line: dict[str, Any]) -> dict[str, Any] | None:
-    wanted = {"text": ("reads", "divergence"), "speed": ("batch", "milliseconds")}
-    if "kind" in line:
-        names = ("kind", "context", "budget", "name", *wanted.get(line["kind"], ()))
-        return {name: line[name] for name in names} if line["kind"] in wanted else None
-    if line.get("task") != "perplexity" or "divergence" not in line["scores"]:
-        return None
-    settings = study["settings"]
-    return {
-        "kind": "text",
-        "context": int(study["context"]),
-        "budget": sum(int(settings[name]) for name in ("num_sinks", "num_critical", "num_recent")),
-        "name": _study_name(study, line["method"]),
-        "reads": line["reads"],
-        "divergence": line["scores"]["divergence"],
-    }
-
-
-def _study_name(study: dict[str, Any], method: str) -> str:
-    if method != "hshare":
-        return method
-    settings = study["settings"]
-    if "plan_file" in study:
-        return f"hshare {Path(study['plan_file']).name}"
-    interval = int(settings["refresh_interval"])
-    query = "1" if interval == 1 else f"1/{interval}"
-    kind = "hshare" if settings["plan"] == "units" else settings["plan"]
-    return f"{kind} {settings['layer_ratio']}-{settings['head_ratio']}-{query}"
 
 
 _Points = dict[tuple[str, int], dict[str, float]]  # by name and budget
@@ -244,7 +115,7 @@ _Points = dict[tuple[str, int], dict[str, float]]  # by name and budget
 def _means(
     lines: Sequence[Mapping[str, Any]], kind: str, facet: tuple[str, ...], values: tuple[str, ...]
 ) -> dict[tuple[Any, ...], _Points]:
-    """Returns by facet, ascending, the mean of each value over the lines of one method and budget."""
+    """The mean of each value over the lines of one method and budget, by facet in ascending order."""
     found: dict[tuple[Any, ...], dict[tuple[str, int], list[Mapping[str, Any]]]] = {}
     for line in lines:
         if line["kind"] == kind:
@@ -260,11 +131,12 @@ def _means(
 
 
 def _drawn(points: _Points) -> _Points:
+    """The points that a logarithmic axis has a place for."""
     return {key: p for key, p in points.items() if key[0] != "dense" and p.get("divergence", 0) > 0}
 
 
 def _curves(points: _Points) -> dict[str, list[tuple[int, dict[str, float]]]]:
-    """Returns for each method its points by ascending budget."""
+    """Each method's points in ascending order of budget."""
     curves: dict[str, list[tuple[int, dict[str, float]]]] = {}
     for (name, budget), point in sorted(points.items(), key=lambda item: item[0][1]):
         curves.setdefault(name, []).append((budget, point))
@@ -274,7 +146,7 @@ def _curves(points: _Points) -> dict[str, list[tuple[int, dict[str, float]]]]:
 def _panels(
     facets: dict[tuple[Any, ...], _Points], highlight: str
 ) -> tuple[Figure, list[Axes], dict[str, dict[str, Any]]]:
-    """Returns (figure, an axes a facet, how each method is drawn, the methods that stray farthest first)."""
+    """An empty figure, a panel for each facet, and each method's style, by falling divergence."""
     curves: dict[str, list[float]] = {}
     for found in facets.values():
         for (name, _), point in _drawn(found).items():
@@ -297,12 +169,12 @@ def _panels(
     panels[0].yaxis.set_minor_locator(NullLocator())
     panels[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     logs = [log for of_method in curves.values() for log in of_method]
-    panels[0].set_ylim(np.exp(min(logs)) / 1.6, np.exp(max(logs)) * 1.6)  # so wide that a tick lies in between
+    panels[0].set_ylim(np.exp(min(logs)) / 1.6, np.exp(max(logs)) * 1.6)  # wide enough to hold a tick
     return figure, panels, _styles(names, highlight)
 
 
 def _styles(names: list[str], highlight: str) -> dict[str, dict[str, Any]]:
-    """Returns how each method is drawn: a colour for its family, a marker of its own, and one that stands out."""
+    """How each method is drawn: in its family's colour and with a marker of its own. `highlight` stands out."""
     order = sorted(names, key=lambda name: (name != highlight, name))
     markers = {name: _MARKERS[index % len(_MARKERS)] for index, name in enumerate(order)}
     spare = (ORANGE, PURPLE, GREEN, SKY, VERMILION, GREY)
@@ -316,7 +188,7 @@ def _styles(names: list[str], highlight: str) -> dict[str, dict[str, Any]]:
             "color": colours[name.partition(" ")[0]],
             "marker": markers[name],
             "markersize": 9 if stands_out else 6,
-            "markeredgewidth": 1.8 if markers[name] in "x+12" else 1.0,  # those without a face
+            "markeredgewidth": 1.8 if markers[name] in "x+12" else 1.0,  # markers that are only lines
             "linewidth": 3.2 if stands_out else 1.2,
             "alpha": 1.0 if stands_out or len(names) <= 9 else 0.75,
             "zorder": 4 if stands_out else 3,
@@ -324,7 +196,8 @@ def _styles(names: list[str], highlight: str) -> dict[str, dict[str, Any]]:
     return styles
 
 
-def _finish_panels(figure: Figure, panels: list[Axes], styles: dict[str, dict[str, Any]], highlight: str) -> None:
+def _add_legend(figure: Figure, panels: list[Axes], styles: dict[str, dict[str, Any]], highlight: str) -> None:
+    """Adds the legend."""
     found = {str(line.get_label()): line for axes in panels for line in axes.get_lines()}
     legend = figure.legend(
         handles=[found[name] for name in styles], labels=list(styles), loc="outside right upper", fontsize=9,

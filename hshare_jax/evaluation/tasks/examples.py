@@ -1,4 +1,4 @@
-"""Examples: what every evaluation task reads from files, with bad data named by file and line."""
+"""Examples: prompts with right answers, read from files. Bad data is named by file and line."""
 
 import dataclasses
 import json
@@ -7,27 +7,30 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from hshare_jax.errors import SettingError
+
 
 class DataError(ValueError):
     """Bad data; the message names the file and the line or record."""
 
 
 class FileError(DataError):
-    """Bad data of which no example is left, whatever is skipped."""
+    """A file of which no example is left, even if bad data is skipped."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A prompt, and what the text that follows it is scored against."""
+    """A prompt, and the right answers that the text after it is scored against."""
 
-    id: str  # the same on every run: "test.jsonl:17", lines count from 1; named where it is bad
+    id: str  # the same on every run: "test.jsonl:17", where lines count from 1; errors name it
     prompt: str
     references: tuple[str, ...]  # right answers, at least one
     max_new_tokens: int
     stop: tuple[str, ...]  # the text ends before the first of these
     wants_chat: bool  # whether an instruct model should get the prompt through its chat template
     task: str  # "gsm8k", "longbench/trec"
-    classes: tuple[str, ...] = ()  # of a classification, all labels
+    classes: tuple[str, ...] = ()  # all labels of a classification
+    tokens: tuple[int, ...] = ()  # the prompt's token ids, once `GenerationTask.fit` has encoded it
 
 
 def read_json_lines(
@@ -37,20 +40,22 @@ def read_json_lines(
     limit: int | None,
     skip_bad: bool,
 ) -> tuple[list[Example], int]:
-    """Returns the examples in a file of JSON lines, and how many of the lines read were bad.
+    """The examples in a file of JSON lines, and how many of the lines read were bad.
 
     Args:
-        path: the file; blank lines are ignored.
-        parse: makes examples from a line's place, such as "test.jsonl:17", and its value; none if it was not asked for.
-        limit: stop reading after so many examples. None reads all.
-        skip_bad: skip bad lines and count them; otherwise the first one raises.
+        path: the file. Blank lines are ignored.
+        parse: makes examples from a line's place, such as "test.jsonl:17", and the line's value. It may make none.
+        limit: reading stops after so many examples; None reads all.
+        skip_bad: skips bad lines and counts them. Otherwise the first bad line raises.
 
     Raises:
         DataError: a bad line; FileError, a file without examples.
         OSError: a file that cannot be read.
     """
     name = Path(path).name
-    with open(path, "rb") as file:  # in bytes, because a JSON string may hold what text mode takes for a line's end
+    with open(
+        path, "rb"
+    ) as file:  # in bytes, because text mode also ends lines at characters that JSON strings may hold
         lines = ((f"{name}:{number}", line) for number, line in enumerate(file, 1) if line.strip())
         return gather(
             name, lines, lambda where, line: parse(where, load_json(where, line)), limit=limit, skip_bad=skip_bad
@@ -65,12 +70,17 @@ def gather(
     limit: int | None,
     skip_bad: bool,
 ) -> tuple[list[Example], int]:
-    """Returns the examples that `parse` makes of places and records, and how many records it called bad.
+    """The examples that `parse` makes of records, and how many of the records were bad.
 
-    Arguments and errors are those of `read_json_lines`, which does this with the lines of a file called `name`.
+    Arguments and errors are those of `read_json_lines`, which calls this function with the lines of a file.
+
+    Args:
+        name: the file's name, for errors.
+        records: each record's place and value.
+        parse, limit, skip_bad: as for `read_json_lines`.
     """
     if limit is not None and limit < 1:
-        raise ValueError(f"limit={limit} must be at least 1, or None for all")
+        raise SettingError("limit", limit, "must be at least 1, or None for all")
     examples: list[Example] = []
     num_read = num_bad = 0
     for where, record in records:
@@ -89,7 +99,7 @@ def gather(
 
 
 def load_json(where: str, data: bytes) -> Any:
-    """Returns the value of a JSON text in UTF-8; DataError if it is none."""
+    """The value of a JSON text in UTF-8; DataError if the text is not one."""
     try:
         return json.loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -99,7 +109,7 @@ def load_json(where: str, data: bytes) -> Any:
 
 
 def as_record(where: str, value: Any, *keys: str) -> dict[str, Any]:
-    """Returns a JSON value that is an object with all these keys; DataError if it is not."""
+    """A JSON value, checked to be an object with all these keys; DataError if it is not."""
     if not isinstance(value, dict):
         raise DataError(f"{where}: must be an object, with keys and values; it is a {type(value).__name__}")
     for key in keys:
@@ -111,21 +121,21 @@ def as_record(where: str, value: Any, *keys: str) -> dict[str, Any]:
 
 
 def text_at(where: str, record: dict[str, Any], key: str, *, may_be_empty: bool = False) -> str:
-    """Returns the text at a key that is there; DataError if it is none, or blank and may not be."""
+    """The text at a key of the record; DataError if it is not a text, or is blank and may not be."""
     text = record[key]
     if not isinstance(text, str):
         raise DataError(f"{where}: key {key!r} must be a text; it is a {type(text).__name__}")
     if not text.strip() and not may_be_empty:
         raise DataError(f"{where}: key {key!r} is empty")
     try:
-        text.encode("utf-8")  # JSON can spell halves of characters, which no tokeniser takes
+        text.encode("utf-8")  # JSON can spell half a character (a lone surrogate), which no tokeniser takes
     except UnicodeEncodeError as error:
         raise DataError(f"{where}: key {key!r} is no Unicode text: {error}") from error
     return text
 
 
 def texts_at(where: str, record: dict[str, Any], key: str) -> tuple[str, ...]:
-    """Returns the texts in the list at a key that is there, at least one; DataError if they are none."""
+    """The texts in the list at a key of the record; DataError if it is not a list of texts, or is empty."""
     texts = record[key]
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         raise DataError(f"{where}: key {key!r} must be a list of texts, at least one")

@@ -1,13 +1,16 @@
 """LongBench: its sixteen English tasks (arXiv 2308.14508), asked and scored as its published code does."""
 
+import dataclasses
 import functools
-import os
 import re
-from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from hshare_jax.errors import SettingError, setting
 from hshare_jax.evaluation.metrics import (
     best,
+    check_libraries,
     classification,
     code_similarity,
     count,
@@ -16,9 +19,13 @@ from hshare_jax.evaluation.metrics import (
     token_f1,
 )
 from hshare_jax.evaluation.tasks.examples import DataError, Example, as_record, read_json_lines, text_at, texts_at
+from hshare_jax.evaluation.tasks.generation import GenerationTask, encode_prompt, has_template
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # The prompts are LongBench's config/dataset2prompt.json, letter for letter (github.com/THUDM/LongBench; MIT licence,
-# Copyright (c) 2023 THU-KEG & Zhipu AI); the lengths are its config/dataset2maxlen.json.
+# Copyright (c) 2023 THU-KEG & Zhipu AI). The lengths are its config/dataset2maxlen.json.
 _MULTI_HOP = (
     "Answer the question based on the given passages. Only give me the answer and do not output any other words.\n\n"
     "The following are given passages.\n{context}\n\n"
@@ -109,72 +116,86 @@ _MAX_NEW_TOKENS = {
     "lcc": 64,
     "repobench-p": 64,
 }
-TASKS = tuple(_TEMPLATES)
-# Prompts that go on in the form of their examples: no chat template, and one line is the answer.
+SUBSETS = tuple(_TEMPLATES)
+# The prompts of these tasks end in examples of one line each: no chat template, and the answer is one line.
 _FEW_SHOT = ("trec", "triviaqa", "samsum")
 _CODE = ("lcc", "repobench-p")
 
 
-def read(
-    path: str | os.PathLike[str],
-    *,
-    limit: int | None = None,
-    skip_bad: bool = False,
-    tasks: Collection[str] | None = None,
-) -> tuple[list[Example], int]:
-    """Returns the examples of a JSON lines file, and how many lines were bad; see `read_json_lines`.
+@dataclasses.dataclass(frozen=True)
+class LongBench(GenerationTask):
+    """LongBench's English tasks, from a file of JSON lines.
 
     A line is published (dataset, context, input, answers, all_classes) or already rendered (task, prompt, answers,
-    all_classes); other keys are ignored.
-
-    Args:
-        path: the file.
-        limit: the first so many examples, over all tasks together. None returns all.
-        skip_bad: skip bad lines and count them; otherwise the first one raises.
-        tasks: read only these, of `TASKS`. None reads all.
+    all_classes). Other keys are ignored. `limit` counts the examples of all tasks together.
     """
-    tasks = TASKS if tasks is None else tasks
-    if unknown := sorted(set(tasks) - set(TASKS)):
-        raise ValueError(f"tasks holds {', '.join(unknown)}; LongBench's English tasks are {', '.join(TASKS)}")
-    return read_json_lines(path, lambda where, value: _parse(where, value, tasks), limit=limit, skip_bad=skip_bad)
 
+    name = "longbench"
 
-def _parse(where: str, value: Any, tasks: Collection[str]) -> list[Example]:
-    record = as_record(where, value)
-    is_rendered = "prompt" in record
-    task_key, *text_keys = ("task", "prompt") if is_rendered else ("dataset", "context", "input")
-    as_record(where, record, task_key, *text_keys, "answers", "all_classes")
-    task = text_at(where, record, task_key)
-    if task not in TASKS:
-        raise DataError(f"{where}: {task_key}={task!r} is none of LongBench's English tasks: {', '.join(TASKS)}")
-    if task not in tasks:
-        return []
-    template = "{prompt}" if is_rendered else _TEMPLATES[task]
-    # What the template does not ask for may be empty: a report to be summarised has no input.
-    fields = {key: text_at(where, record, key, may_be_empty=f"{{{key}}}" not in template) for key in text_keys}
-    references = texts_at(where, record, "answers")
-    if task == "passage_retrieval_en" and not all(re.fullmatch(r"Paragraph \d+", text) for text in references):
-        raise DataError(f"{where}: key 'answers' must hold 'Paragraph' and a number; it is {list(references)}")
-    return [
-        Example(
-            id=where,
-            prompt=template.format(**fields),
-            references=references,
-            max_new_tokens=_MAX_NEW_TOKENS[task],
-            stop=(),
-            wants_chat=task not in _FEW_SHOT + _CODE,
-            task=f"longbench/{task}",
-            classes=texts_at(where, record, "all_classes") if task == "trec" else (),
-        )
-    ]
+    subset: Sequence[str] | None = setting(None, "only these of LongBench's tasks; by default all")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if unknown := sorted(set(self.subset or ()) - set(SUBSETS)):
+            rule = f"is none of LongBench's English tasks: {', '.join(SUBSETS)}"
+            raise SettingError("subset", ", ".join(unknown), rule)
 
-def score(example: Example, text: str) -> dict[str, float]:
-    """Returns the task's own metric of a text, against the reference that fits best (LongBench's eval.py)."""
-    task = example.task.removeprefix("longbench/")
-    if task in _FEW_SHOT:
-        text = text.lstrip("\n").partition("\n")[0]
-    return {"score": best(_metric(task, example.classes), text, example.references)}
+    def read(self, paths: Sequence[Path], *, skip_bad: bool = False) -> tuple[list[Example], int]:
+        """The examples, and how many lines were bad; see `Task.read`."""
+        check_libraries()
+        (path,) = paths
+        return read_json_lines(path, self._parse, limit=self.limit, skip_bad=skip_bad)
+
+    def _parse(self, where: str, value: Any) -> list[Example]:
+        record = as_record(where, value)
+        is_rendered = "prompt" in record
+        task_key, *text_keys = ("task", "prompt") if is_rendered else ("dataset", "context", "input")
+        as_record(where, record, task_key, *text_keys, "answers", "all_classes")
+        task = text_at(where, record, task_key)
+        if task not in SUBSETS:
+            raise DataError(f"{where}: {task_key}={task!r} is none of LongBench's English tasks: {', '.join(SUBSETS)}")
+        if self.subset is not None and task not in self.subset:
+            return []
+        template = "{prompt}" if is_rendered else _TEMPLATES[task]
+        # A text that the template leaves out may be empty: a report to be summarised has no input.
+        fields = {key: text_at(where, record, key, may_be_empty=f"{{{key}}}" not in template) for key in text_keys}
+        references = texts_at(where, record, "answers")
+        if task == "passage_retrieval_en" and not all(re.fullmatch(r"Paragraph \d+", text) for text in references):
+            raise DataError(f"{where}: key 'answers' must hold 'Paragraph' and a number; it is {list(references)}")
+        return [
+            Example(
+                id=where,
+                prompt=template.format(**fields),
+                references=references,
+                max_new_tokens=_MAX_NEW_TOKENS[task],
+                stop=(),
+                wants_chat=task not in _FEW_SHOT + _CODE,
+                task=f"longbench/{task}",
+                classes=texts_at(where, record, "all_classes") if task == "trec" else (),
+            )
+        ]
+
+    def shorten(self, tokenizer: "PreTrainedTokenizerBase", example: Example, room: int) -> list[int]:
+        """The token ids of a prompt without the middle of its text. The chat template stays whole, as published."""
+        of_template = 0
+        if has_template(tokenizer, example):
+            of_template = len(encode_prompt(tokenizer, dataclasses.replace(example, prompt="")))
+        text = tokenizer(example.prompt, add_special_tokens=False)["input_ids"]
+        tokens = encode_prompt(tokenizer, example)
+        # A text that is cut and encoded again may have some tokens more than were kept. Then less of it is kept.
+        for kept in range(room - of_template, 1, -8):
+            shorter = tokenizer.decode(truncate_middle(text, kept), clean_up_tokenization_spaces=False)
+            tokens = encode_prompt(tokenizer, dataclasses.replace(example, prompt=str(shorter)))
+            if len(tokens) <= room:
+                break
+        return tokens
+
+    def score(self, item: Example, output: str) -> dict[str, float]:
+        """The task's metric of a text, against the reference that fits best (LongBench's eval.py)."""
+        task = item.task.removeprefix("longbench/")
+        if task in _FEW_SHOT:
+            output = output.lstrip("\n").partition("\n")[0]
+        return {"score": best(_metric(task, item.classes), output, item.references)}
 
 
 def _metric(task: str, classes: tuple[str, ...]) -> Callable[[str, str], float]:
@@ -194,10 +215,10 @@ def _metric(task: str, classes: tuple[str, ...]) -> Callable[[str, str], float]:
 
 
 def truncate_middle(ids: Sequence[int], max_length: int) -> list[int]:
-    """Returns token ids that are too many without their middle: the first and the last `max_length // 2`.
+    """The first and the last `max_length // 2` of too many token ids.
 
-    An instruction stands at either end. LongBench decodes both halves and encodes the text again; ids that are kept as
-    they are stay within the length.
+    A prompt has an instruction at either end, so its middle is left out. LongBench decodes both halves and encodes the
+    text again.
 
         # max_length 4:  1 2 3 4 5 6 -> 1 2 5 6
     """

@@ -1,1 +1,5 @@
-"""HShare (ICLR 2025): lists of critical tokens that layers, heads and steps share by a plan."""
+"""HShare (ICLR 2025): lists of critical tokens that layers, heads and steps share by a plan.
+
+In the order of the algorithm: `settings`, `channels`, `critical_tokens`, `similarity`, `share_plan`, `shared_lists`,
+`method`; `plan_files` keeps plans and channels on disk.
+"""

@@ -1,27 +1,29 @@
 """The share plan: one integer array that says which list every list reads.
 
 `source[b, l, j]` is the flat id (layer * J + list) of the list that list j of layer l reads in row b. A list is
-computed exactly where it is its own source. Plans are data: one compiled step serves them all. A plan known before
-compilation can be a constant instead: a SharePlan.
+computed exactly where it is its own source. Plans are data, so one compiled step serves them all. A plan that is known
+before compilation can be a constant instead: a SharePlan.
 """
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from hshare_jax.methods.hshare.settings import HShareSettings
+from hshare_jax.methods.hshare.settings import HShareSettings, PlanSearch
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.shapes import Similarity, Source
 
 
 @dataclasses.dataclass(frozen=True)
 class SharePlan:
-    """A plan as a constant: hashable, part of the compiled program, so that lists which copy trace to no selection.
+    """A plan as a constant: hashable, and part of the compiled program, in which layers that only copy select nothing.
 
-    Raises ValueError where a list reads one that is above it, does not exist, or is a copy.
+    Raises:
+        ValueError: a list that reads a higher list, a list that does not exist, or a copy.
     """
 
     source: tuple[tuple[int, ...], ...]  # [L][J] flat ids
@@ -39,56 +41,68 @@ class SharePlan:
             if flat[target] != target:
                 raise ValueError(f"{where} must be a list that is computed, but that one copies {flat[target]}")
 
-    def owns(self, layer: int) -> bool:
-        """Returns whether any list of this layer is computed there."""
-        J = len(self.source[layer])
-        return any(target == layer * J + j for j, target in enumerate(self.source[layer]))
+    @property
+    def is_computed(self) -> Bool[np.ndarray, "L J"]:
+        """Which lists are computed; the others copy."""
+        return np.asarray(mark_computed(np.asarray(self.source)[None]))[0]
 
-    def check(self, model: ModelConfig, config: HShareSettings) -> None:
-        """Raises ValueError unless the plan has this model's layers and, with these settings, lists."""
+    def check(self, config: ModelConfig, settings: HShareSettings) -> None:
+        """Raises ValueError unless the plan has this model's layers and the lists that the settings ask for."""
         L, J = len(self.source), len(self.source[0])
-        if (model.num_layers, config.num_lists(model)) != (L, J):
+        if (config.num_layers, settings.num_lists(config)) != (L, J):
             raise ValueError(
-                f"the plan is for {L} layers of {J} lists; this model with lists_per={config.lists_per!r} has "
-                f"{model.num_layers} layers of {config.num_lists(model)}"
+                f"the plan is for {L} layers of {J} lists; this model with lists_per={settings.lists_per!r} has "
+                f"{config.num_layers} layers of {settings.num_lists(config)}"
             )
-        dense = [target for layer in self.source[config.dense_layers :] for target in layer]
-        if dense and min(dense) < config.dense_layers * J:
+        dense = [target for layer in self.source[settings.dense_layers :] for target in layer]
+        if dense and min(dense) < settings.dense_layers * J:
             raise ValueError(
-                f"the plan copies from the first {config.dense_layers} layers, which are dense and have no lists; "
-                f"calibrate with dense_layers={config.dense_layers}, or decode with fewer"
+                f"the plan copies from the first {settings.dense_layers} layers, which are dense and have no lists; "
+                f"calibrate with dense_layers={settings.dense_layers}, or decode with fewer"
             )
 
 
-def kv_layer_plan(model: ModelConfig, config: HShareSettings) -> SharePlan:
-    """Returns the plan in which layers that share keys and values share lists: those of the lowest, if it is sparse.
+def mark_computed(source: Int[Array | np.ndarray, "B L J"]) -> Bool[Array | np.ndarray, "B L J"]:
+    """Marks the lists of a plan that are computed: those that are their own source."""
+    _, L, J = source.shape
+    return source == np.arange(L * J, dtype=np.int32).reshape(1, L, J)
 
-    For a model with cross-layer KV sharing (`ModelConfig.kv_layer_map`): one selection serves all that read one cache.
 
-    # kv_layer_map (0, 2, 2, 2, 4), one list a layer, layer 0 dense:  0 | 1 1 1 | 4
+def to_share_plan(source: Int[Array | np.ndarray, "L J"]) -> SharePlan:
+    """One row's plan as a constant."""
+    return SharePlan(tuple(tuple(layer) for layer in np.asarray(source).tolist()))
+
+
+def kv_layer_plan(config: ModelConfig, settings: HShareSettings) -> SharePlan:
+    """The plan in which layers that share keys and values also share lists: those of the lowest sparse layer.
+
+    For a model with cross-layer KV sharing (`ModelConfig.kv_layer_map`). One selection then serves all layers that read
+    one cache.
+
+        # kv_layer_map (0, 2, 2, 2, 4), one list a layer, layer 0 dense:  0 | 1 1 1 | 4
     """
-    J, lowest, source = config.num_lists(model), {}, []
-    for layer in range(model.num_layers):
-        group = (model.kv_layer(layer), layer < config.dense_layers)
+    J, lowest, source = settings.num_lists(config), {}, []
+    for layer in range(config.num_layers):
+        group = (config.kv_layer(layer), layer < settings.dense_layers)
         first = lowest.setdefault(group, layer)
         source.append(tuple(first * J + j for j in range(J)))
     return SharePlan(tuple(source))
 
 
 def identity_plan(batch_size: int, num_layers: int, num_lists: int) -> Source:
-    """Returns the plan in which nothing is shared."""
+    """The plan in which nothing is shared."""
     flat = jnp.arange(num_layers * num_lists, dtype=jnp.int32).reshape(1, num_layers, num_lists)
     return jnp.tile(flat, (batch_size, 1, 1))
 
 
 def greedy_map(similarity: Float[Array, "n n"], num_shared: int) -> Int[Array, "n"]:
-    """Returns which unit each unit copies, itself where it does not: `num_shared` units copy a lower one.
+    """HShare's Algorithm 1: the unit that each unit copies, or the unit itself. `num_shared` units copy a lower one.
 
-    HShare's Algorithm 1: take the most similar pair (i, j), j < i, the first in row-major order on ties; let i, and
-    whatever copied i, copy j; take i out. It stops early when nothing is similar at all.
+    Each round takes the most similar pair (i, j) with j < i, the first in row-major order on ties. Then i, and every
+    unit that copied i, copies j, and i is out. The rounds stop early when no similarity is above 0.
 
-        # R[1,0]=.9 R[2,1]=.8 R[3,2]=.7, others lower, 2 shared:  1 copies 0 and leaves, then 3 copies 2  -> [0, 0, 2,
-        # 2]
+        # R[1,0]=.9 R[2,1]=.8 R[3,2]=.7, others lower, 2 shared:
+        # 1 copies 0 and is out, then 3 copies 2  -> [0, 0, 2, 2]
     """
     n = similarity.shape[0]
     unit = jnp.arange(n, dtype=jnp.int32)
@@ -103,28 +117,27 @@ def greedy_map(similarity: Float[Array, "n n"], num_shared: int) -> Int[Array, "
         is_gone = (unit[:, None] == i) | (unit[None, :] == i)
         return jnp.where(is_gone, -1.0, left), copies
 
-    # -1 and not 0: an argmax over what may not be chosen would otherwise map unit 0 to itself as a share.
+    # -1 and not 0: otherwise an argmax over forbidden pairs would count unit 0's copy of itself as a share.
     left = jnp.where(is_lower, similarity, -1.0)
     return lax.fori_loop(0, num_shared, share, (left, unit))[1]
 
 
 def compose(layer_map: Int[Array, "L"], list_maps: Int[Array, "L J"]) -> Int[Array, "L J"]:
-    """Returns one row's plan: a copying layer reads the lists that its source layer reads; its own map is unused."""
+    """One row's plan. A layer that copies reads the lists that its source layer reads; its own list map is unused."""
     return layer_map[:, None] * list_maps.shape[1] + list_maps[layer_map]
 
 
-def find_plan(similarity: Similarity, *, model: ModelConfig, config: HShareSettings) -> Source:
-    """Returns each row's plan from what `measure_similarity` found, or the same one for all under `plan_scope="batch"`.
+def find_plan(similarity: Similarity, *, config: ModelConfig, settings: HShareSettings, search: PlanSearch) -> Source:
+    """Each row's plan from the similarity that `similarity.MEASURES` found; one plan for all rows of a batch scope.
 
-    The similarity of a batch is the mean over its rows that have probes.
+    The similarity of a batch is the mean over the rows that have probes.
     """
-    if config.plan_scope == "batch":
+    if search.plan_scope == "batch":
         similarity = jax.tree.map(_mean_over_rows, similarity)
     if isinstance(similarity, tuple):
-        return find_published_plan(*similarity, model=model, config=config)
-    if config.plan == "anchors":
-        return find_anchor_plan(similarity, model=model, config=config)
-    return find_units_plan(similarity, model=model, config=config)
+        return find_published_plan(*similarity, config=config, settings=settings, search=search)
+    find = find_anchor_plan if search.plan_kind == "anchors" else find_units_plan
+    return find(similarity, config=config, settings=settings, search=search)
 
 
 def _mean_over_rows(similarity: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
@@ -137,38 +150,39 @@ def find_published_plan(
     layer_similarity: Float[Array, "B L L"],
     list_similarity: Float[Array, "B L J J"],
     *,
-    model: ModelConfig,
-    config: HShareSettings,
+    config: ModelConfig,
+    settings: HShareSettings,
+    search: PlanSearch,
 ) -> Source:
-    """Returns each row's plan by the paper's greedy maps: of the layers that are not dense, then of a layer's lists.
+    """Each row's plan by the paper's greedy maps: one of the layers that are not dense, and one of each layer's lists.
 
-    A row without probes, all of whose similarities are 0, gets the identity.
+    A row without probes has similarity 0 everywhere, and gets the identity plan.
     """
-    dense, num_layers = config.dense_layers, config.num_shared_layers(model)
-    num_lists = config.num_shared_lists(model)
+    dense, num_layers = settings.dense_layers, search.num_shared_layers(settings, config)
+    num_lists = search.num_shared_lists(settings, config)
 
     def plan_row(layers: Array, lists: Array) -> Array:
         list_maps = jax.vmap(lambda similarity: greedy_map(similarity, num_lists))(lists)
         layer_map = dense + greedy_map(layers[dense:, dense:], num_layers)
         return compose(jnp.concatenate([jnp.arange(dense, dtype=jnp.int32), layer_map]), list_maps)
 
-    if dense >= model.num_layers:
+    if dense >= config.num_layers:
         return identity_plan(layer_similarity.shape[0], *list_similarity.shape[1:3])
     return jax.vmap(plan_row)(layer_similarity, list_similarity)
 
 
 def choose_sources(caught: Float[Array, "n n"], num_sources: int) -> Int[Array, "n"]:
-    """Returns which unit each unit copies, itself for the `num_sources` that are computed: greedy facility location.
+    """The unit that each unit copies, by greedy facility location; the `num_sources` computed units copy themselves.
 
-    The first unit is a source. Then, again and again, that unit becomes one which most raises what all units together
-    catch from their best source at or below them; the lower unit on ties. Each copies its best source.
+    The first unit is a source. Each round then adds the unit that most raises the sum, over all units, of what a unit
+    catches from its best source at or below it; on ties the lower unit. In the end each unit copies its best source.
 
         # caught, lower triangle: [1], [.9, 1], [.2, .3, 1], [0, 0, .8, 1]
         # 2 sources: 0, then 2 (.8 more for itself, .8 for 3)  -> [0, 0, 2, 2]
 
     Args:
         caught: what unit i catches with the list of unit j; only j <= i counts.
-        num_sources: how many lists are computed, at least 1.
+        num_sources: how many units are computed, at least 1.
     """
     n = caught.shape[0]
     unit = jnp.arange(n, dtype=jnp.int32)
@@ -184,15 +198,17 @@ def choose_sources(caught: Float[Array, "n n"], num_sources: int) -> Int[Array, 
     return jnp.where(is_source, unit, copied.astype(jnp.int32))
 
 
-def find_units_plan(caught: Float[Array, "B U U"], *, model: ModelConfig, config: HShareSettings) -> Source:
-    """Returns each row's plan in which any list may copy any lower list: the one that loses least attention.
+def find_units_plan(
+    caught: Float[Array, "B U U"], *, config: ModelConfig, settings: HShareSettings, search: PlanSearch
+) -> Source:
+    """Each row's plan in which any list may copy any lower list. It is chosen to lose little attention.
 
-    Dense layers have no lists to copy. A row without probes, all zeros, gets the identity.
+    Dense layers have no lists to copy. A row without probes has zeros everywhere, and gets the identity plan.
     """
-    L, J = model.num_layers, config.num_lists(model)
+    L, J = config.num_layers, settings.num_lists(config)
     identity = identity_plan(1, L, J)[0]
-    first, num_sources = config.dense_layers * J, config.num_computed_lists(model)
-    if not config.shares_lists(model):
+    first, num_sources = settings.dense_layers * J, search.num_computed_lists(settings, config)
+    if not search.shares_lists(settings, config):
         return jnp.tile(identity, (caught.shape[0], 1, 1))
 
     def plan_row(row: Array) -> Array:
@@ -204,10 +220,10 @@ def find_units_plan(caught: Float[Array, "B U U"], *, model: ModelConfig, config
 
 
 def choose_anchors(caught: Float[Array, "n n"], num_anchors: int) -> Int[Array, "n"]:
-    """Returns which unit each unit copies: the nearest of the best `num_anchors` anchors at or below it.
+    """The unit that each unit copies: the nearest anchor at or below it, with the best `num_anchors` anchors.
 
-    Dynamic programming over where the stretches of an anchor and its followers end: of all choices it finds the one
-    with the greatest sum of caught[i, anchor of i]; the lower anchors on ties. The first unit is an anchor.
+    Dynamic programming over the ends of the stretches that one anchor serves finds the anchors with the greatest sum of
+    caught[i, anchor of i]; on ties the lower anchors. The first unit is an anchor.
 
     Args:
         caught: what unit i catches with the list of unit j; only j <= i counts.
@@ -226,7 +242,7 @@ def choose_anchors(caught: Float[Array, "n n"], num_anchors: int) -> Int[Array, 
         totals = jnp.where(is_stretch, best[:n, None] + worth, -jnp.inf)
         return totals.max(axis=0), totals.argmax(axis=0).astype(jnp.int32)
 
-    # Of the units before an end, so many stretches; nothing is caught before the first.
+    # best[e]: the most that units 0 to e - 1 catch in as many stretches as were added; 0 stretches catch nothing.
     empty = jnp.where(ends == 0, 0.0, -jnp.inf)
     _, last_anchors = lax.scan(add_stretch, empty, length=num_anchors)
 
@@ -237,14 +253,16 @@ def choose_anchors(caught: Float[Array, "n n"], num_anchors: int) -> Int[Array, 
     return jnp.where(anchors[None, :] <= unit[:, None], anchors[None, :], 0).max(axis=1)
 
 
-def find_anchor_plan(caught: Float[Array, "B U U"], *, model: ModelConfig, config: HShareSettings) -> Source:
-    """Returns each row's plan in which a layer copies all its lists, head for head, from the anchor at or below it.
+def find_anchor_plan(
+    caught: Float[Array, "B U U"], *, config: ModelConfig, settings: HShareSettings, search: PlanSearch
+) -> Source:
+    """Each row's plan in which a layer copies all its lists, head for head, from the anchor layer at or below it.
 
-    A row without probes, all zeros, gets the identity.
+    A row without probes has zeros everywhere, and gets the identity plan.
     """
-    L, J, dense = model.num_layers, config.num_lists(model), config.dense_layers
+    L, J, dense = config.num_layers, settings.num_lists(config), settings.dense_layers
     identity = identity_plan(1, L, J)[0]
-    num_anchors = config.num_sparse_layers(model) - config.num_shared_layers(model)
+    num_anchors = settings.num_sparse_layers(config) - search.num_shared_layers(settings, config)
 
     def plan_row(row: Array) -> Array:
         of_layers = jnp.einsum("LJMJ->LM", row.reshape(L, J, L, J))

@@ -1,6 +1,7 @@
-"""Similarity: how well the critical tokens of one layer or list would serve another, measured on the prompt."""
+"""Similarity: how well the critical tokens of one layer or list would serve another one, measured on the prompt."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,28 +10,39 @@ from jaxtyping import Bool, Float, Int
 
 from hshare_jax.kernels.labels import Labels, score_keys, score_labels
 from hshare_jax.kernels.masked_softmax import softmax_over
+from hshare_jax.methods.base import PromptQueries
 from hshare_jax.methods.hshare.critical_tokens import find_critical_tokens
 from hshare_jax.methods.hshare.settings import HShareSettings
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.shapes import Similarity
 
-MARKS = 2**22  # lists times slots whose marks are held at once: as many probes are taken together
+MARKS = 2**22  # marks (lists times slots) held at once; it bounds how many probes are taken together
+
+
+class LabelledPrompt(NamedTuple):
+    """A prompt's probe queries, and what they are scored against."""
+
+    queries: PromptQueries
+    keys: tuple[Array, ...]  # KV layers x [B, K, S, H], the cache
+    # KV layers: labels of the keys that sparse layers use; None elsewhere, and everywhere under exact scoring.
+    labels: tuple[Labels | None, ...]
+    channels: Int[Array, "B L K R"]  # label channels of every layer
 
 
 def probe_positions(
-    starts: Int[Array, "B"], lengths: Int[Array, "B"], config: HShareSettings, num_probes: int
+    starts: Int[Array, "B"], lengths: Int[Array, "B"], settings: HShareSettings, num_probes: int
 ) -> tuple[Int[Array, "B P"], Bool[Array, "B P"]]:
-    """Returns (positions, is_probe): the prompt queries that similarity is measured on, spread evenly over each row.
+    """Positions of the prompt queries that similarity is measured on, spread evenly over each row; and which are real.
 
-    A probe stands no earlier than `HShareSettings.first_probe`, and only the tokens of this prefill, at [start, length),
-    can be probes. A row with fewer such positions than probes uses each once; one
-    without any has no probe and keeps the identity plan. A position that is no probe is -1.
+    A probe stands no earlier than `HShareSettings.first_probe`. Only the tokens of this prefill, at [start, length),
+    can be probes. A row with fewer such positions than probes uses each position once. A row without any such position
+    has no probe and keeps the identity plan. A position that is no probe is -1.
     """
-    first = jnp.maximum(starts, config.first_probe)
+    first = jnp.maximum(starts, settings.first_probe)
     count = jnp.maximum(lengths - first, 0)
     used = jnp.minimum(count, num_probes)[:, None]
     index = jnp.arange(num_probes, dtype=jnp.int32)[None, :]
-    # index * (count - 1) // gaps, whole and rest apart: the product overflows where 50,000 tokens are all probes.
+    # index * (count - 1) // gaps, with quotient and remainder apart: the product overflows at 50,000 probes.
     gaps = jnp.maximum(used - 1, 1)
     whole, rest = jnp.divmod(count[:, None] - 1, gaps)
     positions = first[:, None] + index * whole + index * rest // gaps
@@ -38,132 +50,97 @@ def probe_positions(
     return jnp.where(is_probe, positions, -1), is_probe
 
 
-def measure_similarity(
-    probes: tuple[Array, ...],
-    keys: tuple[Array, ...],
-    labels: tuple[Labels | None, ...],
-    channels: Int[Array, "B L K R"],
-    positions: Int[Array, "B P"],
-    *,
-    model: ModelConfig,
-    config: HShareSettings,
-) -> Similarity:
-    """Returns what the plan is found from: `measure_overlap` for the published plan, `measure_mass` for the others.
-
-    Args:
-        probes: L x [B, P, N, H], rotated queries.
-        keys: KV layers x [B, K, S, H], the cache.
-        labels: of the keys that sparse layers use; None elsewhere, and everywhere with exact scoring.
-        channels: the label channels of every layer.
-        positions: where the probes stand; negative where there is none.
-        model, config: what is measured.
-    """
-    measure = measure_overlap if config.plan == "published" else measure_mass
-    return measure(probes, keys, labels, channels, positions, model=model, config=config)
-
-
 def measure_overlap(
-    probes: tuple[Array, ...],
-    keys: tuple[Array, ...],
-    labels: tuple[Labels | None, ...],
-    channels: Int[Array, "B L K R"],
-    positions: Int[Array, "B P"],
-    *,
-    model: ModelConfig,
-    config: HShareSettings,
+    prompt: LabelledPrompt, *, config: ModelConfig, settings: HShareSettings
 ) -> tuple[Float[Array, "B L L"], Float[Array, "B L J J"]]:
-    """Returns (similarity of layers, of the lists within each layer): mean over probes of |A and B| / num_critical.
+    """The paper's similarity of layers, and of the lists of each layer: mean over probes of |A and B| / num_critical.
 
-    Only the chosen tokens count, not sinks and recent ones; that of layers is pooled over their lists (HShare, ICLR
-    2025, section 4.2). Dense layers, which have no lists, are similar to none. Arguments are those of
-    `measure_similarity`.
+    Only chosen tokens count; sinks and recent tokens do not. The similarity of two layers is pooled over their lists
+    (HShare, ICLR 2025, section 4.2). Dense layers have no lists and are similar to no layer.
     """
 
     def overlap(lists: Array, queries: tuple[Array, ...], lengths: Array) -> tuple[Array, Array]:
         return jnp.einsum("LPBJS,MPBJS->BLM", lists, lists), jnp.einsum("LPBJS,LPBIS->BLJI", lists, lists)
 
-    of_layers, of_lists = _sum_over_probes(overlap, probes, keys, labels, channels, positions, model, config)
+    of_layers, of_lists = _sum_over_probes(overlap, prompt, config, settings)
     # Divided only now: sums of whole numbers are exact, so equal overlaps are equal numbers and ties break by order.
-    most = config.num_critical * jnp.maximum((positions >= 0).sum(axis=1), 1)
-    J = config.num_lists(model)
+    most = settings.num_critical * _num_probes(prompt.queries)
+    J = settings.num_lists(config)
     return of_layers / (most * J)[:, None, None], of_lists / most[:, None, None, None]
 
 
-def measure_mass(
-    probes: tuple[Array, ...],
-    keys: tuple[Array, ...],
-    labels: tuple[Labels | None, ...],
-    channels: Int[Array, "B L K R"],
-    positions: Int[Array, "B P"],
-    *,
-    model: ModelConfig,
-    config: HShareSettings,
-) -> Float[Array, "B U U"]:
-    """Returns how much of list i's attention the tokens of list j would catch, mean over probes.
+def measure_mass(prompt: LabelledPrompt, *, config: ModelConfig, settings: HShareSettings) -> Float[Array, "B U U"]:
+    """How much of list i's attention the tokens of list j would catch, the mean over probes.
 
     Entry [i, j] is the true attention mass (softmax over all that the query sees, on all channels) of the heads that
-    list i serves, summed, on the tokens of list j. Sinks and recent tokens are read anyway and not counted: so a head
-    that looks at little else weighs little. U = L * J lists, by flat id (layer * J + list). Dense layers, which have no
-    lists, have zeros. Arguments are those of `measure_similarity`.
+    list i serves, summed, on the tokens of list j. Sinks and recent tokens do not count, because they are read anyway;
+    so a head that looks at little else weighs little. There are U = L * J lists, ordered by flat id (layer * J + list).
+    Dense layers have no lists, and zeros here.
     """
-    J, S = config.num_lists(model), keys[0].shape[2]
-    L, B, N = model.num_layers, positions.shape[0], model.num_heads
+    keys = prompt.keys
+    J, S = settings.num_lists(config), keys[0].shape[2]
+    L, B, N = config.num_layers, prompt.queries.positions.shape[0], config.num_heads
     slots = jnp.arange(S)[None, :]
 
     def mass_of(layer: int, q: Array, lengths: Array) -> Array:
-        seen, window = model.sees(layer, lengths)
+        seen, window = config.sees(layer, lengths)
         is_visible = slots < seen[:, None]
         if window is not None:
             is_visible &= slots >= seen[:, None] - window
-        scores = score_keys(q, keys[model.kv_index(layer)])
+        scores = score_keys(q, keys[config.kv_index(layer)])
         return softmax_over(is_visible, scores).reshape(B, J, N // J, S).sum(axis=2)
 
     def caught(lists: Array, queries: tuple[Array, ...], lengths: Array) -> Array:
         of_probes = jax.vmap(mass_of, in_axes=(None, 0, 0))
         mass = jnp.stack([of_probes(layer, q, lengths) for layer, q in enumerate(queries)])
-        is_sparse = jnp.arange(L) >= config.dense_layers
+        is_sparse = jnp.arange(L) >= settings.dense_layers
         mass = jnp.where(is_sparse[:, None, None, None, None], mass, 0)
         mass, lists = (jnp.moveaxis(array, 0, 2).reshape(-1, B, L * J, S) for array in (mass, lists))
         return jnp.einsum("PBIS,PBJS->PBIJ", mass, lists).sum(axis=0)
 
-    total = _sum_over_probes(caught, probes, keys, labels, channels, positions, model, config)
-    return total / jnp.maximum((positions >= 0).sum(axis=1), 1)[:, None, None]
+    total = _sum_over_probes(caught, prompt, config, settings)
+    return total / _num_probes(prompt.queries)[:, None, None]
+
+
+MEASURES: dict[str, Callable[..., Similarity]] = {"overlap": measure_overlap, "mass": measure_mass}
+
+
+def _num_probes(queries: PromptQueries) -> Int[Array, "B"]:
+    return jnp.maximum((queries.positions >= 0).sum(axis=1), 1)
 
 
 def _sum_over_probes(
     measure: Callable[[Array, tuple[Array, ...], Array], Array | tuple[Array, ...]],
-    probes: tuple[Array, ...],
-    keys: tuple[Array, ...],
-    labels: tuple[Labels | None, ...],
-    channels: Array,
-    positions: Array,
-    model: ModelConfig,
-    config: HShareSettings,
+    prompt: LabelledPrompt,
+    config: ModelConfig,
+    settings: HShareSettings,
 ):
-    """Returns the sum over each row's probes of measure(lists as 0/1 marks [L, P, B, J, S], queries, lengths [P, B]).
+    """The sum over each row's probes of measure(lists as 0/1 marks [L, P, B, J, S], queries, lengths [P, B]).
 
-    Probes are taken a group at a time: memory holds a mark for each list and slot of a group, never for each pair of
-    tokens.
+    Probes are taken a group at a time. Memory then holds a mark for each list and slot of one group of probes, never
+    for each pair of tokens.
     """
-    (B, P), S, J = positions.shape, keys[0].shape[2], config.num_lists(model)
+    positions, keys = prompt.queries.positions, prompt.keys
+    (B, P), S, J = positions.shape, keys[0].shape[2], settings.num_lists(config)
     rows, lists = jnp.arange(B)[:, None, None], jnp.arange(J)[None, :, None]
-    windows = jnp.asarray([S if window is None else window for window in model.windows], jnp.int32)
-    is_sparse = jnp.arange(model.num_layers) >= config.dense_layers
+    windows = jnp.asarray([S if window is None else window for window in config.windows], jnp.int32)
+    is_sparse = jnp.arange(config.num_layers) >= settings.dense_layers
 
     def mark(scores: Array, window: Array, is_sparse: Array, position: Array) -> Array:
-        tokens = find_critical_tokens(scores, position + 1, num_lists=J, config=config, window=window)
-        # EMPTY is written to a slot of its own, past the end; so is all of what is no probe.
+        tokens = find_critical_tokens(scores, position + 1, num_lists=J, settings=settings, window=window)
+        # EMPTY, and everything of a position that is no probe, is written to one more slot past the end.
         is_marked = (tokens >= 0) & (position >= 0)[:, None, None] & is_sparse
         return jnp.zeros((B, J, S + 1), jnp.float32).at[rows, lists, jnp.where(is_marked, tokens, S)].set(1)[..., :S]
 
     mark_group = jax.vmap(jax.vmap(mark, in_axes=(0, None, None, 0)), in_axes=(0, 0, 0, None))
 
     def score(layer: int, queries: Array) -> Array:
-        index = model.kv_index(layer)
-        label = labels[index]
-        if label is None:
+        index = config.kv_index(layer)
+        labels = prompt.labels[index]
+        if labels is None:
             return jax.vmap(score_keys, in_axes=(0, None))(queries, keys[index])
-        return jax.vmap(lambda q: score_labels(q, label, channels[:, layer], config.label_bits))(queries)
+        channels = prompt.channels[:, layer]
+        return jax.vmap(lambda q: score_labels(q, labels, channels, settings.label_bits))(queries)
 
     def measure_group(group: tuple[tuple[Array, ...], Array]) -> Array | tuple[Array, ...]:
         queries, position = group
@@ -173,14 +150,14 @@ def _sum_over_probes(
     def add(total, group: tuple[tuple[Array, ...], Array]):
         return jax.tree.map(jnp.add, total, measure_group(group)), None
 
-    G = max(1, min(P, MARKS // (model.num_layers * B * J * S)))
-    groups = jax.tree.map(lambda array: _in_groups(array, G), (probes, positions))
+    G = max(1, min(P, MARKS // (config.num_layers * B * J * S)))
+    groups = jax.tree.map(lambda array: _in_groups(array, G), (prompt.queries.probes, positions))
     shapes = jax.eval_shape(measure_group, jax.tree.map(lambda array: array[0], groups))
     zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
     return lax.scan(add, zeros, groups)[0]
 
 
 def _in_groups(array: Array, size: int) -> Array:
-    """Returns [B, P, ...] as [groups, size, B, ...]; what is missing to a whole group is no probe."""
+    """[B, P, ...] as [groups, size, B, ...]. The last group is filled up with positions that are no probes."""
     array = jnp.pad(array, [(0, 0), (0, -array.shape[1] % size), *[(0, 0)] * (array.ndim - 2)], constant_values=-1)
     return jnp.moveaxis(array.reshape(array.shape[0], -1, size, *array.shape[2:]), 0, 2)

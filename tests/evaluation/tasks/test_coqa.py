@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from hshare_jax.evaluation.tasks import coqa
+from hshare_jax.evaluation.tasks.coqa import CoQA
 from hshare_jax.evaluation.tasks.examples import DataError, Example
 
 
@@ -42,7 +42,7 @@ def write(tmp_path):
 
 
 def test_last_question_follows_the_conversation(write):
-    examples, num_bad = coqa.read(write(COTTON))
+    examples, num_bad = CoQA().read([write(COTTON)])
     assert examples == [
         Example(
             id="coqa.json: record 1, 3dr23u6we5:2",
@@ -59,33 +59,45 @@ def test_last_question_follows_the_conversation(write):
 
 
 def test_all_turns_ask_every_question(write):
-    examples, _ = coqa.read(write(COTTON), turns="all")
+    examples, _ = CoQA(turns="all").read([write(COTTON)])
     assert [example.id for example in examples] == [
         "coqa.json: record 1, 3dr23u6we5:1",
         "coqa.json: record 1, 3dr23u6we5:2",
     ]
     assert examples[0].prompt == "Cotton was a little white kitten.\n\nQ: What color was Cotton?\n\nA:"
     assert examples[0].references == ("white", "white", "a white kitten")
-    assert examples[1:] == coqa.read(write(COTTON))[0]
+    assert examples[1:] == CoQA().read([write(COTTON)])[0]
 
 
 def test_limit_counts_questions(write):
     path = write(COTTON, with_changes(id="b"), with_changes(id="c", story=""))
-    assert [example.id for example in coqa.read(path, limit=3, turns="all")[0]] == [
+    assert [example.id for example in CoQA(limit=3, turns="all").read([path])[0]] == [
         "coqa.json: record 1, 3dr23u6we5:1",
         "coqa.json: record 1, 3dr23u6we5:2",
         "coqa.json: record 2, b:1",
     ]
-    assert [example.id for example in coqa.read(path, limit=2)[0]] == [
+    assert [example.id for example in CoQA(limit=2).read([path])[0]] == [
         "coqa.json: record 1, 3dr23u6we5:2",
         "coqa.json: record 2, b:2",
     ]
 
 
+def test_options_say_where_answers_end_and_what_is_asked(write):
+    assert CoQA(max_new_tokens=7).read([write(COTTON)])[0][0].max_new_tokens == 7
+    with pytest.raises(ValueError, match="limit=0 must be at least 1"):
+        CoQA(limit=0)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_there_are_two_ways_to_ask():
+    with pytest.raises(ValueError, match="turns='first' must be one of 'last', 'all'"):
+        CoQA(turns="first")  # pyright: ignore[reportArgumentType]
+
+
 @pytest.mark.parametrize("more", [{}, None])
 def test_additional_answers_may_be_absent(write, more):
     for record in (with_changes(additional_answers=more), without("additional_answers")):
-        assert coqa.read(write(record))[0][0].references == ("no",)
+        assert CoQA().read([write(record)])[0][0].references == ("no",)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +116,7 @@ def test_additional_answers_may_be_absent(write, more):
 def test_scores_are_those_of_evaluate_v1(text, references, em, f1):
     # Computed by hand from CoQA's evaluate-v1.0.py (compute_f1 and _compute_turn_score).
     example = Example("a:1", "Q", references, 256, (), False, "coqa")
-    assert coqa.score(example, text) == {"em": pytest.approx(em), "f1": pytest.approx(f1)}
+    assert CoQA().score(example, text) == {"em": pytest.approx(em), "f1": pytest.approx(f1)}
 
 
 @pytest.mark.parametrize(
@@ -130,9 +142,9 @@ def test_scores_are_those_of_evaluate_v1(text, references, em, f1):
 def test_bad_conversations_are_named_or_skipped(write, record, message):
     path = write(COTTON, COTTON, record)
     with pytest.raises(DataError, match=r"^coqa\.json: record 3: ") as raised:
-        coqa.read(path)
+        CoQA().read([path])
     assert message in str(raised.value)
-    examples, num_bad = coqa.read(path, skip_bad=True)
+    examples, num_bad = CoQA().read([path], skip_bad=True)
     assert (len(examples), num_bad) == (2, 1)
 
 
@@ -152,5 +164,5 @@ def test_a_file_that_is_not_coqa_is_an_error_even_when_skipping(tmp_path, conten
     path = tmp_path / "coqa.json"
     path.write_bytes(content)
     with pytest.raises(DataError) as raised:
-        coqa.read(path, skip_bad=True)
+        CoQA().read([path], skip_bad=True)
     assert str(raised.value).startswith(message)

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from hshare_jax.evaluation.tasks import gsm8k
 from hshare_jax.evaluation.tasks.examples import DataError, Example
+from hshare_jax.evaluation.tasks.gsm8k import GSM8K, flexible_answer, strict_answer
 
 # The first problem of the published test set, shortened.
 DUCKS = {"question": "How much a day?", "answer": "She makes 9 * 2 = $<<9*2=18>>18 every day.\n#### 18"}
@@ -22,7 +22,7 @@ def write(tmp_path):
 
 
 def test_prompt_is_the_zero_shot_one_of_lm_evaluation_harness(write):
-    examples, num_bad = gsm8k.read(write(DUCKS))
+    examples, num_bad = GSM8K().read([write(DUCKS)])
     assert examples == [
         Example(
             id="test.jsonl:1",
@@ -68,8 +68,8 @@ def test_prompt_is_the_zero_shot_one_of_lm_evaluation_harness(write):
     ],
 )
 def test_number_is_found_as_it_is_spelt(text, strict, flexible):
-    assert gsm8k.strict_answer(text) == strict
-    assert gsm8k.flexible_answer(text) == flexible
+    assert strict_answer(text) == strict
+    assert flexible_answer(text) == flexible
 
 
 @pytest.mark.parametrize(
@@ -89,8 +89,8 @@ def test_number_is_found_as_it_is_spelt(text, strict, flexible):
     ],
 )
 def test_answers_are_scored_by_both_rules(write, reference, text, strict, flexible):
-    (example,), _ = gsm8k.read(write({"question": "How many?", "answer": f"#### {reference}"}))
-    assert gsm8k.score(example, text) == {"strict": strict, "flexible": flexible}
+    (example,), _ = GSM8K().read([write({"question": "How many?", "answer": f"#### {reference}"})])
+    assert GSM8K().score(example, text) == {"strict": strict, "flexible": flexible}
 
 
 @pytest.mark.parametrize(
@@ -106,8 +106,14 @@ def test_answers_are_scored_by_both_rules(write, reference, text, strict, flexib
 def test_bad_problems_are_named_or_skipped(write, record, message):
     path = write(DUCKS, record, DUCKS)
     with pytest.raises(DataError, match=r"^test\.jsonl:2: ") as raised:
-        gsm8k.read(path)
+        GSM8K().read([path])
     assert message in str(raised.value)
-    examples, num_bad = gsm8k.read(path, skip_bad=True)
+    examples, num_bad = GSM8K().read([path], skip_bad=True)
     assert (len(examples), num_bad) == (2, 1)
-    assert len(gsm8k.read(path, limit=1)[0]) == 1
+    assert len(GSM8K(limit=1).read([path])[0]) == 1
+
+
+def test_the_option_says_where_answers_end(write):
+    assert GSM8K(max_new_tokens=7).read([write(DUCKS)])[0][0].max_new_tokens == 7
+    with pytest.raises(ValueError, match="max_new_tokens=0 must be at least 1"):
+        GSM8K(max_new_tokens=0)

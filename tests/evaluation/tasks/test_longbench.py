@@ -1,11 +1,13 @@
 """LongBench: published and rendered lines, each task's metric, and prompts cut in the middle."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 
-from hshare_jax.evaluation.tasks import longbench
 from hshare_jax.evaluation.tasks.examples import DataError, Example
+from hshare_jax.evaluation.tasks.longbench import SUBSETS, LongBench, truncate_middle
 
 HOTPOT = {
     "input": "Which {city}?",
@@ -36,7 +38,7 @@ def without(record, key):
 
 
 def test_a_published_line_is_put_into_its_template(write):
-    examples, num_bad = longbench.read(write(HOTPOT))
+    examples, num_bad = LongBench().read([write(HOTPOT)])
     instruction = (
         "Answer the question based on the given passages. Only give me the answer and do not output any other words."
     )
@@ -56,14 +58,14 @@ def test_a_published_line_is_put_into_its_template(write):
 
 
 def test_a_rendered_line_keeps_its_prompt(write):
-    (example,), _ = longbench.read(write(RENDERED))
+    (example,), _ = LongBench().read([write(RENDERED)])
     assert example.prompt == RENDERED["prompt"]
     assert (example.task, example.max_new_tokens, example.references) == ("longbench/lcc", 64, ("    pass",))
 
 
 def test_there_are_sixteen_tasks(write):
     answers = ["Paragraph 1"]  # right for every task
-    examples, _ = longbench.read(write(*(TREC | {"dataset": task, "answers": answers} for task in longbench.TASKS)))
+    examples, _ = LongBench().read([write(*(TREC | {"dataset": task, "answers": answers} for task in SUBSETS))])
     assert len(examples) == 16
     assert [example.task for example in examples if not example.wants_chat] == [
         "longbench/trec",
@@ -80,21 +82,21 @@ def test_there_are_sixteen_tasks(write):
 
 
 def test_what_the_template_does_not_ask_for_may_be_empty(write):
-    (example,), _ = longbench.read(write(HOTPOT | {"dataset": "gov_report", "input": ""}))
+    (example,), _ = LongBench().read([write(HOTPOT | {"dataset": "gov_report", "input": ""})])
     assert example.prompt.startswith("You are given a report")
 
 
 def test_only_the_chosen_tasks_are_read(write):
     path = write(HOTPOT, RENDERED, HOTPOT)
-    assert [example.id for example in longbench.read(path, tasks=["lcc"])[0]] == ["mini.jsonl:2"]
-    assert [example.id for example in longbench.read(path, limit=2, tasks=["hotpotqa"])[0]] == [
+    assert [example.id for example in LongBench(subset=["lcc"]).read([path])[0]] == ["mini.jsonl:2"]
+    assert [example.id for example in LongBench(limit=2, subset=["hotpotqa"]).read([path])[0]] == [
         "mini.jsonl:1",
         "mini.jsonl:3",
     ]
     with pytest.raises(DataError, match="holds no examples to read; of its 3 records 0 are bad"):
-        longbench.read(path, tasks=["trec"])
-    with pytest.raises(ValueError, match="tasks holds dureader; LongBench's English tasks are narrativeqa, "):
-        longbench.read(path, tasks=["lcc", "dureader"])
+        LongBench(subset=["trec"]).read([path])
+    with pytest.raises(ValueError, match="subset='dureader' is none of LongBench's English tasks: narrativeqa, "):
+        LongBench(subset=["lcc", "dureader"])
 
 
 @pytest.mark.parametrize(
@@ -118,8 +120,8 @@ def test_only_the_chosen_tasks_are_read(write):
     ],
 )
 def test_each_task_has_its_published_metric(write, task, answers, text, score):
-    (example,), _ = longbench.read(write(TREC | {"dataset": task, "answers": answers}))
-    assert longbench.score(example, text) == {"score": pytest.approx(score)}
+    (example,), _ = LongBench().read([write(TREC | {"dataset": task, "answers": answers})])
+    assert LongBench().score(example, text) == {"score": pytest.approx(score)}
 
 
 @pytest.mark.parametrize(
@@ -144,9 +146,9 @@ def test_each_task_has_its_published_metric(write, task, answers, text, score):
 def test_bad_lines_are_named_or_skipped(write, record, message):
     path = write(HOTPOT, record, RENDERED)
     with pytest.raises(DataError, match=r"^mini\.jsonl:2: ") as raised:
-        longbench.read(path)
+        LongBench().read([path])
     assert message in str(raised.value)
-    examples, num_bad = longbench.read(path, skip_bad=True)
+    examples, num_bad = LongBench().read([path], skip_bad=True)
     assert (len(examples), num_bad) == (2, 1)
 
 
@@ -161,9 +163,16 @@ def test_bad_lines_are_named_or_skipped(write, record, message):
     ],
 )
 def test_a_long_prompt_loses_its_middle(length, max_length, kept):
-    assert longbench.truncate_middle(range(length), max_length) == kept
+    assert truncate_middle(range(length), max_length) == kept
 
 
 def test_truncation_needs_room_for_both_halves():
     with pytest.raises(ValueError, match="max_length=1 must be at least 2"):
-        longbench.truncate_middle([1, 2, 3], 1)
+        truncate_middle([1, 2, 3], 1)
+
+
+def test_a_missing_library_is_named_before_the_file_is_read(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rapidfuzz", None)  # how Python notes that a module is not there
+    with pytest.raises(ModuleNotFoundError) as raised:
+        LongBench().read([Path("absent.jsonl")])
+    assert raised.value.name == "rapidfuzz"

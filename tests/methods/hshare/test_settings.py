@@ -3,13 +3,16 @@
 import dataclasses
 from fractions import Fraction
 
+import numpy as np
 import pytest
 from tiny_decoder import MODEL
 
-from hshare_jax.methods.hshare.settings import HShareSettings
+from hshare_jax.methods.hshare.method import HShare
+from hshare_jax.methods.hshare.settings import HShareSettings, PlanSearch
+from hshare_jax.methods.hshare.share_plan import SharePlan
 
 
-def model(num_layers, num_heads, num_kv_heads):
+def config_of(num_layers, num_heads, num_kv_heads):
     return dataclasses.replace(
         MODEL, num_layers=num_layers, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=64,
         windows=(None,) * num_layers,
@@ -35,10 +38,12 @@ def model(num_layers, num_heads, num_kv_heads):
     ],
 )
 def test_a_ratio_stands_for_the_published_counts(ratio, shape, lists_per, dense, layers, lists, computed):
-    config = HShareSettings(plan="published", lists_per=lists_per, dense_layers=dense).with_sharing_ratio(ratio)
-    assert (config.num_shared_layers(model(*shape)), config.num_shared_lists(model(*shape))) == (layers, lists)
-    assert config.num_computed_lists(model(*shape)) == computed
-    assert config.sharing_ratio == ratio
+    settings = HShareSettings(lists_per=lists_per, dense_layers=dense)
+    method = HShare(settings, PlanSearch(plan_kind="published")).with_sharing_ratio(ratio)
+    given = method.settings, config_of(*shape)
+    assert (method.search.num_shared_layers(*given), method.search.num_shared_lists(*given)) == (layers, lists)
+    assert method.search.num_computed_lists(*given) == computed
+    assert method.sharing_ratio == ratio
 
 
 @pytest.mark.parametrize(
@@ -55,24 +60,44 @@ def test_a_ratio_stands_for_the_published_counts(ratio, shape, lists_per, dense,
     ],
 )
 def test_units_compute_the_product_of_both_ratios_of_all_lists(ratio, shape, lists_per, dense, computed):
-    config = HShareSettings(plan="units", lists_per=lists_per, dense_layers=dense).with_sharing_ratio(ratio)
-    assert config.num_computed_lists(model(*shape)) == computed
+    method = HShare(HShareSettings(lists_per=lists_per, dense_layers=dense)).with_sharing_ratio(ratio)
+    assert method.search.num_computed_lists(method.settings, config_of(*shape)) == computed
 
 
-def test_the_default_has_the_published_budget_and_shares_layers_alone():
-    config = HShareSettings()
-    assert (config.budget, config.sharing_ratio) == (128, "1/2-1-1")
-    assert config.max_recent == config.num_recent
-    assert dataclasses.replace(config, refresh_interval=3).max_recent == config.num_recent + 2
+def test_the_default_has_the_papers_larger_budget_and_shares_layers_alone():
+    method = HShare()
+    assert (method.settings.budget, method.sharing_ratio) == (512, "1/2-1-1")
+    assert method.settings.max_recent == method.settings.num_recent
+    assert dataclasses.replace(method.settings, refresh_interval=3).max_recent == method.settings.num_recent + 2
+
+
+@pytest.mark.parametrize(("min_length", "dense_below"), [(None, 24), (0, 0), (7, 7)])
+def test_by_default_rows_below_twice_the_budget_read_everything(min_length, dense_below):
+    settings = HShareSettings(num_sinks=2, num_critical=6, num_recent=4, min_length=min_length)
+    assert settings.dense_below == dense_below
 
 
 def test_the_published_method_shares_layers_then_heads_and_reads_nothing_dense():
-    config = HShareSettings.published()
-    assert (config.num_sinks, config.num_critical, config.num_recent) == (8, 88, 32)
-    assert (config.plan, config.lists_per, config.plan_scope) == ("published", "query_head", "sequence")
-    assert (config.dense_layers, config.min_length, config.refresh_interval) == (0, 0, 2)
-    assert (config.dilate, config.num_probes, config.scoring, config.label_bits) == (False, "all", "labels", 4)
-    assert (config.sharing_ratio, config.budget_ratio) == ("7/8-3/4-1/2", None)
+    method = HShare.published()
+    settings, search = method.settings, method.search
+    assert (settings.num_sinks, settings.num_critical, settings.num_recent) == (8, 88, 32)
+    assert (search.plan_kind, settings.lists_per, search.plan_scope) == ("published", "query_head", "sequence")
+    assert (settings.dense_layers, settings.min_length, settings.refresh_interval) == (0, 0, 2)
+    assert (settings.dilate, search.num_probes, settings.scoring, settings.label_bits) == (False, "all", "labels", 4)
+    assert (method.sharing_ratio, settings.budget_ratio) == ("7/8-3/4-1/2", None)
+
+
+def test_a_method_is_hashable_and_equal_by_value_with_what_was_found_beforehand():
+    channels = np.arange(24).reshape(1, 3, 8)
+    one, other = (HShare(plan=SharePlan(((0, 1, 2),)), channels=given) for given in (channels, channels.tolist()))
+    assert one == other
+    assert hash(one) == hash(other)
+    assert one != HShare(plan=SharePlan(((0, 1, 1),)), channels=channels)
+
+
+def test_settings_are_changed_by_their_names_wherever_they_lie():
+    method = HShare().with_settings({"num_sinks": 3, "num_probes": 5, "plan_kind": "published"})
+    assert method == HShare(HShareSettings(num_sinks=3), PlanSearch(num_probes=5, plan_kind="published"))
 
 
 @pytest.mark.parametrize(("head_dim", "channels"), [(128, 32), (64, 32), (32, 32), (6, 6)])
@@ -88,13 +113,13 @@ def test_more_label_channels_than_a_head_has_are_refused():
 @pytest.mark.parametrize("ratio", ["1/2-1/2", "a-b-c", "1/2-1/2-1/0", "1/2-1/2-1/2-1/2", ""])
 def test_what_is_no_ratio_is_refused(ratio):
     with pytest.raises(ValueError, match="must be three fractions layer-head-query, such as 7/8-3/4-1/2"):
-        HShareSettings().with_sharing_ratio(ratio)
+        HShare().with_sharing_ratio(ratio)
 
 
 @pytest.mark.parametrize("ratio", ["1-1-2/3", "1-1-2", "1-1-0"])
 def test_a_query_ratio_is_one_over_a_whole_number(ratio):
-    with pytest.raises(ValueError, match="must be one over the refresh interval"):
-        HShareSettings().with_sharing_ratio(ratio)
+    with pytest.raises(ValueError, match="must end in one over the refresh interval"):
+        HShare().with_sharing_ratio(ratio)
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -118,11 +143,16 @@ def test_a_query_ratio_is_one_over_a_whole_number(ratio):
         ({"label_bits": 2}, "label_bits=2 must be one of 4, 8, None"),
         ({"scoring": "guess"}, "scoring='guess' must be one of 'labels', 'exact'"),
         ({"lists_per": "layer"}, "lists_per='layer' must be one of 'kv_head', 'query_head'"),
-        ({"plan": "none"}, "plan='none' must be one of 'units', 'published', 'anchors'"),
-        ({"plan": "anchors", "head_ratio": Fraction(1, 2)}, "head_ratio=1/2 must be 1 with plan='anchors'"),
+        ({"plan_kind": "none"}, "plan_kind='none' must be one of 'units', 'published', 'anchors'"),
+        ({"plan_kind": "anchors", "head_ratio": Fraction(1, 2)}, "must be 1 with plan_kind='anchors'"),
         ({"plan_scope": "head"}, "plan_scope='head' must be one of 'sequence', 'batch'"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        HShareSettings(**changes)
+        HShare().with_settings(changes)
+
+
+def test_a_setting_that_does_not_exist_is_named():
+    with pytest.raises(ValueError, match=r"unknown settings plan; there are num_sinks, .*, num_probes"):
+        HShare().with_settings({"plan": "units"})

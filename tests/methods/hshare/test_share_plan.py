@@ -12,7 +12,7 @@ import numpy as np
 import oracle
 import pytest
 
-from hshare_jax.methods.hshare.settings import HShareSettings
+from hshare_jax.methods.hshare.settings import HShareSettings, PlanSearch
 from hshare_jax.methods.hshare.share_plan import (
     SharePlan,
     choose_anchors,
@@ -24,11 +24,12 @@ from hshare_jax.methods.hshare.share_plan import (
 )
 from hshare_jax.models.config import ModelConfig
 
-find = jax.jit(find_plan, static_argnames=("model", "config"))
+find = jax.jit(find_plan, static_argnames=("config", "settings", "search"))
 L, J = 5, 3
-MODEL = ModelConfig(16, 8, 8, L, 6, J, 4, 64, (None,) * L)
-PUBLISHED = HShareSettings(plan="published", dense_layers=0, layer_ratio=Fraction(1, 2), head_ratio=Fraction(2, 3))
-UNITS = dataclasses.replace(PUBLISHED, plan="units")
+CONFIG = ModelConfig(16, 8, 8, L, 6, J, 4, 64, (None,) * L)
+SETTINGS = HShareSettings(dense_layers=0)
+PUBLISHED = PlanSearch(plan_kind="published", layer_ratio=Fraction(1, 2), head_ratio=Fraction(2, 3))
+UNITS = dataclasses.replace(PUBLISHED, plan_kind="units")
 # Few values, and 0 among them: ties and pairs that share nothing. Eighths, whose sums are exact in either precision.
 SIMILARITIES = st.sampled_from([0.0, 0.0, 0.25, 0.5, 0.75, 1.0])
 EIGHTHS = st.integers(0, 8).map(lambda eighths: eighths / 8)
@@ -133,11 +134,10 @@ def test_sources_of_many_units_equal_the_greedy_definition(n, num_sources):
     assert found.tolist() == [oracle.facility_location(matrix, num_sources) for matrix in similarity]
 
 
-def budget_of(config, num_lists=J):
+def budget_of(search, dense_layers=0, num_lists=J):
     return oracle.Budget(
-        1, 1, 1, num_lists, dense_layers=config.dense_layers, layer_ratio=config.layer_ratio,
-        head_ratio=config.head_ratio,
-    )  # fmt: skip
+        1, 1, 1, num_lists, dense_layers=dense_layers, layer_ratio=search.layer_ratio, head_ratio=search.head_ratio
+    )
 
 
 def as_pairs(source):
@@ -151,77 +151,77 @@ def check_plan(source):
     assert (flat <= np.arange(L * J)[None, :]).all()
 
 
-PUBLISHED_SETTINGS = [
-    PUBLISHED,
-    dataclasses.replace(PUBLISHED, layer_ratio=Fraction(1, 100), head_ratio=Fraction(1, 100)),
-    dataclasses.replace(PUBLISHED, dense_layers=2),
-    dataclasses.replace(PUBLISHED, dense_layers=1, layer_ratio=Fraction(1)),
-    dataclasses.replace(PUBLISHED, dense_layers=L),
+PUBLISHED_CASES = [  # how the plan is found, and how many layers are dense
+    (PUBLISHED, 0),
+    (dataclasses.replace(PUBLISHED, layer_ratio=Fraction(1, 100), head_ratio=Fraction(1, 100)), 0),
+    (PUBLISHED, 2),
+    (dataclasses.replace(PUBLISHED, layer_ratio=Fraction(1)), 1),
+    (PUBLISHED, L),
 ]
 
 
-@pytest.mark.parametrize("config", PUBLISHED_SETTINGS)
+@pytest.mark.parametrize(("search", "dense"), PUBLISHED_CASES)
 @hypothesis.given(
     layers=hnp.arrays(np.float32, (2, L, L), elements=SIMILARITIES),
     lists=hnp.arrays(np.float32, (2, L, J, J), elements=SIMILARITIES),
 )
-def test_published_plans_equal_the_layer_map_over_the_list_maps(config, layers, lists):
-    dense = config.dense_layers
+def test_published_plans_equal_the_layer_map_over_the_list_maps(search, dense, layers, lists):
+    settings = HShareSettings(dense_layers=dense)
     layers[:, :dense] = layers[:, :, :dense] = lists[:, :dense] = 0  # as measured: dense layers have no lists
-    source = find((jnp.asarray(layers), jnp.asarray(lists)), model=MODEL, config=config)
+    source = find((jnp.asarray(layers), jnp.asarray(lists)), config=CONFIG, settings=settings, search=search)
     check_plan(source)
     for b in range(2):
-        assert as_pairs(source[b]) == oracle.published_plan(layers[b], lists[b], budget_of(config))
+        assert as_pairs(source[b]) == oracle.published_plan(layers[b], lists[b], budget_of(search, dense))
     own = np.arange(dense * J).reshape(1, dense, J)
     np.testing.assert_array_equal(source[:, :dense], np.tile(own, (2, 1, 1)))
     assert (np.asarray(source)[:, dense:] >= dense * J).all()
 
 
-UNITS_SETTINGS = [
-    UNITS,
-    dataclasses.replace(UNITS, dense_layers=1, layer_ratio=Fraction(3, 4)),
-    dataclasses.replace(UNITS, dense_layers=3, layer_ratio=Fraction(1, 100)),  # one is left
-    dataclasses.replace(UNITS, layer_ratio=Fraction(1), head_ratio=Fraction(1)),
-    dataclasses.replace(UNITS, dense_layers=L),
+UNITS_CASES = [
+    (UNITS, 0),
+    (dataclasses.replace(UNITS, layer_ratio=Fraction(3, 4)), 1),
+    (dataclasses.replace(UNITS, layer_ratio=Fraction(1, 100)), 3),  # one is left
+    (dataclasses.replace(UNITS, layer_ratio=Fraction(1), head_ratio=Fraction(1)), 0),
+    (UNITS, L),
 ]
 
 
-@pytest.mark.parametrize("config", UNITS_SETTINGS)
+@pytest.mark.parametrize(("search", "dense"), UNITS_CASES)
 @hypothesis.given(caught=hnp.arrays(np.float32, (2, L * J, L * J), elements=EIGHTHS))
-def test_unit_plans_equal_the_definition(config, caught):
-    dense = config.dense_layers
+def test_unit_plans_equal_the_definition(search, dense, caught):
+    settings = HShareSettings(dense_layers=dense)
     caught[:, : dense * J] = caught[:, :, : dense * J] = 0  # as measured: dense layers have no lists
     caught[1] = 0  # a row without probes
-    source = np.asarray(find(jnp.asarray(caught), model=MODEL, config=config))
+    source = np.asarray(find(jnp.asarray(caught), config=CONFIG, settings=settings, search=search))
     check_plan(source)
-    assert as_pairs(source[0]) == oracle.units_plan(caught[0], L, budget_of(config))
+    assert as_pairs(source[0]) == oracle.units_plan(caught[0], L, budget_of(search, dense))
     identity = np.asarray(identity_plan(1, L, J)[0])
     np.testing.assert_array_equal(source[1], identity)
     np.testing.assert_array_equal(source[0, :dense], identity[:dense])
     assert (source[0, dense:] >= dense * J).all()
     if caught[0].max() > 0:
-        assert (source[0] == identity)[dense:].sum() == config.num_computed_lists(MODEL)
+        assert (source[0] == identity)[dense:].sum() == search.num_computed_lists(settings, CONFIG)
 
 
-@pytest.mark.parametrize("config", [PUBLISHED, UNITS], ids=["published", "units"])
-def test_a_batch_has_the_plan_of_the_mean_over_its_rows_with_probes(config):
+@pytest.mark.parametrize("search", [PUBLISHED, UNITS], ids=["published", "units"])
+def test_a_batch_has_the_plan_of_the_mean_over_its_rows_with_probes(search):
     rng = np.random.default_rng(3)
-    batch = dataclasses.replace(config, plan_scope="batch")
-    shapes = [(3, L, L), (3, L, J, J)] if config.plan == "published" else [(3, L * J, L * J)]
+    batch = dataclasses.replace(search, plan_scope="batch")
+    shapes = [(3, L, L), (3, L, J, J)] if search.plan_kind == "published" else [(3, L * J, L * J)]
     parts = [(rng.integers(0, 9, shape) / 8).astype(np.float32) for shape in shapes]
     for part in parts:
         part[1] = 0  # a row without probes has no say
     means = [part[[0, 2]].mean(axis=0) for part in parts]
-    given = tuple(map(jnp.asarray, parts)) if config.plan == "published" else jnp.asarray(parts[0])
-    source = find(given, model=MODEL, config=batch)
-    if config.plan == "published":
-        expected = oracle.published_plan(means[0], means[1], budget_of(config))
+    given = tuple(map(jnp.asarray, parts)) if search.plan_kind == "published" else jnp.asarray(parts[0])
+    source = find(given, config=CONFIG, settings=SETTINGS, search=batch)
+    if search.plan_kind == "published":
+        expected = oracle.published_plan(means[0], means[1], budget_of(search))
     else:
-        expected = oracle.units_plan(means[0], L, budget_of(config))
+        expected = oracle.units_plan(means[0], L, budget_of(search))
     assert [as_pairs(of_row) for of_row in source] == [expected] * 3
-    apart = np.asarray(find(given, model=MODEL, config=config))
+    apart = np.asarray(find(given, config=CONFIG, settings=SETTINGS, search=search))
     assert len({of_row.tobytes() for of_row in apart}) == 3
-    nothing = find(jax.tree.map(jnp.zeros_like, given), model=MODEL, config=batch)
+    nothing = find(jax.tree.map(jnp.zeros_like, given), config=CONFIG, settings=SETTINGS, search=batch)
     np.testing.assert_array_equal(nothing, identity_plan(3, L, J))
 
 
@@ -233,7 +233,7 @@ def test_a_copying_layer_does_not_use_its_own_list_map():
 def test_a_row_without_similarities_keeps_the_identity():
     layers = jnp.stack([jnp.zeros((L, L)), jnp.ones((L, L))])
     lists = jnp.stack([jnp.zeros((L, J, J)), jnp.ones((L, J, J))])
-    source = find((layers, lists), model=MODEL, config=PUBLISHED)
+    source = find((layers, lists), config=CONFIG, settings=SETTINGS, search=PUBLISHED)
     np.testing.assert_array_equal(source[0], identity_plan(2, L, J)[0])
     assert (np.asarray(source[1]) != np.asarray(source[0])).any()
 
@@ -245,11 +245,11 @@ def test_the_identity_plan_numbers_lists_layer_by_layer(num_layers):
     assert plan.dtype == jnp.int32
 
 
-def test_a_constant_plan_is_hashable_and_knows_which_layers_own_lists():
+def test_a_constant_plan_is_hashable_and_knows_which_lists_are_computed():
     plan = SharePlan(((0, 1), (0, 3), (0, 3)))
     assert plan == SharePlan(((0, 1), (0, 3), (0, 3)))
     assert len({plan, SharePlan(((0, 1), (0, 3), (0, 3)))}) == 1
-    assert [plan.owns(layer) for layer in range(3)] == [True, True, False]
+    assert plan.is_computed.tolist() == [[True, True], [False, True], [False, False]]
 
 
 @pytest.mark.parametrize(
@@ -292,11 +292,10 @@ def constant(num_layers, num_lists, **changes):
     ],
 )
 def test_a_constant_plan_of_another_model_or_setting_is_refused(plan, message):
-    config = dataclasses.replace(UNITS, dense_layers=1)
     with pytest.raises(ValueError, match=message):
-        plan.check(MODEL, config)
+        plan.check(CONFIG, HShareSettings(dense_layers=1))
 
 
 @pytest.mark.parametrize("plan", [constant(5, 3), constant(5, 3, u9=4), constant(5, 3, u1=0)])
 def test_a_constant_plan_of_this_model_is_accepted(plan):
-    plan.check(MODEL, dataclasses.replace(UNITS, dense_layers=1))
+    plan.check(CONFIG, HShareSettings(dense_layers=1))

@@ -11,19 +11,26 @@ import oracle
 import pytest
 
 from hshare_jax.kernels.labels import make_labels
+from hshare_jax.methods.base import PromptQueries
 from hshare_jax.methods.hshare.settings import HShareSettings
-from hshare_jax.methods.hshare.similarity import measure_mass, measure_overlap, measure_similarity, probe_positions
+from hshare_jax.methods.hshare.similarity import LabelledPrompt, measure_mass, measure_overlap, probe_positions
 from hshare_jax.models.config import ModelConfig
 
 EXACT = 1e-6  # the counts are whole numbers; only their division rounds
 MASS = 1e-5  # absolute, on sums of float32 weights of a group's two heads
-CONFIG = HShareSettings(num_sinks=2, num_critical=4, num_recent=3, num_probes=5)
-positions_of = jax.jit(probe_positions, static_argnames=("config", "num_probes"))
-measure = jax.jit(measure_similarity, static_argnames=("model", "config"))
+SETTINGS = HShareSettings(num_sinks=2, num_critical=4, num_recent=3)
+NUM_PROBES = 5
+positions_of = jax.jit(probe_positions, static_argnames=("settings", "num_probes"))
+overlap_of = jax.jit(measure_overlap, static_argnames=("config", "settings"))
+mass_of = jax.jit(measure_mass, static_argnames=("config", "settings"))
+
+
+def prompt_of(probes, keys, labels, channels, positions):
+    return LabelledPrompt(PromptQueries(positions, probes, (), None), keys, labels, channels)
 
 
 def probes(start, length, num_probes=5):
-    positions, is_probe = positions_of(jnp.asarray([start]), jnp.asarray([length]), CONFIG, num_probes)
+    positions, is_probe = positions_of(jnp.asarray([start]), jnp.asarray([length]), SETTINGS, num_probes)
     found = positions[0][is_probe[0]].tolist()
     assert positions[0].tolist() == found + [-1] * (num_probes - len(found))
     return found
@@ -60,7 +67,7 @@ def test_with_a_probe_for_every_token_each_position_is_one():
 
 
 def test_no_probes_are_asked_for_where_the_plan_is_known():
-    positions, is_probe = probe_positions(jnp.asarray([0]), jnp.asarray([30]), CONFIG, 0)
+    positions, is_probe = probe_positions(jnp.asarray([0]), jnp.asarray([30]), SETTINGS, 0)
     assert positions.shape == is_probe.shape == (1, 0)
 
 
@@ -74,43 +81,50 @@ def test_probe_positions_equal_the_definition_in_rows_of_every_length(start, new
 # rows: no probe, one, fewer than asked, all; layer 1 has a window that leaves some probes fewer candidates than 4
 LENGTHS, N, K, H, R, S, WINDOWS = np.array([12, 13, 15, 24]), 6, 3, 8, 3, 24, (None, 6, None)
 B, L = len(LENGTHS), len(WINDOWS)
-MODEL = ModelConfig(16, 8, 8, L, N, K, H, S, WINDOWS)
-PUBLISHED = dataclasses.replace(CONFIG, plan="published", lists_per="query_head", dense_layers=0, dilate=False)
-SETTINGS = {
-    "published": PUBLISHED,
-    "published, dense layer, kv heads": dataclasses.replace(PUBLISHED, lists_per="kv_head", dense_layers=1),
-    "units": CONFIG,
-    "units, query heads, no dense layer, 8 bits": dataclasses.replace(
-        CONFIG, lists_per="query_head", dense_layers=0, label_bits=8
+CONFIG = ModelConfig(16, 8, 8, L, N, K, H, S, WINDOWS)
+PUBLISHED = dataclasses.replace(SETTINGS, lists_per="query_head", dense_layers=0, dilate=False)
+CASES = {
+    "overlap": (overlap_of, PUBLISHED),
+    "overlap, dense layer, kv heads": (
+        overlap_of,
+        dataclasses.replace(PUBLISHED, lists_per="kv_head", dense_layers=1),
     ),
-    "units, exact": dataclasses.replace(CONFIG, scoring="exact"),
+    "mass": (mass_of, SETTINGS),
+    "mass, query heads, no dense layer, 8 bits": (
+        mass_of,
+        dataclasses.replace(SETTINGS, lists_per="query_head", dense_layers=0, label_bits=8),
+    ),
+    "mass, exact": (mass_of, dataclasses.replace(SETTINGS, scoring="exact")),
 }
 
 
-@pytest.mark.parametrize("config", SETTINGS.values(), ids=SETTINGS)
-def test_similarities_equal_the_definition(config):
+@pytest.mark.parametrize(("measure", "settings"), CASES.values(), ids=CASES)
+def test_similarities_equal_the_definition(measure, settings):
     rng = np.random.default_rng(1)
     keys = rng.standard_normal((L, B, K, S, H)).astype(np.float32)
-    queries = (rng.standard_normal((L, B, config.num_probes, N, H)) * 2).astype(np.float32)
+    queries = (rng.standard_normal((L, B, NUM_PROBES, N, H)) * 2).astype(np.float32)
     channels = np.sort([[[rng.permutation(H)[:R] for _ in range(K)] for _ in range(L)] for _ in range(B)], axis=-1)
-    positions, _ = probe_positions(jnp.zeros((B,), jnp.int32), jnp.asarray(LENGTHS), config, config.num_probes)
-    is_exact, dense = config.scoring == "exact", config.dense_layers
+    positions, _ = probe_positions(jnp.zeros((B,), jnp.int32), jnp.asarray(LENGTHS), settings, NUM_PROBES)
+    is_exact, dense = settings.scoring == "exact", settings.dense_layers
     labels = tuple(
         None
         if is_exact or layer < dense
-        else make_labels(jnp.asarray(keys[layer]), jnp.asarray(channels[:, layer]), config.label_bits)
+        else make_labels(jnp.asarray(keys[layer]), jnp.asarray(channels[:, layer]), settings.label_bits)
         for layer in range(L)
     )
     arrays = (tuple(map(jnp.asarray, of_layers)) for of_layers in (queries, keys))
-    found = measure(*arrays, labels, jnp.asarray(channels), positions, model=MODEL, config=config)
-    J, exact_keys = config.num_lists(MODEL), keys.astype(np.float64)
+    prompt = prompt_of(*arrays, labels, jnp.asarray(channels), positions)
+    found = measure(prompt, config=CONFIG, settings=settings)
+    J, exact_keys = settings.num_lists(CONFIG), keys.astype(np.float64)
     budget = oracle.Budget(
-        2, 4, 3, J, R, num_probes=config.num_probes, interval=config.refresh_interval, is_dilated=config.dilate
+        2, 4, 3, J, R, num_probes=NUM_PROBES, interval=settings.refresh_interval, is_dilated=settings.dilate
     )
 
     def scores_of(layer, b, i):
         q, k = queries[layer, b, i].astype(np.float64), exact_keys[layer, b]
-        return oracle.key_scores(q, k) if is_exact else oracle.label_scores(q, k, channels[b, layer], config.label_bits)
+        return (
+            oracle.key_scores(q, k) if is_exact else oracle.label_scores(q, k, channels[b, layer], settings.label_bits)
+        )
 
     for b, length in enumerate(LENGTHS.tolist()):
         at = list(enumerate(oracle.probe_positions(0, length, budget)))
@@ -123,7 +137,7 @@ def test_similarities_equal_the_definition(config):
             ]
             for i, p in at
         ]
-        if config.plan == "published":
+        if measure is overlap_of:
             layers, of_lists = oracle.overlaps(lists, 4) if at else (np.zeros((L, L)), np.zeros((L, J, J)))
             np.testing.assert_allclose(found[0][b], layers, atol=EXACT, rtol=0)
             np.testing.assert_allclose(found[1][b], of_lists, atol=EXACT, rtol=0)
@@ -159,8 +173,8 @@ def test_equal_overlaps_are_equal_numbers(num_heads):
     # probes they come from: counts add up as whole numbers and are divided last.
     rng = np.random.default_rng(2)
     P, H, S = 32, 4, 64
-    config = dataclasses.replace(PUBLISHED, num_sinks=0, num_critical=5, num_recent=1, num_probes=P, label_bits=None)
-    model = ModelConfig(16, 8, 8, 2, num_heads, num_heads, H, S, (None,) * 2)
+    settings = dataclasses.replace(PUBLISHED, num_sinks=0, num_critical=5, num_recent=1, label_bits=None)
+    config = ModelConfig(16, 8, 8, 2, num_heads, num_heads, H, S, (None,) * 2)
     queries = rng.standard_normal((2, P, num_heads, H)).astype(np.float32)
     keys = (jnp.asarray(rng.standard_normal((1, num_heads, S, H)), jnp.float32),) * 2
     channels, positions = jnp.tile(jnp.arange(H), (1, 2, num_heads, 1)), jnp.full((1, P), S - 1)
@@ -168,7 +182,8 @@ def test_equal_overlaps_are_equal_numbers(num_heads):
 
     def overlap(order):
         probes = tuple(jnp.asarray(of_layer[None, order]) for of_layer in queries)
-        layers, _ = measure(probes, keys, labels, channels, positions, model=model, config=config)
+        prompt = prompt_of(probes, keys, labels, channels, positions)
+        layers, _ = overlap_of(prompt, config=config, settings=settings)
         return float(layers[0, 1, 0])
 
     assert len({overlap(rng.permutation(P)) for _ in range(8)}) == 1
@@ -178,15 +193,14 @@ def test_what_a_list_catches_of_another_is_its_share_of_all_attention():
     # One head a layer, 1 sink, 1 recent token, lists of 2 among slots 1 to 4; attention to slots 0 to 5:
     # layer 0 .3 .2 .1 .15 .1 .15 lists 1 and 3; layer 1 .1 .3 .25 .1 .05 .2 lists 1 and 2.
     weights = np.array([[0.3, 0.2, 0.1, 0.15, 0.1, 0.15], [0.1, 0.3, 0.25, 0.1, 0.05, 0.2]])
-    model = ModelConfig(16, 8, 8, 2, 1, 1, 2, 256, (None,) * 2)
-    config = HShareSettings(
-        num_sinks=1, num_critical=2, num_recent=1, num_probes=1, dense_layers=0, scoring="exact", refresh_interval=1
-    )
+    config = ModelConfig(16, 8, 8, 2, 1, 1, 2, 256, (None,) * 2)
+    settings = HShareSettings(num_sinks=1, num_critical=2, num_recent=1, dense_layers=0, scoring="exact")
     keys = np.zeros((2, 1, 1, 6, 2), np.float32)
     keys[:, 0, 0, :, 0] = np.log(weights) * 2**0.5
     queries = jnp.zeros((1, 1, 1, 2)).at[..., 0].set(1.0)
-    arguments = ((queries,) * 2, tuple(map(jnp.asarray, keys)), (None,) * 2, jnp.zeros((1, 2, 1, 1), jnp.int32))
-    mass = measure_mass(*arguments, jnp.asarray([[5]]), model=model, config=config)
+    channels, positions = jnp.zeros((1, 2, 1, 1), jnp.int32), jnp.asarray([[5]])
+    prompt = prompt_of((queries,) * 2, tuple(map(jnp.asarray, keys)), (None,) * 2, channels, positions)
+    mass = measure_mass(prompt, config=config, settings=settings)
     np.testing.assert_allclose(mass[0], [[0.35, 0.3], [0.4, 0.55]], atol=MASS, rtol=0)
-    of_layers, _ = measure_overlap(*arguments, jnp.asarray([[5]]), model=model, config=config)
+    of_layers, _ = measure_overlap(prompt, config=config, settings=settings)
     np.testing.assert_allclose(of_layers[0], [[1, 0.5], [0.5, 1]], atol=EXACT, rtol=0)

@@ -1,0 +1,156 @@
+"""`hshare-jax info`: a model's shape and the size of its cache, or the plans that decoding prompts would follow."""
+
+import argparse
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Any
+
+from hshare_jax.cli.errors import UsageError, option_name, usage_errors
+from hshare_jax.cli.options import (
+    DEFAULT_MODEL,
+    add_kv_sharing,
+    add_model,
+    add_prompt_files,
+    add_settings,
+    apply_chat_template,
+    check_kv_sharing,
+    open_named,
+    read_method,
+    read_prompts,
+    setting_names,
+    share_kv_as_told,
+)
+from hshare_jax.models.kv_sharing import layer_passes, write_notation
+
+if TYPE_CHECKING:
+    from hshare_jax.methods.hshare.settings import HShareSettings
+    from hshare_jax.methods.hshare.share_plan import SharePlan
+    from hshare_jax.models.config import ModelConfig
+    from hshare_jax.models.pretrained import ModelFiles
+
+# jax and the modules that need it are imported in the functions that run after the options have been read.
+
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def add_info(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `info`."""
+    parser.set_defaults(run=run_info, prompt=[])
+    parser.add_argument(
+        "model", nargs="?", default=DEFAULT_MODEL, metavar="NAME",
+        help="built-in name, GGUF file, directory or hub id (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_model(parser)
+    add_kv_sharing(parser.add_argument_group("the model as it would be with cross-layer KV sharing"), weights=False)
+    parser.add_argument(
+        "--plan", dest="show_plan", action="store_true", help="show which list copies which, for each prompt"
+    )
+    add_settings(parser, title="sparse decoding, with --plan")
+    add_prompt_files(parser)
+
+
+def run_info(options: argparse.Namespace) -> int:
+    """Prints facts about a model, or plans. Returns the exit status."""
+    check_kv_sharing(options)
+    if options.show_plan:
+        if options.kv_sharing is not None:
+            raise UsageError(
+                "--kv-sharing shows a model that has no weights yet, and --plan needs them; leave out either"
+            )
+        return _show_plans(options)
+    given = [name for name in setting_names() if hasattr(options, name)]
+    given += [name for name in ("prompt_file", "system", "no_chat_template") if getattr(options, name)]
+    if given:
+        raise UsageError(f"{option_name(given[0])} is for showing a plan; add --plan")
+    files = open_named(options)
+    config, dtype = share_kv_as_told(options, files.config), options.dtype or files.dtype
+    # Only a model with weights has an identity.
+    facts = _facts(config, files, dtype, files.identify(options.dtype) if options.kv_sharing is None else None)
+    if options.json:
+        print(json.dumps(facts))
+        return 0
+    width = max(len(name) for name in facts)
+    for name, value in facts.items():
+        print(f"{name:{width}}  {value}")
+    return 0
+
+
+def _facts(config: "ModelConfig", files: "ModelFiles", dtype: str, identity: str | None) -> dict[str, Any]:
+    of_sharing = ("kv_layer_map", "forward_passes", "backward_passes")
+    sizes = {
+        key: value for key, value in dataclasses.asdict(config).items() if key not in ("windows", "rope", *of_sharing)
+    }
+    facts = {"model": files.name, "identity": identity, **sizes}
+    if config.kv_layer_map is not None:
+        facts |= {name: getattr(config, name) for name in of_sharing} | {"kv_layer_map": write_notation(config)}
+    is_unbounded = config.kv_layer_map is not None and config.forward_passes is None
+    kv_width = 2 * config.num_kv_heads * config.head_dim  # of the keys and values of one layer
+    return facts | {
+        "num_kv_layers": len(config.kv_layers),
+        # How many layers a long prompt evaluates, relative to the model without sharing. None: the prompt decides.
+        "relative_prefill_cost": None if is_unbounded else round(sum(layer_passes(config, 512)) / config.num_layers, 2),
+        "sliding_windows": sorted({window for window in config.windows if window is not None}),
+        "rope": config.rope.kind,
+        "rope_theta": config.rope.theta,
+        "parameters": config.num_parameters,
+        "kv_parameters": len(config.kv_layers) * kv_width * (config.width + config.qkv_bias),
+        "dtype": dtype,
+        "parameter_bytes": config.num_parameters * _BYTES[dtype],
+        "cache_bytes_per_token": config.cache_bytes_per_token(_BYTES[dtype]),
+        "eos_token_ids": list(files.eos_token_ids),
+        "chat_template": bool(files.tokenizer is not None and files.tokenizer.chat_template),
+    }
+
+
+def _show_plans(options: argparse.Namespace) -> int:
+    """Prints which list copies which in the plan of each prompt. Returns the exit status."""
+    texts, method = read_prompts(options), read_method(options)
+    files = open_named(options)
+    prompts = apply_chat_template(files, texts, options)
+    longest, most = max(map(len, prompts)), files.config.max_positions - 1
+    if longest > most:
+        raise UsageError(f"a prompt has {longest} tokens; this model has room for {most}: shorten the prompt")
+    settings = method.settings
+    with usage_errors():
+        settings.num_label_channels(files.config)
+    from hshare_jax.calibration import find_plans
+
+    model = files.load(options.dtype)
+    plans = find_plans(model, prompts, method=method)
+    has_probes = [len(prompt) > settings.first_probe for prompt in prompts]
+    if options.json:
+        found = [
+            {"prompt_tokens": len(prompt), "has_probes": probed, "source": plan.source}
+            for prompt, probed, plan in zip(prompts, has_probes, plans, strict=True)
+        ]
+        print(json.dumps({"model": model.name, "dense_layers": settings.dense_layers, "plans": found}))
+        return 0
+    print("own: computed there; 4.1: copied from layer 4, list 1; dense: reads everything")
+    for row, (prompt, probed, plan) in enumerate(zip(prompts, has_probes, plans, strict=True), start=1):
+        if len(prompts) > 1:
+            print(f"==> {row} <==")
+        print("\n".join(_draw_plan(plan, settings)))
+        print(count_lists(plan, settings))
+        if not probed and method.search.plan_scope == "sequence":
+            least = settings.first_probe + 1
+            print(f"the prompt has {len(prompt)} tokens; below {least} there is no plan: nothing is shared")
+    return 0
+
+
+def _draw_plan(plan: "SharePlan", settings: "HShareSettings") -> list[str]:
+    """A line for each layer, with the source of each of its lists."""
+    lines = []
+    for layer, (sources, computed) in enumerate(zip(plan.source, plan.is_computed, strict=True)):
+        J = len(sources)
+        cells = ["own" if own else f"{unit // J}.{unit % J}" for unit, own in zip(sources, computed, strict=True)]
+        cells = cells if layer >= settings.dense_layers else ["dense"]
+        lines.append(f"layer {layer:3}" + "".join(f"{cell:>7}" for cell in cells))
+    return lines
+
+
+def count_lists(plan: "SharePlan", settings: "HShareSettings") -> str:
+    """Says how many lists, and how many layers, of the sparse layers a plan computes."""
+    computed = plan.is_computed[settings.dense_layers :]
+    num_idle = int((~computed.any(axis=1)).sum())
+    return f"computes {computed.sum()} of {computed.size} lists; {num_idle} of {len(computed)} layers compute none"

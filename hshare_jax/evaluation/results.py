@@ -1,0 +1,143 @@
+"""Results files read back: lines of `hshare-jax eval` and of the studies in scripts/study, in one form."""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from hshare_jax.methods.names import METHODS, has_use_for
+
+# What each kind of line must hold, beside context, budget and name of the method. Other kinds are not read.
+_KINDS = {"text": ("reads", "divergence"), "speed": ("batch", "milliseconds")}
+_PROTOCOL = ("steps", "dtype")  # facts that all results of one context share
+# Lines of studies that differ only in these facts may be pooled.
+_POOLED = (
+    "results", "task", "data", "data_sha256", "texts", "limit", "skip_start", "seeds", "batch_size",
+)  # fmt: skip
+_FILES = ("plan_file", "plan_file_sha256", "channels_file", "channels_file_sha256")
+_NEW_NAMES = {"plan": "plan_kind"}  # settings that files of earlier versions call otherwise
+
+
+def read_results(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[dict[str, Any]], str]:
+    """The results in files, for `plot_quality` and `plot_speed`, and the name of the model that they are of.
+
+    Each result is a dict with `kind`, `context`, `budget` and `name`. Kind "text" has `reads` and `divergence`, kind
+    "speed" has `batch` and `milliseconds`. Lines of `hshare-jax eval --task perplexity` get the names that
+    scripts/study/methods.py writes: "hshare 1/2-1-1" at the default ratio, "published 7/8-3/4-1/2" for the published
+    plan. Lines of other tasks and kinds are left out, and so is a last line that is only half written.
+
+    Raises:
+        ValueError: a file that holds no results, files of different models, or files that measured one context in
+            different ways, or one method at one context and budget with different settings.
+        OSError: a file that cannot be read.
+    """
+    lines: list[dict[str, Any]] = []
+    agreement, model = _Agreement(), ""
+    for path in map(Path, paths):
+        study, results = _read_file(path)
+        model = study["model"]
+        agreement.check((), path, {name: study.get(name) for name in ("model", "identity")}, "results of a model")
+        for line in results:
+            context = line["context"]
+            for name in _PROTOCOL:
+                if name in study:
+                    subject = (line["kind"], context, name)
+                    agreement.check(subject, path, {name: study[name]}, f"results of {context} tokens")
+            subject = tuple(line.get(name) for name in ("kind", "context", "budget", "name", "batch"))
+            what = f"{line['name']} at {line['budget']} of {context} tokens"
+            agreement.check((*subject, "settings"), path, _facts_of(study, line["name"]), what)
+        lines += results
+    return lines, model
+
+
+class _Agreement:
+    """Facts that must agree across files, by subject."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Any, ...], tuple[Path, dict[str, Any]]] = {}
+
+    def check(self, subject: tuple[Any, ...], path: Path, facts: dict[str, Any], what: str) -> None:
+        """Raises ValueError if an earlier file has other facts about the same subject; `what` names it."""
+        earlier, known = self._known.setdefault(subject, (path, facts))
+        for name in {**known, **facts}:
+            old, new = known.get(name), facts.get(name)
+            if str(old) != str(new):
+                raise ValueError(
+                    f"{earlier} and {path} both hold {what}, but differ in {name}, {old} and {new}; plot them apart"
+                )
+
+
+def _facts_of(study: dict[str, Any], name: str) -> dict[str, Any]:
+    """The facts that all lines of one name must share, without settings and files that its method does not take."""
+    family = name.partition(" ")[0]
+    method = family if family in METHODS else "hshare"  # such as "published 7/8-3/4-1/2"
+    settings = _settings_of(study)
+    facts = {"what made them": "hshare-jax eval" if settings else "a study"} | settings
+    facts |= {key: value for key, value in study.items() if key not in (*_POOLED, "settings")}
+    of_hshare = (*settings, *_FILES)
+    return {
+        key: value
+        for key, value in facts.items()
+        if key not in of_hshare or has_use_for(method, key.removesuffix("_sha256"))
+    }
+
+
+def _settings_of(study: dict[str, Any]) -> dict[str, str]:
+    """The settings in the first line of `hshare-jax eval`, by today's names; none in other files."""
+    return {_NEW_NAMES.get(name, name): value for name, value in study.get("settings", {}).items()}
+
+
+def _read_file(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The first line of a file, which says what was measured, and the results in all further lines."""
+    text = path.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]
+    objects = []
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            objects.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}:{number} is not JSON ({error}); this is no results file") from error
+        if not isinstance(objects[-1], dict):
+            raise ValueError(f"{path}:{number} is not a JSON object; this is no results file")
+    if not objects or not isinstance(objects[0].get("model"), str):
+        raise ValueError(f"{path} does not begin with a line that names the model; this is no results file")
+    study, *lines = objects
+    try:
+        results = [_to_result(study, line) for line in lines]
+    except KeyError as error:
+        raise ValueError(f"{path} has a line without {error}; these results cannot be plotted") from error
+    return study, [result for result in results if result is not None]
+
+
+def _to_result(study: dict[str, Any], line: dict[str, Any]) -> dict[str, Any] | None:
+    """A line of a study or of `hshare-jax eval` as a result; None if it is of no kind that is plotted."""
+    if "kind" in line:
+        if line["kind"] not in _KINDS:
+            return None
+        names = ("kind", "context", "budget", "name", *_KINDS[line["kind"]])
+        return {name: line[name] for name in names}
+    if line.get("task") != "perplexity" or "divergence" not in line["scores"]:
+        return None
+    settings = _settings_of(study)
+    return {
+        "kind": "text",
+        "context": int(study["context"]),
+        "budget": sum(int(settings[name]) for name in ("num_sinks", "num_critical", "num_recent")),
+        "name": _name_of(study, line["method"]),
+        "reads": line["reads"],
+        "divergence": line["scores"]["divergence"],
+    }
+
+
+def _name_of(study: dict[str, Any], method: str) -> str:
+    """The name that studies give to a method of `hshare-jax eval`."""
+    if method != "hshare":
+        return method
+    if "plan_file" in study:
+        return f"hshare {Path(study['plan_file']).name}"
+    settings = _settings_of(study)
+    interval = int(settings["refresh_interval"])
+    query = "1" if interval == 1 else f"1/{interval}"
+    kind = "hshare" if settings["plan_kind"] == "units" else settings["plan_kind"]
+    return f"{kind} {settings['layer_ratio']}-{settings['head_ratio']}-{query}"

@@ -1,0 +1,276 @@
+"""HShare as a method: its settings, how its plan is found from a prompt, and what was found beforehand."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Int
+
+from hshare_jax.kernels.labels import Labels, make_labels
+from hshare_jax.kv_cache import KVCache
+from hshare_jax.methods.base import PromptQueries
+from hshare_jax.methods.hshare.channels import check_channels, choose_channels
+from hshare_jax.methods.hshare.settings import HShareSettings, PlanSearch, read_sharing_ratio
+from hshare_jax.methods.hshare.share_plan import SharePlan, find_plan, identity_plan
+from hshare_jax.methods.hshare.shared_lists import SharedLists
+from hshare_jax.methods.hshare.similarity import MEASURES, LabelledPrompt, probe_positions
+from hshare_jax.models.config import ModelConfig
+from hshare_jax.shapes import EMPTY, Similarity, Source, round_up_coarsely
+
+PROBE_STEP = 64  # with all queries as probes their number rounds up, so that a longer prompt may compile nothing
+
+SETTING_NAMES = tuple(field.name for record in (HShareSettings, PlanSearch) for field in dataclasses.fields(record))
+Channels = tuple[tuple[tuple[int, ...], ...], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class HShare:
+    """HShare (ICLR 2025): every head reads a few critical tokens, and lists of them are shared by a plan.
+
+    A `Method`: static and hashable. The defaults are the settings that docs/quality.md advises; `published` is the
+    paper's method.
+    """
+
+    settings: HShareSettings = HShareSettings()  # noqa: RUF009 (frozen)
+    search: PlanSearch = PlanSearch()  # noqa: RUF009 (frozen)
+    plan: SharePlan | None = None  # from `calibrate` or `load_plan`; None finds a plan for each prompt
+    # Label channels of every kv head [L, K, ranks], the best first, at least as many as labels keep, from `calibrate`
+    # or `load_channels`; None takes those of each prompt. Any array is taken, and kept as tuples.
+    channels: Channels | Array | np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if self.channels is not None:
+            object.__setattr__(self, "channels", _as_tuples(np.asarray(self.channels).tolist()))
+        if self.channels is not None and self.settings.scoring == "exact":
+            raise ValueError("channels were given, but scoring='exact' reads keys and has no labels; leave them out")
+
+    @classmethod
+    def published(cls) -> "HShare":
+        """The method as the paper and its code have it, at the paper's 128 tokens and 7/8-3/4-1/2.
+
+        There are two differences. Similarity is measured from `HShareSettings.first_probe` on, because lists at earlier
+        positions must overlap. Labels keep 32 channels, as in the paper's code, also of heads smaller than its 128.
+        """
+        settings = HShareSettings(
+            num_sinks=8, num_critical=88, num_recent=32,
+            lists_per="query_head", dilate=False, dense_layers=0, min_length=0,
+        )  # fmt: skip
+        return cls(settings, PlanSearch(plan_kind="published", num_probes="all")).with_sharing_ratio("7/8-3/4-1/2")
+
+    @property
+    def sharing_ratio(self) -> str:
+        """The fractions that choose for themselves, as the paper writes them: layer-head-query."""
+        query = Fraction(1, self.settings.refresh_interval)
+        return f"{self.search.layer_ratio}-{self.search.head_ratio}-{query}"
+
+    def with_sharing_ratio(self, ratio: str) -> "HShare":
+        """The same method at a ratio in the paper's notation, layer-head-query: `7/8-3/4-1/2`.
+
+        Raises:
+            SettingError: not three fractions, or a query ratio that is not one over a whole number.
+        """
+        layer, head, interval = read_sharing_ratio(ratio)
+        return dataclasses.replace(
+            self,
+            settings=dataclasses.replace(self.settings, refresh_interval=interval),
+            search=dataclasses.replace(self.search, layer_ratio=layer, head_ratio=head),
+        )
+
+    def with_settings(self, values: Mapping[str, object]) -> "HShare":
+        """The same method with other settings, by their names in HShareSettings and PlanSearch.
+
+        Raises:
+            SettingError: a value outside its range.
+            ValueError: a name that neither of them has.
+        """
+        records = {"settings": self.settings, "search": self.search}
+        names = {part: {field.name for field in dataclasses.fields(record)} for part, record in records.items()}
+        if unknown := set(values).difference(*names.values()):
+            raise ValueError(f"unknown settings {', '.join(sorted(unknown))}; there are {', '.join(SETTING_NAMES)}")
+        changed: dict[str, Any] = {}
+        for part, record in records.items():
+            changes: dict[str, Any] = {name: value for name, value in values.items() if name in names[part]}
+            changed[part] = dataclasses.replace(record, **changes)
+        return dataclasses.replace(self, **changed)
+
+    @property
+    def wants_received(self) -> bool:
+        """False: HShare does not use the attention that each slot receives."""
+        return False
+
+    def start(self, config: ModelConfig, cache: KVCache) -> SharedLists:
+        """The lists of an empty cache.
+
+        Raises:
+            ValueError: a plan, channels or settings that are not for this model.
+        """
+        settings = self.settings
+        B = cache.lengths.shape[0]
+        L, K = config.num_layers, config.num_kv_heads
+        J, R = settings.num_lists(config), settings.num_label_channels(config)
+        source, computes = identity_plan(B, L, J), np.ones(L, bool)
+        if self.plan is not None:
+            self.plan.check(config, settings)
+            source = jnp.tile(jnp.asarray(self.plan.source, jnp.int32), (B, 1, 1))
+            computes = np.asarray(self.plan.is_computed.any(axis=1))
+        channels = np.tile(np.arange(R, dtype=np.int32), (L, K, 1))
+        if self.channels is not None:
+            of_kv_layer = [config.kv_layer(layer) for layer in range(L)]
+            channels = check_channels(np.asarray(self.channels), config, R)[of_kv_layer]
+        labelled = set()
+        if settings.scoring == "labels":
+            labelled = {config.kv_layer(layer) for layer in range(settings.dense_layers, L) if computes[layer]}
+        return SharedLists(
+            token_indices=jnp.full((L, B, J, settings.num_critical), EMPTY, jnp.int32),
+            source=source,
+            channels=jnp.tile(jnp.asarray(channels), (B, 1, 1, 1)),
+            labels=tuple(
+                _empty_labels(keys, R, settings.label_bits) if layer in labelled else None
+                for layer, keys in zip(config.kv_layers, cache.keys, strict=True)
+            ),
+            recent_start=jnp.zeros((B,), jnp.int32),
+            age=jnp.zeros((B,), jnp.int32),
+            settings=settings,
+            plan=self.plan,
+        )
+
+    def probe_positions(self, starts: Int[Array, "B"], lengths: Int[Array, "B"], num_tokens: int) -> Int[Array, "B P"]:
+        """Positions of the probes that a plan is found from; none if the plan is known."""
+        P = self.search.num_probes
+        if P == "all":
+            P = round_up_coarsely(num_tokens, PROBE_STEP)
+        return probe_positions(starts, lengths, self.settings, P if self.plan is None else 0)[0]
+
+    def after_prefill(
+        self,
+        state: SharedLists,
+        queries: PromptQueries,
+        cache: KVCache,
+        config: ModelConfig,
+        *,
+        memo: dict[Any, Any] | None = None,
+    ) -> SharedLists:
+        """The lists with channels, labels and plan found from the prompt, unless they are known beforehand.
+
+        Args:
+            state, queries, cache, config: as for `Method.after_prefill`. The state may be donated.
+            memo: keeps labels and similarity, which do not depend on how many lists are shared. It holds only the last
+                ones, because labels are large.
+        """
+        has_channels, shares = self.channels is not None, self.search.shares_lists(self.settings, config)
+        if memo is None or self.plan is not None or not shares:
+            search = self.search if self.plan is None else None
+            return _find_lists(state, queries, cache, config=config, search=search, has_channels=has_channels)
+        key = self.settings, self.search.similarity, self.search.num_probes, self.channels
+        if key not in memo:
+            memo.clear()
+            memo[key] = measure_prompt(
+                state, queries, cache, config=config, similarity=self.search.similarity, has_channels=has_channels
+            )
+        lists, similarity = memo[key]
+        source = plan_from(similarity, config=config, settings=self.settings, search=self.search)
+        lists = jax.tree.map(lambda array: jnp.array(array, copy=True), lists)  # decode steps will be given them
+        return dataclasses.replace(lists, source=source)
+
+
+def _as_tuples(values: Any) -> Any:
+    return tuple(map(_as_tuples, values)) if isinstance(values, list) else values
+
+
+def _empty_labels(keys: Array, num_channels: int, bits: int | None) -> Labels:
+    codes, scales = (
+        None if shape is None else jnp.zeros(shape.shape, shape.dtype)
+        for shape in _label_shapes(keys.shape, keys.dtype, num_channels, bits)
+    )
+    assert codes is not None
+    return Labels(codes, scales)
+
+
+@functools.cache  # eval_shape traces anew on every call
+def _label_shapes(
+    keys_shape: tuple[int, ...], dtype: jnp.dtype, num_channels: int, bits: int | None
+) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct | None]:
+    def make(keys: Array, channels: Array) -> tuple[Array, Array | None]:
+        labels = make_labels(keys, channels, bits)
+        return labels.codes, labels.scales
+
+    channels = jax.ShapeDtypeStruct((*keys_shape[:2], num_channels), jnp.int32)
+    return jax.eval_shape(make, jax.ShapeDtypeStruct(keys_shape, dtype), channels)
+
+
+def _with_labels(
+    lists: SharedLists, queries: PromptQueries, cache: KVCache, config: ModelConfig, has_channels: bool
+) -> SharedLists:
+    """The lists with labels of the whole cache, on channels that are given or found from the prompt."""
+    channels, settings = lists.channels, lists.settings
+    if not has_channels:
+        R = settings.num_label_channels(config)
+        by_keys = zip(queries.sizes, cache.keys, strict=True)
+        of_keys = [choose_channels(sizes, keys, cache.lengths, R) for sizes, keys in by_keys]
+        channels = jnp.stack([of_keys[config.kv_index(layer)] for layer in range(config.num_layers)], axis=1)
+    labels = tuple(
+        None if old is None else make_labels(keys, channels[:, layer], settings.label_bits)
+        for layer, keys, old in zip(config.kv_layers, cache.keys, lists.labels, strict=True)
+    )
+    return dataclasses.replace(lists, channels=channels, labels=labels, age=jnp.zeros_like(lists.age))
+
+
+def _measure(
+    lists: SharedLists, queries: PromptQueries, cache: KVCache, config: ModelConfig, similarity: str
+) -> Similarity:
+    prompt = LabelledPrompt(queries, cache.keys, lists.labels, lists.channels)
+    return MEASURES[similarity](prompt, config=config, settings=lists.settings)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "search", "has_channels"), donate_argnames=("lists",))
+def _find_lists(
+    lists: SharedLists,
+    queries: PromptQueries,
+    cache: KVCache,
+    *,
+    config: ModelConfig,
+    search: PlanSearch | None,
+    has_channels: bool,
+) -> SharedLists:
+    """The lists with labels of the cache, and with a plan by `search`; None keeps the plan that the lists have."""
+    lists = _with_labels(lists, queries, cache, config, has_channels)
+    if search is None:
+        return lists
+    similarity = _measure(lists, queries, cache, config, search.similarity)
+    source = find_plan(similarity, config=config, settings=lists.settings, search=search)
+    return dataclasses.replace(lists, source=source)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "similarity", "has_channels"))
+def measure_prompt(
+    lists: SharedLists,
+    queries: PromptQueries,
+    cache: KVCache,
+    *,
+    config: ModelConfig,
+    similarity: str,
+    has_channels: bool,
+) -> tuple[SharedLists, Similarity]:
+    """The lists with labels of the cache, and the similarity that a plan is found from (jitted).
+
+    Args:
+        lists: from `HShare.start`.
+        queries, cache: of the prompt.
+        config: the model.
+        similarity: "overlap" or "mass" (`PlanSearch.similarity`).
+        has_channels: whether the lists hold channels that were given; otherwise the prompt's own are found.
+    """
+    lists = _with_labels(lists, queries, cache, config, has_channels)
+    return lists, _measure(lists, queries, cache, config, similarity)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "settings", "search"))
+def plan_from(similarity: Similarity, *, config: ModelConfig, settings: HShareSettings, search: PlanSearch) -> Source:
+    """Each row's plan, as `find_plan` finds it (jitted)."""
+    return find_plan(similarity, config=config, settings=settings, search=search)

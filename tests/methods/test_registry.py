@@ -1,0 +1,34 @@
+"""Methods by name: each reads as many tokens as HShare would."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_decoder import HSHARE, MODEL, params, prefill_rows, random_rows, vary
+
+from hshare_jax.decode_step import decode_step
+from hshare_jax.methods.names import METHODS
+from hshare_jax.methods.registry import method_named
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_by_name_read_no_more_than_the_budget(name):
+    hshare = vary(HSHARE, num_sinks=4, num_critical=32, num_recent=12, refresh_interval=1)
+    method = method_named(name, hshare, max_new_tokens=4)
+    (row,) = random_rows(26, lengths=(200,), more=1)
+    _, state = prefill_rows([row[:200]], method=method)
+    _, state = decode_step(params(), jnp.asarray(row[200:201]), state, config=MODEL)
+    if state.method_state is None:
+        assert (name, method) == ("dense", None)
+        return
+    for layer in range(MODEL.num_layers):
+        reads = np.asarray(state.method_state.mark_reads(layer, state.cache, MODEL))[0].sum(axis=-1)
+        most = 201 if layer < hshare.settings.dense_layers else hshare.budget + (name == "snapkv")
+        assert (reads <= most).all()
+        assert (reads >= most - 16).all()
+
+
+def test_unknown_names_and_budgets_too_small_are_refused():
+    with pytest.raises(ValueError, match="method='magic' must be one of 'hshare', 'dense'"):
+        method_named("magic", HSHARE)
+    with pytest.raises(ValueError, match="a budget of 12 tokens is too small for quest; it needs at least 16"):
+        method_named("quest", HSHARE)
