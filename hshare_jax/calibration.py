@@ -50,10 +50,10 @@ def calibrate(
 ) -> Calibration:
     """Finds channels and one plan for all prompts, from texts that are cut into blocks and prefilled.
 
-    Channels are ranked by the mean of |q x k|, after RoPE, over all pairs of a query and a key of one block, summed over
-    a group's query heads. A second pass measures similarity on the labels of these channels. The plan is found from the
-    mean similarity over the probes of all blocks. The last block of a text may be shorter; a block that is too short for
-    a probe counts only for the channels.
+    Channels are ranked by the mean of |q x k|, after RoPE, over all pairs of a query and a key of one block, summed
+    over a group's query heads. A second pass measures similarity on the labels of these channels. The plan is found
+    from the mean similarity over the probes of all blocks. The last block of a text may be shorter; a block that is too
+    short for a probe counts only for the channels.
 
     Args:
         model: from `load_model`.

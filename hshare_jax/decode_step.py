@@ -36,12 +36,12 @@ def decode_step(
         state: from `prefill` or a previous step.
         config: the model.
         refresh: for HShare, whether this step chooses critical tokens anew. True or False is a static schedule: True on
-            the first step after prefill and on every `refresh_interval`-th step from there. None follows each row's age,
-            so that rows that started at different times can share a batch. Other methods ignore it.
+            the first step after prefill and on every `refresh_interval`-th step from there. None follows each row's
+            age, so that rows that started at different times can share a batch. Other methods ignore it.
         is_active: rows that take part [B]; None means all. Other rows append nothing and keep their length, and their
             logits mean nothing.
-        impl: which implementation computes selection and attention. `auto` takes the Pallas kernels on an NVIDIA GPU and
-            plain jnp elsewhere; `pallas` and `reference` name one; `interpret` runs the kernels on any machine, slowly.
+        impl: which implementation computes selection and attention. `auto` takes the Pallas kernels on an NVIDIA GPU
+            and plain jnp elsewhere; `pallas` and `reference` name one; `interpret` runs the kernels anywhere, slowly.
 
     Raises:
         ValueError: arrays whose shape does not fit the state, or an `impl` that cannot run here.

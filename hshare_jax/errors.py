@@ -1,4 +1,4 @@
-"""Errors that carry facts instead of a finished sentence, so that Python and the command line each say them their way."""
+"""Errors that carry facts, not finished sentences, so that Python and the command line each say them their own way."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence

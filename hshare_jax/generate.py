@@ -24,6 +24,8 @@ from hshare_jax.sampling import SamplingParams
 from hshare_jax.text_stream import TextStream
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
     from hshare_jax.models.pretrained import Model
 
 STREAM_STEPS = 4  # decode steps between two looks at the tokens from the host, to show text or find stop strings
@@ -170,9 +172,9 @@ class _Run:
         check_whole("max_new_tokens", options.max_new_tokens, 1)
         self._capacity = choose_capacity(model.config, self._prompts, options.max_new_tokens, options.capacity)
         self._seeds = _check_seeds(options.seeds, len(prompts))
-        self._ends = _end_tokens(model, options.stop)
+        tokenizer = _check_tokenizer(model, options.stop)
+        self._ends = _end_tokens(model, tokenizer, options.stop)
         jax.eval_shape(lambda: jax.tree.leaves(self._init_state()))  # refuses a method that does not fit the model
-        tokenizer = model.tokenizer
         self.streams = [] if tokenizer is None else [TextStream(tokenizer, options.stop) for _ in prompts]
         self._tokens: list[list[int]] = [[] for _ in prompts]
         self._prefill_seconds = self._decode_seconds = self._compile_seconds = 0.0
@@ -311,28 +313,30 @@ def _check_seeds(seeds: Sequence[int] | None, num_prompts: int) -> list[int]:
     return checked
 
 
-def _end_tokens(model: "Model", stop: Sequence[str]) -> tuple[int, ...]:
-    """Token ids at which a row ends: the model's own, and those of stop strings that are special tokens.
-
-    A special token has no text, so no search in the text would find it.
-
-    Raises:
-        ValueError: stop strings that cannot be found, or a tokenizer whose tokens cannot be streamed.
-    """
-    tokenizer = model.tokenizer
-    if stop and tokenizer is None:
+def _check_tokenizer(model: "Model", stop: Sequence[str]) -> "PreTrainedTokenizerFast | None":
+    """The model's tokenizer, if it has one. ValueError where stop strings or streams are not possible with it."""
+    if stop and model.tokenizer is None:
         raise ValueError("stop strings need a model with a tokenizer; this one has none, so use its end tokens")
     if isinstance(stop, str):
         raise SettingError("stop", stop, "must be a sequence of strings; put a single one in a list")
     if not all(stop):
         raise ValueError("stop holds an empty string, which would end every row at once; leave it out")
-    if tokenizer is None:
-        return model.eos_token_ids
+    if model.tokenizer is None:
+        return None
     from transformers import PreTrainedTokenizerFast
 
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+    if not isinstance(model.tokenizer, PreTrainedTokenizerFast):
         raise ValueError(
-            f"{model.name} has a {type(tokenizer).__name__}; only tokenisers of the tokenizers library stream"
+            f"{model.name} has a {type(model.tokenizer).__name__}; only tokenisers of the tokenizers library stream"
         )
-    special = {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return model.tokenizer
+
+
+def _end_tokens(model: "Model", tokenizer: "PreTrainedTokenizerFast | None", stop: Sequence[str]) -> tuple[int, ...]:
+    """Token ids at which a row ends: the model's own, and those of stop strings that are special tokens.
+
+    A special token has no text, so no search in the text would find it.
+    """
+    added = {} if tokenizer is None else tokenizer.added_tokens_decoder
+    special = {token.content: index for index, token in added.items() if token.special}
     return (*model.eos_token_ids, *(special[text] for text in stop if text in special))

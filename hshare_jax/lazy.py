@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 def make_lazy(package: str, homes: Mapping[str, Sequence[str]]) -> None:
     """Gives a package the names of its modules without importing these modules.
 
-    A name may be the name of its module too: `hshare_jax.prefill` is the function. Python puts each imported module into
-    its package. The package gets a class that keeps such a module from hiding the function.
+    A name may be the name of its module too: `hshare_jax.prefill` is the function. Python puts each imported module
+    into its package. The package gets a class that keeps such a module from hiding the function.
 
     Args:
         package: its `__name__`.

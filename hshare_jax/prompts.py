@@ -82,7 +82,7 @@ def choose_capacity(config: ModelConfig, prompts: list[list[int]], max_new_token
 
 
 def encode_text(tokenizer: "PreTrainedTokenizerBase", text: str) -> tuple[list[int], list[int]]:
-    """Token ids of a text without special tokens, and the ids that must come before every stretch of it (<s>, or none)."""
+    """Token ids of a text without special tokens, and the ids that must precede any stretch of it (<s>, or none)."""
     ids, first = tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer("")["input_ids"][:1]
     return list(ids), list(first) if first == [tokenizer.bos_token_id] else []
 
@@ -99,5 +99,7 @@ def encode_chat(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Mapping
     Raises:
         jinja2.TemplateError: the template refuses the conversation. Some templates know no system message.
     """
-    text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+    text = tokenizer.apply_chat_template(
+        [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
+    )
     return list(tokenizer(str(text), add_special_tokens=False)["input_ids"])

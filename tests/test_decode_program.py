@@ -10,14 +10,14 @@ import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hshare_jax.methods.hshare.share_plan import SharePlan, kv_layer_plan
-from hshare_jax.methods.hshare.shared_lists import SharedLists
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from program_text import count_copies
 from tiny_decoder import CAPACITY, HSHARE, MODEL, SHARED_KV, params, prefill_rows, random_rows, vary
 
 from hshare_jax.decode_state import DecodeState, init_state
 from hshare_jax.decode_step import decode_step
+from hshare_jax.methods.hshare.share_plan import SharePlan, kv_layer_plan
+from hshare_jax.methods.hshare.shared_lists import SharedLists
 
 # Where only the program is looked at: two layers, both sparse. Groups of 4, so that nothing but a buffer has its shape.
 SHALLOW = dataclasses.replace(MODEL, num_layers=2, num_heads=12, windows=(None,) * 2)

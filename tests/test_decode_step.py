@@ -8,9 +8,6 @@ import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hshare_jax.methods.hshare.settings import HShareSettings
-from hshare_jax.methods.hshare.share_plan import SharePlan, identity_plan, kv_layer_plan
-from hshare_jax.methods.hshare.shared_lists import SharedLists
 from tiny_decoder import (
     CAPACITY,
     HSHARE,
@@ -28,6 +25,9 @@ from tiny_decoder import (
 from hshare_jax.decode_state import DecodeState, count_reads, init_state
 from hshare_jax.decode_step import decode_step
 from hshare_jax.methods import double_sparsity, exact_topk
+from hshare_jax.methods.hshare.settings import HShareSettings
+from hshare_jax.methods.hshare.share_plan import SharePlan, identity_plan, kv_layer_plan
+from hshare_jax.methods.hshare.shared_lists import SharedLists
 from hshare_jax.shapes import EMPTY
 
 BUDGET = HShareSettings(num_sinks=2, num_critical=6, num_recent=4, label_channels=3, min_length=0)
@@ -107,7 +107,12 @@ WHOLE = {
     "anchors, shared KV, exact, no dense layers": (
         SHARED_KV,
         vary(
-            HSHARE, plan_kind="anchors", layer_ratio=Fraction(1, 2), head_ratio=Fraction(1), scoring="exact", dense_layers=0
+            HSHARE,
+            plan_kind="anchors",
+            layer_ratio=Fraction(1, 2),
+            head_ratio=Fraction(1),
+            scoring="exact",
+            dense_layers=0,
         ),
         LENGTHS,
     ),
@@ -272,9 +277,7 @@ def test_without_refreshes_the_recent_range_slides_and_holds_the_current_token()
         assert (length - first <= HSHARE.settings.max_recent).all()
 
 
-@pytest.mark.parametrize(
-    "method", [None, HSHARE, vary(PUBLISHED, num_probes=4)], ids=["dense", "units", "published"]
-)
+@pytest.mark.parametrize("method", [None, HSHARE, vary(PUBLISHED, num_probes=4)], ids=["dense", "units", "published"])
 def test_a_row_in_a_ragged_batch_equals_the_row_alone(method):
     rows = random_rows(24, more=7)
     started = start(rows, method=method)

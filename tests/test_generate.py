@@ -52,9 +52,7 @@ def test_generated_tokens_are_those_of_a_loop_of_steps(greedy):
     for prompt, found in zip(PROMPTS, greedy.tokens, strict=True):
         ids = jnp.asarray([TOKENIZER(prompt)["input_ids"]], jnp.int32)
         state = init_state(SHALLOW, 1, 256, method=HSHARE)
-        logits, state = prefill(
-            params(SHALLOW), ids, jnp.asarray([ids.size]), state, config=SHALLOW, method=HSHARE
-        )
+        logits, state = prefill(params(SHALLOW), ids, jnp.asarray([ids.size]), state, config=SHALLOW, method=HSHARE)
         tokens = [int(logits[0].argmax())]
         while len(tokens) < NEW:
             logits, state = decode_step(params(SHALLOW), jnp.asarray(tokens[-1:]), state, config=SHALLOW)
@@ -297,9 +295,9 @@ def test_streaming_needs_a_tokenizer_and_says_so_at_once():
 def test_a_stream_refuses_a_plan_and_channels_at_once():
     with pytest.raises(ValueError, match="the plan is for 1 layers of 3 lists"):
         stream(MODEL_OF_TEXT, ["there"], method=dataclasses.replace(HSHARE, plan=SharePlan(((0, 1, 2),))))
+    known = dataclasses.replace(HSHARE, channels=np.zeros((1, 1, 1), np.int32))
     with pytest.raises(ValueError, match="channels has shape"):
-        channels = np.zeros((1, 1, 1), np.int32)
-        stream(MODEL_OF_TEXT, ["there"], method=dataclasses.replace(HSHARE, channels=channels))
+        stream(MODEL_OF_TEXT, ["there"], method=known)
 
 
 @pytest.mark.parametrize("size", [1, 255, 256, 257, 500, 1000, 1023, 1024])

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hshare_jax.methods.hshare.shared_lists import SharedLists
 from tiny_decoder import (
     CAPACITY,
     HSHARE,
@@ -26,6 +25,7 @@ from hshare_jax.compile_clock import compile_clock
 from hshare_jax.decode_state import init_state
 from hshare_jax.kernels.labels import make_labels
 from hshare_jax.kv_cache import init_cache
+from hshare_jax.methods.hshare.shared_lists import SharedLists
 from hshare_jax.models.decoder import Decoder
 from hshare_jax.prefill import CHUNKS, prefill
 
@@ -240,5 +240,7 @@ def test_a_row_that_outgrows_its_capacity_under_jit_yields_nan():
 @pytest.mark.parametrize(("started", "given"), [(HSHARE, None), (None, HSHARE)], ids=["without", "with"])
 def test_a_state_of_another_method_is_refused(started, given):
     state, tokens = init_state(MODEL, 1, CAPACITY, method=started), jnp.zeros((1, 4), jnp.int32)
-    with pytest.raises(ValueError, match="does not fit the state, which init_state made for .*: give both the same method"):
+    with pytest.raises(
+        ValueError, match=r"does not fit the state, which init_state made for .*: give both the same method"
+    ):
         prefill(params(), tokens, jnp.asarray([4]), state, config=MODEL, method=given)

@@ -222,8 +222,8 @@ class HShareLM(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The answer to each prompt, up to the first of its stop strings.
 
-        A prompt that leaves no room for `max_gen_toks` loses its beginning. A sampled answer depends on where its request
-        stands among all requests, not on its batch. So repeats of one prompt differ.
+        A prompt that leaves no room for `max_gen_toks` loses its beginning. A sampled answer depends on where its
+        request stands among all requests, not on its batch. So repeats of one prompt differ.
         """
         given: list[Any] = [request.args for request in requests]
         prompts = [self.tok_encode(prompt) or [self.prefix_token_id] for prompt, _ in given]

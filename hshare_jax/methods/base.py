@@ -1,7 +1,7 @@
 """The interface of every sparse method: what it asks of a prompt, and how a decode step reads the cache through it.
 
-A method is a static value (`Method`). It starts a pytree that the decode loop carries from step to step (`MethodState`).
-Prefill, decode step, decode loop and generation know only these two.
+A method is a static value (`Method`). It starts a pytree that the decode loop carries from step to step
+(`MethodState`). Prefill, decode step, decode loop and generation know only these two.
 """
 
 import dataclasses

@@ -19,8 +19,8 @@ class Quest(ListMethod):
     """Reads the page that is being filled and the `num_pages` best other pages (section 3.3, Algorithm 1).
 
     A page keeps each channel's smallest and greatest key. The page's score is the sum over channels of the greater of
-    q x smallest and q x greatest. As published, the first two layers are dense, and sinks and recent tokens get no place
-    of their own; `num_sinks` and `num_recent` give them one. Pages hold 16 tokens; the default reads 1,024 tokens.
+    q x smallest and q x greatest. As published, the first two layers are dense, and sinks and recent tokens get no
+    place of their own; `num_sinks` and `num_recent` give them one. Pages hold 16 tokens; the default reads 1,024.
     """
 
     dense_layers: int = 2

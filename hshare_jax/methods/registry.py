@@ -98,8 +98,8 @@ def notes_on_short_texts(
     is_whole = [settings.budget_ratio is None and size <= settings.budget for _, size in sizes]
     if num_whole := sum(is_whole):
         notes.append(
-            f"{num_whole} of {len(sizes)} texts are no longer than the {settings.budget} tokens that a head reads: every "
-            "method decodes them as dense decoding does; choose fewer critical or recent tokens"
+            f"{num_whole} of {len(sizes)} texts are no longer than the {settings.budget} tokens that a head reads: "
+            "every method decodes them as dense decoding does; choose fewer critical or recent tokens"
         )
     gated = [name for name in names if has_use_for(name, "min_length")]
     num_gated = sum(size < settings.dense_below and not whole for (_, size), whole in zip(sizes, is_whole, strict=True))
@@ -116,8 +116,8 @@ def notes_on_short_texts(
     finds_plan = "hshare" in names and hshare.plan is None and hshare.search.shares_lists(settings, config)
     if finds_plan and num_unshared:
         notes.append(
-            f"{num_unshared} of {len(sizes)} texts have fewer than the {settings.first_probe + 1} tokens before decoding "
-            "that a plan is found from: hshare shares nothing across layers and heads there; give a plan and channels "
-            "made beforehand, by hshare-jax calibrate"
+            f"{num_unshared} of {len(sizes)} texts have fewer than the {settings.first_probe + 1} tokens before "
+            "decoding that a plan is found from: hshare shares nothing across layers and heads there; give a plan and "
+            "channels made beforehand, by hshare-jax calibrate"
         )
     return notes

@@ -16,7 +16,7 @@ from hshare_jax.methods.listed import ListMethod, PromptLayer, sum_over_lists
 
 @dataclasses.dataclass(frozen=True)
 class SnapKV(ListMethod):
-    """Reads `num_critical` tokens of the prompt, the prompt's last `num_observed`, and all generated tokens (section 4).
+    """Reads `num_critical` tokens of the prompt, its last `num_observed`, and all generated tokens (section 4).
 
     Tokens are chosen once, after the prefill, by the attention of the last `num_observed` queries, summed and averaged
     over `kernel_size` neighbours (the published code's defaults: 32 queries, kernel 5, 2,048 tokens in all). The number

@@ -17,11 +17,11 @@ from datetime import date
 
 import jax
 import numpy as np
+from hshare_jax.training.config import TrainingConfig
 from tqdm import tqdm
 
 from hshare_jax.host_memory import keep_freed_memory
 from hshare_jax.models.config import ModelConfig
-from hshare_jax.training.config import TrainingConfig
 from hshare_jax.training.start import PRESETS, new_model, preset
 from hshare_jax.training.step import data_mesh, init_state, place_batch, train_step
 from scripts.bench.gpu_timing import command

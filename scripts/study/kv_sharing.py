@@ -20,6 +20,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from hshare_jax.training.config import TrainingConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -29,7 +30,6 @@ from hshare_jax.host_memory import keep_freed_memory
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.kv_sharing import layer_passes, papers_prefill_cost, share_kv
 from hshare_jax.models.pretrained import open_model
-from hshare_jax.training.config import TrainingConfig
 from hshare_jax.training.data import encode_files, split_windows
 from hshare_jax.training.run import train
 from hshare_jax.training.start import PRESETS, new_model, preset

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import selector_oracle
+import method_oracle
 from tiny_decoder import HSHARE, LENGTHS, MODEL, oracle_row, params, prefill_rows, random_rows
 
 from hshare_jax.decode_step import decode_step
@@ -34,7 +34,7 @@ def test_recall_is_the_mass_of_exact_attention_on_what_is_read(name):
         reads = [[set(np.flatnonzero(m[n * len(m) // 6])) for n in range(6)] for m in np.asarray(marks, object)]
         exact.step(rows[0][60 + step], lambda layer, length, reads=reads: reads[layer])
         caught = [
-            selector_oracle.weights(exact, layer, 60 + step)[n, sorted(reads[layer][n])].sum()
+            method_oracle.weights(exact, layer, 60 + step)[n, sorted(reads[layer][n])].sum()
             for layer in range(MODEL.num_layers)
             for n in range(6)
         ]

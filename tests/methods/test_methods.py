@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import selector_oracle
+import method_oracle
 from tiny_decoder import LENGTHS, MODEL, SHARED_KV, oracle_row, params, prefill_rows, random_rows
 
 from hshare_jax.decode_state import DecodeState, count_reads, init_state
@@ -22,21 +22,21 @@ SAME = 1e-5  # between two float32 programs of the same model
 STEPS = 8
 WINDOWED = dataclasses.replace(MODEL, windows=(None, 20, 9, None))
 METHODS = {
-    "streaming_llm": (StreamingLLM(num_sinks=2, num_recent=6), selector_oracle.Streaming(2, 6)),
-    "h2o": (H2O(num_heavy=5, num_recent=4), selector_oracle.HeavyHitters(0, 5, 4)),
+    "streaming_llm": (StreamingLLM(num_sinks=2, num_recent=6), method_oracle.Streaming(2, 6)),
+    "h2o": (H2O(num_heavy=5, num_recent=4), method_oracle.HeavyHitters(0, 5, 4)),
     "h2o, sinks, kv heads": (
         H2O(num_sinks=2, num_heavy=4, num_recent=3, dense_layers=1, lists_per="kv_head"),
-        selector_oracle.HeavyHitters(2, 4, 3),
+        method_oracle.HeavyHitters(2, 4, 3),
     ),
-    "quest": (Quest(num_pages=2, page_size=4), selector_oracle.Pages(0, 2, 4, 1)),
+    "quest": (Quest(num_pages=2, page_size=4), method_oracle.Pages(0, 2, 4, 1)),
     "quest, sinks and recent, kv heads": (
         Quest(num_sinks=3, dense_layers=0, num_pages=2, page_size=4, num_recent=6, lists_per="kv_head"),
-        selector_oracle.Pages(3, 2, 4, 6),
+        method_oracle.Pages(3, 2, 4, 6),
     ),
-    "snapkv": (SnapKV(num_critical=6, num_observed=4), selector_oracle.Snapshot(0, 6, 4, 5, True)),
+    "snapkv": (SnapKV(num_critical=6, num_observed=4), method_oracle.Snapshot(0, 6, 4, 5, True)),
     "snapkv, fixed budget, kv heads": (
         SnapKV(num_sinks=1, num_critical=5, num_observed=3, kernel_size=3, keeps_generated=False, lists_per="kv_head"),
-        selector_oracle.Snapshot(1, 5, 3, 3, False),
+        method_oracle.Snapshot(1, 5, 3, 3, False),
     ),
 }  # fmt: skip
 COVERING = {

@@ -40,8 +40,8 @@ class HShare:
     settings: HShareSettings = HShareSettings()  # noqa: RUF009 (frozen)
     search: PlanSearch = PlanSearch()  # noqa: RUF009 (frozen)
     plan: SharePlan | None = None  # from `calibrate` or `load_plan`; None finds a plan for each prompt
-    # Label channels of every kv head [L, K, ranks], the best first, at least as many as labels keep, from `calibrate` or
-    # `load_channels`; None takes those of each prompt. Any array is taken, and kept as tuples.
+    # Label channels of every kv head [L, K, ranks], the best first, at least as many as labels keep, from `calibrate`
+    # or `load_channels`; None takes those of each prompt. Any array is taken, and kept as tuples.
     channels: Channels | Array | np.ndarray | None = None
 
     def __post_init__(self) -> None:
@@ -118,7 +118,7 @@ class HShare:
         if self.plan is not None:
             self.plan.check(config, settings)
             source = jnp.tile(jnp.asarray(self.plan.source, jnp.int32), (B, 1, 1))
-            computes = self.plan.is_computed.any(axis=1)
+            computes = np.asarray(self.plan.is_computed.any(axis=1))
         channels = np.tile(np.arange(R, dtype=np.int32), (L, K, 1))
         if self.channels is not None:
             of_kv_layer = [config.kv_layer(layer) for layer in range(L)]

@@ -1,8 +1,8 @@
 """Plan files: share plans and label channels on disk, as this package writes them and as they are published.
 
 The files are JSON. Channels are written in the form that the published code of HShare and Double Sparsity uses:
-`model.layers.N.self_attn.qk_proj` lists every head's channels, the best first. Plans of HShare's published code are read
-too: their `layer.share_config` names, for every layer, the layer whose lists it copies.
+`model.layers.N.self_attn.qk_proj` lists every head's channels, the best first. Plans of HShare's published code are
+read too: their `layer.share_config` names, for every layer, the layer whose lists it copies.
 """
 
 import dataclasses
@@ -78,8 +78,8 @@ def load_channels(path: str | os.PathLike[str], model: Model | ModelFiles) -> In
 
     Args:
         path: the file.
-        model: the model that the channels are for. For ModelFiles only the shapes are checked, because two models of one
-            shape can be told apart only by their weights.
+        model: the model that the channels are for. For ModelFiles only the shapes are checked, because two models of
+            one shape can be told apart only by their weights.
 
     Raises:
         ValueError: a file of another model, or a file without different channels for each head.

@@ -1,8 +1,8 @@
 """The share plan: one integer array that says which list every list reads.
 
-`source[b, l, j]` is the flat id (layer * J + list) of the list that list j of layer l reads in row b. A list is computed
-exactly where it is its own source. Plans are data, so one compiled step serves them all. A plan that is known before
-compilation can be a constant instead: a SharePlan.
+`source[b, l, j]` is the flat id (layer * J + list) of the list that list j of layer l reads in row b. A list is
+computed exactly where it is its own source. Plans are data, so one compiled step serves them all. A plan that is known
+before compilation can be a constant instead: a SharePlan.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from hshare_jax.shapes import Similarity, Source
 
 @dataclasses.dataclass(frozen=True)
 class SharePlan:
-    """A plan as a constant. It is hashable and part of the compiled program, where layers that only copy select nothing.
+    """A plan as a constant: hashable, and part of the compiled program, in which layers that only copy select nothing.
 
     Raises:
         ValueError: a list that reads a higher list, a list that does not exist, or a copy.
@@ -44,7 +44,7 @@ class SharePlan:
     @property
     def is_computed(self) -> Bool[np.ndarray, "L J"]:
         """Which lists are computed; the others copy."""
-        return mark_computed(np.asarray(self.source)[None])[0]
+        return np.asarray(mark_computed(np.asarray(self.source)[None]))[0]
 
     def check(self, config: ModelConfig, settings: HShareSettings) -> None:
         """Raises ValueError unless the plan has this model's layers and the lists that the settings ask for."""
@@ -154,7 +154,7 @@ def find_published_plan(
     settings: HShareSettings,
     search: PlanSearch,
 ) -> Source:
-    """Each row's plan by the paper's greedy maps: one map of the layers that are not dense, one map of each layer's lists.
+    """Each row's plan by the paper's greedy maps: one of the layers that are not dense, and one of each layer's lists.
 
     A row without probes has similarity 0 everywhere, and gets the identity plan.
     """
@@ -172,7 +172,7 @@ def find_published_plan(
 
 
 def choose_sources(caught: Float[Array, "n n"], num_sources: int) -> Int[Array, "n"]:
-    """The unit that each unit copies, by greedy facility location. `num_sources` units are computed and copy themselves.
+    """The unit that each unit copies, by greedy facility location; the `num_sources` computed units copy themselves.
 
     The first unit is a source. Each round then adds the unit that most raises the sum, over all units, of what a unit
     catches from its best source at or below it; on ties the lower unit. In the end each unit copies its best source.

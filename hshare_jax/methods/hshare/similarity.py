@@ -34,9 +34,9 @@ def probe_positions(
 ) -> tuple[Int[Array, "B P"], Bool[Array, "B P"]]:
     """Positions of the prompt queries that similarity is measured on, spread evenly over each row; and which are real.
 
-    A probe stands no earlier than `HShareSettings.first_probe`. Only the tokens of this prefill, at [start, length), can
-    be probes. A row with fewer such positions than probes uses each position once. A row without any such position has
-    no probe and keeps the identity plan. A position that is no probe is -1.
+    A probe stands no earlier than `HShareSettings.first_probe`. Only the tokens of this prefill, at [start, length),
+    can be probes. A row with fewer such positions than probes uses each position once. A row without any such position
+    has no probe and keeps the identity plan. A position that is no probe is -1.
     """
     first = jnp.maximum(starts, settings.first_probe)
     count = jnp.maximum(lengths - first, 0)
@@ -53,7 +53,7 @@ def probe_positions(
 def measure_overlap(
     prompt: LabelledPrompt, *, config: ModelConfig, settings: HShareSettings
 ) -> tuple[Float[Array, "B L L"], Float[Array, "B L J J"]]:
-    """The paper's similarity of layers, and of the lists within each layer: mean over probes of |A and B| / num_critical.
+    """The paper's similarity of layers, and of the lists of each layer: mean over probes of |A and B| / num_critical.
 
     Only chosen tokens count; sinks and recent tokens do not. The similarity of two layers is pooled over their lists
     (HShare, ICLR 2025, section 4.2). Dense layers have no lists and are similar to no layer.
@@ -117,8 +117,8 @@ def _sum_over_probes(
 ):
     """The sum over each row's probes of measure(lists as 0/1 marks [L, P, B, J, S], queries, lengths [P, B]).
 
-    Probes are taken a group at a time. Memory then holds a mark for each list and slot of one group of probes, never for
-    each pair of tokens.
+    Probes are taken a group at a time. Memory then holds a mark for each list and slot of one group of probes, never
+    for each pair of tokens.
     """
     positions, keys = prompt.queries.positions, prompt.keys
     (B, P), S, J = positions.shape, keys[0].shape[2], settings.num_lists(config)

@@ -154,5 +154,5 @@ def test_settings_that_cannot_be_are_refused(changes, message):
 
 
 def test_a_setting_that_does_not_exist_is_named():
-    with pytest.raises(ValueError, match="unknown settings plan; there are num_sinks, .*, num_probes"):
+    with pytest.raises(ValueError, match=r"unknown settings plan; there are num_sinks, .*, num_probes"):
         HShare().with_settings({"plan": "units"})

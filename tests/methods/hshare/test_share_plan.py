@@ -221,9 +221,7 @@ def test_a_batch_has_the_plan_of_the_mean_over_its_rows_with_probes(search):
     assert [as_pairs(of_row) for of_row in source] == [expected] * 3
     apart = np.asarray(find(given, config=CONFIG, settings=SETTINGS, search=search))
     assert len({of_row.tobytes() for of_row in apart}) == 3
-    nothing = find(
-        jax.tree.map(jnp.zeros_like, given), config=CONFIG, settings=SETTINGS, search=batch
-    )
+    nothing = find(jax.tree.map(jnp.zeros_like, given), config=CONFIG, settings=SETTINGS, search=batch)
     np.testing.assert_array_equal(nothing, identity_plan(3, L, J))
 
 

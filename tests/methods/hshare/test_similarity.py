@@ -122,7 +122,9 @@ def test_similarities_equal_the_definition(measure, settings):
 
     def scores_of(layer, b, i):
         q, k = queries[layer, b, i].astype(np.float64), exact_keys[layer, b]
-        return oracle.key_scores(q, k) if is_exact else oracle.label_scores(q, k, channels[b, layer], settings.label_bits)
+        return (
+            oracle.key_scores(q, k) if is_exact else oracle.label_scores(q, k, channels[b, layer], settings.label_bits)
+        )
 
     for b, length in enumerate(LENGTHS.tolist()):
         at = list(enumerate(oracle.probe_positions(0, length, budget)))
