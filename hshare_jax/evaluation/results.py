@@ -8,7 +8,7 @@ from typing import Any
 
 from hshare_jax.methods.names import METHODS, has_use_for
 
-# What each kind of line must hold, beside context, budget and name of the method. Other kinds are not read.
+# The fields of each kind of line, beside context, budget and name of the method. Lines of other kinds are left out.
 _KINDS = {"text": ("reads", "divergence"), "speed": ("batch", "milliseconds")}
 _PROTOCOL = ("steps", "dtype")  # facts that all results of one context share
 # Lines of studies that differ only in these facts may be pooled.
