@@ -1,4 +1,4 @@
-"""Every implementation in the table that runs on this machine computes what the definition says.
+"""Every implementation in the table that runs on this machine equals the definition.
 
 A new implementation takes part as soon as it has a row. Pallas' kernels run in its interpreter, which is slow, so the
 sizes are the smallest that matter.
