@@ -1,4 +1,4 @@
-"""`hshare-jax eval`: measures what sparse decoding costs in quality, on published tasks and on any text."""
+"""`hshare-jax eval`: measures the quality that sparse decoding costs, on published tasks and on any text."""
 
 import argparse
 import dataclasses
@@ -160,7 +160,7 @@ def _check_files(options: argparse.Namespace, task: Task) -> None:
 
 
 def _read_data(options: argparse.Namespace, task: Task) -> tuple[Any, int]:
-    """What the task's files hold, and the number of bad examples; UsageError for files that cannot be read."""
+    """The contents of the task's files, and the number of bad examples; UsageError for files that cannot be read."""
     try:
         return task.read(options.data, skip_bad=options.skip_bad)
     except ModuleNotFoundError as error:

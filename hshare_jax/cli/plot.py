@@ -1,4 +1,4 @@
-"""`hshare-jax plot`: draws how alike choices of tokens are in a user's own text, a plan, and what methods cost."""
+"""`hshare-jax plot`: draws how alike choices of tokens are in a text, a plan, or the cost of methods."""
 
 import argparse
 import importlib.util
@@ -144,7 +144,7 @@ def _read_prompt(options: argparse.Namespace) -> str:
 
 
 def _draw_results(options: argparse.Namespace) -> "Figure":
-    """A figure of what methods cost, from files of results."""
+    """A figure of the cost of methods, from files of results."""
     from hshare_jax.evaluation.plots.results import plot_quality, plot_speed
     from hshare_jax.evaluation.results import read_results
 

@@ -85,13 +85,13 @@ class HShareLM(TemplateLM):
             max_length: the most tokens of context and output together; None takes all positions of the model.
             plan_file, channels_file: files of `hshare-jax calibrate`, used instead of a plan and channels found from
                 each prompt.
-            impl: what computes decode steps, as for `decode_step`.
+            impl: which implementation computes decode steps, as for `decode_step`.
             device, max_batch_size: not used. The command line gives them to every model; JAX chooses the device.
             settings: fields of HShareSettings and PlanSearch by their names, as values or as text.
 
         Raises:
-            ValueError: an argument that does not exist, contradicts another argument or is out of range; or what
-                `load_model` and `with_files` refuse.
+            ValueError: an argument that does not exist, contradicts another argument or is out of range; or a
+                model or file that `load_model` or `with_files` refuses.
         """
         super().__init__()
         if unknown := [name for name in settings if name not in _DEFAULTS]:

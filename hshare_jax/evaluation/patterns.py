@@ -1,4 +1,4 @@
-"""Patterns: how alike the critical tokens of a text are, between a layer's lists, between layers, and between steps."""
+"""Patterns: how alike the critical tokens of a text are, between a layer's lists, between layers and between steps."""
 
 import dataclasses
 import functools
@@ -57,7 +57,7 @@ def measure_patterns(
         steps: D, the longest distance between two steps; 0 decodes nothing.
 
     Raises:
-        ValueError: what `check_prompt` refuses, before anything is computed.
+        ValueError: `check_prompt` refuses the prompt. Nothing has been computed then.
     """
     check_prompt(model.config, len(prompt), settings=method.settings, steps=steps)
     length = len(prompt) - 2 * steps

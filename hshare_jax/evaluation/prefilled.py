@@ -1,4 +1,4 @@
-"""One dense prefill that serves all methods: it keeps once what any of them asks of a prompt."""
+"""One dense prefill that serves all methods: it keeps the queries that any of the methods asks for."""
 
 import dataclasses
 import functools
@@ -22,14 +22,14 @@ class Prefilled:
     """Prompts in a cache, and the queries from which methods find their channels, plans and lists.
 
     One state at a time decodes on that cache, which is not copied. Decode steps write only behind a row's prompt, so
-    what they wrote is forgotten when the row's length is taken back.
+    their tokens are forgotten when the row's length is set back.
     """
 
     model: Model
     cache: KVCache | None  # None while a state has it
     lengths: Int[np.ndarray, "B"]  # the prompts' tokens
     queries: PromptQueries | None  # at ascending positions; missing positions of a row lie beyond all slots
-    # What a method need not compute again for its next variant (`Method.after_prefill`).
+    # Results that a method can use again for its next variant (`Method.after_prefill`).
     memo: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     def start(self, method: Method | None) -> DecodeState:

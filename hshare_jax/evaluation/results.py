@@ -8,7 +8,7 @@ from typing import Any
 
 from hshare_jax.methods.names import METHODS, has_use_for
 
-# What each kind of line must hold, beside context, budget and name of the method. Other kinds are not read.
+# The fields of each kind of line, beside context, budget and name of the method. Lines of other kinds are left out.
 _KINDS = {"text": ("reads", "divergence"), "speed": ("batch", "milliseconds")}
 _PROTOCOL = ("steps", "dtype")  # facts that all results of one context share
 # Lines of studies that differ only in these facts may be pooled.
@@ -85,7 +85,8 @@ def _facts_of(study: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _settings_of(study: dict[str, Any]) -> dict[str, str]:
     """The settings in the first line of `hshare-jax eval`, by today's names; none in other files."""
-    return {_NEW_NAMES.get(name, name): value for name, value in study.get("settings", {}).items()}
+    settings: dict[str, str] = study.get("settings", {})
+    return {_NEW_NAMES.get(name, name): value for name, value in settings.items()}
 
 
 def _read_file(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

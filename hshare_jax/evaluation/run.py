@@ -1,4 +1,4 @@
-"""What all evaluation tasks share when they run: batches, the work that is left to do, and a summary of the results."""
+"""Shared by the runs of all evaluation tasks: batches, the work that is left to do, and a summary of the results."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""Teacher forcing: decode steps that read a given text, and what each step is worth beside another way of decoding."""
+"""Teacher forcing: decode steps that read a given text, and how well each step predicts the text's next token."""
 
 import dataclasses
 import functools
@@ -31,13 +31,13 @@ def force_steps(
     config: ModelConfig,
     impl: str = "auto",
 ) -> tuple[Any, DecodeState]:
-    """Runs decode steps that read a given text: what `observe` saw of each step, stacked, and the last state.
+    """Runs decode steps that read a given text: the values of `observe`, stacked over the steps, and the last state.
 
     This is a scan for a caller's own jit; the functions below are its jitted forms.
 
     Args:
         params: the decoder's parameters.
-        tokens: the text, which follows what the state holds [B, T].
+        tokens: the text [B, T], which follows the tokens in the state.
         state: from `prefill`.
         observe: called with a step's logits [B, V], the state after the step, and the step's part of `given`.
         given: a pytree of arrays [T, ...].
@@ -64,7 +64,7 @@ class StepScores:
     reads: Array  # [T, B], tokens read, the mean over layers and heads
     divergence: Array | None  # [T, B], KL(reference || these steps), in nats
     agrees: Array | None  # [T, B], whether the reference's most probable token is the same
-    observed: Array | None  # [T, B], what `observe` returned
+    observed: Array | None  # [T, B], the values of `observe`
 
 
 Observe = Callable[[DecodeState, ModelConfig], Float[Array, "B"]]
@@ -85,7 +85,7 @@ def score_steps(
 
     Args:
         params: the decoder's parameters.
-        tokens: the text, which follows what the state holds [B, T + 1]; its last token is only predicted.
+        tokens: the text [B, T + 1], which follows the tokens in the state; its last token is only predicted.
         state: from `prefill`; it is donated, so use the returned one.
         config: the model.
         reference: logits of the same steps to compare with [T, B, V], from `forced_logits`.
@@ -139,7 +139,7 @@ def token_agreement(
         impl: as for `decode_step`.
 
     Raises:
-        ValueError: continuations that are missing or too short, or what `generate` refuses.
+        ValueError: continuations that are missing or too short, or prompts that `generate` refuses.
     """
     encoded = encode_prompts(model, prompts)
     if len(continuations) != len(encoded) or min(map(len, continuations)) < 2:

@@ -1,5 +1,7 @@
-"""`hshare-jax eval`: what it writes, that it goes on where it was stopped, and one clear line for every mistake."""
+"""`hshare-jax eval`: the lines that it writes, runs that are resumed, and one clear line for every mistake."""
 
+import dataclasses
+import hashlib
 import json
 import os
 import signal
@@ -15,6 +17,7 @@ from command_line import call
 from random_weights import random_params
 from tiny_tokenizer import byte_tokenizer
 
+from hshare_jax.evaluation.tasks import TASKS as TASK_CLASSES
 from hshare_jax.models import pretrained
 from hshare_jax.models.config import ModelConfig, RopeConfig
 
@@ -22,7 +25,9 @@ TINY = ModelConfig(
     vocab_size=261, width=32, mlp_width=48, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, max_positions=512,
     windows=(None,) * 3, rope=RopeConfig(theta=100.0),
 )  # fmt: skip
-SMALL = ["--num-sinks", "4", "--num-critical", "24", "--num-recent", "8", "--label-channels", "4"]
+SMALL = [
+    "--num-sinks", "4", "--num-critical", "24", "--num-recent", "8", "--label-channels", "4", "--min-length", "0",
+]  # fmt: skip
 TEXT = "The rain in Spain stays mainly in the plain, or so it is said by those who have not seen it. " * 12
 QUESTIONS = [{"question": f"What is {n} and {n}?", "answer": f"It is {2 * n}.\n#### {2 * n}"} for n in range(2, 8)]
 STORY = {
@@ -89,7 +94,7 @@ def test_every_task_scores_every_item_with_every_method(
     assert (study["task"], study["settings"]["num_critical"]) == (task, "24")
     assert len({(line["id"], line["method"]) for line in lines}) == len(lines) == 2 * count
     again = (data / "out.jsonl").read_bytes()
-    assert call(command, capsys)[1] == out, "nothing is left to do, and the summary is the same"
+    assert call(command, capsys)[1] == out, "nothing was left to do, so the summary is the same"
     assert (data / "out.jsonl").read_bytes() == again
 
 
@@ -184,12 +189,23 @@ MISTAKES = {
     "negative seed": (["--task", "passkey", "--data", "{data}/rain.txt", "--seed", "-1"], "--seed -1 must be at least"),
     "kernels without a GPU": (
         ["--task", "passkey", "--data", "{data}/rain.txt", "--context", "120", "--impl", "pallas"],
-        "--impl 'pallas' runs on NVIDIA GPUs",
+        "--impl pallas runs on NVIDIA GPUs",
     ),
     "gate of a method without": (
         ["--task", "passkey", "--data", "{data}/rain.txt", "--method", "hshare", "h2o", "--min-length", "50"],
-        "--min-length 50 is for methods that list by score; h2o has no such gate",
+        "--min-length 50 is for methods that list tokens by score; h2o has no such gate",
     ),
+    "no batch": (["--task", "passkey", "--data", "{data}/rain.txt", "--batch-size", "0"], "--batch-size 0 must be at"),
+    "any number of passkeys": (
+        ["--task", "passkey", "--data", "{data}/rain.txt", "--limit", "none"], "--limit none must be at least 1",
+    ),
+    "start beyond the end": (
+        ["--task", "perplexity", "--data", "{data}/rain.txt", "--skip-start", "1"], "--skip-start 1 must lie in [0, 1)",
+    ),
+    "no text": (
+        ["--task", "perplexity", "--data", "{data}/latin.txt"], "latin.txt is not UTF-8 text (byte 3)",
+    ),
+    "no book": (["--task", "passkey", "--data", "no/book.txt"], "--data no/book.txt: No such file"),
     "unknown method": (["--task", "passkey", "--data", "{data}/rain.txt", "--method", "magic"], "invalid choice"),
     "option of another task": (
         ["--task", "gsm8k", "--data", "{data}/questions.jsonl", "--steps", "3"], "--steps is for --task perplexity",
@@ -241,7 +257,8 @@ MISTAKES = {
         "rain.txt is not a directory",
     ),
     "no such longbench task": (
-        ["--task", "longbench", "--data", "{data}/rendered.jsonl", "--subset", "magic"], "--subset names magic",
+        ["--task", "longbench", "--data", "{data}/rendered.jsonl", "--subset", "lcc", "magic"],
+        "--subset magic is none of LongBench's English tasks: narrativeqa, ",
     ),
 }  # fmt: skip
 
@@ -254,6 +271,7 @@ def test_a_mistake_is_told_before_the_model_is_loaded(
     (data / "broken.jsonl").write_text("{broken\n")
     (data / "empty.jsonl").write_text(json.dumps({"question": " ", "answer": "#### 1"}) + "\n")
     (data / "long.json").write_text(json.dumps({"data": [STORY | {"id": "story", "story": "long " * 300}]}))
+    (data / "latin.txt").write_bytes(b"caf\xe9")
     monkeypatch.setattr(pretrained.ModelFiles, "load", None)
     arguments, message = MISTAKES[name]
     status, out, err = call(evaluate(tiny, data, *arguments), capsys)
@@ -300,3 +318,61 @@ def test_results_of_another_run_are_refused_and_kept(tiny: str, data: Path, caps
     arguments[-1] = "1"
     status, out, _ = call(evaluate(tiny, data, *arguments, "--json"), capsys)
     assert (status, json.loads(out)["methods"]["hshare"]["items"]) == (0, 1)
+
+
+def test_results_of_earlier_versions_are_refused_and_kept(
+    tiny: str, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = evaluate(tiny, data, "--task", "passkey", "--data", "{data}/rain.txt", "--context", "120", "--limit", "1")
+    assert call(command, capsys)[0] == 0
+    study, line = lines_of(data)
+    settings = {"plan" if name == "plan_kind" else name: value for name, value in study["settings"].items()}
+    earlier = json.dumps(study | {"settings": settings}) + "\n" + json.dumps(line) + "\n"
+    (data / "out.jsonl").write_text(earlier)
+    status, _, err = call(command, capsys)
+    assert status == 2
+    assert "out.jsonl holds results for no such setting, and this run has plan_kind='units'; name another file" in err
+    assert (data / "out.jsonl").read_text() == earlier
+
+
+def test_the_first_line_says_what_is_measured(tiny: str, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--context", "120", "--steps", "8", "--limit", "2", "--skip-start", "1/8", "--plan-kind", "published"]
+    command = evaluate(tiny, data, "--task", "perplexity", "--data", "{data}/rain.txt", *arguments)
+    assert call(command, capsys)[0] == 0
+    study, *_ = lines_of(data)
+    settings, identity = study.pop("settings"), study.pop("identity")
+    assert study == {
+        "results": "hshare_jax", "task": "perplexity", "model": "tiny", "data": ["rain.txt"],
+        "data_sha256": [hashlib.sha256(TEXT.encode()).hexdigest()[:16]], "batch_size": 8, "impl": "auto",
+        "dtype": "float32", "context": "120", "steps": "8", "skip_start": "1/8", "limit": 2,
+    }  # fmt: skip
+    assert len(identity) == 16
+    # Settings and search are one flat record of texts.
+    assert settings == {
+        "num_sinks": "4", "num_critical": "24", "num_recent": "8", "budget_ratio": "None", "refresh_interval": "1",
+        "lists_per": "kv_head", "dilate": "True", "dense_layers": "1", "min_length": "0", "scoring": "labels",
+        "label_channels": "4", "label_bits": "4", "layer_ratio": "1/2", "head_ratio": "1", "plan_kind": "published",
+        "plan_scope": "sequence", "num_probes": "64",
+    }  # fmt: skip
+
+
+def test_the_options_of_a_task_are_the_fields_of_its_class(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = call(["eval", "--help"], capsys)
+    assert status == 0
+    help = " ".join(out.split())
+    for name, task in TASK_CLASSES.items():
+        for field in dataclasses.fields(task):
+            assert field.metadata["help"] in help, (name, field.name)
+            assert f"--{field.name.replace('_', '-')} " in help
+
+
+def test_only_the_task_that_needs_a_library_asks_for_it(
+    tiny: str, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "rouge", None)  # how Python notes that a module is not there
+    status, _, err = call(evaluate(tiny, data, "--task", "longbench", "--data", "{data}/rendered.jsonl"), capsys)
+    assert (status, err) == (
+        2, "hshare-jax: error: --task longbench needs rouge: pip install 'hshare-jax[eval]'\n",
+    )  # fmt: skip
+    gsm8k = evaluate(tiny, data, "--task", "gsm8k", "--data", "{data}/questions.jsonl", "--max-new-tokens", "2")
+    assert call(gsm8k, capsys)[0] == 0

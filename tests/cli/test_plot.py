@@ -1,4 +1,4 @@
-"""`hshare-jax plot`: what it draws, and which mistakes it tells before it loads a model."""
+"""`hshare-jax plot`: the figures that it draws, and the mistakes that it tells before it loads a model."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from result_lines import EVAL, eval_line, write
 from tiny_tokenizer import LETTERS, byte_tokenizer
 
 from hshare_jax.cli import plot as cli_plot
-from hshare_jax.cli.options import Parser, UsageError
+from hshare_jax.cli.errors import Parser, UsageError
 from hshare_jax.cli.plot import add_plot
 from hshare_jax.models import pretrained
 from hshare_jax.models.config import ModelConfig, RopeConfig
@@ -29,7 +29,7 @@ def call(*arguments: str) -> int:
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Replaces the built-in model by a tiny one, and returns a folder with a prompt and with results."""
+    """Replaces the built-in model by a tiny one; the folder holds prompts and results."""
     model = pretrained.Model(TINY, random_params(TINY), byte_tokenizer(LETTERS), (), "tiny", "")
     files = pretrained.ModelFiles(TINY, model.tokenizer, (), "tiny", "float32", lambda dtype: iter(()))
     monkeypatch.setattr(cli_plot, "open_named", lambda options: files)
@@ -63,7 +63,7 @@ MISTAKES = {
     "two prompts": ("heads -f prompt.txt -f prompt.txt --output a.png", "--prompt-file is given 2 times"),
     "no such prompt": ("plan -f no.txt --output a.png", "--prompt-file no.txt: No such file"),
     "empty prompt": ("plan -f empty.txt --output a.png", "empty.txt is empty"),
-    "short prompt": ("layers -f short.txt --output a.png", "it needs 216, with twice as many"),
+    "short prompt": ("layers -f short.txt --output a.png", "it needs 944, with twice as many"),
     "no steps": ("steps -f prompt.txt --steps 0 --output a.png", "--steps 0 must be at least 1"),
     "too many steps": (
         "steps -f prompt.txt --steps 99 --output a.png --num-critical 4 --num-recent 2 --num-sinks 0",

@@ -236,7 +236,7 @@ def test_contexts_too_short_for_a_plan_are_told(caplog):
     ]
     caplog.clear()
     with caplog.at_level(logging.WARNING, logger=lm_eval_model.__name__):
-        HShareLM(TINY, method="h2o", batch_size=2, **budget | {"min_length": None}).loglikelihood(asked)
+        HShareLM(TINY, method="h2o", batch_size=2, **{**budget, "min_length": None}).loglikelihood(asked)
     assert not caplog.messages
 
 

@@ -59,7 +59,7 @@ def test_one_dispatch_scores_a_chunk_and_one_program_all_ratios(monkeypatch):
     windows = cut_windows(TINY, "rain.txt", TEXT, context=100, count=2)
     calls, scored = [], text_windows.score_steps
     monkeypatch.setattr(text_windows, "score_steps", lambda *a, **k: calls.append(0) or scored(*a, **k))
-    before = scored._cache_size()  # pyright: ignore[reportFunctionMemberAccess]
+    before = scored._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
     ratios = [HSHARE, HSHARE.with_sharing_ratio("1/3-1-1/3")]
     scorer = Scorer(TINY, windows, 8, ratios)
     plans = []
@@ -74,7 +74,7 @@ def test_one_dispatch_scores_a_chunk_and_one_program_all_ratios(monkeypatch):
     assert (plans[0] != plans[1]).any()
     assert len(scorer.prefilled.memo) == 1
     assert len(calls) == 2
-    assert scored._cache_size() == before + 1  # pyright: ignore[reportFunctionMemberAccess]
+    assert scored._cache_size() == before + 1  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @pytest.mark.parametrize(

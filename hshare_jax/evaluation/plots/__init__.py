@@ -1,1 +1,1 @@
-"""Plots of what an evaluation measured."""
+"""Figures of evaluations: how alike choices of tokens are, and the cost of methods in quality and time."""

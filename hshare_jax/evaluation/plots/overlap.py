@@ -22,7 +22,7 @@ def plot_head_similarity(similarity: Float[np.ndarray, "L J J"], *, subject: str
 
     Args:
         similarity: `Patterns.head_overlap`; zero in layers without lists.
-        subject: what was measured, for the title.
+        subject: the model and the text, for the title.
 
     Raises:
         ValueError: no layer has lists.
@@ -58,7 +58,7 @@ def plot_layer_similarity(similarity: Float[np.ndarray, "L L"], *, subject: str 
 
     Args:
         similarity: `Patterns.layer_overlap`; zero in layers without lists.
-        subject: what was measured, for the title.
+        subject: the model and the text, for the title.
 
     Raises:
         ValueError: no layer has lists.
@@ -86,7 +86,7 @@ def plot_step_similarity(overlap: Float[np.ndarray, "D L"], *, subject: str = ""
 
     Args:
         overlap: `Patterns.step_overlap`; zero in layers without lists.
-        subject: what was measured, for the title.
+        subject: the model and the text, for the title.
 
     Raises:
         ValueError: no layer has lists, or there are no steps.

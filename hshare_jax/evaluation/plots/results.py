@@ -1,4 +1,4 @@
-"""Figures of what methods cost: the divergence from dense decoding, against tokens read and against time."""
+"""Figures of the cost of methods: divergence from dense decoding, against tokens read and against time."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -39,7 +39,7 @@ def plot_quality(lines: Sequence[Mapping[str, Any]], *, highlight: str = DEFAULT
             context, budget and name. Points of divergence zero, such as dense decoding's, are left out, because the
             axis is logarithmic.
         highlight: the name of the method that stands out.
-        subject: what was measured, for the title.
+        subject: the model and the texts, for the title.
 
     Raises:
         ValueError: there is nothing to draw.
@@ -70,7 +70,7 @@ def plot_speed(lines: Sequence[Mapping[str, Any]], *, highlight: str = DEFAULT, 
         lines: from `read_results`. Lines of kind "speed" and of kind "text" are joined by context, budget and name; a
             method that lacks either kind is left out.
         highlight: the name of the method that stands out. Its points are labelled with their budgets.
-        subject: what was measured, for the title.
+        subject: the model and the texts, for the title.
 
     Raises:
         ValueError: there is nothing to draw.
@@ -174,7 +174,7 @@ def _panels(
 
 
 def _styles(names: list[str], highlight: str) -> dict[str, dict[str, Any]]:
-    """How each method is drawn: in its family's colour and with a marker of its own. `highlight` stands out."""
+    """The style of each method: its family's colour, and a marker that no other method has. `highlight` stands out."""
     order = sorted(names, key=lambda name: (name != highlight, name))
     markers = {name: _MARKERS[index % len(_MARKERS)] for index, name in enumerate(order)}
     spare = (ORANGE, PURPLE, GREEN, SKY, VERMILION, GREY)

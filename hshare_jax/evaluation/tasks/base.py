@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from hshare_jax.methods.base import Method
     from hshare_jax.models.pretrained import Model, ModelFiles
 
-# The command line reads the options of all tasks on every start. Tasks therefore import whatever computes in `fit` and
-# `run`, not at the top of their files.
+# `hshare-jax eval` reads the options of all tasks first. So that it starts quickly, tasks import the modules that compute
+# in their methods, not at the top of their files.
 
 Data = TypeVar("Data")
 Item = TypeVar("Item")
@@ -48,7 +48,7 @@ class Task(abc.ABC, Generic[Data, Item]):
 
     @abc.abstractmethod
     def read(self, paths: Sequence[Path], *, skip_bad: bool = False) -> tuple[Data, int]:
-        """What the files hold, and how many bad examples were left out.
+        """The contents of the files, and how many bad examples were left out.
 
         Args:
             paths: the task's files; one file, unless `takes_many_files`.
@@ -102,7 +102,7 @@ class Task(abc.ABC, Generic[Data, Item]):
 
     @abc.abstractmethod
     def score(self, item: Item, output: Any) -> dict[str, float]:
-        """The scores, by name, of what a method made of an item."""
+        """The scores, by name, of a method's output for an item."""
 
 
 def read_texts(paths: Sequence[Path]) -> dict[str, str]:

@@ -23,7 +23,7 @@ class PasskeyRetrieval(Task[str, "Passkey"]):
 
     name = "passkey"
 
-    limit: int = setting(50, "how many passkeys to hide")
+    limit: int | None = setting(50, "how many passkeys to hide")
     context: int = setting(1024, "tokens of a text, its question included")
     skip_start: Fraction = setting(Fraction(0), "leave out this share of the book at its beginning")
     depth: Fraction | None = setting(None, "where in a text the number stands; by default anywhere")
@@ -31,7 +31,7 @@ class PasskeyRetrieval(Task[str, "Passkey"]):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_whole("limit", self.limit, 1)
+        check_whole("limit", self.limit, 1)  # a book has no last passkey
         check_whole("context", self.context, 1)
         check_whole("seed", self.seed, 0)
         check_share("skip_start", self.skip_start, with_end=False)
@@ -47,6 +47,7 @@ class PasskeyRetrieval(Task[str, "Passkey"]):
         """The passkeys, all of one length that fits the model; see `Task.fit`."""
         from hshare_jax.evaluation.passkeys import ANSWER_TOKENS, make_passkeys
 
+        assert self.limit is not None
         tokenizer, most = tokenizer_of(model), model.config.max_positions - ANSWER_TOKENS
         if self.context > most:
             rule = f"must be at most {most}, so that the model has room for the answer"

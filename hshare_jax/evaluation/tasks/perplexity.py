@@ -1,6 +1,7 @@
 """Perplexity: how well a method's decode steps predict the last tokens of windows that are cut from any texts."""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -95,7 +96,7 @@ class Perplexity(Task[dict[str, str], "Window"]):
             reads = of_steps.pop("reads")
             for row, window in enumerate(batch):
                 means = self.score(window, {key: values[row] for key, values in of_steps.items()})
-                if not abs(means["loss"]) < float("inf"):
+                if not math.isfinite(means["loss"]):
                     raise ValueError(
                         f"{window.id}: the loss of {name} is {means['loss']} in {model.dtype}: the weights are broken, "
                         "or the dtype is too narrow for them; float32 is the widest"
