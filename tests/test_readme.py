@@ -1,8 +1,9 @@
 """The README's Python code runs as it stands, block after block."""
 
-import dataclasses
 import re
 from pathlib import Path
+
+from first_layers import first_layers
 
 from hshare_jax.models.pretrained import Model
 
@@ -23,10 +24,3 @@ def test_readme_code_runs(capsys, tmp_path: Path, monkeypatch) -> None:
         exec(compile(block, "README.md", "exec"), namespace)
     assert "StreamingLLM" in capsys.readouterr().out
     assert callable(namespace["log_likelihood"])
-
-
-def first_layers(model: Model, count: int) -> Model:
-    config = dataclasses.replace(model.config, num_layers=count, windows=model.config.windows[:count])
-    gone = {f"layers_{layer}" for layer in range(count, model.config.num_layers)}
-    params = {name: leaf for name, leaf in model.params.items() if name not in gone}
-    return dataclasses.replace(model, config=config, params=params)
