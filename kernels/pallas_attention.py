@@ -43,10 +43,11 @@ def dense_decode(
         interpret: whether the kernel runs in Pallas' interpreter.
     """
     B, K, S, _ = keys.shape
-    nothing = jnp.full((1, 1, 1, 1), EMPTY, jnp.int32)
+    layout = _lay_out(keys, K, min(S, window or S), num_sinks=0, num_listed=0, window=window, tiles=tiles)
+    nothing, source = jnp.full((1, 1, 1, 1), EMPTY, jnp.int32), jnp.zeros((B, 1, K), jnp.int32)
     return _decode(
-        q, keys, values, nothing, jnp.zeros((B, 1, K), jnp.int32), jnp.int32(0), lengths, jnp.zeros_like(lengths),
-        num_sinks=0, num_listed=0, max_slots=min(S, window or S), window=window, tiles=tiles, interpret=interpret,
+        q, keys, values, nothing, source, jnp.int32(0), lengths, jnp.zeros_like(lengths),
+        layout=layout, interpret=interpret,
     )  # fmt: skip
 
 
@@ -79,12 +80,10 @@ def sparse_decode(
     """
     # A recent range that begins at slot 0 holds everything. Sinks and list end where it begins, so they are then empty.
     start = jnp.where(lengths < min_length, 0, recent_start)
-    C = lists.shape[-1]
-    return _decode(
-        q, keys, values, lists, source, jnp.int32(layer), lengths, start,
-        num_sinks=num_sinks, num_listed=C, max_slots=num_sinks + C + max_recent, window=window, tiles=tiles,
-        interpret=interpret,
-    )  # fmt: skip
+    _, _, J, C = lists.shape
+    max_slots = num_sinks + C + max_recent
+    layout = _lay_out(keys, J, max_slots, num_sinks=num_sinks, num_listed=C, window=window, tiles=tiles)
+    return _decode(q, keys, values, lists, source, jnp.int32(layer), lengths, start, layout=layout, interpret=interpret)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,21 +97,29 @@ class _Layout:
     width: int  # H, rounded up to a power of two that a dot takes
 
 
-@functools.partial(jax.jit, static_argnames=("num_sinks", "num_listed", "max_slots", "window", "tiles", "interpret"))
+def _lay_out(
+    keys: Array, num_lists: int, max_slots: int, *, num_sinks: int, num_listed: int, window: int | None,
+    tiles: Tiles | None,
+) -> _Layout:  # fmt: skip
+    """The sizes for a layer's cache and its lists, each of which reads at most `max_slots` slots."""
+    B, _, _, H = keys.shape
+    width = max(16, pl.next_power_of_2(H))  # no side of a dot is shorter than 16
+    tiles = tiles or attention_tiles(width, keys.dtype.itemsize, B * num_lists, max_slots)
+    return _Layout(num_sinks, num_listed, window, tiles, width)
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "interpret"))
 def _decode(
     q: Array, keys: Array, values: Array, lists: Array, source: Array, layer: Array, lengths: Array, start: Array, *,
-    num_sinks: int, num_listed: int, max_slots: int, window: int | None, tiles: Tiles | None, interpret: bool,
+    layout: _Layout, interpret: bool,
 ) -> Array:  # fmt: skip
-    """Attention [B, N, H] by the kernel; `max_slots` bounds the slots that one list reads."""
-    (B, N, H), J, dtype = q.shape, source.shape[2], q.dtype
+    """Attention [B, N, H] by the kernels."""
+    (B, N, H), J, dtype, tiles = q.shape, source.shape[2], q.dtype, layout.tiles
     # A row whose cache is full goes on without its new token. Both operands of a dot have one type.
     lengths, q = jnp.minimum(lengths, keys.shape[2]), q.astype(keys.dtype)
-    width = max(16, pl.next_power_of_2(H))  # no side of a dot is shorter than 16
-    if tiles is None:
-        tiles = attention_tiles(width, keys.dtype.itemsize, B * J, max_slots)
     parts = jax.ShapeDtypeStruct((B, N, tiles.splits, H), dtype if tiles.splits == 1 else jnp.float32)
     out, log_total = pl.pallas_call(
-        functools.partial(_attend, layout=_Layout(num_sinks, num_listed, window, tiles, width)),
+        functools.partial(_attend, layout=layout),
         grid=(tiles.splits, J, B),
         in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * 8,
         out_specs=[pl.BlockSpec(memory_space=pl.ANY)] * 2,

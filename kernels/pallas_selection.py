@@ -49,7 +49,8 @@ def select_by_labels(
         tiles: the layout of the kernels; None takes the choice of `tiling`.
         interpret: whether the kernels run in Pallas' interpreter.
     """
-    layout = _lay_out(lists, labels.codes.shape[3], query.shape[1] // source.shape[2], dilate, tiles)
+    num_slots, group_size = labels.codes.shape[3], query.shape[1] // source.shape[2]
+    layout = _lay_out(lists, num_slots, group_size, dilate, tiles)
     given = _Given(source, jnp.int32(layer), query=query, codes=labels.codes, scales=labels.scales)
     return _select(lists, given, (is_due, first, last, num_allowed), layout=layout, interpret=interpret)
 
@@ -100,7 +101,7 @@ def select_by_scores(
         scores: one score per list and slot. Scores of slots that compete must not be NaN.
         lists, layer, source, is_due, first, last, num_allowed, tiles, interpret: as for `select_by_labels`.
     """
-    layout = _lay_out(lists, scores.shape[2], 1, False, tiles)
+    layout = _lay_out(lists, scores.shape[2], group_size=1, dilate=False, tiles=tiles)
     given = _Given(source, jnp.int32(layer), scores=scores)
     return _select(lists, given, (is_due, first, last, num_allowed), layout=layout, interpret=interpret)
 
@@ -132,6 +133,7 @@ class _Layout:
 
 
 def _lay_out(lists: Array, num_slots: int, group_size: int, dilate: bool, tiles: Tiles | None) -> _Layout:
+    """The sizes for a cache and its lists. Each list serves `group_size` query heads."""
     tiles = selection_tiles(num_slots, group_size) if tiles is None else tiles
     C = lists.shape[3]
     merging = merge_tiles(pl.cdiv(num_slots, tiles.block) * min(C, tiles.block))
@@ -154,12 +156,7 @@ class _Given(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("layout", "interpret"))
 def _select(
-    lists: Array,
-    given: _Given,
-    rows: tuple[Array, Array, Array, Array | None],
-    *,
-    layout: _Layout,
-    interpret: bool,
+    lists: Array, given: _Given, rows: tuple[Array, Array, Array, Array | None], *, layout: _Layout, interpret: bool
 ) -> Array:
     """The lists with those of a layer chosen: in one kernel, or chunk by chunk and then among the best of all chunks.
 
@@ -169,7 +166,7 @@ def _select(
         rows: is_due, first, last and num_allowed of each row.
         layout, interpret: how the kernels run.
     """
-    B, J, C = lists.shape[1:]
+    _, B, J, _ = lists.shape
     chunks, kept = layout.num_chunks, layout.num_kept
     given = given._replace(layer=given.layer.reshape(1), bounds=_bounds(rows, layout), query=_pad(given))
     call = functools.partial(_call, layout=layout, interpret=interpret)

@@ -5,6 +5,8 @@ call cannot be compiled without a GPU and has not run on one yet. The tests run 
 implementation of the same call.
 """
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -138,7 +140,7 @@ def fused_prefill(
     values: Float[Array, "B K S H"],
     starts: Int[Array, "B"],
     *,
-    implementation: str = "cudnn",
+    implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> Float[Array, "B T N H"]:
     """`api.prefill_attention` without a window, by `jax.nn.dot_product_attention`.
 
@@ -149,10 +151,5 @@ def fused_prefill(
     positions = starts[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)[None, :]
     slots = jnp.arange(keys.shape[2], dtype=jnp.int32)
     is_visible = slots[None, None, None, :] <= positions[:, None, :, None]  # [B, 1, T, S]
-    return jax.nn.dot_product_attention(
-        q,
-        keys.swapaxes(1, 2),
-        values.swapaxes(1, 2),
-        mask=is_visible,
-        implementation=implementation,  # pyright: ignore[reportArgumentType]
-    )
+    keys, values = (cache.swapaxes(1, 2) for cache in (keys, values))
+    return jax.nn.dot_product_attention(q, keys, values, mask=is_visible, implementation=implementation)

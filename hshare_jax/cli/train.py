@@ -8,15 +8,17 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hshare_jax.cli.errors import UsageError, usage_error
 from hshare_jax.cli.options import (
     DEFAULT_MODEL,
-    UsageError,
+    add_fields,
     add_kv_sharing,
     check_kv_sharing,
     check_output,
-    option_name,
     read_text,
+    real,
     share_kv_as_told,
+    whole,
 )
 from hshare_jax.errors import SettingError
 from hshare_jax.host_memory import keep_freed_memory
@@ -58,8 +60,12 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--eval-text", nargs="+", metavar="FILE", help="text files to evaluate on; default: held-out windows of --text"
     )
-    parser.add_argument("--eval-fraction", type=float, default=0.01, help="share of the windows held out (0.01)")
-    parser.add_argument("--max-eval-windows", type=int, default=128, metavar="N", help="most windows evaluated (128)")
+    parser.add_argument(
+        "--eval-fraction", type=real, default=0.01, metavar="X", help="share of the windows held out (default: 0.01)"
+    )
+    parser.add_argument(
+        "--max-eval-windows", type=whole, default=128, metavar="N", help="most windows evaluated (default: 128)"
+    )
     start = parser.add_mutually_exclusive_group(required=True)
     start.add_argument(
         "--model", metavar="NAME", help="model to start from: built-in name, GGUF file, directory or hub id"
@@ -73,16 +79,13 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         help=f"model whose tokeniser --preset and --config use (default: {DEFAULT_MODEL})",
     )  # fmt: skip
     add_kv_sharing(parser.add_argument_group("cross-layer KV sharing"), weights=True)
-    group = parser.add_argument_group("training")
-    for field in dataclasses.fields(TrainingSettings):
-        kind, default = type(field.default), str(field.default)
-        if field.name == "warmup_steps":
-            default = f"{WARMUP}, or a tenth of all steps if that is fewer"
-        group.add_argument(
-            option_name(field.name), type=kind, default=field.default, metavar="N" if kind is int else "X",
-            help=f"{field.metadata['help']} ({default})",
-        )  # fmt: skip
-    parser.set_defaults(warmup_steps=None)
+    group = parser.add_argument_group("training", argument_default=argparse.SUPPRESS)
+    add_fields(group, TrainingSettings, leave_out=("warmup_steps",))
+    (warmup,) = (field for field in dataclasses.fields(TrainingSettings) if field.name == "warmup_steps")
+    group.add_argument(
+        "--warmup-steps", type=whole, metavar="N",
+        help=f"{warmup.metadata['help']} (default: {WARMUP}, or a tenth of all steps if that is fewer)",
+    )  # fmt: skip
 
 
 def run_train(options: argparse.Namespace) -> int:
@@ -117,7 +120,7 @@ def _prepare(options: argparse.Namespace) -> "tuple[TrainingSettings, ModelFiles
         check_length(config, settings)
         return settings, files, config, _read_data(options, settings, files)
     except SettingError as error:
-        raise UsageError(error.told(lambda name, value: f"{option_name(name)} {value}")) from error
+        raise usage_error(error) from error
 
 
 def _read_settings(options: argparse.Namespace) -> TrainingSettings:
@@ -127,9 +130,11 @@ def _read_settings(options: argparse.Namespace) -> TrainingSettings:
 
     options.output = options.output.expanduser()
     check_output(options.output / METRICS, overwrite=True)
-    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(TrainingSettings)}
-    if given["warmup_steps"] is None:
-        given["warmup_steps"] = max(0, min(WARMUP, options.num_steps // 10))
+    names = [field.name for field in dataclasses.fields(TrainingSettings)]
+    given = {name: getattr(options, name) for name in names if hasattr(options, name)}
+    if "warmup_steps" not in given:
+        num_steps = given.get("num_steps", TrainingSettings().num_steps)
+        given["warmup_steps"] = max(0, min(WARMUP, num_steps // 10))
     settings = TrainingSettings(**given)
     check_eval_windows(options.eval_fraction, options.max_eval_windows)
     return settings

@@ -10,6 +10,7 @@ an oracle that shares nothing with it.
 
 import argparse
 import dataclasses
+import itertools
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
@@ -56,38 +57,41 @@ class Case:
 
 
 def cases(*, toy: bool) -> Iterator[Case]:
-    """All cases, those of real sizes last; only a few small ones where `toy`."""
-    heads = [(4, 4, 4, 64), (8, 2, 2, 128), (4, 2, 4, 80), (6, 1, 1, 96), (6, 3, 3, 256)]  # (N, K, J, H)
-    shape = {"S": 256, "lengths": (0, 1, 31, 32, 33, 256)}
+    """All cases, those that real models need first; only a few small ones where `toy`."""
+    budget = {"num_sinks": 2, "num_critical": 16, "num_recent": 4, "num_probes": 4}
+    small = {"S": 256, "lengths": (0, 1, 31, 32, 33, 256)}
     if toy:
-        yield _attention("sparse", (4, 2, 2, 64), "float32", window=None, **shape)
-        yield _attention("dense", (4, 2, 2, 64), "bfloat16", window=20, **shape)
+        yield _attention("sparse", (4, 2, 2, 64), "float32", window=None, **small)
+        yield _attention("dense", (4, 2, 2, 64), "bfloat16", window=20, **small)
         yield _selection((4, 2, 2), 256, bits=4, dilate=False)
         yield _prefill((4, 2, 16), 256, "float32", window=None)
-        yield _decode("labels", HShareSettings(num_sinks=2, num_critical=6, num_recent=4, num_probes=4))
+        yield _decode("labels", HShareSettings(**budget))
         return
-    for kind in ("sparse", "dense"):
-        for sizes in heads:
-            yield _attention(kind, sizes, "bfloat16", window=None, **shape)
-            yield _attention(kind, sizes, "float32", window=20, **shape)
-        yield _attention(kind, heads[1], "float16", window=None, **shape)
-    for sizes in ((4, 4, 4), (4, 2, 2), (4, 2, 4), (8, 2, 2)):
-        for S, bits, dilate in ((256, 4, False), (4096, 8, True), (32_768, None, False), (32_768, 4, True)):
-            yield _selection(sizes, S, bits=bits, dilate=dilate)
-    budget = {"num_sinks": 2, "num_critical": 16, "num_recent": 4, "num_probes": 4}
+    llama2, llama3 = (32, 32, 32, 128), (32, 8, 8, 128)  # (N, K, J, H)
+    ragged = (4096, 4095, 3001, 1, 64, 129, 0, 2048, *range(500, 4100, 450))
+    for kind, sizes in itertools.product(("sparse", "dense"), (llama2, llama3)):
+        yield _attention(kind, sizes, "bfloat16", window=None, S=4096, lengths=ragged)
+    for sizes, S in itertools.product(((4, 4, 4), (8, 2, 2)), (4096, 32_768)):
+        yield _selection(sizes, S, bits=4, dilate=False)
     yield _decode("labels", HShareSettings(**budget))
+    yield _decode("dense", None)
+    yield _prefill((32, 8, 128), 4096, "bfloat16", window=None)
+    for kind, sizes in itertools.product(("sparse", "dense"), (llama2, llama3)):
+        yield _attention(kind, sizes, "bfloat16", window=None, S=32_768, lengths=(32_768, 20_001))
+    for kind in ("sparse", "dense"):
+        yield _attention(kind, llama3, "bfloat16", window=None, S=131_072, lengths=(131_072,))
     yield _decode("labels, reused", HShareSettings(**budget, refresh_interval=2, label_bits=None))
     yield _decode("exact, per query head", HShareSettings(**budget, scoring="exact", lists_per="query_head"))
-    yield _decode("dense", None)
-    for dtype, S in (("bfloat16", 1024), ("float32", 1024), ("bfloat16", 32_768)):
-        yield _prefill((32, 8, 128), S, dtype, window=None)
-    yield _prefill((32, 8, 128), 1024, "bfloat16", window=100)
-    ragged = (4096, 4095, 3001, 1, 64, 129, 0, 2048, *range(500, 4100, 450))
+    for sizes in ((4, 4, 4, 64), (8, 2, 2, 128), (4, 2, 4, 80), (6, 1, 1, 96), (6, 3, 3, 256)):
+        yield _attention("sparse", sizes, "bfloat16", window=None, **small)
+    for kind, sizes in itertools.product(("sparse", "dense"), ((4, 2, 4, 80), (6, 1, 1, 96))):
+        yield _attention(kind, sizes, "float32", window=20, **small)
     for kind in ("sparse", "dense"):
-        for sizes in ((32, 32, 32, 128), (32, 8, 8, 128)):
-            yield _attention(kind, sizes, "bfloat16", window=None, S=4096, lengths=ragged)
-            yield _attention(kind, sizes, "bfloat16", window=None, S=32_768, lengths=(32_768, 20_001))
-        yield _attention(kind, (32, 8, 8, 128), "bfloat16", window=None, S=131_072, lengths=(131_072,))
+        yield _attention(kind, (8, 2, 2, 128), "float16", window=None, **small)
+    for sizes, S, bits in (((4, 2, 4), 256, 8), ((4, 2, 2), 4096, 8), ((4, 2, 2), 32_768, None)):
+        yield _selection(sizes, S, bits=bits, dilate=True)
+    for dtype, S, window in (("float32", 1024, None), ("bfloat16", 1024, 100), ("bfloat16", 32_768, None)):
+        yield _prefill((32, 8, 128), S, dtype, window=window)
 
 
 # --- attention

@@ -61,11 +61,12 @@ class Worker:
         begun = read_state(self.state)
         return None if not begun or begun[-1]["ended"] else tuple(begun[-1][key] for key in ("step", "unit", "began"))
 
-    def kill(self) -> None:
-        """Ends the process and those that it started."""
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+
+def end(process: subprocess.Popen) -> None:
+    """Ends a process that leads a group, and the processes that it started."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def read_state(path: Path) -> list[dict]:
@@ -111,7 +112,7 @@ class Run:
                 try:
                     why = self._watch(worker)
                 finally:
-                    worker.kill()
+                    end(worker.process)
             unit = worker.unit()
             if why is None and worker.process.returncode == 0:
                 break
@@ -132,7 +133,7 @@ class Run:
         command = [sys.executable, "-m", "scripts.bench.measure_steps", str(self._out), "--state", str(self._state)]
         command += ["--ends", json.dumps(self._ends), "--command", shlex.join(["python", *sys.orig_argv[1:]])]
         command += ["--toy"] if self._toy else []
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, process_group=0)
 
     def _watch(self, worker: Worker) -> str | None:
         """Waits for a worker's end; returns why it is to be ended before that, if it is."""
@@ -170,10 +171,13 @@ def measure_gpt_fast(out: Path, checkout: str, *, toy: bool) -> None:
     """Times gpt-fast in a process of its own, which has the whole memory of the device."""
     command = [sys.executable, "-m", "scripts.bench.gpt_fast", checkout, "--out", str(out)] + (["--toy"] if toy else [])
     with (out / LOG).open("ab") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, process_group=0)
         try:
-            subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=GPT_FAST_SECONDS, check=False)
+            process.wait(GPT_FAST_SECONDS)
         except subprocess.TimeoutExpired:
             log.write(b"gpt-fast: stopped at its time limit\n")
+        finally:
+            end(process)
 
 
 def main() -> None:

@@ -170,7 +170,8 @@ class Measurements:
         effort = timing.TOY if self._toy else timing.QUICK
         make = functools.partial(tune_kernels.chain_of, kernel, cell)
         try:
-            found = tune_kernels.tune_nearby(kernel, cell, lambda tiles: make(tiles, q, data, effort, self._impl))
+            most = 1 if self._toy else None
+            found = tune_kernels.tune_nearby(kernel, cell, lambda tiles: make(tiles, q, data, effort, self._impl), most)
         except timing.FAILURES as error:
             yield {"error": timing.reason(error)}
             return
@@ -356,6 +357,7 @@ class State:
 def run_steps(measurements: Measurements, lines: Lines, state: State, ends: dict[str, float]) -> None:
     """Runs all units that were not begun before; those for which no time is left say so."""
     begun = {(unit["step"], unit["unit"]): unit["failed"] for unit in read_state(state.path)}
+    parent = os.getppid()
     for step in STEPS:
         if begun.get((step.name, ALL_UNITS)):
             continue  # they could not even be listed
@@ -365,12 +367,14 @@ def run_steps(measurements: Measurements, lines: Lines, state: State, ends: dict
         for name, run in units:
             if (step.name, name) in begun:
                 continue
+            if os.getppid() != parent:
+                sys.exit("the process that watches this one is gone")
             state.begin(step.name, name)
             if time.time() > ends[step.name]:
                 lines.add(step.name, name, {"note": "left out: the step's time was over"})
                 state.end()
                 continue
-            print(f"{step.name}: {name}", flush=True)
+            print(f"{time.strftime('%H:%M:%S')} {step.name}: {name}", flush=True)
             failed = False
             for row in run():
                 lines.add(step.name, name, row)

@@ -91,10 +91,16 @@ def neighbours(kernel: str, now: Tiles) -> Iterator[Tiles]:
         yield from (dataclasses.replace(now, **{name: value}) for value in values if value >= least)
 
 
-def tune_nearby(kernel: str, cell: Cell, make_chain: Callable[[Tiles], timing.Chain]) -> dict:
-    """Tries the current layout and its neighbours, then the best size of each kind together; returns `row`'s row."""
+def tune_nearby(kernel: str, cell: Cell, make_chain: Callable[[Tiles], timing.Chain], most: int | None = None) -> dict:
+    """Tries the current layout and its neighbours, then the best size of each kind together; returns `row`'s row.
+
+    Args:
+        kernel, cell: what is tuned.
+        make_chain: calls of the kernel in a layout.
+        most: how many neighbours to try; None: all.
+    """
     now, times = current_tiles(kernel, cell), Times()
-    try_layouts([now, *neighbours(kernel, now)], make_chain, times)
+    try_layouts([now, *itertools.islice(neighbours(kernel, now), most)], make_chain, times)
     together = {}
     for name in (field.name for field in dataclasses.fields(Tiles)):
         alike = (tiles for tiles in times if dataclasses.replace(tiles, **{name: getattr(now, name)}) == now)

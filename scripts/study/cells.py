@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from hshare_jax.evaluation.tasks.passkey import Passkey, make_passkeys
+from hshare_jax.evaluation.passkeys import Passkey, make_passkeys
 from hshare_jax.evaluation.text_windows import Window, cut_windows
 from hshare_jax.methods.base import Method
 from hshare_jax.methods.hshare.settings import HShareSettings

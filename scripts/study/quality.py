@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from hshare_jax.calibration import calibrate
 from hshare_jax.evaluation.bootstrap import interval, mean_ratio
-from hshare_jax.evaluation.tasks.passkey import Passkey, answer, is_found, read_passkeys
+from hshare_jax.evaluation.passkeys import Passkey, answer, is_found, read_passkeys
 from hshare_jax.evaluation.text_windows import Scorer
 from hshare_jax.files.records import Records
 from hshare_jax.methods.hshare.settings import HShareSettings

@@ -10,9 +10,11 @@ from tiny_tokenizer import LETTERS, byte_tokenizer
 from hshare_jax.models import pretrained
 
 
-def test_what_calibrate_writes_generate_reads(
-    tiny: str, text_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_what_calibrate_writes_generate_reads_once(
+    tiny: str, text_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    reads, read_bytes = [], Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: reads.append(path.name) or read_bytes(path))
     files = ["--channels-file", str(tmp_path / "channels.json"), "--plan-file", str(tmp_path / "plan.json")]
     status, out, err = call(["calibrate", text_file, "--model", tiny, *files, *SMALL], capsys)
     assert (status, out) == (0, "")
@@ -25,6 +27,7 @@ def test_what_calibrate_writes_generate_reads(
         ["generate", TEXT, "--model", tiny, *files, *SMALL, "--json", "-n", "7", "--compare-dense"], capsys
     )
     assert status == 0
+    assert sorted(name for name in reads if name in ("channels.json", "plan.json")) == ["channels.json", "plan.json"]
     found = json.loads(out)["statistics"]
     assert (found["refreshes"], found["selections"], found["possible_selections"]) == (3, 3, 24)
     assert (found["computed_lists"], found["lists"]) == (1, 4)

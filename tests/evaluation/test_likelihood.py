@@ -1,14 +1,14 @@
 """Log-likelihoods: transformers' for dense decoding, the oracle's for HShare, each request for itself."""
 
 import dataclasses
+import importlib
 
 import numpy as np
 import pytest
 import torch
-from tiny_decoder import HSHARE, MODEL, oracle_rows, params
+from tiny_decoder import HSHARE, MODEL, oracle_rows, params, vary
 from tiny_models import tiny_model
 
-from hshare_jax import decode_step as decode
 from hshare_jax.evaluation import likelihood
 from hshare_jax.evaluation.likelihood import _pad_steps, log_likelihoods
 from hshare_jax.models.pretrained import Model, load_model
@@ -34,14 +34,14 @@ def log_softmax(logits):
 
 
 def score(logits, continuation):
-    """Returns (sum, greedy) from the logits that predict each token of a continuation."""
+    """Sum and greediness, from the logits that predict each token of a continuation."""
     log_p, places = log_softmax(logits), np.arange(len(continuation))
     return log_p[places, continuation].sum(), bool((log_p.argmax(axis=-1) == continuation).all())
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    """Returns a model of transformers with small logits, and the same loaded here."""
+    """A model of transformers with small logits, and the same model loaded here."""
     directory, model = tmp_path_factory.mktemp("llama"), tiny_model()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -111,7 +111,7 @@ def test_a_batch_of_different_lengths_equals_each_request_alone():
 
 def test_a_budget_that_covers_the_text_equals_dense_and_a_small_one_does_not():
     requests = random_requests(4)
-    covering = dataclasses.replace(HSHARE, num_critical=100)
+    covering = vary(HSHARE, num_critical=100)
     dense, covered, sparse = (
         log_likelihoods(TINY, requests, method=method, batch_size=BATCH) for method in (None, covering, HSHARE)
     )
@@ -121,6 +121,7 @@ def test_a_budget_that_covers_the_text_equals_dense_and_a_small_one_does_not():
 
 def test_every_batch_is_one_scan_and_one_program_serves_them_all(monkeypatch):
     calls, traces, done = [], [], []
+    decode = importlib.import_module("hshare_jax.decode_step")  # the package's attribute is the function
     score_steps, attend = likelihood.score_steps, decode.decode_attend
     monkeypatch.setattr(likelihood, "score_steps", lambda *a, **k: calls.append(a[1].shape) or score_steps(*a, **k))
     monkeypatch.setattr(decode, "decode_attend", lambda *args: traces.append(args) or attend(*args))

@@ -15,17 +15,18 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.utils import simple_parse_args_string
-from tiny_decoder import HSHARE, MODEL, params
+from tiny_decoder import HSHARE, MODEL, params, vary
 from tiny_tokenizer import LETTERS, byte_tokenizer
 
-from hshare_jax.calibration import calibrate, save_channels, save_plan
+from hshare_jax.calibration import calibrate
 from hshare_jax.evaluation import lm_eval_model
 from hshare_jax.evaluation.likelihood import log_likelihoods
 from hshare_jax.evaluation.lm_eval_model import HShareLM, main
 from hshare_jax.generate import generate
-from hshare_jax.methods.hshare.settings import HShareSettings
+from hshare_jax.methods.hshare.method import HShare
+from hshare_jax.methods.hshare.plan_files import save_channels, save_plan
 from hshare_jax.models.pretrained import Model, save_model
-from hshare_jax.sampling import SamplingParams
+from hshare_jax.sampling_params import SamplingParams
 
 SHALLOW = dataclasses.replace(MODEL, num_layers=2, windows=(None,) * 2)
 TOKENIZER = byte_tokenizer(LETTERS)
@@ -34,14 +35,12 @@ TOKENIZER.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\
 )
 END = len(TOKENIZER) - 1
 TINY = Model(SHALLOW, params(SHALLOW), TOKENIZER, (END,), "some/tiny", "0" * 16)
-# As the model arguments of a command line, and as the settings that they mean.
+# The model arguments of a command line, and the method that they mean.
 ARGUMENTS = (
     "num_sinks=2,num_critical=6,num_recent=4,num_probes=4,label_channels=3,sharing_ratio=3/4-2/3-1/3,label_bits=8,"
-    "dilate=false,lists_per=query_head,budget_ratio=1/2"
+    "dilate=false,lists_per=query_head,budget_ratio=1/2,min_length=0"
 )
-SETTINGS = dataclasses.replace(
-    HSHARE, label_bits=8, dilate=False, lists_per="query_head", budget_ratio=Fraction(1, 2)
-)  # fmt: skip
+METHOD = vary(HSHARE, label_bits=8, dilate=False, lists_per="query_head", budget_ratio=Fraction(1, 2))
 TASKS = {
     "tiny_answers": """
 output_type: generate_until
@@ -81,7 +80,7 @@ def encode(text) -> list[int]:
 
 @pytest.fixture
 def tasks(tmp_path, monkeypatch):
-    """Returns a folder with three tasks; nothing is read from elsewhere."""
+    """A folder with three tasks; nothing is read from elsewhere."""
     write_tasks(tmp_path, TASKS, DOCUMENTS, monkeypatch)
     return tmp_path / "tasks"
 
@@ -119,7 +118,7 @@ def test_the_command_line_knows_the_model(tasks, tmp_path, monkeypatch, capsys):
     assert "|tiny_answers|" in capsys.readouterr().out
     (written,) = tmp_path.rglob("results_*.json")
     found = json.loads(written.read_text())
-    assert found["config"]["method"] == repr(SETTINGS)
+    assert found["config"]["method"] == repr(METHOD)
     assert found["config"]["model_dtype"] == "float32"
     assert found["chat_template"] == TOKENIZER.chat_template
 
@@ -128,33 +127,34 @@ def test_model_arguments_are_the_settings_by_name():
     assert get_model("hshare_jax") is HShareLM
     parsed = simple_parse_args_string(ARGUMENTS)
     made = HShareLM(TINY, **parsed, batch_size="4", device="cuda:0", max_batch_size=8)
-    assert (made.method, made.batch_size, made.max_length) == (SETTINGS, 4, SHALLOW.max_positions)
+    assert (made.method, made.batch_size, made.max_length) == (METHOD, 4, SHALLOW.max_positions)
     defaults = HShareLM(TINY)
-    assert defaults.method == HShareSettings()
+    assert defaults.method == HShare()
     assert HShareLM(TINY, method="dense").method is None
     paper = HShareLM(TINY, preset="hshare-paper", num_probes="all", label_bits="none", budget_ratio=0.125, num_sinks=0)
-    expected = dataclasses.replace(
-        HShareSettings.published(), label_bits=None, budget_ratio=Fraction(1, 8), num_sinks=0
-    )  # fmt: skip
-    assert paper.method == expected
+    assert paper.method == vary(HShare.published(), label_bits=None, budget_ratio=Fraction(1, 8), num_sinks=0)
+    search = HShareLM(TINY, plan_kind="published", plan_scope="batch", num_probes=7).method
+    assert search == vary(HShare(), plan_kind="published", plan_scope="batch", num_probes=7)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"critical": 4}, r"unknown model arguments critical; there are pretrained, method, .*num_critical"),
-        ({"method": "quest2"}, "method='quest2' must be"),
-        ({"preset": "paper"}, "preset='paper' must be 'hshare-paper'"),
+        ({"method": "quest2"}, "method=quest2 must be one of 'hshare', 'dense'"),
+        ({"preset": "paper"}, "preset=paper must be hshare-paper"),
         ({"method": "dense", "num_sinks": 0}, "num_sinks is for sparse decoding; leave it or method=dense out"),
         ({"method": "dense", "sharing_ratio": "1-1-1"}, "sharing_ratio is for sparse decoding"),
         ({"method": "h2o", "sharing_ratio": "1-1-1"}, "sharing_ratio is for method=hshare; leave it or method=h2o out"),
         ({"method": "quest", "label_bits": 8}, "label_bits is for method=hshare"),
         ({"sharing_ratio": "1-1-1", "refresh_interval": 2}, "sharing_ratio=1-1-1 sets refresh_interval too"),
-        ({"sharing_ratio": 0.5}, "sharing ratio '0.5' must be three fractions"),
-        ({"num_sinks": "few"}, "num_sinks='few' must be at least 0"),
-        ({"layer_ratio": "1/0"}, "layer_ratio='1/0' must be a Fraction"),
-        ({"dilate": "perhaps"}, "dilate='perhaps' must be true or false"),
-        ({"batch_size": "auto"}, "batch_size='auto' must be at least 1"),
+        ({"sharing_ratio": 0.5}, "sharing_ratio=0.5 must be three fractions"),
+        ({"num_sinks": "few"}, "num_sinks=few must be at least 0"),
+        ({"layer_ratio": "1/0"}, "layer_ratio=1/0 must be a Fraction"),
+        ({"head_ratio": "1/2", "plan_kind": "anchors"}, "head_ratio=1/2 must be 1 with plan_kind=anchors"),
+        ({"plan": "units"}, "unknown model arguments plan; there are .*plan_kind"),
+        ({"dilate": "perhaps"}, "dilate=perhaps must be true or false"),
+        ({"batch_size": "auto"}, "batch_size=auto must be at least 1"),
         ({"max_length": 2000}, "max_length=2000 must be at most the model's 1024 positions"),
         ({"max_length": 1}, "max_length=1 must be at least 2"),
     ],
@@ -167,29 +167,32 @@ def test_wrong_model_arguments_are_refused(arguments, message):
 
 def test_calibrated_files_take_the_place_of_what_prompts_are_read_for(tmp_path):
     text = "the rain in spain stays mainly in the plain, or so it is said. " * 4
-    found = calibrate(TINY, [text], hshare=HSHARE)
+    found = calibrate(TINY, [text], method=HSHARE)
     plan, channels = str(tmp_path / "plan.json"), str(tmp_path / "channels.json")
     save_plan(plan, found.plan, TINY, HSHARE)
     save_channels(channels, found.channels, TINY)
-    arguments: dict[str, Any] = {name: getattr(HSHARE, name) for name in ("num_sinks", "num_critical", "num_recent")}
-    arguments |= {"label_channels": 3, "num_probes": 4}
+    names = ("num_sinks", "num_critical", "num_recent", "label_channels", "min_length")
+    arguments: dict[str, Any] = {name: getattr(HSHARE.settings, name) for name in names} | {"num_probes": 4}
     made = HShareLM(TINY, plan_file=plan, channels_file=channels, **arguments, sharing_ratio="3/4-2/3-1/3")
-    assert made.get_model_info().items() >= {"plan_file": plan, "channels_file": channels}.items()
+    known = dataclasses.replace(HSHARE, plan=found.plan, channels=found.channels)
+    assert made.method == known
+    # The files are named; the thousands of numbers in them are not repeated.
+    expected = {"plan_file": plan, "channels_file": channels, "method": repr(HSHARE)}
+    assert made.get_model_info().items() >= expected.items()
     requests = [(TOKENIZER.encode(text[:90]), TOKENIZER.encode(text[90:120]))]
     given = made._loglikelihood_tokens([(None, *request) for request in requests])
-    expected = log_likelihoods(
-        TINY, requests, method=HSHARE, batch_size=1, plan=found.plan, channels=found.channels
-    )  # fmt: skip
-    assert given == expected
+    assert given == log_likelihoods(TINY, requests, method=known, batch_size=1)
     assert given != log_likelihoods(TINY, requests, method=HSHARE, batch_size=1)
     answer = made.generate_until([Instance("generate_until", {}, (text[:90], {"until": [], "max_gen_toks": 12}), 0)])
-    generated = generate(
-        TINY, [requests[0][0]], max_new_tokens=12, method=HSHARE, plan=found.plan, channels=found.channels
-    )
-    assert answer == generated.texts
-    with pytest.raises(ValueError, match=r"layer_ratio=1/8 has no effect: .*plan.json says which .* found with 3/4"):
+    assert answer == generate(TINY, [requests[0][0]], max_new_tokens=12, method=known).texts
+    both = HShareLM(TINY, method="double_sparsity", channels_file=channels, label_channels=3).method
+    assert isinstance(both, HShare)
+    assert both.channels == known.channels
+    with pytest.raises(
+        ValueError, match=r"layer_ratio=1/8 has no effect: .*plan.json says which .* found with layer_ratio=3/4: leave"
+    ):
         HShareLM(TINY, plan_file=plan, **arguments, sharing_ratio="1/8-2/3-1/3")
-    with pytest.raises(ValueError, match=r"channels_file=.*channels.json has no effect: scoring=exact"):
+    with pytest.raises(ValueError, match=r"channels_file=.*channels.json has no effect: scoring=exact reads keys"):
         HShareLM(TINY, channels_file=channels, scoring="exact", label_channels=None)
     with pytest.raises(ValueError, match="plan_file is for method=hshare; leave it or method=h2o out"):
         HShareLM(TINY, plan_file=plan, method="h2o")
@@ -219,7 +222,7 @@ def test_repeats_are_sampled_differently_and_not_by_their_batch():
 
 
 def test_contexts_too_short_for_a_plan_are_told(caplog):
-    budget: dict[str, Any] = {"num_sinks": 2, "num_critical": 6, "num_recent": 4}
+    budget: dict[str, Any] = {"num_sinks": 2, "num_critical": 6, "num_recent": 4, "min_length": 0}
     model = HShareLM(TINY, batch_size=2, sharing_ratio="3/4-2/3-1/3", **budget)
     long = "the rain in spain stays mainly in the plain."
     asked = requests("loglikelihood", (long, " in"), ("in", " the end"), ("in", long))
@@ -233,7 +236,7 @@ def test_contexts_too_short_for_a_plan_are_told(caplog):
     ]
     caplog.clear()
     with caplog.at_level(logging.WARNING, logger=lm_eval_model.__name__):
-        HShareLM(TINY, method="h2o", batch_size=2, **budget).loglikelihood(asked)
+        HShareLM(TINY, method="h2o", batch_size=2, **budget | {"min_length": None}).loglikelihood(asked)
     assert not caplog.messages
 
 

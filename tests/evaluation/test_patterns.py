@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import row_oracle
-from tiny_decoder import HSHARE, MODEL, oracle_budget, oracle_row, oracle_rows, params, random_rows
+from tiny_decoder import HSHARE, MODEL, oracle_budget, oracle_row, oracle_rows, params, random_rows, vary
 
 from hshare_jax.calibration import find_plans
 from hshare_jax.evaluation.patterns import Patterns, check_prompt, measure_patterns, overlap_of_steps
@@ -22,11 +22,11 @@ READ = len(PROMPT) - 2 * STEPS  # what is prefilled
 
 @pytest.fixture(scope="module")
 def found() -> Patterns:
-    return measure_patterns(TINY, PROMPT, hshare=HSHARE, steps=STEPS)
+    return measure_patterns(TINY, PROMPT, method=HSHARE, steps=STEPS)
 
 
 def test_lists_and_layers_overlap_as_counted_at_the_probes(found: Patterns) -> None:
-    (row,) = oracle_rows([ROW[:READ]], dataclasses.replace(HSHARE, plan="published"))
+    (row,) = oracle_rows([ROW[:READ]], vary(HSHARE, plan_kind="published"))
     assert row.similarity is not None
     of_layers, of_heads = row.similarity
     np.testing.assert_allclose(found.layer_overlap, of_layers, atol=EXACT, rtol=0)
@@ -44,7 +44,7 @@ def test_steps_overlap_as_counted_while_decoding_alone(found: Patterns) -> None:
         alone.decode(token)
         lists.append([[set(tokens) for tokens in of_layer] for of_layer in alone.lists])
     expected = np.zeros((STEPS, MODEL.num_layers))
-    for layer in range(HSHARE.dense_layers, MODEL.num_layers):
+    for layer in range(HSHARE.settings.dense_layers, MODEL.num_layers):
         pairs = range(MODEL.num_kv_heads)
         listed = sum(len(lists[t][layer][j]) for t in range(STEPS) for j in pairs)
         for d in range(1, STEPS + 1):
@@ -55,12 +55,12 @@ def test_steps_overlap_as_counted_while_decoding_alone(found: Patterns) -> None:
     assert 0 < expected[0, 1:].min() < 1
 
 
-@pytest.mark.parametrize("plan", ["units", "published", "anchors"])
-def test_the_plan_is_the_one_that_decoding_follows(plan: str) -> None:
-    ratio = Fraction(1) if plan == "anchors" else HSHARE.head_ratio
-    hshare = dataclasses.replace(HSHARE, plan=plan, head_ratio=ratio)
-    patterns = measure_patterns(TINY, PROMPT, hshare=hshare, steps=0)
-    assert [patterns.plan] == find_plans(TINY, [PROMPT], hshare=hshare)
+@pytest.mark.parametrize("plan_kind", ["units", "published", "anchors"])
+def test_the_plan_is_the_one_that_decoding_follows(plan_kind: str) -> None:
+    ratio = Fraction(1) if plan_kind == "anchors" else HSHARE.search.head_ratio
+    method = vary(HSHARE, plan_kind=plan_kind, head_ratio=ratio)
+    patterns = measure_patterns(TINY, PROMPT, method=method, steps=0)
+    assert [patterns.plan] == find_plans(TINY, [PROMPT], method=method)
     assert patterns.step_overlap.shape == (0, MODEL.num_layers)
 
 
@@ -81,13 +81,13 @@ def test_distances_lie_within_the_steps(num_distances: int) -> None:
 
 
 def test_what_cannot_be_measured_is_refused_before_anything_is_computed() -> None:
-    first = HSHARE.first_probe
-    check_prompt(MODEL, first + 1, hshare=HSHARE, steps=0)
+    first = HSHARE.settings.first_probe
+    check_prompt(MODEL, first + 1, settings=HSHARE.settings, steps=0)
     with pytest.raises(ValueError, match=rf"the prompt has {first} tokens; it needs {first + 1}, with twice"):
-        measure_patterns(TINY, PROMPT[:first], hshare=HSHARE, steps=0)
+        measure_patterns(TINY, PROMPT[:first], method=HSHARE, steps=0)
     with pytest.raises(ValueError, match=rf"it needs {first + 1 + 1000}, .*, and 2 \* 500 that are decoded"):
-        measure_patterns(TINY, PROMPT, hshare=HSHARE, steps=500)
+        measure_patterns(TINY, PROMPT, method=HSHARE, steps=500)
     with pytest.raises(ValueError, match="the prompt's 1025 tokens are beyond the model's 1024"):
-        check_prompt(MODEL, 1025, hshare=HSHARE, steps=0)
+        check_prompt(MODEL, 1025, settings=HSHARE.settings, steps=0)
     with pytest.raises(ValueError, match="steps=-1 must be at least 0"):
-        measure_patterns(TINY, PROMPT, hshare=HSHARE, steps=-1)
+        measure_patterns(TINY, PROMPT, method=HSHARE, steps=-1)

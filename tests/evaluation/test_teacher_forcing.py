@@ -1,4 +1,4 @@
-"""Agreement: scores of forced steps equal those that NumPy computes from the logits of full forwards."""
+"""Forced steps: their scores equal those that NumPy computes from the logits of full forwards."""
 
 import dataclasses
 
@@ -17,16 +17,16 @@ ROWS = random_rows(1, more=STEPS + 1)
 CONTINUATIONS = np.stack([row[n:] for row, n in zip(ROWS, LENGTHS, strict=True)])  # [B, STEPS + 1]
 
 
-def prompted(hshare):
-    return prefill_rows([row[:n] for row, n in zip(ROWS, LENGTHS, strict=True)], hshare=hshare)[1]
+def prompted(method):
+    return prefill_rows([row[:n] for row, n in zip(ROWS, LENGTHS, strict=True)], method=method)[1]
 
 
 def full_forward_logits():
-    """Returns [STEPS, B, V]: each step's logits from a prefill of everything up to it."""
+    """Each step's logits, from a prefill of everything before it [STEPS, B, V]."""
     return np.stack(
         [
             np.asarray(
-                prefill_rows([row[: n + step + 1] for row, n in zip(ROWS, LENGTHS, strict=True)], hshare=None)[0]
+                prefill_rows([row[: n + step + 1] for row, n in zip(ROWS, LENGTHS, strict=True)], method=None)[0]
             )
             for step in range(STEPS)
         ]
@@ -43,7 +43,7 @@ def dense():
 
 
 def sparse_logits():
-    """Returns (logits [STEPS, B, V], tokens read [STEPS, B]) of the float64 oracle."""
+    """Logits [STEPS, B, V] and tokens read [STEPS, B] of the float64 oracle."""
     rows = oracle_rows([row[:n] for row, n in zip(ROWS, LENGTHS, strict=True)], HSHARE)
     logits, reads = [], []
     for step in range(STEPS):
@@ -57,15 +57,15 @@ def test_forced_logits_are_those_of_the_full_forward(dense):
     np.testing.assert_allclose(logits, dense, atol=SAME, rtol=0)
 
 
-@pytest.mark.parametrize("hshare", [None, HSHARE], ids=["dense", "shared"])
-def test_scores_are_those_of_the_logits(dense, hshare):
+@pytest.mark.parametrize("method", [None, HSHARE], ids=["dense", "shared"])
+def test_scores_are_those_of_the_logits(dense, method):
     tokens = jnp.asarray(CONTINUATIONS)
-    if hshare is None:
+    if method is None:
         expected, reads = dense, np.array(LENGTHS)[None, :] + np.arange(1, STEPS + 1)[:, None]
     else:
         expected, reads = sparse_logits()
     reference = jnp.asarray(dense, jnp.float32)
-    scores, _ = score_steps(params(), tokens, prompted(hshare), config=MODEL, reference=reference)
+    scores, _ = score_steps(params(), tokens, prompted(method), config=MODEL, reference=reference)
     following = CONTINUATIONS[:, 1:].T
     loss = -np.take_along_axis(log_softmax(expected), following[:, :, None], axis=-1)[:, :, 0]
     np.testing.assert_allclose(scores.loss, loss, atol=F32, rtol=0)
@@ -76,7 +76,7 @@ def test_scores_are_those_of_the_logits(dense, hshare):
     np.testing.assert_allclose(scores.divergence, (np.exp(p) * (p - q)).sum(axis=-1), atol=F32, rtol=0)
     assert scores.agrees is not None
     np.testing.assert_array_equal(scores.agrees, dense.argmax(axis=-1) == expected.argmax(axis=-1))
-    if hshare is not None:
+    if method is not None:
         assert not np.asarray(scores.agrees).all()  # the long row is read sparsely
         assert np.asarray(scores.divergence)[:, -1].max() > 100 * F32
 
@@ -86,20 +86,20 @@ def test_without_a_reference_nothing_is_compared():
     assert (scores.divergence, scores.agrees) == (None, None)
 
 
-@pytest.mark.parametrize("hshare", [None, HSHARE], ids=["dense", "shared"])
-def test_agreement_is_the_share_of_the_continuation_that_would_be_chosen(dense, hshare):
+@pytest.mark.parametrize("method", [None, HSHARE], ids=["dense", "shared"])
+def test_agreement_is_the_share_of_the_continuation_that_would_be_chosen(dense, method):
     # Each row's continuation is what the model chooses, except at some places: a share of a half or of none.
     model = Model(MODEL, params(), None, (), "tiny", "0" * 16)
-    chosen = dense.argmax(axis=-1) if hshare is None else sparse_logits()[0].argmax(axis=-1)
+    chosen = dense.argmax(axis=-1) if method is None else sparse_logits()[0].argmax(axis=-1)
     prompts = [row[:n].tolist() for row, n in zip(ROWS, LENGTHS, strict=True)]
     continuations = [row.tolist() for row in CONTINUATIONS]
     expected = [float(np.mean(chosen[:, b] == CONTINUATIONS[b, 1:])) for b in range(len(ROWS))]
-    assert token_agreement(model, prompts, continuations, method=hshare) == pytest.approx(expected)
+    assert token_agreement(model, prompts, continuations, method=method) == pytest.approx(expected)
     # The last token is only predicted: with it as the model would choose, one more agrees.
     for b, row in enumerate(continuations):
         row[-1] = int(chosen[-1, b])
         expected[b] = float(np.mean(chosen[:, b] == np.array(row[1:])))
-    assert token_agreement(model, prompts, continuations, method=hshare) == pytest.approx(expected)
+    assert token_agreement(model, prompts, continuations, method=method) == pytest.approx(expected)
     assert min(expected) >= 1 / STEPS
 
 

@@ -68,9 +68,9 @@ def attention_case(seed, N, K, J, H):
 
 def expected_attention(q, keys, values, reads_of):
     """The attention in float64; `reads_of(b, n)` are the slots that a head reads."""
-    wide = [array.astype(np.float64) for array in (q, keys, values)]
-    heads = range(q.shape[1])
-    return np.stack([oracle.attention(*(x[b] for x in wide), [reads_of(b, n) for n in heads]) for b in range(B)])
+    q, keys, values = (array.astype(np.float64) for array in (q, keys, values))
+    reads = [[reads_of(b, n) for n in range(q.shape[1])] for b in range(B)]
+    return np.stack([oracle.attention(q[b], keys[b], values[b], reads[b]) for b in range(B)])
 
 
 # (N, K, J, H, window, min_length): multi-head, grouped with a list per kv head and per query head, multi-query
@@ -81,11 +81,10 @@ CASES = [(4, 4, 4, 64, None, 0), (8, 2, 2, 128, 20, 0), (4, 2, 4, 80, None, 33),
 @pytest.mark.parametrize(("N", "K", "J", "H", "window", "min_length"), CASES)
 def test_sparse_decode_equals_the_oracle(N, K, J, H, window, min_length, impl):
     q, keys, values, lists, source = attention_case(1, N, K, J, H)
-    arrays = [jnp.asarray(array) for array in (q, keys, values, lists, source)]
-    out = api.sparse_decode(
-        *arrays, 1, jnp.asarray(LENGTHS), jnp.asarray(STARTS), num_sinks=NUM_SINKS, max_recent=MAX_RECENT,
-        window=window, min_length=min_length, impl=impl,
-    )  # fmt: skip
+    arrays = map(jnp.asarray, (q, keys, values, lists, source))
+    decode = functools.partial(api.sparse_decode, *arrays, layer=1, num_sinks=NUM_SINKS, max_recent=MAX_RECENT)
+    lengths, starts = jnp.asarray(LENGTHS), jnp.asarray(STARTS)
+    out = decode(lengths=lengths, recent_start=starts, window=window, min_length=min_length, impl=impl)
 
     def reads_of(b, n):
         seen, unit = oracle.dense_reads(int(LENGTHS[b]), window), source[b, 1, n * J // N]
@@ -225,9 +224,10 @@ def test_lists_chosen_by_keys_equal_the_oracle_where_they_are_asked_for(choice, 
 
 @every_implementation
 def test_lists_stay_as_they_are_where_no_row_is_due(impl):
-    q, keys, lists, source, (_, *further) = selection_case(CHOICES["grouped, 8 bits, bounded"])
+    q, keys, lists, source, (_, first, last, allowed) = selection_case(CHOICES["grouped, 8 bits, bounded"])
     nobody = jnp.zeros((B,), bool)
-    np.testing.assert_array_equal(api.select_by_keys(lists, 1, q, keys, source, nobody, *further, impl=impl), lists)
+    got = api.select_by_keys(lists, 1, q, keys, source, nobody, first, last, allowed, impl=impl)
+    np.testing.assert_array_equal(got, lists)
 
 
 # --- whole decodes

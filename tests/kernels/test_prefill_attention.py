@@ -53,9 +53,8 @@ def test_received_attention_is_the_sum_of_the_weights_of_the_counted_queries(win
     starts = np.array([0, 1, 254, 255, 256, S - T])
     q, (keys, values) = rng.standard_normal((B, T, N, H)).astype(np.float32), cache(rng, starts + T)
     is_counted = rng.random((B, T)) < 0.7
-    arrays = [jnp.asarray(array) for array in (q, keys, values, starts)]
-    out, received = prefill_attention_received(*arrays, jnp.asarray(is_counted), window=window)
-    np.testing.assert_array_equal(out, prefill_attention(*arrays, window=window))
+    out, received = prefill_attention_received(*map(jnp.asarray, (q, keys, values, starts, is_counted)), window=window)
+    np.testing.assert_array_equal(out, prefill_attention(*map(jnp.asarray, (q, keys, values, starts)), window=window))
     expected = np.zeros((B, N, S))
     for b, t in np.argwhere(is_counted):
         scores = oracle.key_scores(q[b, t].astype(np.float64), keys[b].astype(np.float64))

@@ -1,4 +1,4 @@
-"""Tasks of one's own for lm-evaluation-harness, from local files alone."""
+"""Tasks for lm-evaluation-harness that need local files only."""
 
 import functools
 import json
@@ -11,7 +11,14 @@ import pytest
 def write_tasks(
     folder: Path, tasks: dict[str, str], documents: list[dict], monkeypatch: pytest.MonkeyPatch
 ) -> lm_eval.tasks.TaskManager:
-    """Returns what finds these tasks, by name the settings of each in YAML, all of these documents."""
+    """Writes tasks and their documents; returns the manager that finds these tasks and no others.
+
+    Args:
+        folder: where files are written.
+        tasks: each task's settings in YAML, by name.
+        documents: the documents of every task.
+        monkeypatch: keeps lm-evaluation-harness from reading anything else.
+    """
     for module in ("datasets.config", "huggingface_hub.constants"):
         monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # the command line sets it; so it is set back
@@ -23,7 +30,7 @@ def write_tasks(
         (folder / "tasks" / f"{name}.yaml").write_text(
             f"task: {name}\ndataset_path: json\ndataset_kwargs: {dataset}\ntest_split: test\nnum_fewshot: 0\n{settings}"
         )
-    # The hundreds of tasks that come with lm-evaluation-harness take seconds to look through.
+    # Looking through the hundreds of tasks that come with lm-evaluation-harness takes seconds.
     own = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", own)
     return own(include_path=str(folder / "tasks"))

@@ -1,4 +1,4 @@
-"""Lines of results, as studies and evaluations write them, for plots."""
+"""Lines of results files, as studies and evaluations write them."""
 
 import json
 from pathlib import Path
@@ -21,10 +21,12 @@ STUDY = {"model": "tiny", "texts": ["a.txt"], "steps": 256, "seeds": 50}
 EVAL = {
     "task": "perplexity", "model": "tiny", "data": ["a.txt"], "batch_size": 8, "context": "512",
     "settings": {
-        "num_sinks": "8", "num_critical": "88", "num_recent": "32", "plan": "units", "layer_ratio": "1/2",
+        "num_sinks": "8", "num_critical": "88", "num_recent": "32", "plan_kind": "units", "layer_ratio": "1/2",
         "head_ratio": "1", "refresh_interval": "1",
     },
 }  # fmt: skip
+# The same run, as earlier versions wrote it.
+EARLIER = EVAL | {"settings": {"plan" if name == "plan_kind" else name: v for name, v in EVAL["settings"].items()}}
 
 
 def eval_line(method: str, divergence: float, window: str = "a.txt:0", **changes: object) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from hshare_jax.generate import generate
 from hshare_jax.models.pretrained import Model
 
 CONFIG = dataclasses.replace(MODEL, max_positions=100)
-TEMPLATE = "{% for m in messages %}the user: {{ m.content }}{% endfor %}{% if add_generation_prompt %} so: {% endif %}"
+TEMPLATE = "{% for m in messages %}the user, {{ m.content }}{% endfor %}{% if add_generation_prompt %} so, {% endif %}"
 TOKENIZER, CHATTING = byte_tokenizer(LETTERS), byte_tokenizer(LETTERS)
 CHATTING.chat_template = TEMPLATE
 TINY = Model(CONFIG, random_params(MODEL), TOKENIZER, (), "tiny", "")
@@ -37,7 +37,7 @@ def test_a_prompt_goes_through_the_chat_template_where_both_want_it():
     plain, chat = example("it is so", wants_chat=False), example("it is so")
     assert [found.tokens for found in GSM8K().fit(TINY, [plain, chat])[0]] == [encode("it is so")] * 2
     found, _ = GSM8K().fit(CHAT, [plain, chat])
-    assert [given.tokens for given in found] == [encode("it is so"), encode("the user: it is so so: ")]
+    assert [given.tokens for given in found] == [encode("it is so"), encode("the user, it is so so, ")]
     assert [dataclasses.replace(given, tokens=()) for given in found] == [plain, chat]
     assert GSM8K().sizes(found) == [(len(given.tokens), len(given.tokens) + 8) for given in found]
 
@@ -70,7 +70,7 @@ def test_a_long_prompt_of_longbench_loses_the_middle_of_its_text(model):
     (found,), num_long = LongBench().fit(model, [example(text, task="longbench/qasper")])
     assert num_long == 0
     kept = str(TOKENIZER.decode(list(found.tokens)))
-    before, after = ("the user: ", " so: ") if model is CHAT else ("", "")
+    before, after = ("the user, ", " so, ") if model is CHAT else ("", "")
     most = 92 - len(encode(before + after))
     assert len(found.tokens) <= 92
     assert most - 8 <= len(encode(kept)) - len(encode(before + after)) <= most
@@ -81,7 +81,7 @@ def test_a_long_prompt_of_longbench_loses_the_middle_of_its_text(model):
 
 def test_a_template_as_long_as_the_model_leaves_no_room():
     chatty = byte_tokenizer(LETTERS)
-    chatty.chat_template = TEMPLATE.replace("the user: ", "so it is said " * 12)
+    chatty.chat_template = TEMPLATE.replace("the user, ", "so it is said " * 12)
     model = dataclasses.replace(TINY, tokenizer=chatty)
     with pytest.raises(DataError, match=r"the prompt has .* leave room for 92"):
         LongBench().fit(model, [example("it is so", task="longbench/qasper")])
