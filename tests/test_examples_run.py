@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from first_layers import first_layers
 
-import hshare_jax
 from hshare_jax.models.pretrained import load_model
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -18,7 +17,7 @@ def run_example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     """Runs an example on the first four layers of its model, and gives what it prints."""
 
     def run(name: str) -> str:
-        monkeypatch.setattr(hshare_jax, "load_model", lambda model: first_layers(load_model(model), 4))
+        monkeypatch.setattr("hshare_jax.models.pretrained.load_model", lambda name: first_layers(load_model(name), 4))
         runpy.run_path(str(EXAMPLES / name), run_name="__main__")
         return capsys.readouterr().out
 
