@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from hshare_jax.methods.base import Method
     from hshare_jax.models.pretrained import Model, ModelFiles
 
-# `hshare-jax eval` reads the options of all tasks first. So that it starts quickly, tasks import the modules that compute
-# in their methods, not at the top of their files.
+# `hshare-jax eval` reads the options of all tasks first. So that it starts quickly, tasks import the modules that
+# compute in their methods, not at the top of their files.
 
 Data = TypeVar("Data")
 Item = TypeVar("Item")
