@@ -41,12 +41,12 @@ def dense_decode(
     window: int | None = None,
     impl: str = "auto",
 ) -> Float[Array, "B N H"]:
-    """Attention of one query per head over the whole cache: slots [0, length), or the last `window` of them.
+    """Attention of one query per head over the whole cache: slots [0, length), or only the last `window` slots.
 
     A row of length 0 returns zeros. A row longer than the cache reads the whole cache.
 
     Args:
-        q: one rotated query per head. The query's own key is the last of the `lengths` slots.
+        q: one rotated query per head, at position length - 1. Its key is cached already.
         keys, values: the cache of one layer. Slots that are not read may hold any finite numbers.
         lengths: cached tokens of each row, the current token included.
         window: the layer's sliding window.
@@ -86,7 +86,7 @@ def sparse_decode(
     the cache and the buffer of lists. A GPU would read whatever lies there.
 
     Args:
-        q: one rotated query per head. The query's own key is the last of the `lengths` slots.
+        q: one rotated query per head, at position length - 1. Its key is cached already.
         keys, values: the cache of one layer. Slots that are not read may hold any finite numbers.
         lists: the lists of all layers: slots in [num_sinks, recent_start), ascending, padded with EMPTY.
         source: the plan: for each list the flat id (layer * J + list) of the list that is read in its place.
@@ -140,10 +140,10 @@ def select_by_labels(
 ) -> Lists:
     """The lists of all layers, with those of one layer chosen anew by the scores of labels.
 
-    A list is chosen where it is its own source and its row is due. All other lists stay as they are. A list takes the
-    slots of the highest weights among those that compete, ascending, padded with EMPTY; ties go to the lower slot. The
-    weight of a slot is its score if the list serves one query head. If the list serves several heads, the weight is the
-    sum of their scores, each head's softmaxed over the slots that compete.
+    A list is chosen if its row is due and the plan lets the list read itself. All other lists stay as they are. Among
+    the slots that compete, a list takes those with the highest weights, ascending, padded with EMPTY; ties go to the
+    lower slot. If the list serves one query head, the weight of a slot is its score. If the list serves several heads,
+    the weight is the sum of their scores, each head's softmaxed over the slots that compete.
 
     A layer in which no list is chosen computes nothing in the reference. On a GPU it costs a few launches that return
     at once.
@@ -212,8 +212,8 @@ def prefill_attention(
 ) -> Float[Array, "B T N H"]:
     """Causal attention of T new tokens per row over the cache, which holds their keys and values already.
 
-    Token t of row b stands at position starts[b] + t and sees the slots up to its own, or the last `window` of them.
-    The work is done by cuDNN where it can be, and by plain jnp elsewhere.
+    Token t of row b stands at position starts[b] + t. It sees the slots up to that one, or only the last `window`
+    slots. The work is done by cuDNN where it can be, and by plain jnp elsewhere.
 
     Args:
         q: rotated queries of the new tokens.

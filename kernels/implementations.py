@@ -65,7 +65,7 @@ def check_impl(impl: str) -> None:
         return
     chosen, platform = IMPLEMENTATIONS[impl], _platform()
     if chosen.platforms and platform not in chosen.platforms:
-        machines = " and ".join(MACHINES[name] for name in chosen.platforms)
+        machines = " and ".join(MACHINES.get(name, name) for name in chosen.platforms)
         rule = f"runs on {machines}, and this program is for {platform}"
         raise SettingError("impl", impl, rule, chosen.way_out)
 
@@ -74,9 +74,9 @@ def run(impl: str, call: Callable[[Implementation], Result]) -> Result:
     """Calls an operation with the implementation that `impl` names.
 
     `auto` takes, on each platform, the implementation that the table makes automatic there, and `reference` on all
-    others. The program may be traced for one platform and lowered for another. So each automatic implementation becomes
-    a branch, from which the lowering takes one, and no conditional is left. A program that is known to be for the CPU
-    traces only what the CPU runs: a branch around each layer's attention would cost half of the speed there.
+    others. A program may be traced for one platform and lowered for another. So each automatic implementation becomes a
+    branch; the lowering keeps one branch, and no conditional is left. A program that is known to be for the CPU traces
+    no branch, because a branch around each layer's attention would cost half of the speed there.
 
     Args:
         impl: one of `IMPLS`.

@@ -162,7 +162,7 @@ def _select(
 
     Args:
         lists: of all layers.
-        given: what the lists are chosen by; `bounds` are filled in here.
+        given: the inputs, without `bounds`, which are made here.
         rows: is_due, first, last and num_allowed of each row.
         layout, interpret: how the kernels run.
     """
@@ -241,7 +241,7 @@ def _select_whole(layout: _Layout, given: _Given, lists_ref, chunk: Array, j: Ar
 
 
 def _find_stats(layout: _Layout, given: _Given, stats_ref, chunk: Array, j: Array, b: Array) -> None:
-    """Writes what the softmax of each head needs of a chunk."""
+    """Writes the peak and the sum of exponentials of each head's scores over a chunk."""
     slots = _slots_of(layout, chunk)
     is_candidate = _is_candidate(given, b, slots)
     for g, scores in enumerate(_score(given, b, j, slots, is_whole=layout.divides)):

@@ -108,7 +108,7 @@ def received_attention(
 
 
 def _is_visible(slots: Array, positions: Array, window: int | None) -> Array:
-    """Which slots a query at each position sees: those up to its own, or the last `window` of them."""
+    """Which slots a query at each position sees: those up to the position, or only the last `window` slots."""
     is_visible = slots <= positions
     return is_visible if window is None else is_visible & (slots > positions - window)
 

@@ -1,4 +1,4 @@
-"""Decode attention in plain jnp: the definition of the attention operations of `api`, and what a CPU runs.
+"""Decode attention in plain jnp: the definition of the attention operations of `api`, on every machine.
 
 Keys and values are [B, K, S, H]: slot s of a row holds its token at position s. The softmax runs in float32 for every
 dtype.

@@ -1,8 +1,9 @@
 """The Python code of README.md and docs/library.md runs as it stands, block after block."""
 
-import dataclasses
 import re
 from pathlib import Path
+
+from first_layers import first_layers
 
 from hshare_jax.models.pretrained import Model
 
@@ -29,10 +30,3 @@ def test_the_documented_code_runs(capsys, tmp_path: Path, monkeypatch) -> None:
     assert namespace["model"] is small
     assert "StreamingLLM" in capsys.readouterr().out
     assert callable(namespace["log_likelihood"])
-
-
-def first_layers(model: Model, count: int) -> Model:
-    config = dataclasses.replace(model.config, num_layers=count, windows=model.config.windows[:count])
-    gone = {f"layers_{layer}" for layer in range(count, model.config.num_layers)}
-    params = {name: leaf for name, leaf in model.params.items() if name not in gone}
-    return dataclasses.replace(model, config=config, params=params)

@@ -30,8 +30,8 @@ from tqdm import tqdm
 from hshare_jax.calibration import calibrate
 from hshare_jax.decode_state import for_decoding
 from hshare_jax.decode_step import decode_step
-from hshare_jax.evaluation.prefilled import prefill_for
 from hshare_jax.evaluation.passkeys import Passkey, answer, is_found, read_passkeys
+from hshare_jax.evaluation.prefilled import prefill_for
 from hshare_jax.evaluation.text_windows import Scorer, Window
 from hshare_jax.files.records import Records
 from hshare_jax.methods.hshare.settings import HShareSettings

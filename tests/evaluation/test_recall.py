@@ -1,9 +1,9 @@
 """Recall: the mass of exact attention on the tokens that are read, against a float64 oracle."""
 
 import jax.numpy as jnp
+import method_oracle
 import numpy as np
 import pytest
-import method_oracle
 from tiny_decoder import HSHARE, LENGTHS, MODEL, oracle_row, params, prefill_rows, random_rows
 
 from hshare_jax.decode_step import decode_step

@@ -1,4 +1,4 @@
-"""Every implementation in the table that runs on this machine computes what the definition says.
+"""Every implementation in the table that runs on this machine equals the definition.
 
 A new implementation takes part as soon as it has a row. Pallas' kernels run in its interpreter, which is slow, so the
 sizes are the smallest that matter.
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from tiny_decoder import HSHARE, MODEL, params, prefill_rows, random_rows
+from tiny_decoder import HSHARE, MODEL, params, prefill_rows, random_rows, vary
 
 from hshare_jax.decode_step import decode_step
 from hshare_jax.errors import SettingError
@@ -235,21 +235,21 @@ def test_lists_stay_as_they_are_where_no_row_is_due(impl):
 
 @every_other_implementation
 @pytest.mark.parametrize(
-    "hshare",
+    "method",
     [
         # Without dilation, because it makes ties, which rounding may break differently here and there.
-        dataclasses.replace(HSHARE, dilate=False),
-        dataclasses.replace(HSHARE, dilate=False, min_length=30, label_bits=None),
-        dataclasses.replace(HSHARE, scoring="exact", dense_layers=0, lists_per="query_head"),
+        vary(HSHARE, dilate=False),
+        vary(HSHARE, dilate=False, min_length=30, label_bits=None),
+        vary(HSHARE, scoring="exact", dense_layers=0, lists_per="query_head"),
         None,
     ],
     ids=["labels", "gate, not quantised", "exact, per query head", "dense"],
 )
-def test_a_whole_decode_equals_that_of_the_reference(hshare, impl):
+def test_a_whole_decode_equals_that_of_the_reference(method, impl):
     config, rows = dataclasses.replace(MODEL, windows=(None, 20, None, None)), random_rows(7, more=5)
     found = []
     for name in (impl, "reference"):
-        state = prefill_rows([row[:-5] for row in rows], hshare=hshare, config=config)[1]
+        state = prefill_rows([row[:-5] for row in rows], method=method, config=config)[1]
         logits = []
         for step in range(5):
             tokens = jnp.asarray([row[step - 5] for row in rows])

@@ -20,7 +20,7 @@ from hshare_jax.kernels import pallas_attention, pallas_selection
 from hshare_jax.kernels.choose_tokens import choose_tokens
 from hshare_jax.kernels.labels import Labels, label_query, make_labels, score_labels
 from hshare_jax.kernels.tiling import Tiles, attention_tiles, selection_tiles
-from hshare_jax.methods.hshare.settings import HShareSettings
+from hshare_jax.methods.hshare.method import HShare
 from hshare_jax.models.config import ModelConfig, RopeConfig
 from hshare_jax.models.decoder import parameter_shapes
 from hshare_jax.shapes import EMPTY
@@ -214,14 +214,14 @@ def test_selection_lowers_for_cuda_in_few_kernels(B, N, K, slots, kernels):
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("refresh", [True, False, None])
 def test_a_step_lowers_for_cuda_with_kernels_and_without_a_conditional(refresh):
-    model = ModelConfig(
+    config = ModelConfig(
         vocab_size=64, width=128, mlp_width=128, num_layers=3, num_heads=2, num_kv_heads=2, head_dim=64,
         max_positions=4096, windows=(None,) * 3, rope=RopeConfig(theta=100.0),
     )  # fmt: skip
-    state = jax.eval_shape(lambda: init_state(model, 16, 4096, method=HShareSettings(min_length=300)))
-    step = functools.partial(decode_step, config=model, refresh=refresh, impl="pallas")
+    state = jax.eval_shape(lambda: init_state(config, 16, 4096, method=HShare().with_settings({"min_length": 300})))
+    step = functools.partial(decode_step, config=config, refresh=refresh, impl="pallas")
     tokens = jax.ShapeDtypeStruct((16,), jnp.int32)
-    text = lower_for_cuda(lambda *arrays: step(*arrays), parameter_shapes(model), tokens, state)
+    text = lower_for_cuda(lambda *arrays: step(*arrays), parameter_shapes(config), tokens, state)
     assert not re.search(r"stablehlo\.(case|if|while)", text)
     assert "decode_attention" in text
     assert ("select_tokens" in text) == (refresh is not False)

@@ -5,9 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import method_oracle
 import numpy as np
 import pytest
-import method_oracle
 from tiny_decoder import LENGTHS, MODEL, SHARED_KV, oracle_row, params, prefill_rows, random_rows
 
 from hshare_jax.decode_state import DecodeState, count_reads, init_state

@@ -34,7 +34,7 @@ def fixtures() -> dict[str, np.ndarray]:
 def forward(params: dict, tokens: jax.Array, *, config: ModelConfig) -> jax.Array:
     """Logits [T, V] of one row [T]."""
     positions = jnp.arange(tokens.size, dtype=jnp.int32)[None, :]
-    attend = prefill_attend(config, positions, jnp.zeros((1,), jnp.int32), None)
+    attend = prefill_attend(config, positions, jnp.zeros((1,), jnp.int32))
     empty = (init_cache(config, 1, tokens.size, jnp.dtype(jnp.float32)), None)
     hidden, _ = run_decoder(params, tokens[None], positions, attend, empty, config=config)
     return unembed(params, hidden[0], config=config)

@@ -3,6 +3,7 @@
 import dataclasses
 from fractions import Fraction
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_decoder import MODEL
@@ -89,7 +90,7 @@ def test_the_published_method_shares_layers_then_heads_and_reads_nothing_dense()
 
 def test_a_method_is_hashable_and_equal_by_value_with_what_was_found_beforehand():
     channels = np.arange(24).reshape(1, 3, 8)
-    one, other = (HShare(plan=SharePlan(((0, 1, 2),)), channels=given) for given in (channels, channels.tolist()))
+    one, other = (HShare(plan=SharePlan(((0, 1, 2),)), channels=given) for given in (channels, jnp.asarray(channels)))
     assert one == other
     assert hash(one) == hash(other)
     assert one != HShare(plan=SharePlan(((0, 1, 1),)), channels=channels)

@@ -112,8 +112,8 @@ def test_similarities_equal_the_definition(measure, settings):
         else make_labels(jnp.asarray(keys[layer]), jnp.asarray(channels[:, layer]), settings.label_bits)
         for layer in range(L)
     )
-    arrays = (tuple(map(jnp.asarray, of_layers)) for of_layers in (queries, keys))
-    prompt = prompt_of(*arrays, labels, jnp.asarray(channels), positions)
+    probes, cached = (tuple(map(jnp.asarray, of_layers)) for of_layers in (queries, keys))
+    prompt = prompt_of(probes, cached, labels, jnp.asarray(channels), positions)
     found = measure(prompt, config=CONFIG, settings=settings)
     J, exact_keys = settings.num_lists(CONFIG), keys.astype(np.float64)
     budget = oracle.Budget(
