@@ -75,7 +75,7 @@ def _add_task_options(group: argparse._ArgumentGroup) -> None:
             by_help.setdefault(field.metadata["help"] + default_of(field.default), []).append(task)
         help = "; ".join(f"{', '.join(tasks)}: {text}" for text, tasks in by_help.items())
         field = next(iter(fields.values()))
-        group.add_argument(option_name(name), help=help, **argument_of(field.type))
+        group.add_argument(option_name(name), help=help.replace("%", "%%"), **argument_of(field.type))
 
 
 def _options_of_tasks() -> dict[str, dict[str, dataclasses.Field]]:
