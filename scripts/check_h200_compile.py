@@ -1,9 +1,9 @@
 """Compiles whole decode steps for an H200 without one, counts what XLA made of them, and fails beyond exact limits.
 
-The limits: no copy of a cache, label or list buffer or of a weight; no conditional or loop, which would break up the
-CUDA graph; no more kernels a layer and temporaries than written here; no register spilled in any kernel. Needs the CUDA
-compiler's wheels: run scripts/check_h200_compile.sh, which brings them. Nothing is timed; autotuning, cuDNN and CUB
-cannot run here.
+The limits are: no copy of a cache, of a buffer of labels or lists, or of a weight; no conditional or loop, which would
+break up the CUDA graph; no more kernels and temporaries than written below; no kernel that spills a register. Run
+scripts/check_h200_compile.sh, which brings the CUDA compiler's wheels. Nothing is timed. Autotuning, cuDNN and CUB
+cannot run without a GPU.
 """
 
 import collections
@@ -17,11 +17,13 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_fail_ptx
 
 import jax
 import jax.numpy as jnp
-import jax_plugins.xla_cuda13  # noqa: F401  # pyright: ignore[reportMissingImports]  (registers the compiler)
+import jax_plugins.xla_cuda13  # noqa: F401  # pyright: ignore[reportMissingImports]  (the import registers it)
 from jax.experimental import topologies
 
 from hshare_jax.decode_state import init_state
 from hshare_jax.decode_step import decode_step
+from hshare_jax.methods.base import Method
+from hshare_jax.methods.hshare.method import HShare
 from hshare_jax.methods.hshare.settings import HShareSettings
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.decoder import parameter_shapes
@@ -59,7 +61,7 @@ device_description_str: "NVIDIA H200"
 """
 LONG = dataclasses.replace(LLAMA3_8B, num_layers=4, max_positions=131_072, windows=(None,) * 4)
 FOUR_LAYERS = dataclasses.replace(LLAMA3_8B, num_layers=4, windows=(None,) * 4)
-SHARED_KV = share_kv(FOUR_LAYERS, "sandwich-top:3")  # layer 1 looks up, at what a later layer writes
+SHARED_KV = share_kv(FOUR_LAYERS, "sandwich-top:3")  # layer 1 looks up: it reads the cache of a later layer
 # name: (model, batch, slots)
 MODELS = {
     "LLaMA2-7B": (LLAMA2_7B, 8, 4096),
@@ -67,10 +69,10 @@ MODELS = {
     "LLaMA3-8B, 4 layers, batch 1, 128k": (LONG, 1, 131_072),  # lists chosen in chunks
     "LLaMA3-8B, 4 layers, 3 KV layers": (SHARED_KV, 8, 4096),
 }
-HSHARE = HShareSettings(num_sinks=16, num_critical=432, num_recent=64)
+HSHARE = HShare(HShareSettings(num_sinks=16, num_critical=432, num_recent=64, min_length=0))
 STEPS = {"dense": (None, None)} | {f"hshare, refresh={refresh}": (HSHARE, refresh) for refresh in (True, False, None)}
-# The most kernels of a whole step and MiB of temporaries, model by model in the order of STEPS: as counted with jax
-# 0.10.2. Whoever changes a step changes these numbers with it, and says why.
+# The most kernels of a whole step and the most MiB of temporaries, for each model in the order of STEPS, counted with
+# jax 0.10.2. A commit that changes a step changes these numbers too, and says why.
 LIMITS = {
     "LLaMA2-7B": ((457, 2), (613, 2), (523, 38), (613, 2)),
     "LLaMA3-8B": ((457, 2.1), (675, 2.1), (523, 11), (675, 2.1)),
@@ -78,22 +80,22 @@ LIMITS = {
     "LLaMA3-8B, 4 layers, 3 KV layers": ((63, 2.1), (82, 2.1), (68, 2.1), (82, 2.1)),
 }
 HLO_TYPES = {"bfloat16": "bf16", "int32": "s32", "uint8": "u8"}
-FREE = {"parameter", "constant", "bitcast", "get-tuple-element", "tuple"}  # of the operations, those that run nothing
+FREE = {"parameter", "constant", "bitcast", "get-tuple-element", "tuple"}  # operations that run nothing
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What XLA made of a step."""
+    """The compiled program of a step."""
 
-    operations: collections.Counter  # that run, of the whole program
-    copies: list[str]  # shapes of the state's and the weights' large arrays, one for each copy
+    operations: collections.Counter  # how often each operation of the program runs
+    copies: list[str]  # for each copy of a large array of the state or the weights, the array's shape
     temporaries: float  # MiB
 
 
 def compile_step(
-    config: ModelConfig, hshare: HShareSettings | None, refresh: bool | None, batch: int = 8, slots: int = 4096
+    config: ModelConfig, method: Method | None, refresh: bool | None, batch: int = 8, slots: int = 4096
 ) -> Program:
-    """Compiles a donated bfloat16 decode step."""
+    """Compiles a bfloat16 decode step, to which the state is donated."""
     topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1")
     mesh = topologies.make_mesh(topo=topology, mesh_shape=(1,), axis_names=("x",))
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -102,7 +104,7 @@ def compile_step(
         return jax.ShapeDtypeStruct(array.shape, dtype or array.dtype, sharding=replicated)
 
     params = jax.tree.map(lambda leaf: place(leaf, jnp.dtype(jnp.bfloat16)), parameter_shapes(config))
-    state = jax.eval_shape(lambda: init_state(config, batch, slots, method=hshare, dtype=jnp.bfloat16))
+    state = jax.eval_shape(lambda: init_state(config, batch, slots, method=method, dtype=jnp.bfloat16))
     state = jax.tree.map(place, state)
     tokens = place(jax.ShapeDtypeStruct((batch,), jnp.int32))
     step = functools.partial(decode_step, config=config, refresh=refresh)
@@ -122,15 +124,16 @@ def compile_step(
 
 def main() -> int:
     """Compiles every step and returns 1 if any goes beyond a limit."""
-    print(f"jax {jax.__version__}, batch 8, 4096 slots unless told, bfloat16, for an H200; budget {HSHARE.budget}\n")
+    what = f"for an H200; batch 8 and 4096 slots unless told, budget {HSHARE.settings.budget}"
+    print(f"jax {jax.__version__}, bfloat16, {what}\n")
     columns = ("model", "step", "kernels", "a layer", "temporaries", "conditionals and loops", "copies")
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     failures = []
     for name, (config, batch, slots) in MODELS.items():
-        for (step, (settings, refresh)), (most_kernels, most_temporaries) in zip(
+        for (step, (method, refresh)), (most_kernels, most_temporaries) in zip(
             STEPS.items(), LIMITS[name], strict=True
         ):
-            program = compile_step(config, settings, refresh, batch, slots)
+            program = compile_step(config, method, refresh, batch, slots)
             kernels = sum(program.operations.values())
             broken = sum(program.operations[operation] for operation in ("conditional", "while", "call"))
             print(

@@ -24,7 +24,7 @@ from jax import Array
 from hshare_jax.kernels import api, pallas_attention, pallas_selection
 from hshare_jax.kernels.labels import Labels
 from hshare_jax.kernels.tiling import Tiles
-from hshare_jax.methods.hshare.settings import HShareSettings
+from hshare_jax.methods.hshare.settings import read_sharing_ratio
 from scripts.bench import gpu_timing as timing
 
 Attend = Callable[[Array, "Data"], Array]  # (q, data) -> attention [B, N, H]
@@ -174,7 +174,10 @@ def selection(
     sinks, critical, recent = cell.counts
     source, every = sharing_source(cell, share), jnp.ones((cell.B,), jnp.int32)
     bounds = (every > 0, sinks * every, (cell.S - recent) * every, critical * every)
-    select = functools.partial(pallas_selection.select_by_labels, tiles=tiles, interpret=impl == "interpret")
+    if tiles is None:
+        select = functools.partial(api.select_by_labels, impl=impl)
+    else:
+        select = functools.partial(pallas_selection.select_by_labels, tiles=tiles, interpret=impl == "interpret")
     return lambda lists, d: (select(lists, 0, d.label_query, Labels(d.codes, d.scales), source, *bounds), None)
 
 
@@ -194,8 +197,8 @@ def our_sides(cell: Cell, q: Array, data: list[Data], effort: timing.Effort, imp
         Side("ours sparse", size, time_sparse, sparse),
     ]
     for ratio in RATIOS:
-        settings = HShareSettings().with_sharing_ratio(ratio)
-        share, interval = float(settings.layer_ratio * settings.head_ratio), settings.refresh_interval
+        layer, head, interval = read_sharing_ratio(ratio)
+        share = float(layer * head)
         chain = timing.Chain(selection(cell, share, impl=impl), data[0].lists, data, effort)
 
         def time_both(chain: timing.Chain = chain, interval: int = interval) -> float:

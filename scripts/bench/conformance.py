@@ -10,6 +10,7 @@ an oracle that shares nothing with it.
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import sys
 import zipfile
@@ -27,7 +28,8 @@ from hshare_jax.decode_step import decode_step
 from hshare_jax.kernels import api
 from hshare_jax.kernels.choose_tokens import weigh_tokens
 from hshare_jax.kernels.labels import label_query, make_labels, score_label_query
-from hshare_jax.methods.hshare.settings import HShareSettings
+from hshare_jax.methods.hshare.method import HShare
+from hshare_jax.methods.hshare.settings import HShareSettings, PlanSearch
 from hshare_jax.methods.hshare.shared_lists import SharedLists
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.decoder import parameter_shapes
@@ -41,6 +43,7 @@ LOGITS = 1e-4  # absolute, on logits after a whole decode in float32
 WEIGHTS = 1e-5  # of the largest weight: how much worse a chosen slot may be than the slot that the reference chooses
 LOW_PRECISION = 2  # a kernel may err so many times as much as the reference in the same precision
 NUM_SINKS, NUM_RECENT, NUM_CRITICAL = 3, 7, 20
+BUDGET = HShareSettings(num_sinks=2, num_critical=16, num_recent=4, min_length=0)  # of whole decodes
 MAX_SAVED_BYTES = 14 * 10**6  # of all saved inputs together
 
 Arrays = dict[str, Any]  # by name
@@ -58,14 +61,13 @@ class Case:
 
 def cases(*, toy: bool) -> Iterator[Case]:
     """All cases, those that real models need first; only a few small ones where `toy`."""
-    budget = {"num_sinks": 2, "num_critical": 16, "num_recent": 4, "num_probes": 4}
     small = {"S": 256, "lengths": (0, 1, 31, 32, 33, 256)}
     if toy:
         yield _attention("sparse", (4, 2, 2, 64), "float32", window=None, **small)
         yield _attention("dense", (4, 2, 2, 64), "bfloat16", window=20, **small)
         yield _selection((4, 2, 2), 256, bits=4, dilate=False)
         yield _prefill((4, 2, 16), 256, "float32", window=None)
-        yield _decode("labels", HShareSettings(**budget))
+        yield _decode("labels", BUDGET)
         return
     llama2, llama3 = (32, 32, 32, 128), (32, 8, 8, 128)  # (N, K, J, H)
     ragged = (4096, 4095, 3001, 1, 64, 129, 0, 2048, *range(500, 4100, 450))
@@ -73,15 +75,15 @@ def cases(*, toy: bool) -> Iterator[Case]:
         yield _attention(kind, sizes, "bfloat16", window=None, S=4096, lengths=ragged)
     for sizes, S in itertools.product(((4, 4, 4), (8, 2, 2)), (4096, 32_768)):
         yield _selection(sizes, S, bits=4, dilate=False)
-    yield _decode("labels", HShareSettings(**budget))
+    yield _decode("labels", BUDGET)
     yield _decode("dense", None)
     yield _prefill((32, 8, 128), 4096, "bfloat16", window=None)
     for kind, sizes in itertools.product(("sparse", "dense"), (llama2, llama3)):
         yield _attention(kind, sizes, "bfloat16", window=None, S=32_768, lengths=(32_768, 20_001))
     for kind in ("sparse", "dense"):
         yield _attention(kind, llama3, "bfloat16", window=None, S=131_072, lengths=(131_072,))
-    yield _decode("labels, reused", HShareSettings(**budget, refresh_interval=2, label_bits=None))
-    yield _decode("exact, per query head", HShareSettings(**budget, scoring="exact", lists_per="query_head"))
+    yield _decode("labels, reused", dataclasses.replace(BUDGET, refresh_interval=2, label_bits=None))
+    yield _decode("exact, per query head", dataclasses.replace(BUDGET, scoring="exact", lists_per="query_head"))
     for sizes in ((4, 4, 4, 64), (8, 2, 2, 128), (4, 2, 4, 80), (6, 1, 1, 96), (6, 3, 3, 256)):
         yield _attention("sparse", sizes, "bfloat16", window=None, **small)
     for kind, sizes in itertools.product(("sparse", "dense"), ((4, 2, 4, 80), (6, 1, 1, 96))):
@@ -113,7 +115,9 @@ def _attention(
         }
         lists = np.full((2, B, J, num_critical), EMPTY, np.int32)
         for layer, b, j in np.ndindex(2, B, J):
-            listed = rng.permutation(np.arange(NUM_SINKS, max(NUM_SINKS, starts[b])))[: rng.integers(num_critical + 1)]
+            listed = rng.permutation(np.arange(NUM_SINKS, max(NUM_SINKS, int(starts[b]))))[
+                : rng.integers(num_critical + 1)
+            ]
             lists[layer, b, j, : len(listed)] = np.sort(listed)
         source = rng.integers(0, 2 * J, (B, 2, J))
         arrays |= {"lists": lists, "source": source, "lengths": np.array(lengths), "starts": starts}
@@ -122,14 +126,15 @@ def _attention(
         }
 
     def run(a: Arrays, impl: str, keys: Array, values: Array) -> np.ndarray:
-        q = a["q"].astype(keys.dtype)
+        q, lengths = a["q"].astype(keys.dtype), a["lengths"]
         if kind == "dense":
-            out = jax.jit(lambda *x: api.dense_decode(*x, window=window, impl=impl))(q, keys, values, a["lengths"])
-        else:
-            settings = {"num_sinks": NUM_SINKS, "max_recent": NUM_RECENT, "window": window, "impl": impl}
-            out = jax.jit(lambda *x: api.sparse_decode(*x[:5], 1, *x[5:], **settings))(
-                q, keys, values, a["lists"], a["source"], a["lengths"], a["starts"]
-            )
+            dense = functools.partial(api.dense_decode, window=window, impl=impl)
+            return np.asarray(jax.jit(dense)(q, keys, values, lengths).astype(jnp.float32))
+        sparse = functools.partial(
+            api.sparse_decode, layer=1, num_sinks=NUM_SINKS, max_recent=NUM_RECENT, window=window, impl=impl
+        )
+        plan = {"lists": a["lists"], "source": a["source"], "recent_start": a["starts"]}
+        out = jax.jit(sparse)(q, keys, values, lengths=lengths, **plan)
         return np.asarray(out.astype(jnp.float32))
 
     def judge(a: Arrays, impl: str) -> Outcome:
@@ -205,11 +210,11 @@ def _selection(heads: tuple[int, int, int], S: int, *, bits: Any, dilate: bool) 
         labels = make_labels(a["keys"], a["channels"], bits)
         query = label_query(a["q"], a["channels"], bits)
         first, last = jnp.full_like(a["lengths"], NUM_SINKS), a["lengths"] - NUM_RECENT
-        given = (a["lists"], query, labels, a["source"], a["is_due"] != 0, first, last)
+        plan = {"source": a["source"], "is_due": a["is_due"] != 0, "first": first, "last": last}
 
         def select(impl: str) -> np.ndarray:
-            choose = lambda lists, *rest: api.select_by_labels(lists, 1, *rest, None, dilate=dilate, impl=impl)  # noqa: E731
-            return np.asarray(jax.jit(choose)(*given))
+            choose = functools.partial(api.select_by_labels, layer=1, num_allowed=None, dilate=dilate, impl=impl)
+            return np.asarray(jax.jit(choose)(a["lists"], query=query, labels=labels, **plan))
 
         found, expected = select(impl), select("reference")
         with jax.default_matmul_precision("highest"):
@@ -244,6 +249,7 @@ def _chosen_alike(found: np.ndarray, expected: np.ndarray, weights: np.ndarray, 
 
 
 def _decode(name: str, settings: HShareSettings | None) -> Case:
+    method = None if settings is None else HShare(settings, PlanSearch(num_probes=4))
     config = ModelConfig(
         vocab_size=96, width=64, mlp_width=96, num_layers=4, num_heads=6, num_kv_heads=3, head_dim=16,
         max_positions=1024, windows=(None, 20, None, None),
@@ -257,9 +263,9 @@ def _decode(name: str, settings: HShareSettings | None) -> Case:
 
     def run(a: Arrays, impl: str) -> tuple[np.ndarray, np.ndarray]:
         params = random_tree(parameter_shapes(config), seed=1, dtype=jnp.dtype(jnp.float32), scale=0.2)
-        state = init_state(config, len(lengths), 256, method=settings)
+        state = init_state(config, len(lengths), 256, method=method)
         prompt = a["tokens"][:, : max(lengths)]
-        state, logits = prefill(params, prompt, a["lengths"], state, config=config)[1], []
+        state, logits = prefill(params, prompt, a["lengths"], state, config=config, method=method)[1], []
         for step in range(steps):
             refresh = None if settings is None else step % settings.refresh_interval == 0
             tokens = a["tokens"][:, max(lengths) + step]

@@ -1,8 +1,8 @@
 """Times dense prefill and decode steps on this machine: ours, and transformers with torch.
 
-Prints one table: milliseconds, the bytes that a dense step must read (weights and cache) and the share of the measured
-read bandwidth that this makes. Weights are random, of SmolLM2-135M's shape; speed does not depend on their values.
-HShare beside dense: scripts/bench/hshare.py.
+Prints one table: milliseconds, the bytes that a dense step must read (weights and cache), and the share of the measured
+read bandwidth at which the step reads them. Weights are random, in SmolLM2-135M's shape, because speed does not depend
+on their values. scripts/bench/hshare.py times HShare beside dense decoding.
 
     python -m scripts.bench.decode --batch 1 8 --context 512 4096
 """
@@ -34,7 +34,7 @@ WARM_STEPS = 8
 
 
 def read_bandwidth() -> float:
-    """Returns bytes per second of summing an array far larger than the caches, best of ten."""
+    """Bytes per second of summing an array far larger than the caches, the best of ten."""
     array = jnp.ones((128 * 2**20,), jnp.float32)
     total = jax.jit(jnp.sum)
     return array.nbytes / min(_timed(lambda: total(array).block_until_ready()) for _ in range(10))
@@ -47,9 +47,9 @@ def _timed(run: Callable[[], object]) -> float:
 
 
 def bench_ours(params: dict, context: int, batches: list[int], steps: int) -> tuple[float, list[float]]:
-    """Returns seconds of a one-row prefill (best of two), and of a decode step of each batch (median).
+    """Seconds of a prefill of one row (the better of two), and of a decode step of each batch (the median).
 
-    The timed steps end with `context` tokens in every row. Rows of a batch are copies of one; speed does not mind.
+    The timed steps end with `context` tokens in every row. The rows of a batch are copies, which changes no speed.
     """
     tokens = jax.random.randint(jax.random.key(1), (1, context), 0, SMOLLM2.vocab_size)
 
@@ -79,7 +79,7 @@ def _time_steps(params: dict, row: DecodeState, batch: int, steps: int) -> float
 
 
 def bench_transformers(context: int, batches: list[int], steps: int) -> tuple[float, list[float]]:
-    """Returns the same for transformers' LlamaForCausalLM, its default attention and cache."""
+    """The same times of transformers' LlamaForCausalLM, with its default attention and cache."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -110,13 +110,13 @@ def bench_transformers(context: int, batches: list[int], steps: int) -> tuple[fl
 
 
 def main() -> None:
-    """Measures every cell, all sides in one run, and prints the table."""
+    """Measures all sides of every cell in one run, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--context", type=int, nargs="+", default=[512, 4096])
-    parser.add_argument("--steps", type=int, default=16, help="decode steps timed a cell")
-    parser.add_argument("--json", action="store_true", help="one JSON line a cell instead of the table")
-    parser.add_argument("--no-transformers", action="store_true", help="leave out the side that needs torch")
+    parser.add_argument("--steps", type=int, default=16, help="timed decode steps of a cell")
+    parser.add_argument("--json", action="store_true", help="print a JSON line for each cell, not the table")
+    parser.add_argument("--no-transformers", action="store_true", help="leave out transformers, which needs torch")
     options = parser.parse_args()
     versions = f"jax {jax.__version__}, Python {platform.python_version()}"
     if not options.no_transformers:

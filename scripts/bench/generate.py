@@ -1,7 +1,7 @@
 """Times decoding of whole LLaMA models on a GPU, dense and through shared lists of an eighth of the tokens.
 
 Weights, cache and labels are random bfloat16, made on the device, because speed does not depend on their values. Plans
-are random: each row has a plan of its own, with the share of computed lists that the settings name. The first steps
+are random: each row has a plan of its own, with the share of computed lists that the method names. The first steps
 choose the lists. The steps run as one jitted scan, greedy, and end 32 tokens before the cache is full. The floor is the
 time that a step's bytes (weights, keys and values, scored labels) take at the measured copy bandwidth.
 
@@ -14,7 +14,7 @@ import functools
 import itertools
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +26,8 @@ from jax import Array, lax
 from hshare_jax.decode_state import DecodeState, count_reads, init_state
 from hshare_jax.decode_step import decode_step
 from hshare_jax.generate import generate
+from hshare_jax.methods.base import Method
+from hshare_jax.methods.hshare.method import HShare
 from hshare_jax.methods.hshare.settings import HShareSettings
 from hshare_jax.methods.hshare.shared_lists import SharedLists
 from hshare_jax.models.config import ModelConfig
@@ -45,11 +47,13 @@ TOY = ModelConfig(
 )  # fmt: skip
 
 
-def sides(context: int) -> dict[str, HShareSettings | None]:
-    """Dense; the default, which computes half of the lists; and a third of the lists, as the ratio 7/8-3/4-1/2 does."""
+def sides(context: int) -> dict[str, HShare | None]:
+    """Dense; half of the lists computed, which is the default; and a third, as at the paper's ratio 7/8-3/4-1/2."""
     sinks, recent = (16, 64) if context >= 4096 else (2, 8)
-    base = HShareSettings(num_sinks=sinks, num_critical=context // 8 - sinks - recent, num_recent=recent)
-    sparse = (base, base.with_sharing_ratio("1/3-1-1"))
+    settings = HShareSettings(
+        num_sinks=sinks, num_critical=context // 8 - sinks - recent, num_recent=recent, min_length=0
+    )
+    sparse = (HShare(settings).with_sharing_ratio(ratio) for ratio in ("1/2-1-1", "1/3-1-1"))
     return {"dense": None} | {f"HShare {side.sharing_ratio}": side for side in sparse}
 
 
@@ -74,13 +78,14 @@ def random_params(config: ModelConfig) -> dict:
     return random_tree(parameter_shapes(config), seed=10_000, dtype=timing.BF16, scale=0.02)
 
 
-def random_plan(config: ModelConfig, settings: HShareSettings, batch: int) -> Array:
-    """Plans [B, L, J] that compute the settings' number of lists; every other list copies a lower computed one."""
-    L, J = config.num_layers, settings.num_lists(config)
-    first, size = settings.dense_layers * J, L * J
+def random_plan(config: ModelConfig, method: HShare, batch: int) -> Array:
+    """Plans [B, L, J] that compute the method's number of lists; every other list copies a lower computed one."""
+    L, J = config.num_layers, method.settings.num_lists(config)
+    first, size = method.settings.dense_layers * J, L * J
+    num_computed = method.search.num_computed_lists(method.settings, config)
     rng, source = np.random.default_rng(0), np.tile(np.arange(size), (batch, 1))
     for row in source:
-        others = rng.permutation(np.arange(first + 1, size))[: settings.num_computed_lists(config) - 1]
+        others = rng.permutation(np.arange(first + 1, size))[: num_computed - 1]
         own = np.sort(np.append(others, first))
         copies = np.setdiff1d(np.arange(first, size), own)
         row[copies] = own[rng.integers(np.searchsorted(own, copies))]
@@ -105,14 +110,14 @@ def decode_steps(
 
 
 def bytes_of_step(
-    config: ModelConfig, params: dict, settings: HShareSettings | None, batch: int, *, reads: float, length: float
+    config: ModelConfig, params: dict, method: HShare | None, batch: int, *, reads: float, length: float
 ) -> float:
     """The bytes that a step must read.
 
     Args:
         config: the model.
         params: its weights. If embeddings are not tied, a step reads only a few rows of them, which are not counted.
-        settings: how lists are shared; None for dense decoding.
+        method: how lists are shared; None for dense decoding.
         batch: rows.
         reads: tokens that a head reads.
         length: tokens of a row, whose labels are scored.
@@ -121,108 +126,144 @@ def bytes_of_step(
     if not config.tie_embeddings:
         size -= params["embedding"].nbytes
     size += batch * reads * config.cache_bytes_per_token(timing.BF16.itemsize)
-    if settings is None:
+    if method is None:
         return size
-    shapes = _state_shapes(config, 1, 256, settings)
+    shapes = _state_shapes(config, 1, 256, method)
     assert isinstance(shapes.method_state, SharedLists)
     labels = jax.tree.leaves(shapes.method_state.labels[-1])
     per_slot = _num_bytes(labels) / (config.num_kv_heads * shapes.cache.capacity)
-    return size + batch * settings.num_computed_lists(config) / settings.refresh_interval * length * per_slot
+    per_step = method.search.num_computed_lists(method.settings, config) / method.settings.refresh_interval
+    return size + batch * per_step * length * per_slot
 
 
-def _state_shapes(config: ModelConfig, batch: int, context: int, settings: HShareSettings | None) -> DecodeState:
-    return jax.eval_shape(lambda: init_state(config, batch, context, method=settings, dtype=jnp.bfloat16))
+def _state_shapes(config: ModelConfig, batch: int, context: int, method: Method | None) -> DecodeState:
+    return jax.eval_shape(lambda: init_state(config, batch, context, method=method, dtype=jnp.bfloat16))
+
+
+def state_bytes(config: ModelConfig, size: tuple[int, int], method: Method | None) -> int:
+    """The bytes of a state of a size (context, batch)."""
+    context, batch = size
+    return _num_bytes(_state_shapes(config, batch, context, method))
 
 
 def _num_bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-class Steps:
-    """Decode steps of one model at one size: compiled first, perhaps beside others, and timed later."""
+class Program:
+    """Decode steps of one model at one size, compiled first, perhaps beside others, and run later.
+
+    A method's plan is data, so all methods with the same settings share a program.
+    """
 
     def __init__(
         self,
         config: ModelConfig,
-        params: dict,
         size: tuple[int, int],
-        settings: HShareSettings | None,
+        method: HShare | None,
         *,
         steps: int,
         impl: str,
     ) -> None:
-        self._config, self._params, (self._context, self._batch) = config, params, size
-        self._settings, self._steps, self._impl = settings, steps, impl
-        self._tokens = jnp.zeros((self._batch,), jnp.int32)
+        self.config, (self.context, self.batch), self.steps = config, size, steps
+        self.shapes, self._impl = _state_shapes(config, self.batch, self.context, method), impl
         self._compiled: Any = None
+
+    def compile(self) -> None:
+        """Compiles the program, once; errors are those of XLA."""
+        if self._compiled is None:
+            shapes = parameter_shapes(self.config)
+            params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, timing.BF16), shapes)
+            tokens = jax.ShapeDtypeStruct((self.batch,), jnp.int32)
+            lowered = decode_steps.lower(
+                params, tokens, self.shapes, config=self.config, steps=self.steps, impl=self._impl
+            )
+            self._compiled = lowered.compile()
+
+    def run(self, params: dict, tokens: Array, state: DecodeState) -> tuple[Array, DecodeState]:
+        """The last tokens, and the state after the steps. The given state is donated."""
+        return jax.block_until_ready(self._compiled(params, tokens, state))
+
+
+class Steps:
+    """The decode steps of one method, ready to be timed."""
+
+    def __init__(self, program: Program, method: HShare | None) -> None:
+        self.program, self._method = program, method
 
     @property
     def lack(self) -> str | None:
         """Why the state does not fit on the device; None where it fits."""
         # A step's temporaries are small beside 3 % of a state.
-        return timing.lacks_memory(1.03 * self.state_bytes)
+        return timing.lacks_memory(1.03 * _num_bytes(self.program.shapes))
 
-    @property
-    def state_bytes(self) -> int:
-        """The bytes of the state."""
-        return _num_bytes(_state_shapes(self._config, self._batch, self._context, self._settings))
-
-    def compile(self) -> None:
-        """Compiles the program; errors are those of XLA."""
-        if self._compiled is None:
-            state = _state_shapes(self._config, self._batch, self._context, self._settings)
-            lowered = decode_steps.lower(
-                self._params, self._tokens, state, config=self._config, steps=self._steps, impl=self._impl
-            )
-            self._compiled = lowered.compile()
-
-    def measure(self, repeats: int) -> dict:
+    def measure(self, params: dict, repeats: int) -> dict:
         """A step's {"seconds", "bytes", "reads"}; "seconds" is the median. Every repeat starts at the same length."""
-        self.compile()
-        state, times, tokens = self._make_state(), [], self._tokens
+        program = self.program
+        program.compile()
+        state, times, tokens = self._make_state(), [], jnp.zeros((program.batch,), jnp.int32)
         begin = np.asarray(state.cache.lengths)
         for _ in range(repeats + 2):  # XLA records command buffers on the first two runs
             state = dataclasses.replace(state, cache=dataclasses.replace(state.cache, lengths=jnp.array(begin)))
             began = time.perf_counter()
-            tokens, state = jax.block_until_ready(self._compiled(self._params, tokens, state))
-            times.append((time.perf_counter() - began) / self._steps)
-        reads, length = float(count_reads(state, self._config).mean()), float(state.cache.lengths.mean())
-        size = bytes_of_step(self._config, self._params, self._settings, self._batch, reads=reads, length=length)
+            tokens, state = program.run(params, tokens, state)
+            times.append((time.perf_counter() - began) / program.steps)
+        reads, length = float(count_reads(state, program.config).mean()), float(state.cache.lengths.mean())
+        size = bytes_of_step(program.config, params, self._method, program.batch, reads=reads, length=length)
         return {"seconds": statistics.median(times[2:]), "bytes": size, "reads": reads}
 
     def _make_state(self) -> DecodeState:
         """A state that lacks ROOM tokens to be full; its random arrays are allocated once."""
-        config, settings, batch, context = self._config, self._settings, self._batch, self._context
-        shapes = _state_shapes(config, batch, context, settings)
+        program, method, shapes = self.program, self._method, self.program.shapes
         cache = random_tree(shapes.cache, seed=1)
-        cache = dataclasses.replace(cache, lengths=jnp.full((batch,), context - ROOM, jnp.int32))
-        if settings is None:
+        lengths = jnp.full((program.batch,), program.context - ROOM, jnp.int32)
+        cache = dataclasses.replace(cache, lengths=lengths)
+        if method is None:
             return DecodeState(cache, None)
 
         def lists_and_plan() -> SharedLists:  # without the labels, which are random
-            state = init_state(config, batch, context, method=settings, dtype=jnp.bfloat16)
+            state = init_state(program.config, program.batch, program.context, method=method, dtype=jnp.bfloat16)
             assert isinstance(state.method_state, SharedLists)
             return dataclasses.replace(state.method_state, labels=())
 
         assert isinstance(shapes.method_state, SharedLists)
         labels = random_tree(shapes.method_state.labels, seed=1000)
-        lists, plan = jax.jit(lists_and_plan)(), random_plan(config, settings, batch)
+        lists, plan = jax.jit(lists_and_plan)(), random_plan(program.config, method, program.batch)
         return DecodeState(cache, dataclasses.replace(lists, labels=labels, source=plan))
 
 
-def measure_side(steps: Steps, repeats: int, bandwidth: float) -> dict:
+def steps_of_size(config: ModelConfig, size: tuple[int, int], *, steps: int, impl: str) -> dict[str, Steps]:
+    """The decode steps of every side at a size (context, batch)."""
+    programs: dict[HShareSettings | None, Program] = {}
+    found = {}
+    for side, method in sides(size[0]).items():
+        settings = None if method is None else method.settings
+        if settings not in programs:
+            programs[settings] = Program(config, size, method, steps=steps, impl=impl)
+        found[side] = Steps(programs[settings], method)
+    return found
+
+
+def compile_programs(steps: Iterable[Steps]) -> int:
+    """Compiles the programs of steps together, those whose state fits; returns their number."""
+    programs = {each.program for each in steps if not each.lack}
+    timing.compile_together(programs)
+    return len(programs)
+
+
+def measure_side(steps: Steps, params: dict, repeats: int, bandwidth: float) -> dict:
     """`Steps.measure` and the "floor" in seconds, or {"error"}."""
     if lack := steps.lack:
         return {"error": f"skipped: {lack}"}
     try:
-        row = steps.measure(repeats)
+        row = steps.measure(params, repeats)
     except timing.FAILURES as error:
         return {"error": timing.reason(error)}
     return row | {"floor": row["bytes"] / bandwidth}
 
 
 def end_to_end(
-    config: ModelConfig, params: dict, size: tuple[int, int], settings: HShareSettings | None, new_tokens: int
+    config: ModelConfig, params: dict, size: tuple[int, int], method: HShare | None, new_tokens: int
 ) -> dict[str, dict]:
     """Rows of prefill and decoding of one `generate` on random prompts: {"seconds", "bytes"} of a token or a step.
 
@@ -230,16 +271,16 @@ def end_to_end(
         config: the model.
         params: its weights.
         size: (tokens of each prompt, rows).
-        settings: how lists are shared; None decodes dense.
+        method: how lists are shared; None decodes dense.
         new_tokens: tokens to decode.
     """
     (context, batch), rng = size, np.random.default_rng(0)
     model = Model(config, params, None, (), "random", "random")
     prompts = [rng.integers(0, config.vocab_size, context).tolist() for _ in range(batch)]
-    found = generate(model, prompts, max_new_tokens=new_tokens, method=settings)
+    found = generate(model, prompts, max_new_tokens=new_tokens, method=method)
     timed, steps = found.timing, new_tokens - 1
     length = context + new_tokens / 2
-    size_of_step = bytes_of_step(config, params, settings, batch, reads=found.usage.mean_reads, length=length)
+    size_of_step = bytes_of_step(config, params, method, batch, reads=found.usage.mean_reads, length=length)
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     return {
         "prefill": {
@@ -260,13 +301,11 @@ def bench_model(
     config = with_positions(config, max(options.context))
     params = random_params(config)
     for context, batch in itertools.product(options.context, options.batch):
-        dense, steps = None, {}
-        for side, settings in sides(context).items():
-            steps[side] = Steps(config, params, (context, batch), settings, steps=options.steps, impl=impl)
-        timing.compile_together(steps.values())
+        dense, steps = None, steps_of_size(config, (context, batch), steps=options.steps, impl=impl)
+        compile_programs(steps.values())
         for side, timed in steps.items():
             row = {"model": name, "context": context, "batch": batch, "side": side}
-            row |= measure_side(timed, options.repeats, bandwidth)
+            row |= measure_side(timed, params, options.repeats, bandwidth)
             if side == "dense":
                 dense = row.get("seconds")
             if dense is not None and "seconds" in row:

@@ -1,13 +1,12 @@
-"""Times HShare against our own dense decoding, and the search for the plan against the prefill before it.
+"""Times HShare beside our dense decoding, and the search for a plan beside the prefill before it.
 
-All sides of the first table take turns, a few steps each, so that a slow moment of the machine meets them alike. The
-bytes are what a step must read: weights, keys and values, and labels that are scored. SmolLM2-135M on random tokens.
+All sides of the first table take turns of a few steps, so that a slow moment of the machine meets them alike. Bytes are
+those that a step must read: weights, keys and values, and scored labels. The model is SmolLM2-135M on random tokens.
 
     python -m scripts.bench.hshare --batch 8 --context 4096
 """
 
 import argparse
-import dataclasses
 import platform
 import statistics
 import time
@@ -15,24 +14,30 @@ from datetime import date
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hshare_jax.decode_state import DecodeState, count_reads, init_state
 from hshare_jax.decode_step import decode_step
-from hshare_jax.methods.hshare.settings import HShareSettings
+from hshare_jax.methods.hshare.method import HShare
+from hshare_jax.methods.hshare.settings import HShareSettings, PlanSearch
+from hshare_jax.methods.hshare.share_plan import mark_computed
 from hshare_jax.methods.hshare.shared_lists import SharedLists
 from hshare_jax.models.pretrained import Model, load_model
 from hshare_jax.prefill import prefill, read_prompt
 from scripts.bench.decode import read_bandwidth
 from scripts.bench.gpu_timing import command
 
-ROUND = 4  # steps of one side before the next has its turn; a multiple of every refresh interval below
+ROUND = 4  # steps of one side before the next side's turn; a multiple of every refresh interval below
+PLAN_SETTINGS = HShareSettings(num_sinks=8, num_critical=88, num_recent=32, min_length=0)  # of the second table
 
 
-def settings() -> dict[str, HShareSettings | None]:
-    """Returns the sides: dense, and 512 tokens at several ratios with one plan for the whole batch."""
-    base = HShareSettings(num_sinks=16, num_critical=432, num_recent=64, plan_scope="batch")
-    published = dataclasses.replace(base, plan="published", dilate=False)
-    sides: dict[str, HShareSettings | None] = {"dense": None}
+def methods() -> dict[str, HShare | None]:
+    """The sides: dense decoding, and 512 tokens at several ratios with one plan for the whole batch."""
+    base = HShare().with_settings(
+        {"num_sinks": 16, "num_critical": 432, "num_recent": 64, "min_length": 0, "plan_scope": "batch"}
+    )
+    published = base.with_settings({"plan_kind": "published", "dilate": False})
+    sides: dict[str, HShare | None] = {"dense": None}
     for ratio in ("1-1-1", "1/2-1-1", "1/3-1-1", "1/8-1-1", "2/3-1-1/2"):
         sides[f"units {ratio}"] = base.with_sharing_ratio(ratio)
     for ratio in ("7/8-3/4-1/2", "1/2-1/2-1/2"):
@@ -42,25 +47,25 @@ def settings() -> dict[str, HShareSettings | None]:
 
 def bench_steps(model: Model, batch: int, context: int, rounds: int) -> None:
     """Prints the time and the bytes of a decode step of every side."""
-    bandwidth = read_bandwidth()
+    bandwidth, config = read_bandwidth(), model.config
     steps = (rounds + 1) * ROUND
-    tokens = jax.random.randint(jax.random.key(1), (1, context), 0, model.config.vocab_size)
+    tokens = jax.random.randint(jax.random.key(1), (1, context), 0, config.vocab_size)
     states = {}
-    for name, hshare in settings().items():
-        state = init_state(model.config, 1, context, method=hshare)
-        length = jnp.array([context - steps])
-        _, row = prefill(model.params, tokens[:, : context - steps], length, state, config=model.config)
+    for name, method in methods().items():
+        state, length = init_state(config, 1, context, method=method), jnp.array([context - steps])
+        prompt = tokens[:, : context - steps]
+        _, row = prefill(model.params, prompt, length, state, config=config, method=method)
         states[name] = _repeat(row, batch)
         del row
     times: dict[str, list[float]] = {name: [] for name in states}
     token = jnp.zeros((batch,), jnp.int32)
     for _ in range(rounds + 1):
-        for name, hshare in settings().items():
-            state, interval = states[name], 1 if hshare is None else hshare.refresh_interval
+        for name, method in methods().items():
+            state, interval = states[name], 1 if method is None else method.settings.refresh_interval
             began = time.perf_counter()
             for step in range(ROUND):
                 refresh = step % interval == 0
-                _, state = decode_step(model.params, token, state, config=model.config, refresh=refresh)
+                _, state = decode_step(model.params, token, state, config=config, refresh=refresh)
             jax.block_until_ready(state)
             times[name].append((time.perf_counter() - began) / ROUND)
             states[name] = state
@@ -68,9 +73,9 @@ def bench_steps(model: Model, batch: int, context: int, rounds: int) -> None:
     print("| side | lists computed a step | tokens read | bytes a step | step | dense / this | share of bandwidth |")
     print("|---|---|---|---|---|---|---|")
     dense = statistics.median(times["dense"][1:])
-    for name, hshare in settings().items():
-        seconds, state = statistics.median(times[name][1:]), states[name]  # the first round compiles
-        computed, size, reads = bytes_of_step(model, state, hshare)
+    for name, state in states.items():
+        seconds = statistics.median(times[name][1:])  # the first round compiles
+        computed, size, reads = bytes_of_step(model, state)
         print(
             f"| {name} | {computed:.1f} | {reads:.0f} | {size / 1e6:.0f} MB | {seconds * 1e3:.1f} ms "
             f"| {dense / seconds:.2f} | {size / seconds / bandwidth:.0%} |"
@@ -85,46 +90,47 @@ def _repeat(row: DecodeState, batch: int) -> DecodeState:
     return jax.tree.map(repeat, row)
 
 
-def bytes_of_step(model: Model, state: DecodeState, hshare: HShareSettings | None) -> tuple[float, float, float]:
-    """Returns (lists computed a step, bytes that a step must read, tokens read by a head)."""
+def bytes_of_step(model: Model, state: DecodeState) -> tuple[float, float, float]:
+    """(Lists computed a step, bytes that a step must read, tokens that a head reads)."""
     config, B = model.config, state.cache.lengths.shape[0]
     length, reads = float(state.cache.lengths.mean()), float(count_reads(state, config).mean())
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)) + B * reads * config.cache_bytes_per_token(4)
-    if hshare is None or not isinstance(state.method_state, SharedLists):
+    lists = state.method_state
+    if not isinstance(lists, SharedLists):
         return 0, size, reads
-    source = state.method_state.source.reshape(B, -1)
-    first = hshare.dense_layers * hshare.num_lists(config)
-    is_own = (source == jnp.arange(source.shape[1]))[:, first:]
-    computed = float(is_own.sum(axis=1).mean()) / hshare.refresh_interval
-    labels = state.method_state.labels[-1]
-    per_token = sum(leaf.nbytes for leaf in jax.tree.leaves(labels)) / (B * config.num_kv_heads * state.cache.capacity)
+    is_computed = np.asarray(mark_computed(np.asarray(lists.source)))[:, lists.settings.dense_layers :]
+    computed = float(is_computed.sum(axis=(1, 2)).mean()) / lists.refresh_interval
+    labels = jax.tree.leaves(lists.labels[-1])
+    per_token = sum(leaf.nbytes for leaf in labels) / (B * config.num_kv_heads * state.cache.capacity)
     return computed, size + B * computed * length * per_token, reads
 
 
 def bench_plan(model: Model, contexts: list[int]) -> None:
-    """Prints the time that finding channels, labels and the plan takes, beside the dense prefill of one prompt."""
+    """Prints the time that finding channels, labels and a plan takes, beside the dense prefill of one prompt."""
     print("\n| prompt | plan | prefill | channels, labels and plan | share |")
     print("|---|---|---|---|---|")
     for context in contexts:
         tokens = jax.random.randint(jax.random.key(1), (1, context), 0, model.config.vocab_size)
-        for plan in ("units", "published"):
-            # The first of three compiles.
-            times = zip(*(_time_plan(model, tokens, HShareSettings(plan=plan)) for _ in range(3)), strict=True)
+        for kind in ("units", "published"):
+            method = HShare(PLAN_SETTINGS, PlanSearch(plan_kind=kind))
+            # The first of three runs compiles.
+            times = zip(*(_time_plan(model, tokens, method) for _ in range(3)), strict=True)
             read, share = (min(seconds) for seconds in times)
-            print(f"| {context} | {plan} | {read:.3f} s | {share:.3f} s | {share / read:.1%} |", flush=True)
+            print(f"| {context} | {kind} | {read:.3f} s | {share:.3f} s | {share / read:.1%} |", flush=True)
 
 
-def _time_plan(model: Model, tokens: jax.Array, hshare: HShareSettings) -> tuple[float, float]:
-    state, lengths = init_state(model.config, 1, tokens.shape[1], method=hshare), jnp.array([tokens.shape[1]])
-    shared = state.method_state
-    assert isinstance(shared, SharedLists)
-    positions = shared.probe_positions(jnp.zeros_like(lengths), lengths, tokens.shape[1])
+def _time_plan(model: Model, tokens: jax.Array, method: HShare) -> tuple[float, float]:
+    """Seconds of (the prefill, the search for channels, labels and plan)."""
+    config, lengths = model.config, jnp.array([tokens.shape[1]])
+    state = init_state(config, 1, tokens.shape[1], method=method)
+    assert isinstance(state.method_state, SharedLists)
+    positions = method.probe_positions(jnp.zeros_like(lengths), lengths, tokens.shape[1])
     began = time.perf_counter()
-    _, cache, kept = read_prompt(model.params, tokens, lengths, state.cache, positions, config=model.config)
+    _, cache, queries = read_prompt(model.params, tokens, lengths, state.cache, positions, config=config)
     jax.block_until_ready(cache)
     read = time.perf_counter()
-    assert kept is not None
-    jax.block_until_ready(shared.after_prefill(kept, positions, cache, model.config))
+    assert queries is not None
+    jax.block_until_ready(method.after_prefill(state.method_state, queries, cache, config))
     return read - began, time.perf_counter() - read
 
 

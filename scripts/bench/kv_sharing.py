@@ -1,8 +1,8 @@
-"""Times what cross-layer KV sharing gives and costs: decode throughput under a byte budget, and prefill.
+"""Times cross-layer KV sharing: decode throughput under a byte budget, and prefill.
 
 Every configuration decodes the largest batch whose cache fits into the bytes that `--rows` rows of the standard model
-take, and prefills one prompt. The standard model is timed again beside each, so that a row of the table is one
-comparison. Weights are random: speed does not depend on their values.
+take, and prefills one prompt. The standard model is timed again beside each configuration, so that a row of the table
+is one comparison. Weights are random, because speed does not depend on their values.
 
     python -m scripts.bench.kv_sharing --preset 110m --kv-layers 6 --rows 2 --context 1024
 """
@@ -23,7 +23,8 @@ from hshare_jax.decode_step import decode_step
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.kv_sharing import PATTERNS, TARGETS, layer_passes, papers_prefill_cost, share_kv
 from hshare_jax.prefill import prefill
-from hshare_jax.training.start import PRESETS, new_model, preset
+from hshare_jax.training.presets import PRESETS, preset
+from hshare_jax.training.start import new_model
 from scripts.bench.gpu_timing import command
 
 WARM_STEPS = 4
@@ -32,15 +33,15 @@ NAMES = tuple(f"{pattern}-{target}" for pattern in PATTERNS for target in TARGET
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-    """What one model was timed at; the times are the shortest of several."""
+    """The times of one model, each the shortest of several."""
 
-    rows: int  # of the decoded batch
+    rows: int  # rows of the decoded batch
     step_seconds: float
     prefill_seconds: float
 
     @property
     def tokens_per_second(self) -> float:
-        """Returns the decode throughput of all rows together."""
+        """The decode throughput of all rows together."""
         return self.rows / self.step_seconds
 
 
@@ -55,16 +56,16 @@ class Comparison:
 
     @property
     def throughput(self) -> float:
-        """Returns decode throughput relative to the standard model's."""
+        """Decode throughput relative to the standard model's."""
         return self.shared.tokens_per_second / self.standard.tokens_per_second
 
     @property
     def prefill(self) -> float:
-        """Returns prefill time relative to the standard model's."""
+        """Prefill time relative to the standard model's."""
         return self.shared.prefill_seconds / self.standard.prefill_seconds
 
     def counted(self, num_tokens: int) -> float:
-        """Returns the layers that a prefill of so many tokens evaluates, relative to the standard model's."""
+        """Layers that a prefill of so many tokens evaluates, relative to the standard model's."""
         return sum(layer_passes(self.config, num_tokens)) / self.config.num_layers
 
 
@@ -76,7 +77,7 @@ class Bench:
         self.prompt = jax.random.randint(jax.random.key(1), (1, prompt), 0, config.vocab_size)
 
     def _seconds_of_steps(self, steps: int) -> list[float]:
-        """Returns the times of decode steps, the last of them with a full cache; what is cached does not matter."""
+        """The times of decode steps, the last with a full cache. Speed does not depend on the cached numbers."""
         state = init_state(self.config, self.rows, self.context)
         lengths = jnp.full((self.rows,), self.context - steps - WARM_STEPS, jnp.int32)
         state = DecodeState(dataclasses.replace(state.cache, lengths=lengths), None)
@@ -101,12 +102,12 @@ class Bench:
         self._seconds_of_prefill()
 
     def turn(self, steps: int) -> Speed:
-        """Returns this turn's times."""
+        """The times of one turn."""
         return Speed(self.rows, min(self._seconds_of_steps(steps)), self._seconds_of_prefill())
 
 
 def fastest(turns: Sequence[Speed]) -> Speed:
-    """Returns the shortest times of several turns."""
+    """The shortest times of several turns."""
     return Speed(
         turns[0].rows, min(turn.step_seconds for turn in turns), min(turn.prefill_seconds for turn in turns)
     )  # fmt: skip
@@ -143,8 +144,8 @@ def main() -> None:
     parser.add_argument("--preset", choices=tuple(PRESETS), default="110m")
     parser.add_argument("--vocab-size", type=int, default=32_000)
     parser.add_argument("--kv-layers", type=int, nargs="+", metavar="N", help="default: half of the layers")
-    parser.add_argument("--rows", type=int, default=2, help="of the standard model; their cache is the budget (2)")
-    parser.add_argument("--context", type=int, default=1024, help="tokens that a row's cache holds (1024)")
+    parser.add_argument("--rows", type=int, default=2, help="rows of the standard model, whose cache is the budget (2)")
+    parser.add_argument("--context", type=int, default=1024, help="tokens that the cache of a row holds (1024)")
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the timed prefill (512)")
     parser.add_argument("--steps", type=int, default=12, help="timed decode steps of a turn (12)")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each model (3)")

@@ -13,6 +13,7 @@ import functools
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from jax import Array, lax
 
 from hshare_jax.decode_state import init_state
 from hshare_jax.kernels import api
-from hshare_jax.methods.hshare.settings import HShareSettings
+from hshare_jax.methods.hshare.method import HShare
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.prefill import CHUNKS, prefill
 from scripts.bench import gpu_timing as timing
@@ -68,10 +69,10 @@ def attention_sides(config: ModelConfig, tokens: int, effort: timing.Effort) -> 
     """All sides of one layer's attention; ours comes first."""
     q, keys, values = make_arrays(config, tokens)
 
-    def by_xla(q: Array, data: tuple[Array, Array], implementation: str) -> Array:
+    def by_xla(q: Array, data: tuple[Array, Array], implementation: Literal["cudnn", "xla"]) -> Array:
         # jax.nn takes [B, T, K, H]. The numbers are random, so the same bytes serve in that order.
         keys, values = (cache.reshape(1, tokens, config.num_kv_heads, config.head_dim) for cache in data)
-        return jax.nn.dot_product_attention(q, keys, values, is_causal=True, implementation=implementation)  # pyright: ignore[reportArgumentType]
+        return jax.nn.dot_product_attention(q, keys, values, is_causal=True, implementation=implementation)
 
     def attend_in_torch(q, keys, values) -> object:
         from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -100,12 +101,12 @@ def attention_sides(config: ModelConfig, tokens: int, effort: timing.Effort) -> 
     return sides
 
 
-def measure_attention(config: ModelConfig, tokens: int, effort: timing.Effort) -> Iterator[dict]:
+def measure_attention(config: ModelConfig, tokens: int, effort: timing.Effort) -> Iterator[dict[str, Any]]:
     """Yields a row for each side of one layer's attention: {"seconds", "bytes", "operations"} or {"error"}."""
     sides = attention_sides(config, tokens, effort)
     timing.compile_together([side.chain for side in sides if side.chain is not None])
     for side in sides:
-        row: dict = {"what": "attention of a layer", "tokens": tokens, "side": side.name, "bytes": side.bytes}
+        row: dict[str, Any] = {"what": "attention of a layer", "tokens": tokens, "side": side.name, "bytes": side.bytes}
         try:
             row |= {"seconds": side.seconds(), "operations": operations(config, tokens)}
         except timing.FAILURES as error:
@@ -113,21 +114,21 @@ def measure_attention(config: ModelConfig, tokens: int, effort: timing.Effort) -
         yield row
 
 
-def measure_model(config: ModelConfig, params: dict, tokens: int, settings: HShareSettings | None) -> dict:
+def measure_model(config: ModelConfig, params: dict, tokens: int, method: HShare | None) -> dict[str, Any]:
     """The row of one prompt's prefill by a whole model: the faster of two runs after the one that compiles.
 
     Operations are those of the projections and of attention.
     """
     prompt = jnp.asarray(np.random.default_rng(0).integers(0, config.vocab_size, (1, tokens)), jnp.int32)
-    side = "dense" if settings is None else f"HShare {settings.sharing_ratio}, lists and plan with it"
+    side = "dense" if method is None else f"HShare {method.sharing_ratio}, labels and plan with it"
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    row: dict = {"what": "whole model", "tokens": tokens, "side": side, "bytes": weights}
+    row: dict[str, Any] = {"what": "whole model", "tokens": tokens, "side": side, "bytes": weights}
 
     def run() -> float:
-        state = init_state(config, 1, tokens, method=settings, dtype=jnp.bfloat16)
+        state = init_state(config, 1, tokens, method=method, dtype=jnp.bfloat16)
         jax.block_until_ready(state)
         began = time.perf_counter()
-        jax.block_until_ready(prefill(params, prompt, jnp.asarray([tokens]), state, config=config))
+        jax.block_until_ready(prefill(params, prompt, jnp.asarray([tokens]), state, config=config, method=method))
         return time.perf_counter() - began
 
     try:
@@ -170,7 +171,7 @@ def main() -> None:
     rows: list[dict] = []
     params = random_params(config)
     for tokens in options.tokens:
-        whole = (measure_model(config, params, tokens, settings) for settings in (None, HShareSettings()))
+        whole = (measure_model(config, params, tokens, method) for method in (None, HShare()))
         for rows_of in (measure_attention(config, tokens, effort), whole):
             for row in rows_of:
                 print_row(row)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from hshare_jax.kernels.tiling import Tiles, attention_tiles, selection_tiles
@@ -33,6 +34,8 @@ KERNELS = ("attention", "dense", "selection")
 BLOCKS, SPLITS, WARPS, STAGES = (16, 32, 64, 128), (1, 2, 4, 8, 16), (2, 4, 8), (1, 2, 3, 4)
 SELECTION_BLOCKS, SELECTION_WARPS = (1024, 2048, 4096, 8192), (4, 8, 16)
 TOY_GRID = ((16, 32), (1, 2), (4,), (1, 2))
+BF16_ERROR = 2e-2  # absolute, on outputs of about 1
+MAX_DIFFERING = 0.01  # share of a list's slots, where weights are almost equal
 COLUMNS = ("kernel", "heads", "rows", "slots", "read", "now", "time", "best", "time", "now / best", "cannot run")
 
 Times = dict[Tiles, float | None]  # seconds by layout; None: the layout cannot run
@@ -59,6 +62,20 @@ def chain_of(
         return timing.Chain(selection(cell, 1, impl=impl, tiles=tiles), data[0].lists, data, effort)
     make = sparse_attention if kernel == "attention" else dense_attention
     return attention_chain(make(cell, impl=impl, tiles=tiles), q, data, effort)
+
+
+def check_layout(kernel: str, cell: Cell, tiles: Tiles, q: Array, data: list[Data], impl: str) -> tuple[str, bool]:
+    """How far a layout's result is from the reference's, and whether that is near enough, on one data set."""
+    if kernel == "selection":
+        steps = selection(cell, 1, impl=impl, tiles=tiles), selection(cell, 1, impl="reference")
+        found, expected = (jax.jit(step)(data[0].lists, data[0])[0] for step in steps)
+        share = float((found != expected).mean())
+        return f"{share:.2%} of the slots differ from the reference's", share <= MAX_DIFFERING
+    make = sparse_attention if kernel == "attention" else dense_attention
+    attends = make(cell, impl=impl, tiles=tiles), make(cell, impl="reference")
+    found, expected = (jax.jit(attend)(q, data[0]).astype(jnp.float32) for attend in attends)
+    error = float(jnp.abs(found - expected).max())
+    return f"error {error:.1e}", error <= BF16_ERROR  # NaN is not
 
 
 def try_layouts(layouts: Iterable[Tiles], make_chain: Callable[[Tiles], timing.Chain], times: Times) -> Tiles:
@@ -108,7 +125,7 @@ def tune_nearby(kernel: str, cell: Cell, make_chain: Callable[[Tiles], timing.Ch
         if able:
             together[name] = getattr(min(able, key=lambda tiles: able[tiles]), name)
     best = try_layouts([dataclasses.replace(now, **together)], make_chain, times)
-    return row(kernel, cell, now, best, times)
+    return row(kernel, cell, now, best, times) | {"best_tiles": best}
 
 
 def tune(kernel: str, cell: Cell, *, full: bool, toy: bool) -> dict:

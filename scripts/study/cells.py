@@ -1,4 +1,4 @@
-"""What the studies measure: methods by name at their budgets, and the texts, windows and passkeys."""
+"""What the studies measure: methods by name, each at several budgets; and the texts, windows and passkeys."""
 
 import argparse
 import dataclasses
@@ -16,11 +16,11 @@ import jax
 from hshare_jax.evaluation.passkeys import Passkey, make_passkeys
 from hshare_jax.evaluation.text_windows import Window, cut_windows
 from hshare_jax.methods.base import Method
-from hshare_jax.methods.hshare.settings import HShareSettings
+from hshare_jax.methods.hshare.method import HShare
 from hshare_jax.methods.registry import method_named
 from hshare_jax.models.pretrained import Model
 
-SKIP = 0.25  # of a text, title pages and licences
+SKIP = 0.25  # share of a text that is left out at its beginning: title pages and licences
 BUDGETS = {64: (4, 44, 16), 128: (8, 88, 32), 256: (8, 200, 48), 512: (16, 432, 64)}  # sinks, critical, recent
 RATIOS = ("7/8-3/4-1/2", "3/4-3/4-1/2", "1/2-1/2-1/2")
 OURS = ("hshare 1-1-1", "hshare 1/2-1-1", "hshare 1/3-1-1", "hshare 1/8-1-1")
@@ -37,20 +37,22 @@ PASSKEY_CONTEXT, PASSKEY_BUDGET, PASSKEY_BATCH = 1024, 128, 25
 ROOM = 256  # decode steps that SnapKV makes room for
 
 
-def ours(budget: int, ratio: str = "1-1-1", **settings: object) -> HShareSettings:
-    """Returns the package's defaults at a budget and ratio."""
-    return _spend(budget, ratio, HShareSettings(), **settings)
+def ours(budget: int, ratio: str = "1-1-1", **settings: object) -> HShare:
+    """The package's defaults at a budget and ratio."""
+    return _spend(budget, ratio, HShare(), **settings)
 
 
-def published(budget: int, ratio: str, **settings: object) -> HShareSettings:
-    """Returns the published method at a budget and ratio, with layer 0 dense and bounded probes unless told."""
-    alike = {"num_probes": HShareSettings.num_probes, "dense_layers": HShareSettings.dense_layers}
-    return _spend(budget, ratio, HShareSettings.published(), **alike | settings)
+def published(budget: int, ratio: str, **settings: object) -> HShare:
+    """The published method at a budget and ratio, with layer 0 dense and bounded probes unless told otherwise."""
+    default = HShare()
+    alike = {"num_probes": default.search.num_probes, "dense_layers": default.settings.dense_layers}
+    return _spend(budget, ratio, HShare.published(), **alike | settings)
 
 
-def _spend(budget: int, ratio: str, hshare: HShareSettings, **settings: object) -> HShareSettings:
+def _spend(budget: int, ratio: str, method: HShare, **settings: object) -> HShare:
     split = dict(zip(("num_sinks", "num_critical", "num_recent"), BUDGETS[budget], strict=True))
-    return dataclasses.replace(hshare.with_sharing_ratio(ratio), **split | settings)  # pyright: ignore[reportArgumentType]
+    # No length gate: short rows are sparse too, because the studies ask what sparsity costs there.
+    return method.with_sharing_ratio(ratio).with_settings(split | {"min_length": 0} | settings)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,31 +64,31 @@ class Cell:
     name: str
 
     @property
-    def method(self) -> HShareSettings | Method | None:
-        """Returns the settings; layer 0 is dense in all."""
+    def method(self) -> Method | None:
+        """The method. Layer 0 is dense in all methods."""
         kind, _, ratio = self.name.partition(" ")
         if kind in ("hshare", "calibrated"):
             return ours(self.budget, ratio)
         if kind == "anchors":
-            return ours(self.budget, ratio, plan="anchors")
+            return ours(self.budget, ratio, plan_kind="anchors")
         if kind == "published":
             return published(self.budget, ratio)
         return method_named(self.name, ours(self.budget), max_new_tokens=ROOM)
 
     def begin_line(self, kind: str) -> dict[str, Any]:
-        """Returns the fields of a line that tell what is measured, when and with what."""
+        """The fields of a line that tell what is measured, when and with what."""
         versions = f"jax {jax.__version__}, Python {platform.python_version()}"
         made = f"{date.today()}, {versions}, {jax.devices()[0].device_kind}"
         return {"kind": kind, **dataclasses.asdict(self), "settings": repr(self.method), "made": made}
 
 
 def all_cells(context: int, budgets: tuple[int, ...]) -> list[Cell]:
-    """Returns the cells of all methods at these budgets."""
+    """The cells of all methods at these budgets."""
     return [Cell(context, budget, name) for budget in budgets for name in NAMES]
 
 
 def read_text(path: Path) -> str:
-    """Returns a file's text; of .jsonl the field `prompt` of all lines."""
+    """A file's text. The text of a .jsonl file is the field `prompt` of all its lines."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".jsonl":
         text = "\n\n".join(json.loads(line)["prompt"] for line in text.splitlines() if line.strip())
@@ -94,7 +96,7 @@ def read_text(path: Path) -> str:
 
 
 def read_texts(parser: argparse.ArgumentParser, paths: Sequence[Path]) -> dict[str, str]:
-    """Returns texts by their files' names; a usage error where windows cannot be spread evenly over them."""
+    """Texts by their files' names; a usage error where windows cannot be spread evenly over them."""
     names = [path.name for path in paths]
     if len(set(names)) < len(names):
         parser.error("--text names two files of one name, which results could not tell apart; rename one")
@@ -104,23 +106,23 @@ def read_texts(parser: argparse.ArgumentParser, paths: Sequence[Path]) -> dict[s
 
 
 def hash_text(text: str) -> str:
-    """Returns what tells a text from another of its name."""
+    """A short hash that tells a text from another text of the same name."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def windows_of(model: Model, texts: dict[str, str], context: int) -> list[Window]:
-    """Returns the windows of one context, as many of each text."""
+    """The windows of one context, equally many from each text."""
     count = WINDOWS // len(texts)
     by_text = (cut_windows(model, *text, context=context, count=count, skip=SKIP) for text in texts.items())
     return list(itertools.chain.from_iterable(by_text))
 
 
 def beginnings(texts: dict[str, str]) -> list[str]:
-    """Returns what precedes all windows, to calibrate on."""
+    """The part of each text that precedes all windows, to calibrate on."""
     return [text[: int(len(text) * SKIP)] for text in texts.values()]
 
 
 def hide_passkeys(model: Model, book: str, seeds: int) -> list[Passkey]:
-    """Returns numbers hidden in a book, where windows are cut from too."""
+    """Numbers hidden in a book, in the part that windows are cut from too."""
     assert model.tokenizer is not None
     return make_passkeys(model.tokenizer, book[int(len(book) * SKIP) :], PASSKEY_CONTEXT, range(seeds))

@@ -1,9 +1,9 @@
 """Measures every method at every budget on real text and writes the tables of docs/results.md.
 
-Dense decoding is the yardstick: windows of each text are prefilled once, then every method decodes the last tokens of
-each window, reading the text's own tokens. Each finished cell is a line of the results file, so a killed run goes on;
-the report holds what is there. Two stages are measured side by side, each by a process with one thread; then, alone,
-the speeds.
+Methods are compared with dense decoding. Windows of each text are prefilled once. Every method then decodes the last
+tokens of each window, and reads the text's own tokens while it does. Each finished cell is a line of the results file,
+so a run that was killed resumes where it was; the report holds the cells that are there. Two stages are measured side
+by side, each in a process with one thread. The speeds are measured last, alone.
 
     python -m scripts.study.methods --text A.txt B.txt C.txt D.jsonl --results methods.jsonl --report docs/results.md
 """
@@ -28,13 +28,13 @@ import numpy as np
 from tqdm import tqdm
 
 from hshare_jax.calibration import calibrate
-from hshare_jax.decode_state import for_decoding
 from hshare_jax.decode_step import decode_step
 from hshare_jax.evaluation.passkeys import Passkey, answer, is_found, read_passkeys
 from hshare_jax.evaluation.prefilled import prefill_for
 from hshare_jax.evaluation.text_windows import Scorer, Window
 from hshare_jax.files.records import Records
-from hshare_jax.methods.hshare.settings import HShareSettings
+from hshare_jax.methods.base import Method
+from hshare_jax.methods.hshare.method import HShare
 from hshare_jax.models.pretrained import Model, load_model
 from scripts.study.cells import (
     EXTREMES,
@@ -57,33 +57,35 @@ from scripts.study.cells import (
 from scripts.study.reports import command, write_report
 from scripts.study.tables import report
 
-MARK = "<!-- What follows is written by scripts/study/methods.py. -->"
-# Contexts and budgets that are measured in one go, from one prefill; the longest first, so that those side by side end
-# together.
+MARK = "<!-- The text below is written by scripts/study/methods.py. -->"
+# Contexts and budgets that are measured from one prefill. The longest stages come first, so that the stages that run
+# side by side end together.
 STAGES = (
     (8192, (512, 128, 256, 64)), (4096, (512, 128, 256, 64)),
     (1024, (128,)), (1024, (512,)), (1024, (64,)), (1024, (256,)),
 )  # fmt: skip
-RECALL_AT, RECALL_EVERY = (4096, 512), 53  # a context and budget, and a prime number of steps: it takes time
-CALIBRATED_ON = 8000  # characters of each text, one block or two
-MAX_SEEDS = 2 * PASSKEY_BATCH  # all are prefilled at once, and a batch is a gigabyte and a half
+# The context and budget at which recall is measured, on every 53rd step because it takes time. 53 is a prime.
+RECALL_AT, RECALL_EVERY = (4096, 512), 53
+CALIBRATED_ON = 8000  # characters of each text: one block or two
+MAX_SEEDS = 2 * PASSKEY_BATCH  # all batches are prefilled at once, and a batch takes one and a half gigabytes
 SPEED_CONTEXT, SPEED_BUDGETS = 4096, (512, 128)
 SPEED_STEPS, SPEED_ROUND = 12, 4  # a round holds whole refresh intervals
-# What a results file that is gone on from must have been made by.
+# A results file can be resumed only if it was made with these values.
 PROTOCOL = {
     "recall_at": RECALL_AT, "recall_every": RECALL_EVERY, "calibrated_on": CALIBRATED_ON, "speed_steps": SPEED_STEPS,
     "skip": SKIP, "windows": WINDOWS,
 }  # fmt: skip
-AT_ONCE = 2  # processes, a stage each: a decode step gains little from a second core, another stage much
+AT_ONCE = 2  # processes, a stage each, because a decode step gains little from a second core
 
 Keep = Callable[[dict[str, Any]], object]  # takes the line of a finished cell
-Stage = tuple[Callable[..., None], list[Cell], dict[str, Any]]  # what measures, its cells, what else it is given
+Stage = tuple[Callable[..., None], list[Cell], dict[str, Any]]  # a function, its cells, its other arguments
 
 
 def cells(context: int, budgets: tuple[int, ...]) -> Iterator[Cell]:
-    """Yields the cells of one stage: dense decoding once a context, other ways to plan at 512 of 4,096 alone.
+    """Yields the cells of one stage.
 
-    The least and the most that this package computes are left to where speeds are measured too.
+    Dense decoding is measured once a context, and other kinds of plans only at 512 of 4,096. The ratios that compute
+    the fewest and the most lists are measured only where speeds are measured too.
     """
     first = next(of_stage[0] for its_context, of_stage in STAGES if its_context == context)
     for budget in budgets:
@@ -95,7 +97,7 @@ def cells(context: int, budgets: tuple[int, ...]) -> Iterator[Cell]:
 
 
 def left(keep: Records, kind: str, wanted: Sequence[Cell]) -> list[Cell]:
-    """Returns the cells that the results lack; ends the run where they hold one with other settings."""
+    """The cells that the results lack; ends the run if the results hold one of the cells with other settings."""
     found = {(line["kind"], line["context"], line["budget"], line["name"]): line["settings"] for line in keep.lines}
     keys = {cell: (kind, *dataclasses.astuple(cell)) for cell in wanted}
     for cell, key in keys.items():
@@ -107,23 +109,23 @@ def left(keep: Records, kind: str, wanted: Sequence[Cell]) -> list[Cell]:
 def measure_context(
     model: Model, todo: list[Cell], keep: Keep, *, windows: list[Window], calibrated_on: list[str], steps: int
 ) -> None:
-    """Scores cells of one context on all windows; a line a cell."""
+    """Scores cells of one context on all windows, and keeps a line for each cell."""
     context = todo[0].context
     methods = [cell.method for cell in todo]
     with tqdm(total=context - steps, desc=f"prefill {context}", unit="token", disable=None) as bar:
         scorer = Scorer(model, windows, steps, methods, progress=bar.update)
 
-    constants: dict[Cell, dict[str, Any]] = {}
+    calibrated: dict[Cell, Method | None] = {}
     for cell in todo:
-        if cell.name.startswith("calibrated"):
-            assert isinstance(cell.method, HShareSettings)
-            found = calibrate(model, calibrated_on, hshare=cell.method)
-            constants[cell] = {"plan": found.plan, "channels": found.channels}
+        method = cell.method
+        if cell.name.startswith("calibrated") and isinstance(method, HShare):
+            found = calibrate(model, calibrated_on, method=method)
+            calibrated[cell] = dataclasses.replace(method, plan=found.plan, channels=found.channels)
 
     def measure(cell: Cell) -> dict[str, Any]:
         takes_recall = (context, cell.budget) == RECALL_AT
         recall_every = RECALL_EVERY if takes_recall else None
-        rows = scorer.score(cell.method, recall_every=recall_every, **constants.get(cell, {}))
+        rows = scorer.score(calibrated.get(cell, cell.method), recall_every=recall_every)
         return {
             **cell.begin_line("text"),
             "reads": round(float(rows["reads"].mean()), 1),
@@ -137,7 +139,7 @@ def measure_context(
 
 
 def measure_cells(todo: list[Cell], measure: Callable[[Cell], dict[str, Any]], keep: Keep, *, desc: str) -> None:
-    """Keeps the line of every cell, in order; the ratios of one kind of plan share their programs, which are large."""
+    """Keeps the line of every cell, in order. Compiled programs are dropped when the kind of method changes."""
     with tqdm(total=len(todo), desc=desc, disable=None) as bar:
         for _, group in itertools.groupby(todo, key=lambda cell: (cell.budget, cell.name.split()[0])):
             for cell in group:
@@ -148,7 +150,7 @@ def measure_cells(todo: list[Cell], measure: Callable[[Cell], dict[str, Any]], k
 
 
 def measure_passkeys(model: Model, todo: list[Cell], keep: Keep, *, passkeys: list[Passkey]) -> None:
-    """Asks every method for the numbers hidden in texts; a line a method and budget."""
+    """Asks every method for the numbers hidden in texts, and keeps a line for each method and budget."""
     batches = [passkeys[start : start + PASSKEY_BATCH] for start in range(0, len(passkeys), PASSKEY_BATCH)]
     methods = [cell.method for cell in todo]
 
@@ -162,7 +164,7 @@ def measure_passkeys(model: Model, todo: list[Cell], keep: Keep, *, passkeys: li
 
 
 def measure_speed(model: Model, todo: list[Cell], keep: Keep, *, windows: list[Window]) -> None:
-    """Times decode steps of the cells, all windows at once, on one core, a plan for each row; a line a cell."""
+    """Times decode steps of the cells on one core, all windows at once, and keeps a line for each cell."""
     context = todo[0].context
     tokens = jnp.asarray([window.tokens for window in windows], jnp.int32)
     length = context - SPEED_STEPS
@@ -172,8 +174,8 @@ def measure_speed(model: Model, todo: list[Cell], keep: Keep, *, windows: list[W
 
     def measure(cell: Cell) -> dict[str, Any]:
         method, seconds = cell.method, []
-        interval = method.refresh_interval if isinstance(method, HShareSettings) else 1
-        state = jax.block_until_ready(for_decoding(prefilled.start(method)))
+        state = jax.block_until_ready(prefilled.start(method))
+        interval = 1 if state.method_state is None else state.method_state.refresh_interval
         for step in range(SPEED_STEPS):
             began = time.perf_counter()
             token, refresh = tokens[:, length + step], step % interval == 0
@@ -191,9 +193,9 @@ def measure_speed(model: Model, todo: list[Cell], keep: Keep, *, windows: list[W
 def run_stages(model: str, stages: list[Stage], keep: Records) -> None:
     """Runs the stages that have cells left, `AT_ONCE` side by side, each in a process of its own with one thread.
 
-    Lines come through a pipe, whose end is the process's. Where one fails, all end.
+    A process sends its lines through a pipe, which ends when the process does. If one process fails, all are ended.
     """
-    os.environ["PJRT_NPROC"] = "1"  # XLA:CPU's threads, in the processes that follow
+    os.environ["PJRT_NPROC"] = "1"  # threads of XLA:CPU in the processes that are started below
     spawn = multiprocessing.get_context("spawn")
     waiting = [stage for stage in stages if stage[1]]
     running: dict[Connection, SpawnProcess] = {}  # by the pipes of their lines
@@ -203,7 +205,7 @@ def run_stages(model: str, stages: list[Stage], keep: Records) -> None:
                 lines, into = spawn.Pipe(duplex=False)
                 process = spawn.Process(target=_run, args=(model, waiting.pop(0), into), daemon=True)
                 process.start()
-                into.close()  # here: the process has its own
+                into.close()  # the process has a copy of this end
                 running[lines] = process
             ready = wait(list(running))
             for lines in [pipe for pipe in running if pipe in ready]:
@@ -213,7 +215,7 @@ def run_stages(model: str, stages: list[Stage], keep: Records) -> None:
                     process = running.pop(lines)
                     process.join()
                     if process.exitcode:
-                        sys.exit("a stage failed, as told above; the same command goes on where the results end")
+                        sys.exit("a stage failed, see above; the same command resumes where the results end")
     finally:
         for process in running.values():
             process.terminate()
@@ -225,9 +227,9 @@ def _run(model: str, stage: Stage, lines: Connection) -> None:
 
 
 def plan_stages(options: argparse.Namespace, texts: dict[str, str], keep: Records) -> list[list[Stage]]:
-    """Returns what is left to measure, in rounds: stages that may run side by side; then the speeds, alone.
+    """What is left to measure, in two rounds: the stages that may run side by side, then the speeds alone.
 
-    The model is loaded here too, and forgotten again: what does not fit it is told before anything is measured.
+    The model is loaded here only to check the arguments, so that a mistake is told before anything is measured.
     """
     (name, book), *_ = texts.items()
     model = load_model(options.model)
@@ -247,14 +249,16 @@ def main() -> None:
     """Measures the cells that the results lack, and writes the report."""
     contexts = [*dict.fromkeys(context for context, _ in STAGES)]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, nargs="+", required=True, help="text files; of .jsonl the field `prompt`")
-    parser.add_argument("--results", type=Path, required=True, help="JSONL to write to and to go on from")
-    parser.add_argument("--report", type=Path, help="Markdown to write; default: standard output")
+    parser.add_argument(
+        "--text", type=Path, nargs="+", required=True, help="text files; of a .jsonl, the field `prompt`"
+    )
+    parser.add_argument("--results", type=Path, required=True, help="JSONL file to write, and to resume from")
+    parser.add_argument("--report", type=Path, help="Markdown file to write; default: standard output")
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--contexts", type=int, nargs="+", choices=contexts, default=contexts)
-    parser.add_argument("--steps", type=int, default=256, help="positions scored of each window; eight windows in all")
-    parser.add_argument("--seeds", type=int, default=50, help="passkey prompts")
-    parser.add_argument("--report-only", action="store_true", help="measure nothing")
+    parser.add_argument("--steps", type=int, default=256, help="positions scored of each of the eight windows")
+    parser.add_argument("--seeds", type=int, default=50, help="number of passkey prompts")
+    parser.add_argument("--report-only", action="store_true", help="write the report, measure nothing")
     options = parser.parse_args()
     if options.steps > ROOM:
         parser.error(f"--steps {options.steps} must be at most {ROOM}")

@@ -1,9 +1,9 @@
 """Measures what HShare costs in quality on real text, setting by setting; writes docs/quality-tables.md.
 
-Dense decoding is the yardstick. Windows of each text are prefilled dense and exactly, once; then every setting decodes
-the last tokens of each window through the cache, reading the text's own tokens (teacher forcing), and is compared step
-by step with dense decoding. Each finished cell is a line of the results file, and cells that are there are not measured
-again, so a killed run goes on where it was.
+Settings are compared with dense decoding. Windows of each text are prefilled once, densely and exactly. Every setting
+then decodes the last tokens of each window through the cache, reads the text's own tokens while it does (teacher
+forcing), and is compared with dense decoding step by step. Each finished cell is a line of the results file and is not
+measured again, so a run that was killed resumes where it was.
 
     python -m scripts.study.quality --text A.txt B.txt C.txt D.txt --results quality.jsonl \\
         --report docs/quality-tables.md
@@ -26,7 +26,8 @@ from hshare_jax.evaluation.bootstrap import interval, mean_ratio
 from hshare_jax.evaluation.passkeys import Passkey, answer, is_found, read_passkeys
 from hshare_jax.evaluation.text_windows import Scorer
 from hshare_jax.files.records import Records
-from hshare_jax.methods.hshare.settings import HShareSettings
+from hshare_jax.methods.hshare.method import HShare
+from hshare_jax.methods.hshare.share_plan import mark_computed
 from hshare_jax.methods.hshare.shared_lists import SharedLists
 from hshare_jax.models.pretrained import Model, load_model
 from scripts.study.cells import (
@@ -43,7 +44,7 @@ from scripts.study.cells import (
 from scripts.study.reports import command, write_report
 
 PUBLISHED_RATIOS = ("1-1-1", "7/8-3/4-1/2", "3/4-3/4-1/2", "1/2-1/2-1/2")
-MARK = "<!-- What follows is written by scripts/study/quality.py. -->"
+MARK = "<!-- The text below is written by scripts/study/quality.py. -->"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,17 +53,17 @@ class Cell:
 
     table: str  # the question that it helps to answer
     name: str
-    hshare: HShareSettings
-    channels: str = "prompt"  # or "calibrated": from what precedes the windows in the texts
+    method: HShare
+    channels: str = "prompt"  # or "calibrated": on the part of the texts that precedes the windows
 
     @property
     def key(self) -> str:
-        """Returns what tells this measurement from others."""
-        return f"{self.hshare} {self.channels}"
+        """The name of this measurement in the results."""
+        return f"{self.method} {self.channels}"
 
 
 def cells(context: int) -> Iterator[Cell]:
-    """Yields the study, the answers that matter most first."""
+    """Yields the cells of the study, the most important answers first."""
     exact = {"scoring": "exact"}
     for budget in (512, 128, 256, 64):
         table = f"{budget} of {context} tokens"
@@ -106,12 +107,12 @@ def cells(context: int) -> Iterator[Cell]:
     for dense in (0, 1, 2):
         yield Cell(table, f"{dense} dense, 1-1-1", ours(512, dense_layers=dense))
         yield Cell(table, f"{dense} dense, units 1/2-1-1", ours(512, "1/2-1-1", dense_layers=dense))
-        hshare = ours(512, dense_layers=dense, lists_per="query_head", **exact)
-        yield Cell(table, f"{dense} dense, oracle per query head", hshare)
+        oracle = ours(512, dense_layers=dense, lists_per="query_head", **exact)
+        yield Cell(table, f"{dense} dense, oracle per query head", oracle)
 
 
 def core(context: int) -> dict[str, tuple[str, ...]]:
-    """Returns what is measured first: names by table."""
+    """The cells that are measured first: names by table."""
     return {
         f"512 of {context} tokens": (
             "oracle: exact scores, lists per kv head", "oracle: exact scores, lists per query head", "units, 1-1-1",
@@ -143,17 +144,19 @@ def core(context: int) -> dict[str, tuple[str, ...]]:
 
 
 def measure(scorer: Scorer, cell: Cell, ranked: np.ndarray | None) -> dict[str, object]:
-    """Returns a cell's line of the results file."""
-    state = scorer.prefilled.start(cell.hshare, channels=ranked if cell.channels == "calibrated" else None)
+    """A cell's line of the results file."""
+    method, settings = cell.method, cell.method.settings
+    if cell.channels == "calibrated":
+        method = dataclasses.replace(method, channels=ranked)
+    state = scorer.prefilled.start(method)
     assert isinstance(state.method_state, SharedLists)
-    source = np.asarray(state.method_state.source).reshape(len(scorer.windows), -1)
-    is_own = source == np.arange(source.shape[1])
-    first = cell.hshare.dense_layers * state.method_state.source.shape[2]
+    is_computed = np.asarray(mark_computed(np.asarray(state.method_state.source)))
+    per_refresh = float(is_computed[:, settings.dense_layers :].sum(axis=(1, 2)).mean())
     scores = scorer.score_state(state)
     return {
         "key": cell.key,
-        "computed": float(is_own[:, first:].sum(axis=1).mean()) / cell.hshare.refresh_interval,  # selections a step
-        "possible": source.shape[1],
+        "computed": per_refresh / settings.refresh_interval,  # selections a step
+        "possible": is_computed[0].size,
         "reads": round(float(scores["reads"].mean()), 1),
         "recall": round(float(np.nanmean(scores["recall"])), 4),
         "divergence": scores["divergence"].round(7).tolist(),
@@ -162,18 +165,18 @@ def measure(scorer: Scorer, cell: Cell, ranked: np.ndarray | None) -> dict[str, 
     }
 
 
-def count_found(model: Model, passkeys: list[Passkey], hshare: HShareSettings | None) -> int:
-    """Returns how many of the numbers are found, the question decoded sparsely."""
+def count_found(model: Model, passkeys: list[Passkey], method: HShare | None) -> int:
+    """How many of the numbers a method finds; the question is decoded sparsely."""
     found = 0
     for start in range(0, len(passkeys), PASSKEY_BATCH):
         batch = passkeys[start : start + PASSKEY_BATCH]
-        answers = answer(model, batch, read_passkeys(model, batch, [hshare]), hshare)
+        answers = answer(model, batch, read_passkeys(model, batch, [method]), method)
         found += sum(map(is_found, batch, answers))
     return found
 
 
-def passkey_settings() -> Iterator[tuple[str, HShareSettings | None]]:
-    """Yields (name, settings) at 128 tokens."""
+def passkey_methods() -> Iterator[tuple[str, HShare | None]]:
+    """Yields (name, method) at 128 tokens."""
     yield "dense", None
     yield "oracle: exact scores, per kv head", ours(128, scoring="exact")
     for ratio in ("1-1-1", "2/3-1-1", "1/2-1-1", "1/3-1-1", "1/8-1-1", "1-1-1/2"):
@@ -183,7 +186,7 @@ def passkey_settings() -> Iterator[tuple[str, HShareSettings | None]]:
 
 
 def report(results: dict[str, dict], header: str, context: int) -> str:
-    """Returns the tables in Markdown."""
+    """The tables in Markdown."""
     lines = [header]
     for table in dict.fromkeys(cell.table for cell in cells(context)):
         rows = [cell for cell in cells(context) if cell.table == table and cell.key in results]
@@ -197,7 +200,7 @@ def report(results: dict[str, dict], header: str, context: int) -> str:
         ]
         for cell in rows:
             result = results[cell.key]
-            base = results.get(Cell("", "", ours(cell.hshare.budget)).key)
+            base = results.get(Cell("", "", ours(cell.method.settings.budget)).key)
             kl, agrees = np.array(result["divergence"]), np.array(result["agrees"])
             ratio = "-"
             if base is not None and base is not result:
@@ -211,7 +214,7 @@ def report(results: dict[str, dict], header: str, context: int) -> str:
                 f"| {agrees.mean():.1%} ({low:.1%}-{high:.1%}) | {ratio} "
                 f"| {result['computed']:.1f} of {result['possible']} | {result['reads']:.0f} |"
             )
-    found = [(name, results[f"passkey {name}"]) for name, _ in passkey_settings() if f"passkey {name}" in results]
+    found = [(name, results[f"passkey {name}"]) for name, _ in passkey_methods() if f"passkey {name}" in results]
     if found:
         lines += ["\n### Passkey, 1k, 128 tokens, question decoded sparsely\n", "| setting | found |", "|---|---|"]
         lines += [f"| {name} | {result['found']} of {result['seeds']} |" for name, result in found]
@@ -221,15 +224,17 @@ def report(results: dict[str, dict], header: str, context: int) -> str:
 def main() -> None:
     """Measures the cells that the results lack, and writes the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, nargs="+", required=True, help="text files; of .jsonl the field `prompt`")
-    parser.add_argument("--results", type=Path, required=True, help="JSONL to write to and to go on from")
-    parser.add_argument("--report", type=Path, help="Markdown to write; default: standard output")
+    parser.add_argument(
+        "--text", type=Path, nargs="+", required=True, help="text files; of a .jsonl, the field `prompt`"
+    )
+    parser.add_argument("--results", type=Path, required=True, help="JSONL file to write, and to resume from")
+    parser.add_argument("--report", type=Path, help="Markdown file to write; default: standard output")
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--context", type=int, default=4096)
-    parser.add_argument("--steps", type=int, default=256, help="positions scored of each window; two windows a text")
-    parser.add_argument("--seeds", type=int, default=20, help="passkey prompts")
-    parser.add_argument("--tables", nargs="+", help="measure only tables that begin so")
-    parser.add_argument("--core", action="store_true", help="measure only what the advice in docs/quality.md rests on")
+    parser.add_argument("--steps", type=int, default=256, help="positions scored of each of the eight windows")
+    parser.add_argument("--seeds", type=int, default=20, help="number of passkey prompts")
+    parser.add_argument("--tables", nargs="+", help="measure only tables whose titles begin so")
+    parser.add_argument("--core", action="store_true", help="measure only the cells behind docs/quality.md's advice")
     options = parser.parse_args()
     texts = read_texts(parser, options.text)
     study = {
@@ -249,21 +254,21 @@ def main() -> None:
     records.settle(identity=model.identity)
     if todo:
         windows = windows_of(model, texts, options.context)
-        scorer = Scorer(model, windows, options.steps, [cell.hshare for cell in todo])
+        scorer = Scorer(model, windows, options.steps, [cell.method for cell in todo])
         ranked = None
         if any(cell.channels == "calibrated" for cell in todo):
-            ranked = calibrate(model, beginnings(texts), hshare=HShareSettings(), max_blocks=8).channels
+            ranked = calibrate(model, beginnings(texts), method=ours(128, "1/2-1-1"), max_blocks=8).channels
         with tqdm(total=len(todo), desc="cells", disable=None) as bar:
-            for _, group in itertools.groupby(todo, key=lambda cell: cell.hshare.for_decoding()):
+            for _, group in itertools.groupby(todo, key=lambda cell: cell.method.settings):
                 for cell in group:
                     records.append(measure(scorer, cell, ranked))
                     bar.update()
-                jax.clear_caches()  # the programs of other settings are others, and large
+                jax.clear_caches()  # other settings have other programs, and programs are large
         del scorer
     passkeys = hide_passkeys(model, next(iter(texts.values())), options.seeds)
-    for name, hshare in passkey_settings() if is_wanted("Passkey") else ():
+    for name, method in passkey_methods() if is_wanted("Passkey") else ():
         if {"key": f"passkey {name}"} not in records:
-            found = count_found(model, passkeys, hshare)
+            found = count_found(model, passkeys, method)
             records.append({"key": f"passkey {name}", "found": found, "seeds": options.seeds})
     results = {line["key"]: line for line in records.lines}
     names = ", ".join(path.name for path in options.text)

@@ -1,4 +1,4 @@
-"""What the study scripts share in writing reports: below a mark, with the command that makes them."""
+"""Writing of the studies' reports: below a mark in a Markdown file, with the command that makes them."""
 
 import argparse
 import os
@@ -10,13 +10,13 @@ from hshare_jax.files.atomic import whole_file
 
 
 def command(options: argparse.Namespace) -> str:
-    """Returns the command that was given, XLA's flags before it; files by their names, without --report-only."""
+    """The command that was given, with XLA's flags, with files by their names, and without --report-only."""
     values = [value for entry in vars(options).values() for value in (entry if isinstance(entry, list) else [entry])]
     paths = {value for value in values if isinstance(value, Path)}
 
     def shorten(word: str) -> str:
         option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-        is_path = Path(value) in paths or Path(value).exists()  # a model is a name or a path
+        is_path = Path(value) in paths or Path(value).exists()  # a model may be a name or a path
         return option + equals + (Path(value).name or value if is_path else value)
 
     flags = f"XLA_FLAGS={shlex.quote(os.environ['XLA_FLAGS'])} " if "XLA_FLAGS" in os.environ else ""
@@ -25,7 +25,7 @@ def command(options: argparse.Namespace) -> str:
 
 
 def write_report(path: Path | None, mark: str, text: str) -> None:
-    """Writes `text` below the mark of a Markdown file, and keeps what a person wrote above; None: prints it."""
+    """Writes `text` below the mark of a Markdown file, and keeps the text above the mark; None prints `text`."""
     if path is None:
         sys.stdout.write(text)
         return

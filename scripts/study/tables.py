@@ -1,4 +1,4 @@
-"""The tables of docs/results.md, from the lines that scripts/study/methods.py has measured."""
+"""The tables of docs/results.md, made from the lines that scripts/study/methods.py measured."""
 
 from typing import Any
 
@@ -11,14 +11,14 @@ COMPARED = (DEFAULT, "hshare 1/3-1-1", "hshare 1/8-1-1", *(f"published {ratio}" 
 
 
 def report(lines: list[dict[str, Any]], header: str) -> str:
-    """Returns the tables in Markdown."""
-    lines = sorted(lines, key=lambda line: (line["kind"], line["context"]))  # as stages took turns, now by stage
+    """The tables in Markdown."""
+    lines = sorted(lines, key=lambda line: (line["kind"], line["context"]))  # stages wrote their lines in turns
     text = {(line["context"], line["budget"], line["name"]): line for line in lines if line["kind"] == "text"}
     out = [header]
     for context in sorted({key[0] for key in text}):
         for budget in BUDGETS:
             names = [name for name in (*NAMES, *PLANS) if (context, budget, name) in text]
-            if DEFAULT in names:  # what the others are compared with
+            if DEFAULT in names:  # the other methods are compared with it
                 out += _table(context, budget, {name: text[context, budget, name] for name in names})
     passkeys = [line for line in lines if line["kind"] == "passkey"]
     if passkeys:
@@ -78,14 +78,14 @@ def _speed_table(lines: list[dict[str, Any]]) -> list[str]:
 
 
 def _by_method(cells: dict[tuple[str, Any], str], heads: dict[Any, str]) -> list[str]:
-    """Returns a table with a row for each method and a column for each head; cells are found by both."""
+    """A table with a row for each method and a column for each head; `cells` is keyed by (method, head)."""
     names = dict.fromkeys(name for name, _ in cells)
     rows = [[name, *(cells.get((name, column), "-") for column in heads)] for name in names]
     return [f"| {' | '.join(row)} |" for row in (["method", *heads.values()], ["---"] * (1 + len(heads)), *rows)]
 
 
 def _surprises(lines: list[dict[str, Any]]) -> list[str]:
-    """Returns what a method that shares nothing and computes no label does better than one of ours, cell by cell."""
+    """The cells in which a simpler method, without labels and sharing, does better than one of ours."""
     known = {(line["kind"], line["context"], line["budget"], line["name"]): line for line in lines}
     out = []
     for (kind, context, budget, name), line in known.items():
