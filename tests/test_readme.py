@@ -15,15 +15,15 @@ def blocks_of(name: str) -> list[str]:
 
 
 def test_the_documented_code_runs(capsys, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)  # it writes files
+    monkeypatch.chdir(tmp_path)  # the code writes files
     (first, *of_readme), (load, *of_library) = blocks_of("README.md"), blocks_of("docs/library.md")
     assert (len(of_readme), len(of_library)) == (1, 4)
     namespace: dict[str, object] = {}
     exec(compile(first, "README.md", "exec"), namespace)
-    assert "blue" in capsys.readouterr().out  # the primary colours
+    assert "blue" in capsys.readouterr().out  # the answer lists the primary colours
     model = namespace["model"]
     assert isinstance(model, Model)
-    small = first_layers(model, 6)  # of thirty: compiling them takes minutes
+    small = first_layers(model, 6)  # six of thirty, because compiling all takes minutes
     monkeypatch.setattr("hshare_jax.models.pretrained.load_model", lambda name: small)
     for block in [load, *of_readme, *of_library]:
         exec(compile(block, "README.md and docs/library.md", "exec"), namespace)
