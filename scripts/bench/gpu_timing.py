@@ -1,6 +1,6 @@
 """Timing of jitted steps on a GPU: seconds a call, copy bandwidth, and the models, limits and tables of the benches.
 
-One program holds many calls, and each call reads data of its own. All data together are several times as large as the
+One program holds many calls, and each call reads other data. All data together are several times as large as the
 second-level cache, so every call meets cold data, as within a model. Programs follow one another without waiting, so a
 launch costs what it does in a captured graph. No overhead is subtracted.
 """
@@ -92,7 +92,7 @@ class Chain:
         self._program = jax.jit(program, donate_argnums=0)
 
     def compile(self) -> None:
-        """Compiles the program; errors are those of XLA."""
+        """Compiles the program. Errors come from XLA."""
         if self._compiled is None:
             self._compiled = self._program.lower(self._carry, self._data).compile()
 
@@ -142,7 +142,7 @@ def compile_together(programs: Iterable[Compiles]) -> None:
 def seconds_per_call(
     step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, data: Sequence[Any], effort: Effort = FULL
 ) -> float:
-    """The median seconds of one call of a step; the arguments are those of `Chain`."""
+    """The median seconds of one call of a step. See `Chain` for the arguments."""
     return Chain(step, carry, data, effort).seconds()
 
 
@@ -245,6 +245,6 @@ def command() -> str:
 
 
 def write_json(path: Path, rows: list[dict]) -> None:
-    """Writes the rows; a reader never sees half of them."""
+    """Writes the rows. A reader never sees half a file."""
     with whole_file(path) as draft:
         draft.write_text(json.dumps(rows, indent=1) + "\n")

@@ -29,7 +29,7 @@ GRACE = 10  # seconds by which a running unit may outlast its step
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A step of the run: how long it may take, and how long one of its units may take before it counts as hung."""
+    """A step of the run: how long it may take, and how long one unit of it may take before it counts as hung."""
 
     name: str
     seconds: float
@@ -168,7 +168,7 @@ class Run:
 
 
 def measure_gpt_fast(out: Path, checkout: str, *, toy: bool) -> None:
-    """Times gpt-fast in a process of its own, which has the whole memory of the device."""
+    """Times gpt-fast in a separate process, which has the whole memory of the device."""
     command = [sys.executable, "-m", "scripts.bench.gpt_fast", checkout, "--out", str(out)] + (["--toy"] if toy else [])
     with (out / LOG).open("ab") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, process_group=0)
