@@ -17,7 +17,7 @@ def blocks_of(name: str) -> list[str]:
 def test_the_documented_code_runs(capsys, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)  # it writes files
     (first, *of_readme), (load, *of_library) = blocks_of("README.md"), blocks_of("docs/library.md")
-    assert (len(of_readme), len(of_library)) == (1, 4)
+    assert (len(of_readme), len(of_library)) == (2, 4)
     namespace: dict[str, object] = {}
     exec(compile(first, "README.md", "exec"), namespace)
     assert "blue" in capsys.readouterr().out  # the primary colours

@@ -178,15 +178,11 @@ def _plan_in(
     return plan
 
 
-def differing_settings(path: str | os.PathLike[str], search: PlanSearch) -> dict[str, str]:
+def _differing(table: dict[str, Any], search: PlanSearch) -> dict[str, str]:
     """The search settings that a plan file was written with, where `search` differs from them, by name.
 
     Nothing is known about a published plan, so all settings differ from it.
     """
-    return _differing(json.loads(Path(path).read_bytes()), search)
-
-
-def _differing(table: dict[str, Any], search: PlanSearch) -> dict[str, str]:
     found_with = table.get(_OURS, {}).get("settings", {})
     found = {name: found_with.get(name, found_with.get(_OLD_NAMES.get(name))) for name in _as_text(search)}
     return {name: found[name] or "unknown" for name, value in _as_text(search).items() if found[name] != value}

@@ -12,8 +12,9 @@ from random_weights import random_params
 from tiny_decoder import vary
 
 from hshare_jax.calibration import Calibration
+from hshare_jax.errors import SettingError
 from hshare_jax.methods.hshare.method import HShare
-from hshare_jax.methods.hshare.plan_files import load_channels, load_plan, save_channels, save_plan
+from hshare_jax.methods.hshare.plan_files import load_channels, load_plan, save_channels, save_plan, with_files
 from hshare_jax.methods.hshare.settings import HShareSettings
 from hshare_jax.methods.hshare.share_plan import SharePlan
 from hshare_jax.models.config import ModelConfig, RopeConfig
@@ -198,3 +199,29 @@ def test_a_malformed_file_of_a_plan_is_named_with_its_key_and_rule(name, tmp_pat
 def test_a_missing_file_is_an_os_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         load_plan(tmp_path / "none.json", MODEL_OF_IDS, HSHARE)
+
+
+def write_as_before(path: Path, **changes: str) -> Path:
+    """Writes a plan file as this package wrote it when the kind of a plan was the setting `plan`."""
+    settings = {
+        "num_sinks": "8", "num_critical": "88", "num_recent": "32", "budget_ratio": "None", "layer_ratio": "1/2",
+        "head_ratio": "1", "refresh_interval": "1", "lists_per": "kv_head", "plan": "units", "plan_scope": "sequence",
+        "dilate": "True", "dense_layers": "1", "min_length": "0", "scoring": "labels", "label_channels": "None",
+        "label_bits": "4", "num_probes": "64",
+    }  # fmt: skip
+    origin = {"kind": "plan", "model": "tiny", "identity": "0" * 16, "settings": settings | changes}
+    return write(path, {"hshare_jax": origin, "source": [[0, 1, 2], [3, 4, 3], [3, 4, 8]]})
+
+
+def test_a_plan_file_with_the_settings_of_before_still_loads(tmp_path):
+    path = write_as_before(tmp_path / "plan.json")
+    assert load_plan(path, MODEL_OF_IDS, HSHARE) == SharePlan(((0, 1, 2), (3, 4, 3), (3, 4, 8)))
+    given = ("plan_kind", "plan_scope", "num_probes", "layer_ratio", "head_ratio")
+    method = with_files(HSHARE, MODEL_OF_IDS, plan_file=path, given=given)
+    assert method.plan == load_plan(path, MODEL_OF_IDS, HSHARE)
+
+
+def test_a_kind_of_plan_that_contradicts_a_file_of_before_is_refused(tmp_path):
+    path = write_as_before(tmp_path / "plan.json", plan="anchors")
+    with pytest.raises(SettingError, match=r"plan_kind='units' has no effect: .*was found with .*anchors"):
+        with_files(HSHARE, MODEL_OF_IDS, plan_file=path, given=["plan_kind"])
