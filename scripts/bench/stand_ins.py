@@ -21,7 +21,7 @@ def stand_in() -> dict[str, str]:
     for package, modules in PACKAGES.items():
         if not _is_there(package):
             for name in modules:
-                sys.modules.setdefault(name, _StandIn(name))
+                sys.modules[name] = _StandIn(name)
             reasons[package] = "it is not installed, and only reading and writing model files needs it"
     return reasons
 

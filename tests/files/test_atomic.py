@@ -18,8 +18,8 @@ MARK = "<!-- written -->"
 
 @pytest.fixture(scope="module")
 def reports() -> ModuleType:
-    """The module scripts/study_reports.py, which is not on the import path."""
-    spec = importlib.util.spec_from_file_location("study_reports", ROOT / "scripts" / "study_reports.py")
+    """The module scripts/study/reports.py, which is not on the import path."""
+    spec = importlib.util.spec_from_file_location("study_reports", ROOT / "scripts" / "study" / "reports.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -116,9 +116,11 @@ def test_a_command_is_the_one_given_with_paths_by_their_names(
     options = argparse.Namespace(text=[Path("corpus/a b.txt"), Path("c.txt")], report=Path("docs/new.md"), steps=8)
     given = ["--text", "corpus/a b.txt", "./c.txt", "--report=docs/new.md", "--model", str(model), "--steps", "8"]
     given += ["--tokenizer", "owner/name", "--report-only"]
-    monkeypatch.setattr("sys.argv", ["/somewhere/study.py", *given])
+    monkeypatch.setattr("sys.orig_argv", ["/somewhere/python", "-m", "scripts.study.methods", *given])
     monkeypatch.delenv("XLA_FLAGS", raising=False)
-    words = "scripts/study.py --text 'a b.txt' c.txt --report=new.md --model model --steps 8 --tokenizer owner/name"
+    words = (
+        "-m scripts.study.methods --text 'a b.txt' c.txt --report=new.md --model model --steps 8 --tokenizer owner/name"
+    )
     assert reports.command(options) == f"python {words}"
     monkeypatch.setenv("XLA_FLAGS", "--a=false --b=1")
     assert reports.command(options) == f"XLA_FLAGS='--a=false --b=1' python {words}"
