@@ -135,7 +135,7 @@ def test_a_query_ratio_is_one_over_a_whole_number(ratio):
         ({"num_probes": 0}, "num_probes=0 must be at least 1"),
         ({"layer_ratio": Fraction(0)}, r"layer_ratio=0 must lie in \(0, 1\]"),
         ({"head_ratio": Fraction(3, 2)}, r"head_ratio=3/2 must lie in \(0, 1\]"),
-        ({"budget_ratio": Fraction(0)}, r"budget_ratio=0 must lie in \(0, 1\]: .* of its tokens that a row reads"),
+        ({"budget_ratio": Fraction(0)}, r"budget_ratio=0 must lie in \(0, 1\], because .* tokens that a row reads"),
         ({"budget_ratio": Fraction(9, 8)}, r"budget_ratio=9/8 must lie in \(0, 1\]"),
         ({"label_channels": 0}, "label_channels=0 must be at least 1"),
         ({"num_probes": "some"}, "num_probes='some' must be at least 1, a whole number"),
