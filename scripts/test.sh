@@ -16,8 +16,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# What --quick runs: the order of imports, the kernels and selection against their definitions, whole decodes, prefill,
-# plans and generation against oracles, and the README's first lines.
+# The tests of --quick: the order of imports; kernels and selection against their definitions; whole decodes, prefill,
+# plans and generation against oracles; and the README's first lines.
 quick_tests=(
   tests/test_architecture.py
   tests/test_words.py

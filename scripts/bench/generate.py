@@ -1,7 +1,7 @@
 """Times decoding of whole LLaMA models on a GPU, dense and through shared lists of an eighth of the tokens.
 
 Weights, cache and labels are random bfloat16, made on the device, because speed does not depend on their values. Plans
-are random: each row has a plan of its own, with the share of computed lists that the method names. The first steps
+are random: each row has another plan, with the share of computed lists that the method names. The first steps
 choose the lists. The steps run as one jitted scan, greedy, and end 32 tokens before the cache is full. The floor is the
 time that a step's bytes (weights, keys and values, scored labels) take at the measured copy bandwidth.
 

@@ -1,8 +1,8 @@
 """Timing of jitted steps on a GPU: seconds a call, copy bandwidth, and the models, limits and tables of the benches.
 
-One program holds many calls, and each call reads data of its own. All data together are several times as large as the
+One program holds many calls, and each call reads other data. All data together are several times as large as the
 second-level cache, so every call meets cold data, as within a model. Programs follow one another without waiting, so a
-launch costs what it does in a captured graph. No overhead is subtracted.
+launch costs as little as in a captured graph. No overhead is subtracted.
 """
 
 import dataclasses

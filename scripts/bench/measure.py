@@ -52,7 +52,7 @@ GPT_FAST_SECONDS = 90  # taken from the other steps where GPT_FAST names a check
 
 @dataclasses.dataclass(frozen=True)
 class Worker:
-    """A measuring process and the file in which it says what it is doing."""
+    """A measuring process, and the file in which it reports its progress."""
 
     process: subprocess.Popen
     state: Path
@@ -172,7 +172,7 @@ class Run:
 
 
 def measure_gpt_fast(out: Path, checkout: str, *, toy: bool) -> None:
-    """Times gpt-fast in a process of its own, which has the whole memory of the device."""
+    """Times gpt-fast in a separate process, which has the whole memory of the device."""
     command = [sys.executable, "-m", "scripts.bench.gpt_fast", checkout, "--out", str(out)] + (["--toy"] if toy else [])
     with (out / LOG).open("ab") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, process_group=0)

@@ -1,4 +1,4 @@
-"""The results of a measuring run: one line of JSON for each measurement, and the summary made of them.
+"""The results of a measuring run: one line of JSON for each measurement, and a summary.
 
 A line is on disk before the next measurement begins. This module imports no jax, so that a run can be summarised
 wherever its files lie.
@@ -81,11 +81,11 @@ def _table_row(row: Row) -> str:
     return f"| {' | '.join(str(cell).replace('|', '/') for cell in shown)} |"
 
 
-# --- what is asked of a GPU
+# --- the targets
 
 
 def _target_table(rows: list[Row]) -> list[str]:
-    out = ["\n## What is asked of a GPU\n", "| target | measured | reached |", "|---|---|---|"]
+    out = ["\n## Targets\n", "| target | measured | reached |", "|---|---|---|"]
     for name, least, measure in TARGETS:
         found = measure(rows)
         shown = "not measured | " if found is None else f"{found:.2f} | {'yes' if found >= least else 'no'}"
