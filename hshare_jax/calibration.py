@@ -57,7 +57,7 @@ def calibrate(
 
     Args:
         model: from `load_model`.
-        texts: texts or token ids; a block never spans two of them.
+        texts: texts or token ids. A block never spans two texts.
         method: the settings and the search that the plan is for.
         block_length: tokens that are prefilled together. None takes 2,048, or as many as the budget asks for, or all
             positions of a model with fewer.
@@ -84,7 +84,7 @@ def cut_blocks(
     block_length: int | None = None,
     max_blocks: int | None = None,
 ) -> list[list[int]]:
-    """The blocks of token ids that `calibrate` reads; arguments and errors are those of `calibrate`."""
+    """The blocks of token ids that `calibrate` reads. See `calibrate` for arguments and errors."""
     ids, longest, least = encode_prompts(model, texts), model.config.max_positions, method.settings.first_probe + 1
     block_length = min(max(2048, least), longest) if block_length is None else block_length
     if not least <= block_length <= longest:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from typing import TypeVar
 
 Value = TypeVar("Value")
@@ -39,7 +40,7 @@ class SettingError(ValueError):
         return f"{say(self.name, self.value)} {': '.join(part.format_map(others) for part in parts)}"
 
     def __str__(self) -> str:
-        return self.told(lambda name, value: f"{name}={value!r}")
+        return self.told(lambda name, value: f"{name}={value if isinstance(value, Fraction) else repr(value)}")
 
 
 def setting(default: Value, help: str) -> Value:

@@ -140,7 +140,7 @@ def stream(
 ) -> Iterator[StreamedText]:
     """Continues a batch of prompts and yields new text every few tokens; the last piece holds the whole result.
 
-    Arguments and errors are those of `generate`. The model must have a tokenizer.
+    See `generate` for arguments and errors. The model must have a tokenizer.
     """
     options = _Options(max_new_tokens, method, sampling, seeds, stop, capacity, impl)
     run = _Run(model, prompts, options)
@@ -333,7 +333,7 @@ def _check_tokenizer(model: "Model", stop: Sequence[str]) -> "PreTrainedTokenize
 
 
 def _end_tokens(model: "Model", tokenizer: "PreTrainedTokenizerFast | None", stop: Sequence[str]) -> tuple[int, ...]:
-    """Token ids at which a row ends: the model's own, and those of stop strings that are special tokens.
+    """Token ids at which a row ends: the model's end tokens, and stop strings that are special tokens.
 
     A special token has no text, so no search in the text would find it.
     """

@@ -16,7 +16,7 @@ from hshare_jax.models.config import ModelConfig
 class KVCache:
     """Rotated keys, and values; slot s of a row holds the row's token at position s.
 
-    There is one array for each layer with keys and values of its own (`ModelConfig.kv_layers`); layer l reads array
+    There is one array for each layer that has keys and values (`ModelConfig.kv_layers`). Layer l reads array
     `kv_index(l)`. A donated step updates each array in place; one stacked array would be copied on every step.
     """
 

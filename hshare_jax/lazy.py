@@ -1,4 +1,4 @@
-"""Lazy packages: importing one is quick, because each of its names is imported when it is first used (PEP 562)."""
+"""Lazy packages: importing a package is quick, because each name is imported when it is first used (PEP 562)."""
 
 import importlib
 import sys
@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 
 
 def make_lazy(package: str, homes: Mapping[str, Sequence[str]]) -> None:
-    """Gives a package the names of its modules without importing these modules.
+    """Gives a package the names that its modules define, without importing these modules.
 
-    A name may be the name of its module too: `hshare_jax.prefill` is the function. Python puts each imported module
-    into its package. The package gets a class that keeps such a module from hiding the function.
+    A function may have the name of its module: `hshare_jax.prefill` is the function. Python puts each imported module
+    into the package. The package gets a class that keeps such a module from hiding the function.
 
     Args:
         package: its `__name__`.

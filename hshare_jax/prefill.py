@@ -42,7 +42,7 @@ def prefill(
     Args:
         params: the decoder's parameters.
         tokens: the new tokens of each row, right-padded with any id [B, T].
-        lengths: how many of them are real, at least 1 [B].
+        lengths: how many tokens of each row are real, at least 1 [B].
         state: from `init_state`, or a previous call.
         config: the model.
         method: the method that `init_state` was given.

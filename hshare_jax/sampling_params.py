@@ -8,7 +8,7 @@ from hshare_jax.errors import SettingError, setting
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is drawn. Names and order are those of transformers; the default is greedy.
+    """How the next token is drawn. Names and order are as in transformers. The default is greedy.
 
     Raises:
         SettingError: a value outside its range.

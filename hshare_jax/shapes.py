@@ -36,11 +36,13 @@ def check_rows(name: str, array: Array, shape: tuple[int, ...], kind: type) -> N
 
 
 def round_up_coarsely(count: int, least: int) -> int:
-    """Returns `count` or at most a quarter more, four sizes a doubling, so that few programs serve all counts.
+    """Rounds `count` up to one of four sizes per doubling, so that few programs serve all counts.
+
+    The result exceeds `count` by less than a quarter or by less than `least`, whichever is more.
 
     Args:
         count: at least 1.
-        least: the step below which nothing is rounded finer, a power of two.
+        least: the smallest step between two sizes, a power of two.
     """
     step = max(least, 1 << max(count.bit_length() - 3, 0))
     return -(-count // step) * step

@@ -138,7 +138,7 @@ def select_by_labels(
     dilate: bool = False,
     impl: str = "auto",
 ) -> Lists:
-    """The lists of all layers, with those of one layer chosen anew by the scores of labels.
+    """The lists of all layers, after one layer's lists are chosen anew by the scores of labels.
 
     A list is chosen if its row is due and the plan lets the list read itself. All other lists stay as they are. Among
     the slots that compete, a list takes those with the highest weights, ascending, padded with EMPTY; ties go to the
@@ -183,9 +183,9 @@ def select_by_keys(
     dilate: bool = False,
     impl: str = "auto",
 ) -> Lists:
-    """The lists of all layers, with those of one layer chosen anew by exact scores, on all channels of the keys.
+    """The lists of all layers, after one layer's lists are chosen anew by exact scores, on all channels of the keys.
 
-    The choice is that of `select_by_labels`. On a GPU it computes the scores of the whole cache even if no list is
+    Lists are chosen as in `select_by_labels`. On a GPU this computes the scores of the whole cache even if no list is
     chosen.
 
     Args:

@@ -25,7 +25,7 @@ def choose_tokens(
 ) -> Int[Array, "B J C"]:
     """The lists that these scores choose: the slots of the highest weights, ascending, padded with EMPTY.
 
-    The weights are those of `weigh_tokens`. Ties go to the lower slot.
+    The weights come from `weigh_tokens`. Ties go to the lower slot.
 
     Args:
         scores: one score per query head and slot, of slots that compete and of slots that do not.
@@ -42,7 +42,7 @@ def choose_tokens(
 def weigh_tokens(
     scores: Float[Array, "B N S"], first: Int[Array, "B"], last: Int[Array, "B"], *, num_lists: int, dilate: bool
 ) -> Float[Array, "B J S"]:
-    """The weights by which each list chooses its tokens. The arguments are those of `choose_tokens`."""
+    """The weights by which each list chooses its tokens. See `choose_tokens` for the arguments."""
     is_candidate = mark_candidates(first, last, scores.shape[-1])
     pooled = pool_scores(scores, is_candidate, num_lists)
     return dilate_weights(jnp.where(is_candidate[:, None, :], pooled, -jnp.inf)) if dilate else pooled
@@ -59,7 +59,7 @@ def pool_scores(
 ) -> Float[Array, "B J S"]:
     """One weight per list and slot. The heads of a group add up their softmaxed scores.
 
-    Scores are softmaxed first, so that a head with large queries does not outvote the other heads of its group. A list
+    Scores are softmaxed first, so that a head with large queries does not outvote the other heads of the group. A list
     that serves a single head keeps the head's scores.
     """
     B, N, S = scores.shape

@@ -1,4 +1,4 @@
-"""The table of implementations: which modules compute the operations of `api`, and where each of them runs.
+"""The table of implementations: which modules compute the operations of `api`, and where each module runs.
 
 To add an implementation, write its two modules and add its row. The tests in tests/kernels then run it too.
 """
@@ -32,7 +32,7 @@ class Implementation:
     prefix: str
     platforms: tuple[str, ...] = ()  # where it runs, as jax names platforms; empty: everywhere
     is_automatic: bool = False  # whether "auto" takes it on these platforms
-    options: Mapping[str, object] = dataclasses.field(default_factory=dict)  # further arguments of its functions
+    options: Mapping[str, object] = dataclasses.field(default_factory=dict)  # further arguments of the functions
     way_out: str = "leave it 'auto'"  # what a refusal advises on the other platforms
 
     @property
@@ -97,7 +97,7 @@ def run(impl: str, call: Callable[[Implementation], Result]) -> Result:
 
 
 def _platform() -> str:
-    """The platform that is traced for, as far as it is known: that of the mesh's device, or jax's default backend."""
+    """The platform that is traced for, as far as it is known: the mesh device's platform, or jax's default backend."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     platform = jax.default_backend() if device is None else device.platform
     return "cuda" if platform == "gpu" else platform  # the default backend calls an NVIDIA GPU "gpu"

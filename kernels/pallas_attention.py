@@ -1,7 +1,7 @@
 """Decode attention as a Pallas kernel for NVIDIA GPUs, through Triton: two ranges and a list, found through the plan.
 
-One program reads the slots of one list, or a part of them (split-K, as in Flash-Decoding), for all query heads that the
-list serves, so that each key row is read once. A second kernel merges the parts. Dense attention is the same kernel
+One program reads the slots of one list, or a part (split-K, as in Flash-Decoding), for all query heads that the list
+serves, so that each key row is read once. A second kernel merges the parts. Dense attention is the same kernel
 with no list and recent_start = 0.
 """
 
@@ -199,9 +199,9 @@ def _read_bounds(length: Array, start: Array, window: int | None) -> _Bounds:
 def _find_slots(
     block: Array, bounds: _Bounds, load_listed: Callable[[Array, Array], Array], layout: _Layout
 ) -> tuple[Array, Array]:
-    """The slots at the places of a block, and which of them are read.
+    """The slots at the places of a block, and whether each slot is read.
 
-    A program's places are the sinks, then those of the list, then the recent range.
+    A program's places are the sinks, then the places of the list, then the recent range.
     """
     num_sinks, C = layout.num_sinks, layout.num_listed
     place = block * layout.tiles.block + jnp.arange(layout.tiles.block, dtype=jnp.int32)

@@ -1,6 +1,6 @@
 """The choice of critical tokens as Pallas kernels for NVIDIA GPUs, through Triton: label scores and exact top-k.
 
-One program holds the scores of one list's slots in registers, finds the C-th highest by bisection of its bits, and
+One program holds the scores of one list's slots in registers, finds the C-th highest by bisection of the bits, and
 writes the chosen slots into the list in ascending order. So nothing is sorted, and no score goes to memory. If the
 cache is too long for that, each program takes a chunk of it and keeps the C best slots, and one more kernel takes the C
 best of all chunks. A program whose list is not chosen leaves at once.
@@ -95,7 +95,7 @@ def select_by_scores(
     tiles: Tiles | None = None,
     interpret: bool = False,
 ) -> Lists:
-    """The lists of all layers, with those of one layer chosen anew by scores that exist already, in place.
+    """The lists of all layers, after one layer's lists are chosen anew, in place, by scores that exist already.
 
     Args:
         scores: one score per list and slot. Scores of slots that compete must not be NaN.
@@ -158,7 +158,7 @@ class _Given(NamedTuple):
 def _select(
     lists: Array, given: _Given, rows: tuple[Array, Array, Array, Array | None], *, layout: _Layout, interpret: bool
 ) -> Array:
-    """The lists with those of a layer chosen: in one kernel, or chunk by chunk and then among the best of all chunks.
+    """The lists after a layer's lists are chosen in one kernel, or by chunks and then among the best of all chunks.
 
     Args:
         lists: of all layers.
@@ -283,7 +283,7 @@ def _weigh(layout: _Layout, given: _Given, chunk: Array, j: Array, b: Array) -> 
     slots = _slots_of(layout, chunk)
     is_candidate = _is_candidate(given, b, slots)
     by_head = _score(given, b, j, slots, is_whole=layout.divides)
-    stats = None  # a single head needs none, because its scores have the order of its weights
+    stats = None  # a single head needs none, because scores and weights have the same order
     if layout.group_size > 1:
         is_whole = layout.num_chunks == 1
         stats = [_stats(s, is_candidate) for s in by_head] if is_whole else _load_stats(given.stats, b, j)
@@ -360,7 +360,7 @@ def _load_stats(stats_ref, b: Array, j: Array) -> list[tuple[Array, Array]]:
 
 
 def _pool(by_head: list[Array], stats: list[tuple[Array, Array]] | None, is_candidate: Array) -> Array:
-    """The weight of each slot, the sum of its heads' softmaxed scores; -inf where the slot does not compete."""
+    """The weight of each slot: its softmaxed scores, summed over heads. -inf where the slot does not compete."""
     weights = by_head
     if stats is not None:
         weights = [jnp.exp(scores - peak) / total for scores, (peak, total) in zip(by_head, stats, strict=True)]

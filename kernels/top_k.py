@@ -1,6 +1,6 @@
 """Exact top-k as a list of slots, in plain jnp.
 
-A sort of all scores would take most of a refresh. Instead the k-th highest score is found by bisection of its bits, the
+A sort of all scores would take most of a refresh. Instead the k-th highest score is found by bisection of the bits, the
 choice becomes one bit per slot, and the list is read off counts of bits. On a CPU this takes a fifth of the time of
 `lax.top_k` (docs/performance.md).
 """
@@ -30,7 +30,7 @@ def select_tokens(
         scores: one score per list and slot. Scores of candidates must not be NaN; the others may be anything.
         is_candidate: the slots that may be listed.
         num_critical: C, the places of a list.
-        num_allowed: how many of its places a list of each row may fill; None allows all C.
+        num_allowed: how many places the lists of each row may fill; None allows all C.
     """
     B, J, S = scores.shape
     scores, is_candidate = (_pad_to_lanes(x, fill) for x, fill in ((scores, 0.0), (is_candidate, False)))

@@ -165,7 +165,7 @@ class ModelConfig:
 
         Args:
             layer: the layer.
-            ends: where they end for a layer that sees its own position. A layer that looks up sees one position less.
+            ends: where they end for an ordinary layer. A layer that looks up sees one position less.
         """
         window = self.windows[layer]
         if not self.looks_up(layer):

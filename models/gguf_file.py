@@ -37,7 +37,7 @@ class GGUFTensor:
 
     shape: tuple[int, ...]  # as NumPy writes it, rows first
     kind: "GGMLQuantizationType"
-    offset: int  # of its first byte in the file
+    offset: int  # of the tensor's first byte in the file
     num_bytes: int
 
 

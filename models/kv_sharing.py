@@ -42,7 +42,7 @@ class SpecError(SettingError):
         self.args, self.reason = (spec, reason), reason
 
     def told(self, say: Callable[[str, object], str]) -> str:
-        """The message, in which `say(name, value)` spells each setting, those of the reason too."""
+        """The message, in which `say(name, value)` spells each setting, also the settings in the reason."""
         reason = self.reason.told(say) if isinstance(self.reason, SettingError) else str(self.reason)
         return f"{say(self.name, self.value)}: {reason}"
 
@@ -76,8 +76,8 @@ def kv_layer_map(pattern: Pattern, target: Target, num_layers: int, num_kv_layer
     Args:
         pattern: how the layers are grouped.
             pizza: the first `num_kv_layers` - 1 layers are groups alone; all other layers are one group.
-            sandwich: `num_kv_layers` - 1 layers are groups alone, half of them the first layers and half the last (an
-            odd one is among the first); all layers between them are one group.
+            sandwich: `num_kv_layers` - 1 layers are groups alone, one half the first layers and one half the last (an
+            odd layer is among the first); all layers between are one group.
             lasagna: layer 0 is a group alone; the other layers form `num_kv_layers` - 1 groups of equal size, or nearly
             so, the larger groups first.
         target: which layer of a group keeps its keys and values: the lowest, the middle or the highest. Where a group
@@ -211,7 +211,7 @@ def _read_notation(
 
 
 def _window_of(config: ModelConfig, layer: int, entry: str) -> int:
-    """The window for an entry that ends in s: that of the layer, or the only one that the model has."""
+    """The window for an entry that ends in s: the layer's window, or the only window that the model has."""
     if (own := config.windows[layer]) is not None:
         return own
     known = sorted({window for window in config.windows if window is not None})
@@ -286,7 +286,7 @@ def layer_passes(config: ModelConfig, num_tokens: int) -> tuple[int, ...]:
 
 
 def share_weights(params: Mapping[str, Any], config: ModelConfig, shared_config: ModelConfig, init: Init) -> dict:
-    """Makes the parameters of `shared_config` from those of `config` (section 3.3). They are of no use before training.
+    """Makes parameters of `shared_config` from parameters of `config` (section 3.3). They are useless before training.
 
     Only key and value projections change. Parameters that do not change are not copied.
 
@@ -305,7 +305,7 @@ def share_weights(params: Mapping[str, Any], config: ModelConfig, shared_config:
     if init not in INITS:
         raise SettingError("init", init, f"must be one of {', '.join(INITS)}")
     _check_same_model(config, shared_config)
-    first = config.num_heads * config.head_dim  # the rows of queries come before those of keys and values
+    first = config.num_heads * config.head_dim  # the rows of queries come before the rows of keys and values
     result = dict(params)
     for layer in range(config.num_layers):
         name = f"layers_{layer}"

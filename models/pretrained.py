@@ -51,7 +51,7 @@ _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "</s>")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-    """A model in memory. `identity` is a short hash of its weights and configuration."""
+    """A model in memory. `identity` is a short hash of the weights and the configuration."""
 
     config: ModelConfig
     params: dict[str, Any]
@@ -74,11 +74,11 @@ class ModelFiles:
     tokenizer: "PreTrainedTokenizerBase | None"
     eos_token_ids: tuple[int, ...]
     name: str
-    dtype: DType  # the default of `load`: that of a converted checkpoint, else float32
+    dtype: DType  # the default of `load`: the dtype of a converted checkpoint, else float32
     stream: Callable[[DType], Iterator[tuple[str, np.ndarray]]]  # reads the parameters one by one, in a dtype
 
     def load(self, dtype: DType | None = None) -> Model:
-        """Reads the weights as `dtype`, onto JAX's default device. The errors are those of `load_model`."""
+        """Reads the weights as `dtype`, onto JAX's default device. See `load_model` for errors."""
         with self._read("loading", dtype) as bar:
             params, identity = load_parameters(self.config, iter(bar))
         return Model(self.config, params, self.tokenizer, self.eos_token_ids, self.name, identity)
@@ -131,7 +131,7 @@ def open_model(
 ) -> ModelFiles:
     """Reads the configuration and the tokeniser of a model, so that both can be checked before the weights are loaded.
 
-    Arguments and errors are those of `load_model`. A model that is not on this machine is fetched.
+    See `load_model` for arguments and errors. A model that is not on this machine is fetched.
     """
     form = check_model_name(name_or_path, revision=revision)
     name = os.fspath(name_or_path)

@@ -1,1 +1,1 @@
-"""Programs for a checkout of this repository; none of them is part of the package."""
+"""Programs for a checkout of this repository. They are not part of the package."""

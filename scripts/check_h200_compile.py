@@ -1,4 +1,4 @@
-"""Compiles whole decode steps for an H200 without one, counts what XLA made of them, and fails beyond exact limits.
+"""Compiles whole decode steps for an H200 without one, counts their instructions, and fails beyond exact limits.
 
 The limits are: no copy of a cache, of a buffer of labels or lists, or of a weight; no conditional or loop, which would
 break up the CUDA graph; no more kernels and temporaries than written below; no kernel that spills a register. Run

@@ -1,11 +1,11 @@
-"""What every test runs under: the CPU unless asked otherwise, strict ranks, and reproducible property tests."""
+"""Settings of every test run: the CPU unless asked otherwise, strict ranks, and reproducible property tests."""
 
 import os
 
-# Before jax is imported: the same tests on every machine.
+# Set before jax is imported. On the CPU the tests are the same on every machine.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Thousands of small programs are compiled and run for microseconds each: no optimisation by LLVM is less time. With
-# XLA_FLAGS= (empty) they are compiled as users' programs are, in twice the time.
+# The tests compile thousands of small programs, and each runs for microseconds. Without LLVM's optimisation they take
+# half the time. With XLA_FLAGS= (empty) programs are compiled as users' programs are.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import hypothesis
@@ -13,10 +13,10 @@ import jax
 import jaxtyping
 import pytest
 
-# A shape that broadcasts by accident is the commonest silent error in attention code; ranks must be matched in writing.
+# Accidental broadcasting is the commonest silent error in attention code, so ranks must be matched in writing.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# The same examples on every run, and no deadlines: an example's first call compiles, the next ones take microseconds.
+# Every run has the same examples. There are no deadlines, because the first call of an example compiles.
 hypothesis.settings.register_profile(
     "ci",
     derandomize=True,
@@ -30,29 +30,29 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 @pytest.fixture(autouse=True, scope="module")
 def compiled_programs():
-    """Drops what a file's tests compiled: each program is some memory mappings, and Linux allows a process 65,530."""
+    """Drops the compiled programs of a test file, because each needs memory mappings, and Linux allows only 65,530."""
     yield
     jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)
 def no_compile_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keeps the command line's compile cache out of the other tests of this process."""
-    # By name: a module that is imported before the hook of jaxtyping goes unchecked.
+    """Keeps the compile cache of the command line out of the other tests of this process."""
+    # Named in a string, because a module that is imported before the hook of jaxtyping is not checked.
     monkeypatch.setattr("hshare_jax.cli.options.keep_compiled_programs", lambda directory: None)
 
 
 @pytest.fixture(scope="session")
 def cached_model() -> None:
-    """Fetches and converts the built-in model, so that no test sees that first start."""
-    from hshare_jax.models import pretrained  # not before the hook of jaxtyping
+    """Fetches and converts the built-in model before the tests that use it."""
+    from hshare_jax.models import pretrained  # imported after the hook of jaxtyping
 
     pretrained.open_model("smollm2-135m-instruct")
 
 
 @pytest.fixture
 def unchecked():
-    """Switches type checks off: for wrong values, and for what jax puts into states that it only describes."""
+    """Switches type checks off, for wrong values and for states that hold descriptions of arrays (ShapeDtypeStruct)."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)

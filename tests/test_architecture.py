@@ -1,4 +1,4 @@
-"""The rules of the architecture that a reader relies on, read off the syntax tree of every module."""
+"""The rules of the architecture, checked on the syntax tree of every module."""
 
 import ast
 from pathlib import Path
@@ -7,8 +7,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# Imports point down only: a module may import those before it. A new module fails until it is given its place here.
-# `.*` places a whole folder: its files may import one another, and what comes before the folder.
+# Imports point down only: a module may import the modules above its line. A new module fails until it has a line here.
+# `.*` places a whole folder. The files of a folder may import one another and the modules above the folder's line.
 ORDER = (
     "hshare_jax.lazy",
     "hshare_jax.shapes",
@@ -39,10 +39,10 @@ ORDER = (
     "scripts.*",
 )
 
-# Everything else is a pure function that its caller compiles as part of something larger.
+# All other modules hold pure functions, which their callers compile as parts of larger programs.
 MAY_JIT = (
     "hshare_jax.kernels.*",  # so that layers of one shape trace a kernel once
-    "hshare_jax.methods.*",  # likewise, and one layer's prompt at a time, for memory
+    "hshare_jax.methods.*",  # likewise, and lists are chosen layer by layer, to save memory
     "hshare_jax.prefill",
     "hshare_jax.decode_step",
     "hshare_jax.decode_loop",
@@ -59,7 +59,7 @@ def _matches(module: str, entry: str) -> bool:
 
 
 def _modules() -> dict[str, Path]:
-    """Returns the file of every module by its name; folders are walked where they lie, not through the symlinks."""
+    """The file of every module, by the module's name. Folders are walked where they lie, not through symlinks."""
     modules = {}
     for folder, package in (
         ("hshare_jax", "hshare_jax"),
@@ -80,7 +80,7 @@ FILES = [*MODULES.values(), *sorted((ROOT / "tests").rglob("*.py"))]
 
 
 def _imports(tree: ast.AST) -> set[str]:
-    """Returns the modules that a syntax tree imports anywhere in it, be it lazily or for types alone."""
+    """The modules that a syntax tree imports anywhere, including lazy imports and imports for types."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -186,8 +186,9 @@ def test_no_file_has_a_name_that_says_nothing() -> None:
     assert not [path for path in FILES if path.stem in ("utils", "helpers", "common", "misc")]
 
 
-def test_plain_folders_stay_plain() -> None:
-    # A regular package would shadow PyPI's `kernels` from the repository root; a root conftest puts that on the path.
+def test_models_and_kernels_are_no_regular_packages() -> None:
+    # As a regular package, the folder `kernels` would shadow PyPI's `kernels` in the repository root. A conftest.py in
+    # the root would put the root on the path.
     assert not [path for name in ("models", "kernels") for path in (ROOT / name).rglob("__init__.py")]
     assert not (ROOT / "conftest.py").exists()
 

@@ -1,4 +1,4 @@
-"""Calibration: channels and plans equal their definition."""
+"""Calibration: channels and plans equal the definition."""
 
 import dataclasses
 
@@ -28,7 +28,7 @@ PARAMS = random_params(MODEL)
 MODEL_OF_IDS = Model(MODEL, PARAMS, None, (), "tiny", "0" * 16)
 FILES = ModelFiles(MODEL, None, (), "tiny", "float32", lambda dtype: iter(()))
 L, K, N, H = MODEL.num_layers, MODEL.num_kv_heads, MODEL.num_heads, MODEL.head_dim
-# A budget of 12, and a plan in which half of the lists of the last two layers copy.
+# The budget is 12, and half of the lists of the last two layers copy.
 HSHARE = HShare(
     HShareSettings(num_sinks=2, num_critical=6, num_recent=4, label_channels=3, dense_layers=1, min_length=0),
     PlanSearch(num_probes=5),
@@ -44,7 +44,7 @@ def calibrated():
 
 
 def queries_and_keys(ids: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Returns for each layer (queries [T, N, H], keys [T, K, H]) of one block, rotated, by one plain forward pass."""
+    """For each layer the rotated (queries [T, N, H], keys [T, K, H]) of one block, from one plain forward pass."""
     found = []
 
     def attend(layer, q, k, v, state):
@@ -76,7 +76,7 @@ def test_channels_are_ranked_by_the_mean_product_over_all_pairs_of_all_blocks(ca
 
 
 @pytest.mark.parametrize("method", [HSHARE, PUBLISHED], ids=["units", "published"])
-def test_the_plan_of_a_text_of_one_block_is_that_of_its_prefill_with_these_channels(method):
+def test_the_plan_of_one_block_equals_the_plan_of_its_prefill(method):
     found = calibrate(MODEL_OF_IDS, [TEXT[:BLOCK]], method=method, block_length=BLOCK)
     known = dataclasses.replace(method, channels=found.channels)
     state = init_state(MODEL, 1, BLOCK, method=known)
@@ -93,8 +93,8 @@ def test_the_plan_of_a_text_of_one_block_is_that_of_its_prefill_with_these_chann
     [HSHARE, PUBLISHED, vary(HSHARE, plan_kind="anchors")],
     ids=["units", "published", "anchors"],
 )
-def test_the_plan_of_several_blocks_is_that_of_the_mean_over_all_their_probes(method):
-    # Labels keep all channels, so that which come first does not matter. The last block has fewer probes.
+def test_the_plan_of_several_blocks_is_found_from_the_mean_over_all_probes(method):
+    # Labels keep all channels, so the order of channels does not matter. The last block has fewer probes.
     method = vary(method, label_channels=H, num_probes="all")
     blocks = [TEXT[:BLOCK], TEXT[BLOCK : 2 * BLOCK], TEXT[20:46]]
     rows = oracle_rows([np.asarray(block) for block in blocks], method, MODEL)
@@ -111,12 +111,12 @@ def test_the_plan_of_several_blocks_is_that_of_the_mean_over_all_their_probes(me
     assert [list(layer) for layer in found.plan.source] == expected
     flat = [unit for layer in expected for unit in layer]
     assert flat != list(range(len(flat)))
-    if method.search.plan_kind == "units":  # the others have few plans to choose from
+    if method.search.plan_kind == "units":  # the other kinds have few plans to choose from
         assert any(row.find_plan(row.similarity) != rows[0].find_plan(similarity) for row in rows)
 
 
-def test_a_rest_without_a_full_budget_leaves_the_plan_to_the_other_blocks(calibrated):
-    # The 7 tokens at the end, below the 18 of a first probe, have none.
+def test_a_last_block_without_probes_does_not_change_the_plan(calibrated):
+    # The last block has 7 tokens, and the first probe needs 18.
     whole = calibrate(MODEL_OF_IDS, [TEXT, TEXT[:BLOCK]], method=HSHARE, block_length=BLOCK, max_blocks=3)
     assert whole.plan == calibrated.plan
     np.testing.assert_array_equal(whole.channels, calibrated.channels)

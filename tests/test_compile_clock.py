@@ -1,4 +1,4 @@
-"""The compile clock: it counts compile time once and only inside its block, and counts no running time."""
+"""The compile clock counts compile time once and only inside the `with` block. It counts no running time."""
 
 import time
 

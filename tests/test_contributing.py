@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md: the files that it names exist, and whatever was added has all that it asks for."""
+"""CONTRIBUTING.md: the files that it names exist, and every addition has all the parts that it asks for."""
 
 import re
 from pathlib import Path

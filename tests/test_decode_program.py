@@ -1,4 +1,4 @@
-"""The program of a decode step: traced once for all prompts and plans, its buffers updated in place."""
+"""The program of a decode step is traced once for all prompts and plans, and updates its buffers in place."""
 
 import dataclasses
 import importlib
@@ -19,9 +19,10 @@ from hshare_jax.decode_step import decode_step
 from hshare_jax.methods.hshare.share_plan import SharePlan, kv_layer_plan
 from hshare_jax.methods.hshare.shared_lists import SharedLists
 
-# Where only the program is looked at: two layers, both sparse. Groups of 4, so that nothing but a buffer has its shape.
+# For tests that only look at the program: two layers, both sparse. Groups have 4 heads, so that no other array has the
+# shape of a buffer.
 SHALLOW = dataclasses.replace(MODEL, num_layers=2, num_heads=12, windows=(None,) * 2)
-# The same with a layer that looks up at the last one's keys and values: it reads what a later layer writes.
+# The same, but layer 1 looks up at the keys and values of layer 2, so it reads a buffer that a later layer writes.
 LOOKS_UP = dataclasses.replace(SHALLOW, num_layers=3, windows=(None,) * 3, kv_layer_map=(0, 2, 2))
 STEP = vary(HSHARE, dense_layers=0)
 VARIANTS = {
@@ -37,7 +38,7 @@ variants = pytest.mark.parametrize(("method", "refresh"), VARIANTS.values(), ids
 
 
 class Compilations:
-    """Counts what XLA compiled while it was listening."""
+    """Counts the programs that XLA compiles inside the `with` block."""
 
     def __init__(self):
         self.count = 0
@@ -54,7 +55,7 @@ class Compilations:
 
 
 def random_state(rng, lengths, method):
-    """Returns a state of the shallow model as after some prompts: other keys, lengths, lists and plans each time."""
+    """A state of the shallow model as after some prompts, with random keys, values, labels, lists and plan."""
     state = init_state(SHALLOW, len(lengths), CAPACITY, method=method)
 
     def fill(arrays):
@@ -165,7 +166,7 @@ def test_a_step_lowers_for_cuda_with_its_state_donated(method, refresh):
     ],
     ids=["data", "one layer owns", "two layers own", "own keys and values", "one cache, one list"],
 )
-def test_layers_that_copy_a_constant_plan_trace_to_no_selection(config, plan, selections):
+def test_layers_that_copy_by_a_constant_plan_choose_nothing_in_the_program(config, plan, selections):
     method = dataclasses.replace(HSHARE, plan=plan)
     state, tokens = init_state(config, 1, CAPACITY, method=method), jnp.zeros((1,), jnp.int32)
     text = decode_step.lower(params(config), tokens, state, config=config, refresh=True).as_text()

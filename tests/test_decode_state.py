@@ -1,4 +1,4 @@
-"""The state of decoding: what is kept for which settings, what is refused, and the tokens that a step reads."""
+"""The state of decoding: the arrays that it holds, the arguments that are refused, and the tokens that a step reads."""
 
 import dataclasses
 from fractions import Fraction
@@ -46,7 +46,7 @@ CHANNELS = np.stack([np.random.default_rng(1).permutation(H)[:5] for _ in range(
         ),
     ],
 )
-def test_a_state_that_cannot_be_is_refused(arguments, message):
+def test_invalid_arguments_of_a_state_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         init_state(MODEL, **({"batch_size": 1, "capacity": 8} | arguments))
 
@@ -73,8 +73,8 @@ def test_channels_that_a_head_does_not_have_are_refused(channels):
 
 
 @pytest.mark.parametrize("num_channels", [1, 3, 5])
-def test_of_given_channels_the_first_are_used_in_ascending_order(num_channels):
-    # A calibration ranks all channels; a setting takes as many as its labels keep.
+def test_the_first_given_channels_are_used_in_ascending_order(num_channels):
+    # A calibration ranks all channels. The setting `label_channels` takes the first.
     found = check_channels(jnp.asarray(CHANNELS), MODEL, num_channels)
     np.testing.assert_array_equal(found, np.sort(CHANNELS[:, :, :num_channels], axis=-1))
 
@@ -85,7 +85,7 @@ def shared_of(method=HSHARE, batch_size=2, **settings):
     return shared
 
 
-def test_a_given_plan_and_channels_are_every_rows():
+def test_a_given_plan_and_given_channels_are_used_in_every_row():
     shared = shared_of(dataclasses.replace(HSHARE, plan=PLAN, channels=CHANNELS))
     assert shared.plan == PLAN
     assert shared.source.tolist() == [list(map(list, PLAN.source))] * 2
@@ -103,10 +103,10 @@ def test_an_empty_state_shares_nothing_and_lists_nothing():
 @pytest.mark.parametrize(
     ("bits", "codes", "dtype"), [(4, 2, "uint8"), (8, 3, "uint8"), (None, 3, "bfloat16")], ids=["4", "8", "None"]
 )
-def test_labels_take_the_bits_that_they_are_said_to(bits, codes, dtype):
+def test_labels_take_as_many_bits_as_the_setting_says(bits, codes, dtype):
     method = vary(HSHARE, label_bits=bits, dense_layers=2)
     labels = shared_of(method, dtype=jnp.bfloat16).labels
-    assert labels[:2] == (None, None)  # dense layers choose nothing
+    assert labels[:2] == (None, None)  # dense layers have no labels
     for of_layer in labels[2:]:
         assert of_layer is not None
         assert (of_layer.codes.shape, of_layer.codes.dtype) == ((2, K, codes, 512), jnp.dtype(dtype))
@@ -135,8 +135,8 @@ WINDOWED = dataclasses.replace(MODEL, windows=(None, 20, 9, 3))
     ],
 )
 @pytest.mark.parametrize("config", [MODEL, WINDOWED], ids=["no windows", "windows"])
-def test_reads_are_those_of_the_definition(config, changes):
-    # Rows with no list, a part of one and a whole one; ranges that overlap the sinks, or are about to be chosen anew.
+def test_reads_equal_the_definition(config, changes):
+    # Lists are empty, partly filled or full. Recent ranges overlap the sinks, or have grown as long as they may be.
     method: HShare = vary(HSHARE, **changes)
     settings = method.settings
     rng = np.random.default_rng(2)

@@ -1,4 +1,4 @@
-"""The decode step: equal to the full forward and to the float64 oracle, each row for itself."""
+"""The decode step equals the full forward pass and the float64 oracle, in every row independently."""
 
 import dataclasses
 from fractions import Fraction
@@ -49,12 +49,12 @@ def tokens_at(rows, lengths, step):
 
 
 def start(rows, lengths=LENGTHS, **settings):
-    """Returns the state after the first `lengths` tokens of the rows."""
+    """The state after the first `lengths` tokens of the rows."""
     return prefill_rows([row[:length] for row, length in zip(rows, lengths, strict=True)], **settings)[1]
 
 
 def decode(rows, state, steps, *, lengths=LENGTHS, config=MODEL, dtype="float32", refresh=lambda step: None):
-    """Returns (logits [steps, B, V], state) after the rows' next tokens."""
+    """Decodes the next tokens of the rows: (logits [steps, B, V], the state after the last step)."""
     found = []
     for step in range(steps):
         logits, state = decode_step(
@@ -72,7 +72,7 @@ counted = jax.jit(count_reads, static_argnums=1)
 
 
 def lists_of(state):
-    """Returns the padded lists [L][B][J] as Python lists."""
+    """The lists [L][B][J] without their padding, as Python lists."""
     return [
         [[[t for t in tokens if t != EMPTY] for tokens in of_row] for of_row in of_layer]
         for of_layer in shared_of(state).token_indices.tolist()
@@ -80,7 +80,7 @@ def lists_of(state):
 
 
 def prefilled_logits(rows, steps, lengths=LENGTHS, **settings):
-    """Returns [steps, B, V], each step's logits by a prefill of all tokens up to it."""
+    """The logits [steps, B, V] of every step, each computed by a prefill of all tokens so far."""
     ends = [[length + step + 1 for length in lengths] for step in range(steps)]
     return np.stack(
         [
@@ -97,8 +97,8 @@ def test_cached_decode_equals_full_forward():
     assert state.cache.lengths.tolist() == [length + 4 for length in LENGTHS]
 
 
-# Rows shorter than the sinks, than sinks and recent tokens, than the budget of 12; and longer. The row of 1 grows past
-# the budget, that of 5 past sinks and recent tokens.
+# In LENGTHS the row of 1 token starts below the sinks and grows past the budget of 12. The row of 5 starts below sinks
+# and recent tokens and grows past them. The row of 11 starts below the budget. The last row is longer.
 WHOLE = {
     "published": (MODEL, PUBLISHED, LENGTHS),
     "units": (MODEL, HSHARE, LENGTHS),
@@ -169,7 +169,7 @@ def test_a_whole_shared_decode_equals_the_oracle(config, method, lengths):
 
 
 def test_where_nothing_is_shared_every_step_chooses_its_own_lists():
-    # Three ways: at 1-1-1; with every step a refresh, under the identity plan; and in the oracle, without any plan.
+    # Three ways agree: the ratio 1-1-1, a refresh at every step under the identity plan, and the oracle without a plan.
     rows, steps = random_rows(20, more=6), 6
     single = HSHARE.with_sharing_ratio("1-1-1")
     own, state = decode(rows, start(rows, method=single), steps)
@@ -203,10 +203,10 @@ def test_rows_below_the_gate_decode_as_dense_to_the_bit(lengths):
     if not below.all():
         sparse, _ = decode(rows, start(rows, lengths, method=HSHARE), steps, lengths=lengths)
         np.testing.assert_allclose(gated[:, ~below], sparse[:, ~below], atol=SAME, rtol=0)
-        assert np.abs(sparse[:, ~below] - dense[:, ~below]).max() > 100 * SAME  # it is not dense above the gate
+        assert np.abs(sparse[:, ~below] - dense[:, ~below]).max() > 100 * SAME  # rows above the gate are not dense
 
 
-# Layer 0 is dense; layer 1 computes two lists, the layers above copy them.
+# Layer 0 is dense. Layer 1 computes two lists, and the layers above copy them.
 PLAN = SharePlan(((0, 1, 2), (3, 4, 3), (4, 3, 3), (3, 4, 4)))
 
 
@@ -226,7 +226,7 @@ def test_a_constant_plan_decodes_as_the_same_plan_as_data():
 
 
 def test_layers_that_share_keys_and_values_share_lists_under_their_plan():
-    # Layer 1 looks up, so its lists hold earlier tokens only; layers 2 and 3 read them at their own position too.
+    # Layer 1 looks up, so its lists hold earlier tokens only. Layers 2 and 3 copy the lists, but see the current token.
     plan = kv_layer_plan(SHARED_KV, HSHARE.settings)
     method = dataclasses.replace(HSHARE, plan=plan)
     assert plan.source == ((0, 1, 2), (3, 4, 5), (3, 4, 5), (3, 4, 5))
@@ -241,7 +241,7 @@ def test_layers_that_share_keys_and_values_share_lists_under_their_plan():
         np.testing.assert_allclose(logits[step], np.stack(expected), atol=F32, rtol=0)
 
 
-def test_given_channels_are_those_that_labels_keep():
+def test_labels_keep_the_given_channels():
     rows = random_rows(23)
     channels = np.stack([np.random.default_rng(2).permutation(8)[:5] for _ in range(12)]).reshape(4, 3, 5)
     shared = shared_of(prefill_rows(rows, method=dataclasses.replace(HSHARE, channels=channels))[1])
@@ -252,7 +252,7 @@ def test_a_second_turn_finds_its_plan_anew_and_refreshes_first():
     rows, turn = random_rows(18, more=2), random_rows(19, (20, 1, 40, 3))
     shared_rows = oracle_rows([row[:n] for row, n in zip(rows, LENGTHS, strict=True)], HSHARE)
     for b, shared_row in enumerate(shared_rows):
-        for token in rows[b][LENGTHS[b] :]:  # two steps of a block of three: the next one would reuse the lists
+        for token in rows[b][LENGTHS[b] :]:  # two steps of three, so the next step would reuse the lists
             shared_row.decode(token)
         shared_row.prefill(turn[b])
     _, state = decode(rows, start(rows, method=HSHARE), 2)
@@ -299,14 +299,14 @@ def test_a_row_in_a_ragged_batch_equals_the_row_alone(method):
     ids=["J=K", "J=N", "shared KV"],
 )
 def test_a_budget_that_covers_the_row_equals_dense(config, method):
-    # As long as the lists are fresh: between refreshes they grow by the new tokens, which the recent range holds.
+    # Lists hold all tokens up to the last refresh, and the recent range holds the tokens since then.
     rows = random_rows(5, more=8)
     dense, _ = decode(rows, start(rows, method=None, config=config), 8, config=config)
     shared, _ = decode(rows, start(rows, method=method, config=config), 8, config=config)
     np.testing.assert_allclose(shared, dense, atol=SAME, rtol=0)
 
 
-def test_rows_on_their_own_schedule_equal_the_static_schedule():
+def test_rows_that_refresh_by_age_equal_the_static_schedule():
     rows = random_rows(6, more=7)
     by_age, of_ages = decode(rows, start(rows, method=HSHARE), 7)
     static, of_static = decode(rows, start(rows, method=HSHARE), 7, refresh=on_schedule)
@@ -315,7 +315,7 @@ def test_rows_on_their_own_schedule_equal_the_static_schedule():
         np.testing.assert_array_equal(one, other)
 
 
-def test_rows_of_different_age_refresh_each_in_its_turn():
+def test_rows_of_different_age_refresh_at_different_steps():
     rows = random_rows(7, more=8)
     state = start(rows, method=HSHARE)
     ages = jnp.asarray([0, 1, 2, 3], jnp.int32)
@@ -324,9 +324,9 @@ def test_rows_of_different_age_refresh_each_in_its_turn():
     for step in range(6):
         _, state = decode_step(params(), tokens_at(rows, LENGTHS, step), state, config=MODEL)
         starts.append(np.asarray(state.cache.lengths) - np.asarray(shared_of(state).recent_start))
-    # The recent range of the long row is 4, 5, 6 tokens long and starts again, from its age 3 on.
+    # The long row has age 3, so it refreshes at once. Its recent range is 4, 5, 6 tokens long and then starts again.
     assert [of_step[3] for of_step in starts] == [4, 5, 6, 4, 5, 6]
-    # Age 2 of 3: it refreshes on the second step; until then the range is as long as it may be.
+    # Row 2 has age 2, so it refreshes on the second step. Until then its recent range is as long as it may be.
     assert [of_step[2] for of_step in starts] == [6, 4, 5, 6, 4, 5]
 
 
@@ -366,7 +366,7 @@ def test_bfloat16_decode_errs_no_more_than_twice_the_bfloat16_forward(method):
     rows = random_rows(10, more=6)
     exact = prefilled_logits(rows, 6)
     low = prefilled_logits(rows, 6, dtype="bfloat16")
-    method = None if method is None else WIDE  # that reads every token, so that one truth serves both
+    method = None if method is None else WIDE  # WIDE reads every token, so `exact` is right for both
     state = start(rows, method=method, dtype="bfloat16")
     logits, state = decode(rows, state, 6, dtype="bfloat16")
     assert logits.dtype == np.float32
@@ -395,14 +395,14 @@ def test_a_scan_in_a_users_own_jit_equals_the_loop():
 def test_lists_that_copy_stay_empty_and_read_their_source():
     rows = random_rows(12, more=2)
     state = start(rows, method=HSHARE)
-    # By hand: the upper layers read layer 1's lists, whose third copies the first.
+    # A plan made by hand: all layers read the lists of layer 1, in which the third list copies the first.
     source = jnp.tile(jnp.asarray([3, 4, 3], jnp.int32), (4, MODEL.num_layers, 1))
     state = dataclasses.replace(state, method_state=dataclasses.replace(shared_of(state), source=source))
     _, state = decode(rows, state, 2)
     lists = np.asarray(shared_of(state).token_indices)
     assert (lists[[0, 2, 3]] == EMPTY).all()  # layer 0 is dense
     assert (lists[1, :, 2] == EMPTY).all()
-    assert (lists[1, 3, :2] != EMPTY).all()  # the long row's
+    assert (lists[1, 3, :2] != EMPTY).all()  # the lists of the long row
 
 
 @pytest.mark.usefixtures("unchecked")

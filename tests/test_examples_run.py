@@ -1,4 +1,4 @@
-"""The examples run as they stand, and what they print is what their docstrings promise."""
+"""The examples run as they stand, and print the results that their docstrings promise."""
 
 import re
 import runpy
@@ -14,7 +14,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 @pytest.fixture
 def run_example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Runs an example on the first four layers of its model, and gives what it prints."""
+    """A function that runs an example on the first four layers of the model and returns the printed text."""
 
     def run(name: str) -> str:
         monkeypatch.setattr("hshare_jax.models.pretrained.load_model", lambda name: first_layers(load_model(name), 4))

@@ -1,4 +1,4 @@
-"""Generation: the same tokens however they are asked for, ended where they should be, and refused before computing."""
+"""Generation gives the same tokens in every batch and stream, ends rows where it should, and refuses mistakes early."""
 
 import dataclasses
 import importlib
@@ -33,7 +33,7 @@ SHALLOW = dataclasses.replace(MODEL, num_layers=2, windows=(None,) * 2)
 TOKENIZER = byte_tokenizer(LETTERS)
 MODEL_OF_TEXT = Model(SHALLOW, params(SHALLOW), TOKENIZER, (), "tiny", "0" * 16)
 MODEL_OF_IDS = dataclasses.replace(MODEL_OF_TEXT, tokenizer=None)
-# Texts of about 5, 20 and 60 tokens: shorter than sinks and recent tokens, and longer than the budget of 12.
+# Texts of about 5, 20 and 60 tokens. One is shorter than sinks and recent tokens, two exceed the budget of 12.
 PROMPTS = ["there", "in the end, an inn.", "the rain in spain stays mainly in the plain, or so it is said."]
 SAMPLED = SamplingParams(temperature=1.0, top_p=0.95)
 NEW = 20
@@ -48,7 +48,7 @@ def test_the_tokenizer_fits_the_model():
     assert len(TOKENIZER) <= SHALLOW.vocab_size
 
 
-def test_generated_tokens_are_those_of_a_loop_of_steps(greedy):
+def test_generated_tokens_equal_a_loop_of_steps(greedy):
     for prompt, found in zip(PROMPTS, greedy.tokens, strict=True):
         ids = jnp.asarray([TOKENIZER(prompt)["input_ids"]], jnp.int32)
         state = init_state(SHALLOW, 1, 256, method=HSHARE)
@@ -105,7 +105,7 @@ def test_seeds_tell_rows_apart_and_make_them_repeat():
 
 
 def test_a_stop_string_ends_its_row_and_is_left_out(greedy):
-    stop = greedy.texts[1][4:7]  # three characters: across tokens
+    stop = greedy.texts[1][4:7]  # three characters, across tokens
     found = generate(MODEL_OF_TEXT, PROMPTS, method=HSHARE, max_new_tokens=NEW, stop=[stop, "never there"])
     for text, whole, reason in zip(found.texts, greedy.texts, found.finish_reasons, strict=True):
         assert text == (whole[: whole.find(stop)] if stop in whole else whole)
@@ -139,7 +139,7 @@ def test_a_stop_string_that_is_a_special_token_ends_its_row(greedy):
 
 
 def test_an_end_token_ends_its_row(greedy):
-    # The first id of the second row that is new there at step 3 or later, so that some steps go before it.
+    # The end token is the first id of the second row that is new at step 3 or later, so that some steps go before it.
     tokens = greedy.tokens[1]
     place = next(i for i in range(3, NEW) if tokens[i] not in tokens[:i])
     model = dataclasses.replace(MODEL_OF_TEXT, eos_token_ids=(tokens[place], 47))
@@ -154,7 +154,7 @@ def test_an_end_token_ends_its_row(greedy):
 
 @pytest.mark.parametrize("max_new_tokens", [1, 2, 3, 4, 5])
 def test_the_number_of_new_tokens_is_exact(greedy, max_new_tokens):
-    # Blocks are three steps: the surplus of the last one is dropped.
+    # Blocks have three steps. The surplus steps of the last block are dropped.
     found = generate(MODEL_OF_TEXT, PROMPTS, method=HSHARE, max_new_tokens=max_new_tokens)
     assert found.tokens == [tokens[:max_new_tokens] for tokens in greedy.tokens]
     assert found.timing.decoded_tokens == 3 * (max_new_tokens - 1)
@@ -164,18 +164,18 @@ def test_the_number_of_new_tokens_is_exact(greedy, max_new_tokens):
 BUDGET = HShareSettings(
     num_sinks=2, num_critical=6, num_recent=4, refresh_interval=3, label_channels=3, dense_layers=1, min_length=0
 )
-# Of the three lists of the sparse layer the second copies the first.
+# The sparse layer has three lists, and the second copies the first.
 COPYING = SharePlan(((0, 1, 2), (3, 3, 5)))
 
 
 def reads_of_step(length: int, at_refresh: int) -> float:
-    """Returns the tokens read, the mean over a dense layer and one whose lists were chosen at `at_refresh` tokens."""
+    """The tokens read, as the mean over a dense layer and a layer that chose its lists at `at_refresh` tokens."""
     start = max(at_refresh - 4, 0)
     return (length + min(start, 2) + min(max(start - 2, 0), 6) + length - start) / 2
 
 
 @pytest.mark.parametrize("new", [1, 2, NEW])
-def test_usage_counts_what_was_read_and_chosen(new):
+def test_usage_counts_reads_and_choices(new):
     found = generate(MODEL_OF_TEXT, PROMPTS, method=HShare(BUDGET, plan=COPYING), max_new_tokens=new).usage
     by_row, lengths = [], []
     for prompt in PROMPTS:
@@ -188,7 +188,7 @@ def test_usage_counts_what_was_read_and_chosen(new):
     assert found.selections == 2 * refreshes
     assert found.possible_selections == 3 * len(lengths)
     assert found.mean_length == pytest.approx(sum(lengths) / max(len(lengths), 1))
-    # Sums in float32 of some 50 numbers.
+    # The counts are float32 sums of some 50 numbers.
     assert found.reads == pytest.approx([sum(row) / max(len(row), 1) for row in by_row], rel=1e-6)
     assert found.mean_reads == pytest.approx(sum(reads) / max(len(reads), 1), rel=1e-6)
 
@@ -308,7 +308,7 @@ def test_a_chosen_capacity_holds_the_row_and_is_a_coarse_step(size):
 
 
 @pytest.mark.parametrize("hshare", [None, vary(HSHARE, num_critical=120)], ids=["dense", "covering"])
-def test_what_reads_all_tokens_agrees_with_dense_in_full(hshare):
+def test_methods_that_read_all_tokens_agree_with_dense_in_full(hshare):
     dense = generate(MODEL_OF_TEXT, PROMPTS, method=None, max_new_tokens=NEW)
     ragged = [dense.tokens[0], dense.tokens[1][:2], dense.tokens[2][:7]]
     assert token_agreement(MODEL_OF_TEXT, PROMPTS, ragged, method=hshare) == [1.0] * 3
@@ -316,7 +316,7 @@ def test_what_reads_all_tokens_agrees_with_dense_in_full(hshare):
 
 def test_agreement_is_the_fraction_of_steps_that_choose_the_continuations_token():
     dense = generate(MODEL_OF_TEXT, PROMPTS[:1], method=None, max_new_tokens=NEW).tokens[0]
-    # The last token is only compared, never read: changing it costs one of 19 steps.
+    # The last token is compared but never read, so changing it costs one of 19 steps.
     changed = [*dense[:-1], (dense[-1] + 1) % SHALLOW.vocab_size]
     assert token_agreement(MODEL_OF_TEXT, PROMPTS[:1], [changed], method=None) == [pytest.approx(18 / 19)]
 
@@ -349,7 +349,7 @@ def test_the_compiled_loop_updates_its_buffers_in_place(hshare, batch):
         ).compile()
     finally:
         jaxtyping.config.update("jaxtyping_disable", False)
-    # All but the labels' scales, [B, K, 2, S]: a dense layer's scores, [B, K, G, S], cannot be told from them here.
+    # The scales of labels, [B, K, 2, S], are left out, because dense scores, [B, K, G, S], have the same shape here.
     shared = []
     if isinstance(state.method_state, SharedLists):
         labels = [label.codes for label in state.method_state.labels if label is not None]

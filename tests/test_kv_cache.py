@@ -1,4 +1,4 @@
-"""The KV cache: rows append each at its own slots, and what is beyond the capacity is dropped."""
+"""The KV cache: every row appends at its slots, and tokens beyond the capacity are dropped."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,13 +10,13 @@ from hshare_jax.kv_cache import append, init_cache
 
 @pytest.mark.parametrize("T", [1, 3])
 @pytest.mark.parametrize("axis", [2, 3])
-def test_each_row_appends_at_its_own_slots_and_drops_what_is_beyond(T, axis):
-    # The slots of keys and values are their third axis, those of labels their last.
+def test_each_row_appends_at_its_slots_and_drops_tokens_beyond_the_capacity(T, axis):
+    # Slots are the third axis of keys and values, and the last axis of labels.
     rng = np.random.default_rng(T)
     cache, new = (rng.standard_normal(shape).astype(np.float32) for shape in ((3, 2, 8, 4), (3, T, 2, 4)))
     slots = np.array([[0, 1, 2], [5, 6, 7], [7, 8, 9]])[:, :T]
     if T == 1:
-        slots[1] = 8  # the capacity: a row that has ended
+        slots[1] = 8  # slot 8 is the capacity, so this row has ended
     expected = cache.copy()
     for b, t in np.ndindex(3, T):
         if slots[b, t] < 8:
@@ -26,14 +26,14 @@ def test_each_row_appends_at_its_own_slots_and_drops_what_is_beyond(T, axis):
 
 
 @pytest.mark.parametrize("T", [1, 3])
-def test_bytes_of_labels_are_appended_as_they_are(T):
+def test_bytes_of_labels_are_appended_unchanged(T):
     cache, new = jnp.zeros((1, 2, 3, 8), jnp.uint8), jnp.full((1, T, 2, 3), 0xF1, jnp.uint8)
     found = append(cache, new, jnp.arange(T)[None, :] + 4, axis=3)
     assert found.dtype == jnp.uint8
     assert (found[0, 0, 0].tolist()) == [0] * 4 + [0xF1] * T + [0] * (4 - T)
 
 
-def test_what_is_appended_takes_the_caches_dtype():
+def test_appended_tokens_take_the_dtype_of_the_cache():
     cache = append(jnp.zeros((1, 2, 8, 4), jnp.bfloat16), jnp.ones((1, 1, 2, 4)), jnp.asarray([[3]]))
     assert cache.dtype == jnp.bfloat16
 

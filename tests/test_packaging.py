@@ -1,4 +1,4 @@
-"""The package as users get it: built, installed, imported outside the repository; and beside PyPI's `kernels`."""
+"""The package as users get it: built, installed, imported outside the repository, and used beside PyPI's `kernels`."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def _run(*command: str | Path, cwd: Path, path: Path | None = None) -> str:
-    """Returns the command's output; fails with all of it where the command fails."""
+    """Runs Python with these arguments and returns the output. If Python fails, the test fails with the output."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     if path is not None:
         environment["PYTHONPATH"] = str(path)
@@ -30,11 +30,11 @@ def _run(*command: str | Path, cwd: Path, path: Path | None = None) -> str:
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns a folder with the installed wheel, built from the source distribution, as PyPI would have both."""
+    """A folder with the installed wheel. The wheel is built from the source distribution, as for PyPI."""
     work = tmp_path_factory.mktemp("packaging")
     source, target = work / "source", work / "target"
     source.mkdir()
-    # A copy, because setuptools builds inside the sources, and a stale build/ there would go into the wheel.
+    # The sources are copied, because setuptools builds inside them, and a stale build/ would go into the wheel.
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for name in ("hshare_jax", "models", "kernels"):
@@ -66,7 +66,7 @@ for name in names:
         origin = importlib.import_module(name).__file__
         assert Path(origin).is_relative_to(target), f"{name} came from {origin}"
 """
-    # -P keeps the current folder off the path, so that only the installed files can answer.
+    # -P keeps the current folder off the path, so that only the installed files can be imported.
     _run("-P", "-c", code, installed, *names, cwd=installed.parent, path=installed)
     missing = [path for path in modules if not (installed / path).exists()]
     assert not missing
@@ -102,7 +102,7 @@ def test_transformers_imports_from_the_repository_root_without_pypi_kernels() ->
 
 
 def test_pypi_kernels_is_not_shadowed_from_the_repository_root(tmp_path: Path) -> None:
-    # A stand-in for PyPI's package: that it is a regular package, with metadata, decides who answers to the name.
+    # A stand-in for PyPI's package. As a regular package with metadata, it wins over a plain folder of the same name.
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("origin = 'PyPI'\n")
     (tmp_path / "kernels-0.0.1.dist-info").mkdir()

@@ -1,4 +1,4 @@
-"""Prefill: exact whatever the chunks, the padding and the number of calls; then the plan that the definition finds."""
+"""Prefill is exact for all chunks, paddings and numbers of calls, and finds the plan of the definition."""
 
 import functools
 
@@ -41,7 +41,7 @@ def long_row() -> np.ndarray:
 
 @functools.cache
 def full_forward() -> np.ndarray:
-    """Returns the logits [T, V] of the long row, computed in one piece."""
+    """The logits [T, V] of the long row, computed in one piece."""
     positions = jnp.arange(LONGEST, dtype=jnp.int32)[None, :]
     attend = prefill_attend(MODEL, positions, jnp.zeros((1,), jnp.int32))
 
@@ -93,7 +93,7 @@ def test_ids_in_the_padding_change_nothing():
 
 
 @pytest.mark.parametrize("first", [1, 40, 64, 99])
-def test_two_calls_equal_one(first):
+def test_a_prompt_in_two_calls_equals_one_call(first):
     row = long_row()[:100]
     _, state = prefill_rows([row[:first]], method=None, capacity=640)
     logits, state = prefill_rows([row[first:]], method=None, state=state)
@@ -104,7 +104,7 @@ def test_two_calls_equal_one(first):
 
 
 @pytest.mark.parametrize("method", [HSHARE, PUBLISHED], ids=["units", "published"])
-def test_channels_and_plan_are_those_of_the_definition_on_both_turns(method):
+def test_channels_and_plan_equal_the_definition_on_both_turns(method):
     rows, more = random_rows(3), random_rows(4, (20, 1, 40, 3))
     state, J = None, method.settings.num_lists(MODEL)
     identity = np.arange(MODEL.num_layers * J).reshape(MODEL.num_layers, J)
@@ -116,7 +116,7 @@ def test_channels_and_plan_are_those_of_the_definition_on_both_turns(method):
             if turn is more:
                 expected = shared_row.prefill(turn[b])
                 np.testing.assert_allclose(logits[b], expected, atol=F32, rtol=0)
-            # Those of all the turn's queries, in a prompt too short for a probe as well.
+            # Channels count all queries of the turn, even if the prompt is too short for a probe.
             np.testing.assert_array_equal(state.method_state.channels[b], shared_row.channels)
             source = [[divmod(flat, J) for flat in layer] for layer in state.method_state.source[b].tolist()]
             assert source == shared_row.source
@@ -125,13 +125,13 @@ def test_channels_and_plan_are_those_of_the_definition_on_both_turns(method):
         assert state.method_state.age.tolist() == [0] * 4
 
 
-def test_channels_of_a_prompt_in_chunks_are_those_of_all_its_queries():
-    # The sum of |q| runs over both chunks; the padding of each row, whatever it holds, has no say.
+def test_channels_of_a_prompt_in_chunks_count_all_queries():
+    # The sum of |q| runs over both chunks. The padding of a row does not count, whatever it holds.
     rows = [long_row()[:length] for length in (577, 513, 512, 400)]
     state = prefill_rows(rows, method=HSHARE, capacity=640)[1]
     assert isinstance(state.method_state, SharedLists)
     exact = oracle_row()
-    for token in rows[0]:  # the others begin as it does
+    for token in rows[0]:  # the other rows begin with the same tokens
         exact.dense_step(token)
     for b, row in enumerate(rows):
         for layer in range(MODEL.num_layers):
@@ -151,7 +151,7 @@ def test_labels_are_the_cached_keys_on_the_channels(bits):
     method = vary(HSHARE, label_bits=bits)
     _, state = prefill_rows(random_rows(3), method=method)
     assert isinstance(state.method_state, SharedLists)
-    assert state.method_state.labels[0] is None  # a dense layer's
+    assert state.method_state.labels[0] is None  # layer 0 is dense
     for layer in range(1, MODEL.num_layers):
         expected = make_labels(state.cache.keys[layer], state.method_state.channels[:, layer], bits)
         for one, other in zip(
@@ -195,7 +195,7 @@ def test_prefill_inside_a_jit_equals_prefill():
         ((1, 300), (257,), "row 0 would hold 257 tokens, but capacity=256; make the state larger"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_computing(shape, lengths, message):
+def test_prompts_that_do_not_fit_are_refused_before_computing(shape, lengths, message):
     with pytest.raises(ValueError, match=message):
         prefill(
             params(), jnp.zeros(shape, jnp.int32), jnp.asarray(lengths, jnp.int32), init_state(MODEL, 1, 200),
@@ -203,7 +203,7 @@ def test_what_does_not_fit_is_refused_before_computing(shape, lengths, message):
         )  # fmt: skip
 
 
-def test_a_row_beyond_the_models_positions_is_told_so():
+def test_a_row_beyond_the_models_positions_is_refused():
     state = init_state(MODEL, 1, MODEL.max_positions)
     tokens, lengths = jnp.zeros((1, 1025), jnp.int32), jnp.asarray([1025])
     with pytest.raises(ValueError, match="row 0 would hold 1025 tokens, but the model has 1024 positions"):

@@ -27,17 +27,17 @@ def first_lines() -> tuple[dict[str, object], str]:
 
 
 def test_the_first_lines_of_the_readme_answer(first_lines: tuple[dict[str, object], str]) -> None:
-    assert "blue" in first_lines[1]  # the primary colours
+    assert "blue" in first_lines[1]  # the answer lists the primary colours
 
 
 def test_the_documented_code_runs(first_lines, capsys, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)  # it writes files
+    monkeypatch.chdir(tmp_path)  # the code writes files
     (_, *of_readme), (load, *of_library) = blocks_of("README.md"), blocks_of("docs/library.md")
     assert (len(of_readme), len(of_library)) == (2, 4)
     namespace = dict(first_lines[0])
     model = namespace["model"]
     assert isinstance(model, Model)
-    small = first_layers(model, 6)  # of thirty: compiling them takes minutes
+    small = first_layers(model, 6)  # six of thirty, because compiling all takes minutes
     monkeypatch.setattr("hshare_jax.models.pretrained.load_model", lambda name: small)
     for block in [load, *of_readme, *of_library]:
         exec(compile(block, "README.md and docs/library.md", "exec"), namespace)

@@ -1,4 +1,4 @@
-"""Sampling: what top-k, top-p, min-p and the penalty keep, and that a row's draw is its own."""
+"""Sampling: the tokens that top-k, top-p, min-p and the penalty keep, and that rows draw independently."""
 
 import hypothesis
 import hypothesis.extra.numpy as hnp
@@ -31,7 +31,7 @@ def keys(*seeds):
 
 
 def random_logits(seed, rows=B):
-    # All different, so that no threshold meets a tie.
+    # All logits differ, so that no threshold meets a tie.
     return np.random.default_rng(seed).standard_normal((rows, V)).astype(np.float32) * 2
 
 
@@ -41,7 +41,7 @@ def softmax(x):
 
 
 def expected_tokens(logits, sampling):
-    """Returns the tokens that one row keeps, by the definitions one after the other."""
+    """The tokens that one row keeps, by the definitions applied one after the other."""
     tokens = sorted(range(V), key=lambda token: -logits[token])
     if sampling.top_k:
         tokens = tokens[: sampling.top_k]
@@ -61,7 +61,7 @@ def test_greedy_takes_the_largest_logit_and_the_first_on_ties():
 
 
 @pytest.mark.parametrize("sampling", CASES)
-def test_the_kept_tokens_are_those_of_the_definitions(sampling):
+def test_the_kept_tokens_equal_the_definitions(sampling):
     logits = random_logits(1)
     found = np.asarray(kept(jnp.asarray(logits), sampling))
     for b in range(B):
@@ -80,7 +80,7 @@ def test_the_likeliest_token_always_stays(sampling, logits):
 
 
 @pytest.mark.parametrize("sampling", CASES)
-def test_the_kept_tokens_are_those_of_transformers(sampling):
+def test_the_kept_tokens_equal_transformers(sampling):
     import torch
     from transformers.generation import logits_process
 
@@ -95,7 +95,7 @@ def test_the_kept_tokens_are_those_of_transformers(sampling):
     np.testing.assert_array_equal(kept(jnp.asarray(logits), sampling), scores.numpy())
 
 
-def test_the_repetition_penalty_divides_what_is_above_zero_and_multiplies_what_is_below():
+def test_the_repetition_penalty_divides_positive_logits_and_multiplies_negative_logits():
     logits = jnp.asarray([[4.0, 3.0, -1.0], [-1.0, -3.0, -1.5]])
     seen = jnp.asarray([[True, False, True], [True, False, False]])
     sampling = SamplingParams(repetition_penalty=2.0)
@@ -103,7 +103,7 @@ def test_the_repetition_penalty_divides_what_is_above_zero_and_multiplies_what_i
     assert drawn(logits, keys(0, 1), sampling, seen=jnp.zeros_like(seen)).tolist() == [0, 0]
 
 
-def test_the_repetition_penalty_equals_that_of_transformers():
+def test_the_repetition_penalty_equals_transformers():
     import torch
     from transformers.generation import logits_process
 
@@ -126,7 +126,7 @@ def test_draws_are_as_frequent_as_the_kept_tokens_are_likely(sampling):
     expected[tokens] = softmax(logits[tokens].astype(np.float64) / sampling.temperature)
     seeds = jax.random.split(jax.random.key(5), draws)
     found = np.bincount(np.asarray(drawn(jnp.tile(logits, (draws, 1)), seeds, sampling)), minlength=V) / draws
-    # Five standard deviations of a frequency.
+    # The limit is five standard deviations of a frequency.
     assert (np.abs(found - expected) <= 5 * np.sqrt(expected * (1 - expected) / draws)).all()
 
 

@@ -1,4 +1,4 @@
-"""Cross-layer KV sharing: token by token from the bottom up defines the model, and all that is parallel equals it."""
+"""Cross-layer KV sharing: decoding token by token defines the model, and all parallel computations equal it."""
 
 import dataclasses
 import functools
@@ -23,10 +23,10 @@ from hshare_jax.prefill import prefill
 from hshare_jax.training.attention import causal_attend
 
 F32 = 1e-4  # absolute, on float32 logits of about 5, against float64
-DEEP = 5e-4  # the same after 70 tokens: what looks up at earlier tokens is as deep as the text is long, and so rounds
-SAME = 1e-5  # between two float32 programs of the same model, of the greatest logit
+DEEP = 5e-4  # the same after 70 tokens: looking up makes a model as deep as the text is long, so errors add up
+SAME = 1e-5  # between two float32 programs of the same model, relative to the greatest logit
 T = 14
-# Six layers, three with keys and values: what the nine names stand for (tests/models/test_kv_sharing.py).
+# The maps of the nine names for six layers, three of them KV layers (tests/models/test_kv_sharing.py).
 NINE = {
     "pizza-bottom": (0, 1, 2, 2, 2, 2),
     "pizza-middle": (0, 1, 3, 3, 3, 3),
@@ -39,12 +39,12 @@ NINE = {
     "lasagna-top": (0, 3, 3, 3, 5, 5),
 }
 every_configuration = pytest.mark.parametrize("kv_map", NINE.values(), ids=NINE)
-OVERLAPPING = (0, 4, 5, 3, 4, 5)  # two groups that wait for one another, a layer of its own between them
-LOOKS_DOWN_WITHIN = (0, 3, 5, 3, 3, 5)  # layer 4 reads what layer 3 has in the same pass
+OVERLAPPING = (0, 4, 5, 3, 4, 5)  # two groups that wait for one another, with an ordinary layer between
+LOOKS_DOWN_WITHIN = (0, 3, 5, 3, 3, 5)  # layer 4 reads the keys and values that layer 3 writes in the same pass
 
 
 def shared_model(kv_map, passes=(None, 1), **changes) -> ModelConfig:
-    """Returns a model of as many layers as the map has, one in three windowed; `passes` without and with gradient."""
+    """A config with one layer per map entry, every third with a window. `passes` are (without, with) gradient."""
     windows = tuple(5 if layer % 3 == 2 else None for layer in range(len(kv_map)))
     return dataclasses.replace(
         MODEL, num_layers=len(kv_map), kv_layer_map=kv_map, windows=changes.pop("windows", windows),
@@ -54,7 +54,7 @@ def shared_model(kv_map, passes=(None, 1), **changes) -> ModelConfig:
 
 @functools.partial(jax.jit, static_argnames=("config",))
 def parallel(params: dict, tokens: jax.Array, *, config: ModelConfig) -> jax.Array:
-    """Returns logits [B, T, V] of whole sequences, as training computes them."""
+    """The logits [B, T, V] of whole sequences, as training computes them."""
     places = jnp.tile(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], (tokens.shape[0], 1))
     decoder, variables = Decoder(config), {"params": params}
     hidden, _ = decoder.apply(variables, tokens, places, causal_attend(config), {})  # pyright: ignore[reportAssignmentType]
@@ -62,7 +62,7 @@ def parallel(params: dict, tokens: jax.Array, *, config: ModelConfig) -> jax.Arr
 
 
 def sequential(config, tokens):
-    """Returns logits [B, T, V] by decoding from an empty cache."""
+    """The logits [B, T, V] by decoding from an empty cache."""
     state, logits = init_state(config, tokens.shape[0], 256), []
     for t in range(tokens.shape[1]):
         out, state = decode_step(params(config), tokens[:, t], state, config=config)
@@ -71,7 +71,7 @@ def sequential(config, tokens):
 
 
 def assert_same(found, expected):
-    """Asserts that two float32 programs gave the same logits."""
+    """Fails unless two float32 programs gave the same logits."""
     np.testing.assert_allclose(found, expected, atol=SAME * np.abs(np.asarray(expected)).max(), rtol=0)
 
 
@@ -80,7 +80,7 @@ def random_tokens(seed: int, rows: int = 4, length: int = T) -> jax.Array:
 
 
 def random_maps() -> st.SearchStrategy[tuple[int, ...]]:
-    """Returns maps of six layers: any set of KV layers with layer 0 in it, and any of them for the others."""
+    """Maps of six layers. The KV layers are layer 0 and any others. Each remaining layer reads any KV layer."""
 
     def of_layers(kv_layers):
         return st.tuples(
@@ -98,7 +98,7 @@ def test_decoding_token_by_token_equals_the_oracle_and_the_exact_parallel_forwar
     expected = np.stack([row.dense_step(int(token)) for token in tokens[0]])
     np.testing.assert_allclose(found[0], expected, atol=F32, rtol=0)
     assert_same(parallel(params(config), tokens, config=config), found)
-    # Prompts of different lengths too, and the steps after them.
+    # Prompts of different lengths and the steps after them are equal too.
     ends = jnp.asarray([1, 5, T - 1, 8], jnp.int32)
     logits, state = prefill(params(config), tokens, ends, init_state(config, 4, 256), config=config)
     assert_same(logits, found[jnp.arange(4), ends - 1])
@@ -116,7 +116,7 @@ def test_any_valid_map_decodes_as_its_exact_parallel_forward(kv_map):
 
 @pytest.mark.parametrize("kv_map", [NINE["sandwich-middle"], NINE["lasagna-top"], LOOKS_DOWN_WITHIN])
 def test_prompts_of_different_lengths_in_chunks_equal_the_oracle(kv_map):
-    config, lengths = shared_model(kv_map), (1, 3, 70)  # one in two chunks, of which the second starts anew
+    config, lengths = shared_model(kv_map), (1, 3, 70)  # the long one in two chunks, and the second starts anew
     rows = random_rows(3, lengths, more=2)
     tokens = np.zeros((3, 70), np.int32)
     for b, (row, n) in enumerate(zip(rows, lengths, strict=True)):
@@ -124,7 +124,7 @@ def test_prompts_of_different_lengths_in_chunks_equal_the_oracle(kv_map):
     state = init_state(config, 3, 256)
     ends = jnp.asarray(lengths, jnp.int32)
     logits, state = prefill(params(config), jnp.asarray(tokens[:, :66]), jnp.minimum(ends, 66), state, config=config)
-    # The long row's last tokens in a prefill of their own, beside two rows that go on.
+    # A second prefill reads the last tokens of the long row, and one more token of each other row.
     turn = jnp.asarray([[row[min(n, 66) + t] if min(n, 66) + t < len(row) else 0 for t in range(4)]
                         for row, n in zip(rows, lengths, strict=True)], jnp.int32)  # fmt: skip
     logits, state = prefill(params(config), turn, jnp.asarray([1, 1, 4], jnp.int32), state, config=config)
@@ -169,7 +169,7 @@ def test_seven_passes_and_two_come_far_closer_than_one(kv_map):
 
 
 def assert_no_leak(config):
-    """Asserts that changing a token changes logits from its place on, and none before it, nor what a prompt caches."""
+    """Fails unless changing a token changes the logits from its place on, and no earlier logits, keys or values."""
     rows, places = jnp.tile(random_tokens(5, rows=1), (4, 1)), (1, 5, T - 1)
     for b, t in enumerate(places, start=1):
         rows = rows.at[b, t].set((rows[b, t] + 1) % MODEL.vocab_size)
@@ -187,15 +187,15 @@ def assert_no_leak(config):
 
 @every_configuration
 @pytest.mark.parametrize("passes", [(None, 1), (7, 2)], ids=["exact", "7 + 2 passes"])
-def test_no_token_changes_what_comes_before_it(kv_map, passes):
+def test_no_token_changes_earlier_logits_or_cache(kv_map, passes):
     assert_no_leak(shared_model(kv_map, passes))
 
 
 @pytest.mark.parametrize("passes", [(2, 1), (0, 2)], ids=["3 passes", "2 with gradient"])
 @pytest.mark.parametrize("kv_map", [NINE["sandwich-middle"], OVERLAPPING])
-def test_nor_does_it_before_the_passes_have_converged(kv_map, passes):
+def test_no_token_changes_earlier_logits_before_the_passes_converge(kv_map, passes):
     rows, places, logits = assert_no_leak(config := shared_model(kv_map, passes))
-    # Nor does a prompt know what lies behind its end: padding is not read.
+    # Padding behind the end of a prompt is not read.
     ends, state = jnp.asarray([8, *places], jnp.int32), init_state(config, 4, 256)
     cached, _ = prefill(params(config), rows, ends, state, config=config)
     np.testing.assert_array_equal(
@@ -222,7 +222,7 @@ def test_the_identity_map_is_the_ordinary_model():
 def test_a_bottom_map_equals_an_ordinary_model_whose_keys_and_values_are_tied_by_hand(kv_map):
     config, tokens = shared_model(kv_map, windows=(None,) * 4), random_tokens(6)
     ordinary, tied = random_params(MODEL), params(config)
-    for layer in set(range(4)) - set(kv_map):  # keys and values of its own, which nobody is to use
+    for layer in set(range(4)) - set(kv_map):  # nothing reads the keys and values of these layers
         weight = ordinary[f"layers_{layer}"]["qkv"]["weight"]
         queries = tied[f"layers_{layer}"]["q"]["weight"]
         ordinary[f"layers_{layer}"]["qkv"]["weight"] = jnp.concatenate([queries, weight[len(queries) :]])
@@ -250,20 +250,20 @@ def test_gradients_of_the_iterated_forward_are_its_finite_differences(kv_map):
     tokens, weights, step = random_tokens(7, length=6), random_params(config), 3e-3
     loss = jax.jit(functools.partial(mean_loss, tokens=tokens, config=config))
     gradient = jax.grad(loss)(weights)
-    for name, part in gradient.items():  # along the gradient of a layer, where it is steepest
+    for name, part in gradient.items():  # along the gradient of a layer, which is the steepest direction
         size = np.sqrt(sum(float((leaf**2).sum()) for leaf in jax.tree.leaves(part)))
 
         def at(steps, name=name, part=part, size=size):
             moved = jax.tree.map(lambda a, g: a + steps * step * g / size, weights[name], part)
             return float(loss(weights | {name: moved}))
 
-        slope = (8 * (at(1) - at(-1)) - (at(2) - at(-2))) / (12 * step)  # errs by the fourth power of the step
+        slope = (8 * (at(1) - at(-1)) - (at(2) - at(-2))) / (12 * step)  # the error is of fourth order in the step
         np.testing.assert_allclose(slope, size, rtol=5e-4, err_msg=name)
 
 
 @pytest.mark.parametrize(("backward", "has_gradient"), [(1, False), (2, True)])
 def test_one_pass_with_gradient_gives_none_through_looked_up_keys(backward, has_gradient):
-    # Layer 2's own attention is switched off: what is left of its keys and values is what layer 1 looks up.
+    # The attention of layer 2 is switched off, so its keys and values only matter to layer 1, which looks up.
     config, tokens = shared_model((0, 2, 2), (2, backward), windows=(None,) * 3), random_tokens(9, length=8)
     weights = random_params(config)
     weights["layers_2"]["out"]["weight"] = jnp.zeros_like(weights["layers_2"]["out"]["weight"])
@@ -289,7 +289,7 @@ def test_memory_holds_the_passes_with_gradient_and_no_others():
 
 
 def count_dots(jaxpr, shape) -> int:
-    """Returns how often a traced program multiplies by a weight of this shape, loops counted."""
+    """Counts how often a traced program multiplies by a weight of this shape, in every round of a loop."""
     count = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -299,7 +299,7 @@ def count_dots(jaxpr, shape) -> int:
     return count
 
 
-# 12 layers, 6 of them KV layers; the paper's formula (section 3.2) beside.
+# Maps of 12 layers, 6 of them KV layers; the cost by the paper's formula (section 3.2); and our cost.
 COSTS = {
     "pizza-bottom": ((0, 1, 2, 3, 4, 5, 5, 5, 5, 5, 5, 5), 1, 1),
     "pizza-middle": ((0, 1, 2, 3, 4, 8, 8, 8, 8, 8, 8, 8), 44 / 12, 3),
@@ -316,7 +316,7 @@ COSTS = {
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(("kv_map", "papers", "ours"), COSTS.values(), ids=COSTS)
 def test_a_prefill_evaluates_as_many_layers_as_the_paper_counts_or_fewer(kv_map, papers, ours):
-    # An mlp of a width that gives its weight a shape of its own.
+    # With this mlp_width, no other weight has the shape of the mlp's weight.
     config = shared_model(kv_map, (7, 2), windows=(None,) * 12, mlp_width=40)
     assert len(config.kv_layers) == 6
     tokens = jax.ShapeDtypeStruct((1, 64), jnp.int32)
@@ -328,7 +328,7 @@ def test_a_prefill_evaluates_as_many_layers_as_the_paper_counts_or_fewer(kv_map,
 
 
 @every_configuration
-def test_cache_and_weights_of_keys_and_values_fall_by_the_share_of_layers_without(kv_map):
+def test_layers_that_borrow_keys_and_values_save_their_cache_and_weights(kv_map):
     config = shared_model(kv_map)
     ordinary = dataclasses.replace(config, kv_layer_map=None)
 

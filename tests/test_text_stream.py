@@ -1,4 +1,4 @@
-"""The text stream: what it shows is never taken back, ends before a stop string, and is the tokeniser's own text."""
+"""The text stream never takes shown text back, ends before a stop string, and equals the tokeniser's text."""
 
 import codecs
 import itertools
@@ -16,12 +16,12 @@ FALLBACK = byte_fallback_tokenizer(["▁", "▁and", "é"])
 
 
 def bytes_of(text):
-    """Returns one token per byte of the text, none merged."""
+    """One token per byte of the text, with no merged pairs."""
     return list(text.encode())
 
 
 def run(tokens, stop=(), tokenizer=TOKENIZER):
-    """Returns (what was shown after each token, the final text)."""
+    """The text shown after each token, and the final text."""
     stream, shown = TextStream(tokenizer, stop), []
     for token in tokens:
         stream.push(token)
@@ -54,7 +54,7 @@ def test_a_stop_string_across_tokens_is_never_shown():
     assert final == "one two "
 
 
-def test_what_only_began_a_stop_string_is_shown_late():
+def test_text_that_only_begins_like_a_stop_string_is_shown_late():
     shown, final = run(bytes_of("aab."), ["aac"])
     assert shown == ["", "", "aab", "aab."]
     assert final == "aab."
@@ -75,7 +75,7 @@ def test_the_first_of_several_stop_strings_ends_the_text():
     assert stream.is_stopped
 
 
-def test_a_stop_string_of_characters_of_many_bytes_is_found():
+def test_a_stop_string_of_multibyte_characters_is_found():
     assert run(bytes_of("x😀あy"), ["あ"])[1] == "x😀"
 
 
@@ -103,13 +103,13 @@ def test_shown_text_equals_the_definition_for_every_text(stop, text):
 
 
 @hypothesis.given(tokens=st.lists(st.sampled_from([*bytes_of("aé😀"), 0xFF, 0xC3, END_ID, 256])))
-def test_any_tokens_at_all_give_the_tokenisers_own_text(tokens):
+def test_any_tokens_give_the_text_of_the_tokeniser(tokens):
     shown, final = run(tokens)
     assert final == TOKENIZER.decode(tokens, skip_special_tokens=True)
     assert all(final.startswith(text) for text in shown)
 
 
-def test_a_byte_that_was_shown_stays_where_the_next_ones_are_no_text():
+def test_a_shown_byte_stays_when_the_next_bytes_are_invalid():
     tokens = [0x0A, 0xE2, 257, 256, 258]
     assert FALLBACK.decode(tokens) == "\N{REPLACEMENT CHARACTER}" * 2 + " and é"
     shown, final = run(tokens, tokenizer=FALLBACK)
@@ -118,7 +118,7 @@ def test_a_byte_that_was_shown_stays_where_the_next_ones_are_no_text():
 
 
 @hypothesis.given(tokens=st.lists(st.sampled_from([0x0A, 0x61, *"あ".encode(), 0xFF, 256, 257, 258])))
-def test_any_bytes_to_fall_back_on_give_text_that_only_grows(tokens):
+def test_any_fallback_bytes_give_text_that_only_grows(tokens):
     shown, final = run(tokens, tokenizer=FALLBACK)
     assert all(later.startswith(earlier) for earlier, later in itertools.pairwise([*shown, final]))
     expected = FALLBACK.decode(tokens)

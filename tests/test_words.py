@@ -1,4 +1,4 @@
-"""One word for one thing: words that stood for something that has another name now occur nowhere."""
+"""One word for one thing: old names of things that have been renamed occur nowhere."""
 
 import re
 from pathlib import Path
@@ -31,7 +31,7 @@ GONE = {
 
 
 def _files() -> list[Path]:
-    """Returns the texts of the repository, folders walked where they lie and not through the symlinks."""
+    """The text files of the repository. Folders are walked where they lie, not through the symlinks."""
     links = {ROOT / "hshare_jax" / name for name in ("models", "kernels")}
     found = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.suffix in SUFFIXES]
     found += [path for path in ROOT.iterdir() if path.suffix in SUFFIXES]
@@ -53,7 +53,7 @@ def test_no_file_is_named_by_an_old_word() -> None:
     assert not [path for path in _files() if re.search("selector", path.name)]
 
 
-def test_an_old_word_would_be_found() -> None:
+def test_the_search_covers_the_repository() -> None:
     assert len(_files()) > 150
     assert any(path.name == "README.md" for path in _files())
     assert any(path.name == "api.py" for path in _files())

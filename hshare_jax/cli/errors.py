@@ -54,7 +54,7 @@ def say(name: str, value: object) -> str:
 
 
 def usage_error(error: ValueError) -> UsageError:
-    """The mistake that an error of the library stands for: a SettingError by its option, any other in its own words."""
+    """A usage error with the message of a library error. A SettingError names the option in place of the setting."""
     return UsageError(error.told(say) if isinstance(error, SettingError) else str(error))
 
 

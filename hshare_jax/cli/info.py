@@ -139,7 +139,7 @@ def _show_plans(options: argparse.Namespace) -> int:
 
 
 def _draw_plan(plan: "SharePlan", settings: "HShareSettings") -> list[str]:
-    """A line for each layer, with the source of each of its lists."""
+    """A line for each layer, with the source of each list of the layer."""
     lines = []
     for layer, (sources, computed) in enumerate(zip(plan.source, plan.is_computed, strict=True)):
         J = len(sources)

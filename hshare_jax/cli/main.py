@@ -9,8 +9,8 @@ from typing import Any
 
 from hshare_jax.cli.errors import FAILURE, USAGE, Parser, UsageError
 
-# A command is the module of its name in this folder. The module holds `add_NAME`, which adds the options of the command
-# and sets `run`. Only the module of the command that is called is imported, so that every start is quick.
+# Each command has a module of the same name in this folder. The module holds `add_NAME`, which adds the options of the
+# command and sets `run`. Only the module of the command that is called is imported, so that every start is quick.
 COMMANDS = {
     "generate": "continue or answer prompts",
     "calibrate": "find label channels and one plan for all prompts, from texts",
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Args:
-        arguments: the words after the program's name; None takes those of this process.
+        arguments: the words after the program's name; None takes the arguments of this process.
 
     Returns:
         The exit status: 0, `FAILURE`, or `USAGE` for a mistake in the call.

@@ -115,7 +115,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """Adds the options of every command that opens a model."""
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"),
-        help="dtype of the weights (default: that of a converted model, else float32)",
+        help="dtype of the weights (default: the dtype of a converted model, else float32)",
     )  # fmt: skip
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     parser.add_argument(

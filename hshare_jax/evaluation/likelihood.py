@@ -17,7 +17,7 @@ from hshare_jax.prefill import prefill
 from hshare_jax.prompts import choose_capacity, pad_prompts
 from hshare_jax.shapes import Logits, PerRow, round_up_coarsely
 
-Request = tuple[Sequence[int], Sequence[int]]  # token ids of a context and of its continuation
+Request = tuple[Sequence[int], Sequence[int]]  # token ids of a context and of the continuation
 
 
 def log_likelihoods(

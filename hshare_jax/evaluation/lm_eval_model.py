@@ -46,7 +46,7 @@ _log = logging.getLogger(__name__)
 class HShareLM(TemplateLM):
     """A model of `load_model` for lm-evaluation-harness.
 
-    Answers are decoded by `generate`. Log-likelihoods are those of decode steps (`log_likelihoods`). A rolling
+    Answers are decoded by `generate`. Log-likelihoods come from decode steps (`log_likelihoods`). A rolling
     log-likelihood starts from a context of one token, so its whole text is decoded token by token. No plan can be found
     from so short a context, and label channels only badly: give files of both.
     """
@@ -220,7 +220,7 @@ class HShareLM(TemplateLM):
             )
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """The answer to each prompt, up to the first of its stop strings.
+        """The answer to each prompt, up to the first stop string of the prompt.
 
         A prompt that leaves no room for `max_gen_toks` loses its beginning. A sampled answer depends on where its
         request stands among all requests, not on its batch. So repeats of one prompt differ.

@@ -40,7 +40,7 @@ class Passkey:
 
     @property
     def id(self) -> str:
-        """Tells the passkey from the other passkeys of its book."""
+        """Tells the passkey from the other passkeys of the same book."""
         return f"seed {self.seed}, {len(self.text) + len(self.question)} tokens"
 
 

@@ -47,8 +47,8 @@ def measure_patterns(
     """Measures how alike critical tokens are, at the prompt's probes and from one decode step to the next ones.
 
     Lists and layers are compared at the probes that the plan is found from. For steps, the last 2 * `steps` tokens of
-    the prompt are not prefilled but read by decode steps, and every list is chosen anew on each of them (sharing ratio
-    1-1-1). The tokens are the prompt's own, because text that a small model makes soon repeats, and so do its lists.
+    the prompt are not prefilled but read by decode steps, and every list is chosen anew at every step (sharing ratio
+    1-1-1). The tokens come from the prompt, because text that a small model makes soon repeats, and so do the lists.
 
     Args:
         model: from `load_model`.

@@ -48,7 +48,7 @@ def sum_of_window_losses(
 
     Args:
         params: the model's parameters, in the dtype to compute in.
-        windows: token ids. Each is predicted from the earlier tokens of its window (teacher forcing).
+        windows: token ids. Each token is predicted from the earlier tokens of the window (teacher forcing).
         is_real: the windows that count. None counts all windows.
         config: the model's configuration.
     """

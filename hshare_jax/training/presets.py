@@ -6,7 +6,7 @@ from hshare_jax.errors import SettingError
 from hshare_jax.models.config import ModelConfig
 
 PRESETS = {
-    # The smallest model of arXiv 2410.14442, and its name there. The sizes are those of the authors' llama_small.json.
+    # The smallest model of arXiv 2410.14442, and its name there. The sizes are from the authors' llama_small.json.
     "110m": ModelConfig(
         vocab_size=32_000, width=768, mlp_width=2048, num_layers=12, num_heads=12, num_kv_heads=6, head_dim=64,
         max_positions=1024, windows=(None,) * 12,

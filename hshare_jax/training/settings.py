@@ -1,6 +1,6 @@
 """TrainingSettings: everything that shapes a training run, except the model and the text.
 
-The help text beside each setting is the help of its command-line option.
+The text beside each setting is the help of the setting's command-line option.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from hshare_jax.errors import SettingError, setting
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
-    """Settings of a training run. Their names are those of nanoGPT and of transformers' Trainer where the two agree.
+    """Settings of a training run. The names are as in nanoGPT and in transformers' Trainer where the two agree.
 
     The last step of a run is always logged, evaluated and written as a checkpoint.
 

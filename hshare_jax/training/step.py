@@ -169,7 +169,7 @@ def eval_step(
     settings: TrainingSettings,
     mesh: Mesh,
 ) -> Float[Array, ""]:
-    """The summed loss (nats) of the windows that are real. The arguments are those of `train_step`."""
+    """The summed loss (nats) of the windows that are real. See `train_step` for the arguments."""
 
     def step(params: dict[str, Any], windows: Array, is_real: Array) -> Array:
         return lax.psum(_sum_of_losses(params, windows, is_real, config, settings), DATA)

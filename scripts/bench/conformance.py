@@ -314,7 +314,7 @@ def save_inputs(path: Path, name: str, arrays: Arrays) -> bool:
 
 
 def main() -> int:
-    """Runs all cases and returns 1 if one of them fails."""
+    """Runs all cases and returns 1 if a case fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--impl", choices=api.IMPLS, help="default: pallas, or interpret with --toy")
     parser.add_argument("--toy", action="store_true", help="a few small cases, on any machine")

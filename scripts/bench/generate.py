@@ -116,7 +116,7 @@ def bytes_of_step(
 
     Args:
         config: the model.
-        params: its weights. If embeddings are not tied, a step reads only a few rows of them, which are not counted.
+        params: the weights. Embeddings that are not tied are not counted, because a step reads only a few rows.
         method: how lists are shared; None for dense decoding.
         batch: rows.
         reads: tokens that a head reads.
@@ -170,7 +170,7 @@ class Program:
         self._compiled: Any = None
 
     def compile(self) -> None:
-        """Compiles the program, once; errors are those of XLA."""
+        """Compiles the program, once. Errors come from XLA."""
         if self._compiled is None:
             shapes = parameter_shapes(self.config)
             params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, timing.BF16), shapes)

@@ -92,7 +92,7 @@ class Chain:
         self._program = jax.jit(program, donate_argnums=0)
 
     def compile(self) -> None:
-        """Compiles the program; errors are those of XLA."""
+        """Compiles the program. Errors come from XLA."""
         if self._compiled is None:
             self._compiled = self._program.lower(self._carry, self._data).compile()
 
@@ -142,7 +142,7 @@ def compile_together(programs: Iterable[Compiles]) -> None:
 def seconds_per_call(
     step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, data: Sequence[Any], effort: Effort = FULL
 ) -> float:
-    """The median seconds of one call of a step; the arguments are those of `Chain`."""
+    """The median seconds of one call of a step. See `Chain` for the arguments."""
     return Chain(step, carry, data, effort).seconds()
 
 
@@ -245,6 +245,6 @@ def command() -> str:
 
 
 def write_json(path: Path, rows: list[dict]) -> None:
-    """Writes the rows; a reader never sees half of them."""
+    """Writes the rows. A reader never sees half a file."""
     with whole_file(path) as draft:
         draft.write_text(json.dumps(rows, indent=1) + "\n")

@@ -30,7 +30,7 @@ GRACE = 10  # seconds by which a running unit may outlast its step
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A step of the run: how long it may take, and how long one of its units may take before it counts as hung."""
+    """A step of the run: how long it may take, and how long one unit of it may take before it counts as hung."""
 
     name: str
     seconds: float

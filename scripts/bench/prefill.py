@@ -2,7 +2,7 @@
 
 Our attention reads the prompt in chunks of 512 tokens, as `prefill` does, each chunk against the whole cache. The other
 sides compute causal attention in one call: FlashAttention-2 through torch, cuDNN and XLA. Numbers are random bfloat16.
-Operations are those of the two matrix products below the diagonal.
+Operations are counted for the two matrix products below the diagonal.
 
     python -m scripts.bench.prefill --tokens 4096 32768
 """
@@ -118,7 +118,7 @@ def measure_attention(config: ModelConfig, tokens: int, effort: timing.Effort) -
 def measure_model(config: ModelConfig, params: dict, tokens: int, method: HShare | None) -> dict[str, Any]:
     """The row of one prompt's prefill by a whole model, the faster of two runs; of a long prompt there is one run.
 
-    Operations are those of the projections and of attention.
+    Operations are counted for the projections and for attention.
     """
     prompt = jnp.asarray(np.random.default_rng(0).integers(0, config.vocab_size, (1, tokens)), jnp.int32)
     side = "dense" if method is None else f"HShare {method.sharing_ratio}, labels and plan with it"

@@ -1,4 +1,4 @@
-"""The results of a measuring run: one line of JSON for each measurement, and a summary.
+"""The results of a measuring run: one line of JSON for each measurement, and the summary of all measurements.
 
 A line is on disk before the next measurement begins. This module imports no jax, so that a run can be summarised
 wherever its files lie.

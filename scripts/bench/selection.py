@@ -1,8 +1,8 @@
 """Times exact top-k on a GPU: our selection kernels, lax.top_k, its unstable form and lax.approx_max_k.
 
 Every side chooses slots from rows of float32 scores. `select_by_labels` computes the scores itself, from 32 channels of
-4 bits, with one query head a list. A side's choice is first compared with that of lax.top_k: the scores must be the
-same, and no slot may come twice. The table says in how many rows the choice differs.
+4 bits, with one query head a list. A side's choice is first compared with the choice of lax.top_k. The scores must be
+the same, and no slot may come twice. The table says in how many rows the choice differs.
 
     python -m scripts.bench.selection --slots 4096 32768
 """
@@ -42,7 +42,7 @@ class Data(NamedTuple):
 
 
 class Side(NamedTuple):
-    """One way to choose: the bytes that it must move, its calls, and how many rows of its choice differ."""
+    """One way to choose: the bytes that it must move, its calls, and how many rows differ from lax.top_k's choice."""
 
     name: str
     bytes: int

@@ -191,7 +191,7 @@ def measure_speed(model: Model, todo: list[Cell], keep: Keep, *, windows: list[W
 
 
 def run_stages(model: str, stages: list[Stage], keep: Records) -> None:
-    """Runs the stages that have cells left, `AT_ONCE` side by side, each in a process of its own with one thread.
+    """Runs the stages that have cells left, `AT_ONCE` side by side, each in a separate process with one thread.
 
     A process sends its lines through a pipe, which ends when the process does. If one process fails, all are ended.
     """

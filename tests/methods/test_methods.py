@@ -1,4 +1,4 @@
-"""The other methods: each equals its float64 oracle step by step, and dense decoding where it reads everything."""
+"""The methods beside HShare equal float64 oracles step by step, and equal dense decoding when they read everything."""
 
 import dataclasses
 from typing import Any
@@ -50,7 +50,7 @@ COVERING = {
 
 
 def decode(rows, state, steps, lengths=LENGTHS, config=MODEL):
-    """Returns (logits [steps, B, V], states after each step)."""
+    """Decodes the next tokens of the rows: (logits [steps, B, V], the state after each step)."""
     logits, states = [], []
     for step in range(steps):
         tokens = jnp.asarray([row[n + step] for row, n in zip(rows, lengths, strict=True)], jnp.int32)
@@ -119,7 +119,7 @@ def test_idle_rows_change_nothing(name, config):
     state = prefill_rows(prompts, method=method, config=config)[1]
     idle = jnp.arange(len(rows)) % 2 == 0
     for step in range(4):
-        for is_active in (idle, ~idle):  # in two half steps
+        for is_active in (idle, ~idle):  # the even rows, then the odd rows
             tokens = jnp.asarray([row[n + step] for row, n in zip(rows, LENGTHS, strict=True)], jnp.int32)
             logits, state = decode_step(params(config), tokens, state, config=config, is_active=is_active)
             np.testing.assert_allclose(
@@ -129,7 +129,7 @@ def test_idle_rows_change_nothing(name, config):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_second_prefill_goes_on_where_the_first_ended(name):
-    # What is chosen may differ, since less is known; but nothing is lost: with all read it is dense.
+    # The lists may differ from a single prefill, because each prefill knows less. The cache still holds every token.
     method, _ = METHODS[name]
     (row,) = random_rows(14, lengths=(30,), more=2)
     _, state = prefill_rows([row[:20]], method=method)
@@ -153,19 +153,19 @@ def test_the_attention_that_slots_receive_does_not_depend_on_chunks():
     assert isinstance(parts.method_state, ListState)
     for one, other in zip(whole.method_state.memory, parts.method_state.memory, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-4)
-    # Every query hands out a total of one.
+    # The weights of every query sum to one.
     np.testing.assert_allclose(np.asarray(whole.method_state.memory).sum(axis=-1), 100, rtol=1e-4)
 
 
 @pytest.mark.parametrize("method", [Quest(num_pages=3), H2O(num_heavy=7), SnapKV(num_critical=7)])
-def test_one_program_lists_a_prompt_for_every_layer(method):
+def test_one_compiled_program_chooses_the_lists_of_every_layer(method):
     of_a_layer: Any = _list_prompt
     before = of_a_layer._cache_size()
     prefill_rows(random_rows(20), method=method)
     assert of_a_layer._cache_size() == before + 1, "what each layer writes would be held at once"
 
 
-def test_an_answer_that_outgrows_snapkvs_room_still_reads_its_own_token():
+def test_an_answer_that_outgrows_snapkvs_room_still_reads_the_current_token():
     method = SnapKV(num_critical=4, num_observed=2, max_new_tokens=3)
     (row,) = random_rows(16, lengths=(20,), more=6)
     _, states = decode([row], prefill_rows([row[:20]], method=method)[1], 6, lengths=[20])
@@ -205,6 +205,6 @@ def test_a_step_is_traced_once_and_the_state_is_donated(name):
         ),
     ],
 )
-def test_settings_that_cannot_be_are_refused(settings, message, unchecked):
+def test_invalid_settings_are_refused(settings, message, unchecked):
     with pytest.raises(ValueError, match=message):
         settings()

@@ -1,4 +1,4 @@
-"""Methods by name: each reads as many tokens as HShare would."""
+"""Methods by name: each method reads as many tokens as HShare with the same budget."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -32,6 +32,6 @@ def call(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int,
 
 
 def save_tiny(path: Path) -> str:
-    """Writes a model of the shape TINY with random weights, and returns its path as it is typed."""
+    """Writes a model of the shape TINY with random weights, and returns the path as a string."""
     pretrained.save_model(pretrained.Model(TINY, random_params(TINY), byte_tokenizer(LETTERS), (), "tiny", ""), path)
     return str(path)

@@ -11,7 +11,7 @@ import pytest
 def write_tasks(
     folder: Path, tasks: dict[str, str], documents: list[dict], monkeypatch: pytest.MonkeyPatch
 ) -> lm_eval.tasks.TaskManager:
-    """Writes tasks and their documents; returns the manager that finds these tasks and no others.
+    """Writes tasks and their documents, and returns a manager that finds only these tasks.
 
     Args:
         folder: where files are written.
@@ -21,7 +21,7 @@ def write_tasks(
     """
     for module in ("datasets.config", "huggingface_hub.constants"):
         monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # the command line sets it; so it is set back
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # so that the value is restored
     data = folder / "data.jsonl"
     data.write_text("".join(json.dumps(document) + "\n" for document in documents))
     (folder / "tasks").mkdir()
@@ -30,7 +30,7 @@ def write_tasks(
         (folder / "tasks" / f"{name}.yaml").write_text(
             f"task: {name}\ndataset_path: json\ndataset_kwargs: {dataset}\ntest_split: test\nnum_fewshot: 0\n{settings}"
         )
-    # Looking through the hundreds of tasks that come with lm-evaluation-harness takes seconds.
+    # The hundreds of tasks that come with lm-evaluation-harness are left out, because reading them takes seconds.
     own = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", own)
     return own(include_path=str(folder / "tasks"))

@@ -1,4 +1,4 @@
-"""Tiny models whose logits are compared with those of transformers: one case for each setting of a configuration."""
+"""Tiny models whose logits are compared with transformers, one case for each setting of a configuration."""
 
 import numpy as np
 from random_weights import random_tensor
@@ -52,7 +52,7 @@ CASES: dict[str, tuple[str, dict]] = {
 
 
 def transformers_model(name: str):
-    """The model of a case in transformers, with the random weights. It needs torch."""
+    """The transformers model of a case, with random weights. This function needs torch."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -66,7 +66,7 @@ def transformers_model(name: str):
 
 
 def transformers_logits(model, tokens: np.ndarray) -> np.ndarray:
-    """Logits [T, V] of one row of tokens [T], from a model of transformers."""
+    """The logits [T, V] of one row of tokens [T], computed by a transformers model."""
     import torch
 
     with torch.no_grad():

@@ -1,7 +1,7 @@
-"""The definitions that the tests compare with: slow, plain NumPy in float64, one row at a time.
+"""The definitions that the tests compare with, as slow plain NumPy in float64, one row at a time.
 
-Written from the papers and shares nothing with the package. Letters as there: N query heads, K kv heads, H head size, J
-lists, R label channels, T or S tokens of the row. A set of slots is a Python set.
+The definitions are written from the papers and share no code with the package. The letters are the package's: N query
+heads, K kv heads, H head size, J lists, R label channels, T or S tokens of the row. A set of slots is a Python set.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import numpy as np
 
 
 def attention(q, keys, values, reads):
-    """Returns [N, H]: head n of q [N, H] attends to the slots reads[n] of keys and values [K, S, H]."""
+    """Attention [N, H] of one query per head. Head n of q [N, H] reads the slots reads[n] of keys, values [K, S, H]."""
     N, H = q.shape
     group = N // keys.shape[0]
     out = np.zeros((N, H))
@@ -28,21 +28,21 @@ def attention(q, keys, values, reads):
 
 
 def dense_reads(length, window=None):
-    """Returns the slots that the query at position length - 1 sees: all up to its own, or the last `window`."""
+    """The slots that the query at position length - 1 sees: all slots so far, or the last `window` slots."""
     return set(range(0 if window is None else max(0, length - window), length))
 
 
 def shared_reads(listed, num_sinks, recent_start, seen):
-    """Returns the slots, of those that are seen, of a head that reads the sinks, its list and what is recent."""
+    """The slots that a head reads: the sinks, the listed slots and the recent range, as far as they are seen."""
     return {slot for slot in seen if slot < num_sinks or slot in listed or slot >= recent_start}
 
 
 def choose_channels(queries, keys, num_channels):
-    """Returns [K, R] ascending: of every kv head, the channels of the largest mean |q x k| over all pairs.
+    """The label channels [K, R], ascending: for every kv head the channels of largest mean |q x k| over all pairs.
 
     Args:
-        queries: [T, N, H], all of a prompt; those of a kv head's group count together.
-        keys: [K, S, H], all that are cached.
+        queries: all queries of a prompt [T, N, H]. The queries of a kv head's group count together.
+        keys: all cached keys [K, S, H].
         num_channels: R.
     """
     K, _, H = keys.shape
@@ -56,12 +56,14 @@ def choose_channels(queries, keys, num_channels):
 
 
 def quantised(x, bits, dtype: type = np.float64):
-    """Returns x [R] as it is read back: offset + step * code, from the least (code 0) to the greatest channel.
+    """The values that quantised x [R] is read back as: offset + step * code.
+
+    Code 0 is the least channel of x, and the highest code is the greatest channel.
 
     Args:
         x: the label channels of one token and head.
-        bits: of a code; None keeps x.
-        dtype: what offset and step are kept in.
+        bits: the bits of a code. None returns x.
+        dtype: the dtype in which offset and step are kept.
     """
     x = np.asarray(x, np.float64)
     if bits is None:
@@ -74,9 +76,9 @@ def quantised(x, bits, dtype: type = np.float64):
 
 
 def label_scores(q, keys, channels, bits=None):
-    """Returns [N, T]: q . k / sqrt(H) on the label channels of the head's kv head, both of them quantised.
+    """The scores [N, T]: q . k / sqrt(H) on the label channels of the head's kv head, with q and k quantised.
 
-    The scale is that of attention, not of the few channels: so the softmax of scores estimates attention's weights.
+    The scale is 1 / sqrt(H), as in attention, so the softmax of the scores estimates the weights of attention.
     """
     K, T, _ = keys.shape
     N, H = q.shape
@@ -90,13 +92,13 @@ def label_scores(q, keys, channels, bits=None):
 
 
 def key_scores(q, keys):
-    """Returns [N, T]: q . k / sqrt(H) on all channels."""
+    """The scores [N, T]: q . k / sqrt(H) on all channels."""
     N, H = q.shape
     return np.array([keys[n // (N // len(keys))] @ q[n] for n in range(N)]) / np.sqrt(H)
 
 
 def softmaxed(scores, candidates):
-    """Returns [N, T]: the softmax of each head over the candidates, 0 elsewhere."""
+    """The softmax [N, T] of each head's scores over the candidates. All other slots have weight 0."""
     weights, at = np.zeros(scores.shape), sorted(candidates)
     if at:
         weights[:, at] = np.exp(scores[:, at] - scores[:, at].max(axis=1, keepdims=True))
@@ -105,13 +107,17 @@ def softmaxed(scores, candidates):
 
 
 def list_masses(scores, seen, num_lists):
-    """Returns for each list [T]: what its heads, of scores [N, T], attend to of what is seen, summed over them."""
+    """For each list the attention [T] to the seen slots, summed over the heads of the list. Scores are [N, T]."""
     weights = softmaxed(scores, seen)
     return [heads.sum(axis=0) for heads in np.split(weights, num_lists)]
 
 
 def pooled(scores, candidates, num_lists):
-    """Returns [J, T]: a list's score is the sum over its heads of the softmax over the candidates."""
+    """The scores [J, T] by which lists choose.
+
+    A list of several heads sums the softmax of each head over the candidates. A list of one head keeps the scores of
+    the head.
+    """
     N, T = scores.shape
     if num_lists == N:
         return scores
@@ -119,7 +125,7 @@ def pooled(scores, candidates, num_lists):
 
 
 def dilated(scores, candidates):
-    """Returns scores [T] in which a candidate is worth what the candidate right before it is, if that is more."""
+    """Scores [T] in which each candidate has at least the score of the candidate right before it."""
     wide = np.array(scores, np.float64)
     for slot in candidates:
         if slot - 1 in candidates:
@@ -128,7 +134,7 @@ def dilated(scores, candidates):
 
 
 def select(scores, candidates, num_critical):
-    """Returns the ascending slots of the highest scores [T] among the candidates; a tie goes to the lower slot."""
+    """The slots, ascending, of the highest scores [T] among the candidates. A tie goes to the lower slot."""
     return sorted(sorted(candidates, key=lambda slot: (-scores[slot], slot))[:num_critical])
 
 
@@ -139,39 +145,39 @@ class Budget:
     num_sinks: int
     num_critical: int
     num_recent: int
-    num_lists: int  # of a layer
+    num_lists: int  # lists of a layer
     num_channels: int = 1
     bits: int | None = None
-    is_exact: bool = False  # scores on all channels of the keys
-    num_probes: int | None = None  # None: every position that can be one
+    is_exact: bool = False  # scores use all channels of the keys
+    num_probes: int | None = None  # None: every possible position is a probe
     interval: int = 1
     is_dilated: bool = False
-    ratio: Fraction | None = None  # of a row, how much it may read
+    ratio: Fraction | None = None  # the share of a row's tokens that a head may read
     dense_layers: int = 0
     min_length: int = 0
-    plan: str | None = None  # "units", "published", "anchors", or None: nothing is shared
+    plan: str | None = None  # "units", "published" or "anchors"; None shares nothing
     layer_ratio: Fraction = Fraction(1)
     head_ratio: Fraction = Fraction(1)
 
     @property
     def size(self):
-        """Returns the tokens that a head reads right after a refresh."""
+        """How many tokens a head reads right after a refresh."""
         return self.num_sinks + self.num_critical + self.num_recent
 
     def candidates(self, length, window=None):
-        """Returns the slots that compete for the lists of the query at position length - 1."""
+        """The slots that compete for the lists of the query at position length - 1."""
         low = self.num_sinks if window is None else max(self.num_sinks, length - window)
         return set(range(low, length - self.num_recent))
 
     def num_listed(self, length):
-        """Returns how many tokens a list of a row of this length may hold."""
+        """How many tokens a list may hold in a row of this length."""
         if self.ratio is None:
             return self.num_critical
         return min(max(math.floor(self.ratio * length) - self.num_sinks - self.num_recent, 0), self.num_critical)
 
 
 def critical_tokens(scores, length, budget, window=None):
-    """Returns J lists of slots, chosen by the scores [N, T] of the query at position length - 1."""
+    """The J lists of slots that the scores [N, T] of the query at position length - 1 choose."""
     candidates = budget.candidates(length, window)
     scores = pooled(scores, candidates, budget.num_lists)
     if budget.is_dilated and budget.interval > 1:
@@ -180,7 +186,10 @@ def critical_tokens(scores, length, budget, window=None):
 
 
 def probe_positions(start, length, budget):
-    """Returns the probes of a row whose tokens [start, length) were just read: spread from the first full budget on."""
+    """The positions of the probes of a row whose tokens [start, length) were just read, spread evenly.
+
+    A probe needs twice as many candidates as a list holds, so the first tokens of a row are no probes.
+    """
     first = max(start, budget.size + budget.num_critical - 1)
     count = max(length - first, 0)
     used = count if budget.num_probes is None else min(count, budget.num_probes)
@@ -190,9 +199,10 @@ def probe_positions(start, length, budget):
 
 
 def overlaps(lists, num_critical):
-    """Returns (of layers [L, L], of lists [L, J, J]): the mean overlap of critical tokens, for lists[probe][l][j].
+    """The mean overlap of critical tokens between layers [L, L], and between the lists of each layer [L, J, J].
 
-    Overlaps are counted as whole numbers and divided last, so that equal overlaps are equal numbers.
+    The critical tokens are given as lists[probe][l][j]. Overlaps are counted as whole numbers and divided last, so that
+    equal overlaps are equal numbers.
     """
     P, L, J = len(lists), len(lists[0]), len(lists[0][0])
     layers, heads = np.zeros((L, L), int), np.zeros((L, J, J), int)
@@ -205,12 +215,12 @@ def overlaps(lists, num_critical):
 
 
 def caught_masses(lists, masses):
-    """Returns [U, U]: how much of the attention of list i's heads the tokens of list j would catch, mean over probes.
+    """The attention of list i's heads that the tokens of list j would catch [U, U], as the mean over probes.
 
     Args:
-        lists: lists[probe][u], slots of the lists of all layers.
-        masses: masses[probe][u], [T]: the attention of the heads of list u, summed over them; None for dense layers,
-            which have no lists.
+        lists: lists[probe][u], the slots of list u. The U lists are the lists of all layers.
+        masses: masses[probe][u] [T], the attention summed over the heads of list u. None in dense layers, because they
+            have no lists.
     """
     P, U = len(lists), len(lists[0])
     caught = np.zeros((U, U))
@@ -221,12 +231,12 @@ def caught_masses(lists, masses):
 
 
 def num_shared(ratio, num_units):
-    """Returns how many of so many units copy: rounded half up, and one always computes."""
+    """How many of `num_units` units copy. The number is rounded half up, and at least one unit computes."""
     return max(min(math.floor((1 - ratio) * num_units + Fraction(1, 2)), num_units - 1), 0)
 
 
 def greedy_map(similarity, num_shared):
-    """Returns which unit each unit copies, by HShare's Algorithm 1: choose the pairs, then close them transitively."""
+    """The unit that each unit copies, by HShare's Algorithm 1. Pairs are chosen first, then closed transitively."""
     n = len(similarity)
     left = {(i, j): float(similarity[i][j]) for i in range(n) for j in range(i)}
     copies = list(range(n))
@@ -243,10 +253,11 @@ def greedy_map(similarity, num_shared):
 
 
 def facility_location(caught, num_sources):
-    """Returns which unit each unit copies: of so many sources, each the one that then lets all units catch most.
+    """The unit that each unit copies, with `num_sources` sources that are chosen one by one.
 
-    A unit catches caught[i][j] with the best source j at or below it. The first unit is a source; ties go to the lower
-    unit, of sources to add as of sources to copy.
+    Unit i catches caught[i][j] with the best source j at or below i. The first unit is a source. Each further source is
+    the unit with which all units together catch most. Ties go to the lower unit, both when a source is added and when
+    a unit chooses the source that it copies.
     """
     n = len(caught)
     most = [[float(value) for value in row] for row in caught]
@@ -261,17 +272,17 @@ def facility_location(caught, num_sources):
 
 
 def identity(num_layers, num_lists):
-    """Returns the plan [L][J] of pairs (layer, list) in which every list is its own source."""
+    """The plan [L][J] of pairs (layer, list) in which no list copies another."""
     return [[(layer, j) for j in range(num_lists)] for layer in range(num_layers)]
 
 
 def published_plan(of_layers, of_lists, budget):
-    """Returns source [L][J] of pairs (layer, list): first the layer is copied, then the list. Dense layers: their own.
+    """The published plan [L][J] of pairs (layer, list). Layers copy first, then lists. Dense layers copy nothing.
 
     Args:
-        of_layers: [L, L], how similar layers are.
-        of_lists: [L, J, J], how similar the lists of a layer are.
-        budget: with the ratios.
+        of_layers: the similarity of layers [L, L].
+        of_lists: the similarity of the lists of each layer [L, J, J].
+        budget: holds the ratios.
     """
     L, J, dense = len(of_layers), budget.num_lists, budget.dense_layers
     sparse = np.asarray(of_layers)[dense:, dense:]
@@ -281,9 +292,9 @@ def published_plan(of_layers, of_lists, budget):
 
 
 def units_plan(caught, num_layers, budget):
-    """Returns source [L][J] of pairs (layer, list), in which a list copies any lower one, for caught masses [U, U].
+    """The plan "units" [L][J] of pairs (layer, list), for caught masses [U, U]. A list may copy any lower list.
 
-    The two ratios together say how many of all lists of layers that are not dense are computed.
+    The product of the two ratios is the share of lists that are computed. Lists of dense layers do not count.
     """
     L, J, dense = num_layers, budget.num_lists, budget.dense_layers
     units = [(layer, j) for layer in range(dense, L) for j in range(J)]
@@ -298,7 +309,7 @@ def units_plan(caught, num_layers, budget):
 
 
 def anchors(caught, num_anchors):
-    """Returns which unit each copies: the choice of so many anchors, the first unit among them, that catches most."""
+    """The anchor that each unit copies. The first unit is an anchor, and the choice of the others catches most."""
     n = len(caught)
 
     def copies(chosen):
@@ -309,7 +320,7 @@ def anchors(caught, num_anchors):
 
 
 def anchor_plan(caught, num_layers, budget):
-    """Returns the plan [L][J] of pairs (layer, list) in which layers copy all their lists from an anchor below."""
+    """The plan "anchors" [L][J] of pairs (layer, list). A layer copies all lists from the nearest anchor below."""
     L, J, dense = num_layers, budget.num_lists, budget.dense_layers
     of_layers = np.array([[sum(caught[a * J + j][b * J + j] for j in range(J)) for b in range(L)] for a in range(L)])
     plan = identity(L, J)

@@ -1,4 +1,4 @@
-"""What the tests read off compiled programs."""
+"""Facts that the tests read off the text of compiled programs."""
 
 import re
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ import jax
 
 
 def count_copies(text: str, buffers: Sequence[jax.Array]) -> int:
-    """Returns the copy instructions in a compiled program whose result has the shape of one of the buffers."""
+    """Counts the copy instructions of a compiled program whose result has the shape of one of the buffers."""
     names = {"float32": "f32", "bfloat16": "bf16", "int32": "s32", "uint8": "u8"}
     shapes = {f"{names[str(array.dtype)]}[{','.join(map(str, array.shape))}]" for array in buffers}
     copied = re.findall(r"= \(?(\w+\[[\d,]*\])\S* copy(?:-start)?\(", text)

@@ -1,4 +1,4 @@
-"""Sequences in a decoder of the LLaMA family, token by token in float64, dense or with HShare; plain NumPy."""
+"""Sequences in a decoder of the LLaMA family, token by token in float64, dense or with HShare, in plain NumPy."""
 
 import dataclasses
 
@@ -7,12 +7,12 @@ import oracle
 
 
 def rms_norm(x, scale, eps):
-    """Returns x over its root mean square, scaled."""
+    """Divides x by the root mean square of x, then scales."""
     return x / np.sqrt(np.mean(x * x) + eps) * scale
 
 
 def rotate(x, position, theta):
-    """Returns heads x [heads, H] with channels i and i + H / 2 turned by position * theta^(-2i / H)."""
+    """Turns channels i and i + H / 2 of x [heads, H] by the angle position * theta^(-2i / H)."""
     half = x.shape[-1] // 2
     turned = (x[:, :half] + 1j * x[:, half:]) * np.exp(1j * position * theta ** (-np.arange(half) / half))
     return np.concatenate([turned.real, turned.imag], axis=-1)
@@ -32,34 +32,38 @@ class Row:
     kv_map: tuple  # the layer whose keys and values serve each layer
 
     def __post_init__(self):
-        self.keys = [[] for _ in self.windows]  # L x length x [K, H]; of a layer without its own, none
+        self.keys = [[] for _ in self.windows]  # L x length x [K, H]; empty in a layer that borrows keys
         self.values = [[] for _ in self.windows]
         self.queries = [[] for _ in self.windows]  # L x length x [N, H]
 
     @property
     def length(self):
-        """Returns the tokens read so far."""
+        """How many tokens have been read."""
         return len(self.keys[0])
 
     def cached(self, kept, layer):
-        """Returns [K, length, H] of the kept keys or values that serve a layer."""
+        """The kept keys or values [K, length, H] that serve a layer."""
         none = np.zeros((self.num_kv_heads, 0, self.head_dim))
         return np.stack(kept[self.kv_map[layer]], axis=1) if kept[self.kv_map[layer]] else none
 
     def cached_keys(self, layer):
-        """Returns [K, length, H]."""
+        """The keys [K, length, H] that serve a layer."""
         return self.cached(self.keys, layer)
 
     def sees(self, layer, length):
-        """Returns the slots that the query at position length - 1 sees: not its own where the layer looks up."""
+        """The slots that the query at position length - 1 sees. A layer that looks up does not see slot length - 1."""
         return oracle.dense_reads(length, self.windows[layer]) - ({length - 1} if self.kv_map[layer] > layer else set())
 
     def users(self, layer):
-        """Returns the layers that read the keys that serve this one."""
+        """The layers that read the same keys as this layer."""
         return [other for other, shared in enumerate(self.kv_map) if shared == self.kv_map[layer]]
 
     def step(self, token, reads_of):
-        """Returns logits [V] after `token`; reads_of(layer, length) gives each head's slots, once its key is stored."""
+        """The logits [V] after `token`.
+
+        `reads_of(layer, length)` gives the slots that each head of a layer reads. It is called after the layer's key of
+        the token is stored.
+        """
         N, K, H, position = self.num_heads, self.num_kv_heads, self.head_dim, self.length  # before any key is stored
         x = self.params["embedding"][token].astype(np.float64)
         for layer in range(len(self.windows)):
@@ -81,7 +85,7 @@ class Row:
         return self.params["unembedding"].astype(np.float64) @ normed
 
     def dense_step(self, token):
-        """Returns logits [V] after `token`, every layer seeing all that its window holds."""
+        """The logits [V] after `token`, where every head reads all slots that the layer sees."""
         return self.step(token, lambda layer, length: [self.sees(layer, length)] * self.num_heads)
 
 
@@ -92,10 +96,10 @@ class SharedRow:
         self.row, self.budget = row, budget
         self.lists = [[[] for _ in range(budget.num_lists)] for _ in row.windows]
         self.age = self.recent_start = 0
-        self.num_read = 0.0  # tokens that the last step read, mean over layers and heads
+        self.num_read = 0.0  # tokens that the last step read, as the mean over layers and heads
 
     def prefill(self, tokens):
-        """Returns logits [V] after the last token; channels and the plan are then known."""
+        """The logits [V] after the last token. Channels and the plan are found as well."""
         row, budget = self.row, self.budget
         start = row.length
         logits = [row.dense_step(token) for token in tokens][-1]
@@ -114,7 +118,7 @@ class SharedRow:
         return logits
 
     def find_similarity(self, probes):
-        """Returns what the plan is found from; None without probes, or where nothing is shared."""
+        """The similarities from which the plan is found. None without probes, or if nothing is shared."""
         budget, L, J = self.budget, len(self.row.windows), self.budget.num_lists
         if not probes or budget.plan is None:
             return None
@@ -129,7 +133,7 @@ class SharedRow:
         return oracle.caught_masses([[tokens for of_layer in probe for tokens in of_layer] for probe in lists], masses)
 
     def masses(self, layer, position):
-        """Returns for each list of this layer its heads' attention [T] from this position, None where it is dense."""
+        """For each list of a layer the attention [T] of the list's heads from this position. None in a dense layer."""
         row, J = self.row, self.budget.num_lists
         if layer < self.budget.dense_layers:
             return [None] * J
@@ -137,7 +141,7 @@ class SharedRow:
         return oracle.list_masses(scores, row.sees(layer, position + 1), J)
 
     def find_plan(self, similarity):
-        """Returns source [L][J] of pairs (layer, list)."""
+        """The plan [L][J] of pairs (layer, list)."""
         L, budget = len(self.row.windows), self.budget
         if similarity is None:
             return oracle.identity(L, budget.num_lists)
@@ -148,7 +152,7 @@ class SharedRow:
         return oracle.units_plan(similarity, L, budget)
 
     def choose(self, layer, position):
-        """Returns this layer's lists as the query at this position chooses them."""
+        """The lists of a layer that the query at this position chooses."""
         row, budget = self.row, self.budget
         q, keys = row.queries[layer][position], row.cached_keys(layer)
         if budget.is_exact:
@@ -158,11 +162,11 @@ class SharedRow:
         return oracle.critical_tokens(scores, position + 1, budget, row.windows[layer])
 
     def decode(self, token, is_refresh=None):
-        """Returns logits [V] after `token`; None refreshes every `interval` steps, from the first on."""
+        """The logits [V] after `token`. By default the first and every `interval`-th later step refreshes."""
         row, budget = self.row, self.budget
         is_refresh = self.age % budget.interval == 0 if is_refresh is None else is_refresh
         length = row.length + 1
-        # The recent range starts where it did at the refresh and grows; one that is overdue slides.
+        # Between refreshes the recent range keeps its start and grows. If a refresh is overdue, the range slides.
         self.recent_start = max(self.recent_start, length - (budget.num_recent + budget.interval - 1), 0)
         if is_refresh:
             self.recent_start = max(0, length - budget.num_recent)
@@ -193,7 +197,7 @@ class SharedRow:
 
 
 def share_batch_plan(rows):
-    """Gives all rows the plan of their mean similarity, over those that have probes."""
+    """Gives all rows the plan of the mean similarity, taken over the rows that have probes."""
     known = [row.similarity for row in rows if row.similarity is not None]
     mean = None
     if known and rows[0].budget.plan == "published":

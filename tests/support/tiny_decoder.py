@@ -1,4 +1,4 @@
-"""One tiny decoder and one tiny budget, shared by the tests of decoding, which so share compiled programs too."""
+"""One tiny decoder and one tiny budget. The tests of decoding share them, and so share compiled programs too."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ MODEL = ModelConfig(
     vocab_size=48, width=32, mlp_width=48, num_layers=4, num_heads=6, num_kv_heads=3, head_dim=8, max_positions=1024,
     windows=(None,) * 4, rope=RopeConfig(theta=100.0),
 )  # fmt: skip
-# Five of the nine lists of the sparse layers copy: any layer's and within any layer.
+# Five of the nine lists of the sparse layers copy. A list may copy any lower list, of the same layer or of another.
 HSHARE = HShare(
     HShareSettings(num_sinks=2, num_critical=6, num_recent=4, refresh_interval=3, label_channels=3, min_length=0),
     PlanSearch(num_probes=4, layer_ratio=Fraction(3, 4), head_ratio=Fraction(2, 3)),
@@ -31,7 +31,7 @@ HSHARE = HShare(
 
 
 def vary(method: HShare, **changes: object) -> HShare:
-    """The method with other settings, by their names."""
+    """The method with other settings, given by name."""
     return method.with_settings(changes)
 
 
@@ -40,12 +40,12 @@ PUBLISHED = vary(
     HShare.published(), num_sinks=2, num_critical=6, num_recent=4, refresh_interval=3,
     layer_ratio=Fraction(3, 4), head_ratio=Fraction(2, 3), label_channels=3,
 )  # fmt: skip
-# Layer 1 looks up at layer 2's keys and values, layer 3 down at them, all under windows.
+# Layers 1 and 3 read the keys and values of layer 2: layer 1 looks up, layer 3 looks down. Both have windows.
 SHARED_KV = dataclasses.replace(
     MODEL, kv_layer_map=(0, 2, 2, 2), windows=(None, 20, None, 9), forward_passes=None
 )  # fmt: skip
 CAPACITY = 256
-# Shorter than the sinks, than sinks and recent tokens, than the budget of 12; and longer.
+# A row shorter than the sinks, one shorter than sinks and recent tokens, one shorter than the budget of 12, a long one.
 LENGTHS = (1, 5, 11, 60)
 
 
@@ -56,7 +56,7 @@ def params(config: ModelConfig = MODEL, dtype: str = "float32") -> dict:
 
 
 def random_rows(seed: int, lengths: Sequence[int] = LENGTHS, more: int = 0) -> list[np.ndarray]:
-    """A row of token ids for each length, with `more` tokens to decode."""
+    """A row of random token ids for each length, with `more` further tokens to decode."""
     rng = np.random.default_rng(seed)
     return [rng.integers(0, MODEL.vocab_size, length + more).astype(np.int32) for length in lengths]
 
@@ -70,7 +70,7 @@ def prefill_rows(
     dtype: str = "float32",
     state: DecodeState | None = None,
 ) -> tuple[jax.Array, DecodeState]:
-    """Logits and state after a ragged batch of prompts, on an empty state unless one is given."""
+    """The logits and the state after a ragged batch of prompts. The state is empty before, unless one is given."""
     tokens = np.full((len(rows), max(map(len, rows))), MODEL.vocab_size - 1, np.int32)
     for b, row in enumerate(rows):
         tokens[b, : len(row)] = row
@@ -96,7 +96,7 @@ def oracle_row(config: ModelConfig = MODEL) -> row_oracle.Row:
 
 
 def oracle_budget(method: HShare, config: ModelConfig = MODEL) -> oracle.Budget:
-    """The settings as plain numbers."""
+    """The settings of a method as plain numbers."""
     settings, search = method.settings, method.search
     return oracle.Budget(
         num_sinks=settings.num_sinks,
@@ -121,7 +121,7 @@ def oracle_budget(method: HShare, config: ModelConfig = MODEL) -> oracle.Budget:
 def oracle_rows(
     rows: Sequence[np.ndarray], method: HShare, config: ModelConfig = MODEL, **changes: object
 ) -> list[row_oracle.SharedRow]:
-    """The rows in the float64 decoder after their prompts; `changes` are changes of its budget."""
+    """The rows in the float64 decoder after their prompts. `changes` replace fields of the oracle's budget."""
     budget = dataclasses.replace(oracle_budget(method, config), **changes)  # pyright: ignore[reportArgumentType]
     found = [row_oracle.SharedRow(oracle_row(config), budget) for _ in rows]
     for shared_row, tokens in zip(found, rows, strict=True):

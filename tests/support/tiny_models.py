@@ -61,7 +61,7 @@ def state_of(model: transformers.PreTrainedModel) -> dict[str, np.ndarray]:
 
 
 def fused(state: dict[str, np.ndarray], num_layers: int = 2) -> dict:
-    """The decoder's parameter tree made from the tensors of `state_of`, written out from its definition."""
+    """The decoder's parameter tree made from the tensors of `state_of`, written out by hand."""
 
     def pick(*names: str) -> dict[str, np.ndarray]:
         kinds = [kind for kind in ("weight", "bias") if f"{names[0]}.{kind}" in state]
@@ -97,7 +97,10 @@ def write_gguf(
     metadata: dict | None = None,
     rope_divisors: list[float] | None = None,
 ) -> Path:
-    """Writes a model as llama.cpp's converter does: Mistral as llama, q and k permuted for llama, vectors float32."""
+    """Writes a model as llama.cpp's converter does.
+
+    Mistral is written as llama. In llama the rows of q and k are permuted. Vectors are float32.
+    """
     config = model.config
     architecture = "qwen2" if config.model_type == "qwen2" else "llama"
     writer = gguf.GGUFWriter(path, architecture)
@@ -153,7 +156,7 @@ def write_gguf(
 
 
 def permuted(tensor: np.ndarray, num_heads: int) -> np.ndarray:
-    """The rows in llama.cpp's order: channel i and channel i + H / 2 of a head become neighbours."""
+    """The rows in llama.cpp's order, in which channels i and i + H / 2 of a head are neighbours."""
     head_dim = tensor.shape[0] // num_heads
     order = [
         head * head_dim + half * head_dim // 2 + channel

@@ -1,4 +1,4 @@
-"""Tokenisers that are built here: one with a token a byte, some pairs merged; and one that falls back on bytes."""
+"""Two tiny tokenisers: one with a token per byte and a few merged pairs, and one that falls back on bytes."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ END = "</s>"
 
 
 def byte_tokenizer(alphabet: bytes = bytes(range(256)), merges: Sequence[str] = MERGES) -> PreTrainedTokenizerFast:
-    """Returns a tokeniser with the distinct bytes of `alphabet` in order, then the merged pairs, then the end token."""
+    """A tokeniser with the distinct bytes of `alphabet` in order, then the merged pairs, then the end token."""
     symbols = _byte_symbols()
     names = [symbols[byte] for byte in dict.fromkeys(alphabet)] + list(merges)
     bpe = models.BPE(
@@ -25,7 +25,7 @@ def byte_tokenizer(alphabet: bytes = bytes(range(256)), merges: Sequence[str] = 
 
 
 def byte_fallback_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
-    """Returns a tokeniser as LLaMA 2 has: a token for each byte (0 to 255), which stands for what no word has."""
+    """A tokeniser like LLaMA 2's. Ids 0 to 255 are bytes, which spell every character that no word holds."""
     names = [*(f"<0x{byte:02X}>" for byte in range(256)), *words]
     bpe = models.BPE(vocab={name: index for index, name in enumerate(names)}, merges=[], byte_fallback=True)
     tokenizer = tokenizers.Tokenizer(bpe)
@@ -36,7 +36,7 @@ def byte_fallback_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
 
 
 def _byte_symbols() -> dict[int, str]:
-    """Returns the printable character that byte-level BPE writes for each byte (GPT-2's table)."""
+    """The printable character that byte-level BPE writes for each byte (GPT-2's table)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     rest = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + index) for index, byte in enumerate(rest)}

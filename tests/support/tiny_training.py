@@ -46,7 +46,7 @@ def tiny_run(directory: Path, settings: TrainingSettings = SETTINGS) -> Training
 
 
 def kill_at(operation: int, directory: Path) -> None:
-    """Kills this process when it begins its n-th operation on a file below `directory`."""
+    """Kills this process when it begins operation number `operation` on files below `directory`."""
     left, inside = operation, str(directory)
 
     def count(event: str, arguments: tuple) -> None:

@@ -35,7 +35,7 @@ def plot_quality(lines: Sequence[Mapping[str, Any]], *, highlight: str = DEFAULT
     """The divergence from dense decoding against the tokens read: a panel for each context, a curve for each method.
 
     Args:
-        lines: from `read_results`; only those of kind "text" are drawn. A point is the mean over the lines of one
+        lines: from `read_results`; only lines of kind "text" are drawn. A point is the mean over the lines of one
             context, budget and name. Points of divergence zero, such as dense decoding's, are left out, because the
             axis is logarithmic.
         highlight: the name of the method that stands out.

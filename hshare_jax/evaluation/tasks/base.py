@@ -76,7 +76,7 @@ class Task(abc.ABC, Generic[Data, Item]):
 
     @abc.abstractmethod
     def sizes(self, items: Sequence[Item]) -> list[tuple[int, int]]:
-        """For each item, how many of its tokens are prefilled and how many there are in the end."""
+        """For each item, the number of tokens that are prefilled and the number of tokens at the end."""
 
     @abc.abstractmethod
     def run(

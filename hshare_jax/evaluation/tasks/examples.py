@@ -72,7 +72,7 @@ def gather(
 ) -> tuple[list[Example], int]:
     """The examples that `parse` makes of records, and how many of the records were bad.
 
-    Arguments and errors are those of `read_json_lines`, which calls this function with the lines of a file.
+    `read_json_lines` calls this function with the lines of a file, and describes the errors.
 
     Args:
         name: the file's name, for errors.

@@ -176,7 +176,7 @@ class LongBench(GenerationTask):
         ]
 
     def shorten(self, tokenizer: "PreTrainedTokenizerBase", example: Example, room: int) -> list[int]:
-        """The token ids of a prompt without the middle of its text. The chat template stays whole, as published."""
+        """The token ids of a prompt without the middle of the text. The chat template stays whole, as published."""
         of_template = 0
         if has_template(tokenizer, example):
             of_template = len(encode_prompt(tokenizer, dataclasses.replace(example, prompt="")))

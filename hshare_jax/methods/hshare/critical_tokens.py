@@ -1,4 +1,4 @@
-"""Critical tokens: which slots compete for a list, and which of them the scores of a query choose."""
+"""Critical tokens: which slots compete for a list, and which slots the scores of a query choose."""
 
 import jax.numpy as jnp
 from jax import Array
@@ -21,8 +21,8 @@ def find_critical_tokens(
         # length 8, 1 sink, 2 recent:  slots 0 | 1 2 3 4 5 | 6 7  -> only 1 to 5 compete
 
     Args:
-        scores: of one query per head, which stands at position length - 1 of its row, with every slot.
-        lengths: tokens of each row, the query's own included.
+        scores: of one query per head with every slot. The query stands at position length - 1 of the row.
+        lengths: tokens of each row, including the token of the query.
         num_lists: J, either K (a list serves a group of query heads) or N.
         settings: how many tokens a list takes, and where they may lie.
         window: the layer's sliding window; tokens before it do not compete.

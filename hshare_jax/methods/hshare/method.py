@@ -31,7 +31,7 @@ Channels = tuple[tuple[tuple[int, ...], ...], ...]
 
 @dataclasses.dataclass(frozen=True)
 class HShare:
-    """HShare (ICLR 2025): every head reads a few critical tokens, and lists of them are shared by a plan.
+    """HShare (ICLR 2025): every head reads a few critical tokens, and a plan shares the lists of critical tokens.
 
     A `Method`: static and hashable. The defaults are the settings that docs/quality.md advises; `published` is the
     paper's method.
@@ -41,7 +41,7 @@ class HShare:
     search: PlanSearch = PlanSearch()  # noqa: RUF009 (frozen)
     plan: SharePlan | None = None  # from `calibrate` or `load_plan`; None finds a plan for each prompt
     # Label channels of every kv head [L, K, ranks], the best first, at least as many as labels keep, from `calibrate`
-    # or `load_channels`; None takes those of each prompt. Any array is taken, and kept as tuples.
+    # or `load_channels`; None chooses channels for each prompt. Any array is taken, and kept as tuples.
     channels: Channels | Array | np.ndarray | None = None
 
     def __post_init__(self) -> None:
@@ -87,7 +87,7 @@ class HShare:
 
         Raises:
             SettingError: a value outside its range.
-            ValueError: a name that neither of them has.
+            ValueError: a name that is neither in the settings nor in the search.
         """
         records = {"settings": self.settings, "search": self.search}
         names = {part: {field.name for field in dataclasses.fields(record)} for part, record in records.items()}

@@ -198,7 +198,7 @@ def with_files(
 ) -> HShare:
     """The same method with the plan and the channels of these files.
 
-    Arguments and errors are those of `read_files`. A Model must also be the one that the files were made with.
+    See `read_files` for arguments and errors. A Model must also be the one that the files were made with.
     """
     method, origins = read_files(method, model, plan_file=plan_file, channels_file=channels_file, given=given)
     if isinstance(model, Model):

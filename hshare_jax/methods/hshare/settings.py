@@ -1,6 +1,6 @@
 """HShare's settings: which tokens a head reads, and how the plan that shares the choice of these tokens is found.
 
-The help text beside each setting is the help of its command-line option.
+The text beside each setting is the help of the setting's command-line option.
 """
 
 import dataclasses
@@ -105,7 +105,7 @@ class HShareSettings:
 
 @dataclasses.dataclass(frozen=True)
 class PlanSearch:
-    """How a plan is found from a prompt: which lists may copy another list, and how many of them do.
+    """How a plan is found from a prompt: which lists may copy another list, and how many lists copy.
 
     A decode step reads none of these settings, so one compiled step serves every plan.
 

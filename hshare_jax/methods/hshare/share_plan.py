@@ -1,8 +1,8 @@
 """The share plan: one integer array that says which list every list reads.
 
 `source[b, l, j]` is the flat id (layer * J + list) of the list that list j of layer l reads in row b. A list is
-computed exactly where it is its own source. Plans are data, so one compiled step serves them all. A plan that is known
-before compilation can be a constant instead: a SharePlan.
+computed if it reads itself, and copies otherwise. Plans are data, so one compiled step serves all plans. A plan that is
+known before compilation can be a constant instead: a SharePlan.
 """
 
 import dataclasses
@@ -74,7 +74,7 @@ def to_share_plan(source: Int[Array | np.ndarray, "L J"]) -> SharePlan:
 
 
 def kv_layer_plan(config: ModelConfig, settings: HShareSettings) -> SharePlan:
-    """The plan in which layers that share keys and values also share lists: those of the lowest sparse layer.
+    """The plan in which layers that share keys and values also share the lists of the lowest sparse layer.
 
     For a model with cross-layer KV sharing (`ModelConfig.kv_layer_map`). One selection then serves all layers that read
     one cache.
@@ -123,7 +123,7 @@ def greedy_map(similarity: Float[Array, "n n"], num_shared: int) -> Int[Array, "
 
 
 def compose(layer_map: Int[Array, "L"], list_maps: Int[Array, "L J"]) -> Int[Array, "L J"]:
-    """One row's plan. A layer that copies reads the lists that its source layer reads; its own list map is unused."""
+    """One row's plan. A layer that copies uses the list map of the source layer, and reads the same lists."""
     return layer_map[:, None] * list_maps.shape[1] + list_maps[layer_map]
 
 

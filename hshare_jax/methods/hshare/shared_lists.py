@@ -46,7 +46,7 @@ class SharedLists:
         return dataclasses.replace(older, recent_start=jnp.maximum(start, 0))
 
     def _is_due(self, step: Step) -> Bool[Array, "B"]:
-        """The rows that choose on this step, which has begun: all or none, or those of the right age."""
+        """The rows that choose at this step, which has begun: all rows, no row, or the rows of the right age."""
         if step.refresh is not None:
             return step.is_active & step.refresh
         return step.is_active & ((self.age - 1) % self.refresh_interval == 0)

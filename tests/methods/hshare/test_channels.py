@@ -1,4 +1,4 @@
-"""Label channels: those with the largest mean |q x k| over all pairs of a prompt query and a cached key."""
+"""Label channels have the largest mean |q x k| over all pairs of a prompt query and a cached key."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,12 +12,12 @@ B, T, K, S, H, R = 3, 5, 2, 24, 8, 3
 
 
 def random(rng, *shape):
-    # The channels have different sizes, as in a real model, so that the largest ones are no accident of rounding.
+    # The channels have different sizes, as in a real model, so that rounding does not decide which are largest.
     return (rng.standard_normal(shape) * rng.uniform(0.2, 3, shape[-1])).astype(np.float32)
 
 
 @pytest.mark.parametrize("N", [2, 4, 6])
-def test_channels_are_those_of_the_largest_mean_product_over_all_pairs(N):
+def test_channels_have_the_largest_mean_product_over_all_pairs(N):
     rng = np.random.default_rng(N)
     queries, keys, lengths = random(rng, B, T, N, H), random(rng, B, K, S, H), np.array([1, 7, S])
     for b in range(B):
@@ -29,8 +29,8 @@ def test_channels_are_those_of_the_largest_mean_product_over_all_pairs(N):
         np.testing.assert_array_equal(chosen[b], expected)
 
 
-def test_the_statistic_of_prompts_adds_up_to_that_of_their_pairs():
-    # A calibration adds up the statistics of many prompts. Each is sum |q| times sum |k|, for every kv head.
+def test_the_statistic_of_a_prompt_is_the_sum_over_its_pairs():
+    # A calibration adds up the statistics of many prompts. Each statistic is sum |q| times sum |k|, for every kv head.
     rng = np.random.default_rng(7)
     queries, keys, lengths = random(rng, B, T, 4, H), random(rng, B, K, S, H), np.array([1, 7, S])
     found = channel_statistic(jnp.asarray(np.abs(queries).sum(axis=1)), jnp.asarray(keys), jnp.asarray(lengths))

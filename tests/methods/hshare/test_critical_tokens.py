@@ -1,4 +1,4 @@
-"""Critical tokens: which slots compete, and the lists that scores choose among them, equal the definition."""
+"""Critical tokens: the slots that compete and the lists that scores choose equal the definition."""
 
 import dataclasses
 from fractions import Fraction
@@ -19,7 +19,7 @@ find = jax.jit(find_critical_tokens, static_argnames=("num_lists", "settings"))
 
 
 def listed(row):
-    """The tokens of a padded list; fails if the padding is not at its end."""
+    """The tokens of a padded list. Fails if the padding is not at the end."""
     tokens = [slot for slot in row.tolist() if slot != EMPTY]
     assert row.tolist() == tokens + [EMPTY] * (len(row) - len(tokens))
     return tokens
@@ -36,7 +36,7 @@ CASES = {
 @pytest.mark.parametrize("num_lists", [2, 4])
 @pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
 def test_lists_equal_the_definition_in_rows_of_every_length(settings, num_lists):
-    # 2 sinks and 3 recent: rows up to 5 have no candidates, up to 9 fewer than 4.
+    # With 2 sinks and 3 recent tokens, rows of up to 5 tokens have no candidates, and rows of up to 8 fewer than 4.
     rng = np.random.default_rng(4)
     lengths = np.array([1, 2, 4, 5, 6, 8, 9, 10, 14, S])
     scores = (rng.standard_normal((len(lengths), 4, S)) * 2).astype(np.float32)
@@ -63,8 +63,8 @@ def test_the_worked_example_has_five_candidates():
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"dilate": True, "refresh_interval": 2}, [5, 6]),  # the token after a good one comes with it
-        ({"dilate": True, "refresh_interval": 1}, [5, 8]),  # nothing later reuses the list
+        ({"dilate": True, "refresh_interval": 2}, [5, 6]),  # slot 6 gets the score of slot 5
+        ({"dilate": True, "refresh_interval": 1}, [5, 8]),  # no later step reuses the list
         ({"dilate": False, "refresh_interval": 2}, [5, 8]),
     ],
 )
@@ -76,7 +76,7 @@ def test_lists_are_dilated_only_where_later_steps_reuse_them(changes, expected):
 
 
 def test_a_sink_lends_its_score_to_no_candidate():
-    # Slot 1 is a sink, and slot 9 lies before the window of 6: neither makes the slot after it worth reading.
+    # Slot 1 is a sink, and slot 9 lies before the window of 6. Neither slot lends its score to the next slot.
     scores = jnp.zeros((1, 1, S)).at[0, 0, jnp.asarray([1, 9])].set(9.0).at[0, 0, 12].set(1.0)
     settings = HShareSettings(num_sinks=2, num_critical=2, num_recent=3, refresh_interval=2)
     for window, expected in ((S, [9, 10]), (6, [10, 12])):
@@ -85,7 +85,7 @@ def test_a_sink_lends_its_score_to_no_candidate():
 
 
 @pytest.mark.parametrize("ratio", [Fraction(1, 2), Fraction(1, 3), Fraction(3, 7), Fraction(1)])
-def test_a_share_of_the_row_bounds_its_list(ratio):
+def test_a_budget_ratio_bounds_the_size_of_a_list(ratio):
     settings = dataclasses.replace(SETTINGS, budget_ratio=ratio)
     budget = oracle.Budget(2, 4, 3, 1, ratio=ratio)
     found = num_critical_in_budget(jnp.arange(1, 60), settings)
@@ -95,5 +95,5 @@ def test_a_share_of_the_row_bounds_its_list(ratio):
     assert max(found.tolist()) == settings.num_critical
 
 
-def test_without_a_share_the_three_sizes_are_the_budget():
+def test_without_a_budget_ratio_num_critical_is_the_size_of_a_list():
     assert num_critical_in_budget(jnp.arange(9), SETTINGS) is None

@@ -1,4 +1,4 @@
-"""Plan files: plans and channels come back whole, and a file that cannot be used is told with its key and the rule."""
+"""Plan files: plans and channels are read back unchanged, and an unusable file is refused with its key and the rule."""
 
 import dataclasses
 import json
@@ -45,7 +45,7 @@ def calibrated() -> Calibration:
     return Calibration(channels, SharePlan(((0, 1, 2), (3, 4, 3), (3, 4, 8))), 87)
 
 
-def test_files_come_back_whole(tmp_path, calibrated):
+def test_files_are_read_back_unchanged(tmp_path, calibrated):
     save_channels(tmp_path / "new" / "channels.json", calibrated.channels, MODEL_OF_IDS)
     save_plan(tmp_path / "plan.json", calibrated.plan, MODEL_OF_IDS, HSHARE)
     for model in (MODEL_OF_IDS, FILES):
@@ -78,7 +78,7 @@ def test_a_file_is_replaced_only_when_asked(tmp_path, calibrated):
     assert load_plan(path, MODEL_OF_IDS, HSHARE) == calibrated.plan
 
 
-def test_a_failed_write_leaves_what_was_there_and_nothing_else(tmp_path, calibrated, monkeypatch):
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, calibrated, monkeypatch):
     def fail(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
@@ -106,7 +106,7 @@ def test_published_channels_of_query_heads_are_merged_by_mean_rank(tmp_path):
     odd = [1, 0, 3, 2, 5, 4, 7, 6]
     rest = {"model.layers.0.self_attn.q_proj": [[0]], "model.layers.0.mlp.down_proj": "anything"}
     path = write(tmp_path / "c.json", {**published_channels([up, down, odd, odd, up, odd]), **rest})
-    # up and down: every channel has the mean rank 3.5; up and odd: each pair of channels ties.
+    # In up and down every channel has the mean rank 3.5. In up and odd the two channels of each pair tie.
     np.testing.assert_array_equal(load_channels(path, MODEL_OF_IDS), np.tile([up, odd, up], (L, 1, 1)))
 
 
@@ -118,7 +118,7 @@ def test_published_channels_of_kv_heads_are_taken_as_they_are(tmp_path):
 
 ALL = [list(range(H))] * K
 MALFORMED_CHANNELS = {
-    # what the file holds, what the message must say beside the file's name
+    # the content of the file, and the message that follows the name of the file
     "not JSON": ("{", "is not JSON"),
     "not text": ("\udcff", "is not JSON"),
     "a list": ([1], "must hold a JSON object; it holds a list"),

@@ -1,4 +1,4 @@
-"""HShare's settings: the counts that the published ratios stand for, and what is refused."""
+"""HShare's settings: the counts that the published ratios stand for, and the values that are refused."""
 
 import dataclasses
 from fractions import Fraction
@@ -20,7 +20,8 @@ def config_of(num_layers, num_heads, num_kv_heads):
     )  # fmt: skip
 
 
-# Rounded half up, and one of each is left: (layers, lists of a layer) that copy, and lists computed at a refresh.
+# `layers` layers copy, `lists` lists of a layer copy, and a refresh computes `computed` lists. Numbers of copies are
+# rounded half up, and at least one layer and one list of a layer do not copy.
 @pytest.mark.parametrize(
     ("ratio", "shape", "lists_per", "dense", "layers", "lists", "computed"),
     [
@@ -30,11 +31,11 @@ def config_of(num_layers, num_heads, num_kv_heads):
         ("1/2-1/2-1/2", (80, 64, 8), "query_head", 0, 40, 32, 40 * 32),  # LLaMA3-70b
         ("7/8-3/4-1/2", (30, 9, 3), "query_head", 0, 4, 2, 26 * 7),  # SmolLM2
         ("7/8-3/4-1/2", (30, 9, 3), "kv_head", 0, 4, 1, 26 * 2),
-        ("7/8-3/4-1/2", (30, 9, 3), "kv_head", 1, 4, 1, 25 * 2),  # 29 layers that are not dense
+        ("7/8-3/4-1/2", (30, 9, 3), "kv_head", 1, 4, 1, 25 * 2),  # 29 sparse layers
         ("1-1-1", (30, 9, 3), "kv_head", 0, 0, 0, 90),
         ("1-1-1", (30, 9, 3), "kv_head", 2, 0, 0, 84),
         ("1/100-1/100-1", (30, 9, 3), "kv_head", 0, 29, 2, 1),
-        ("1/2-1/2-1", (4, 9, 3), "kv_head", 4, 0, 2, 0),  # nothing but dense layers
+        ("1/2-1/2-1", (4, 9, 3), "kv_head", 4, 0, 2, 0),  # all layers are dense
         ("1/2-1/2-1", (4, 9, 3), "kv_head", 9, 0, 2, 0),
     ],
 )
@@ -50,7 +51,7 @@ def test_a_ratio_stands_for_the_published_counts(ratio, shape, lists_per, dense,
 @pytest.mark.parametrize(
     ("ratio", "shape", "lists_per", "dense", "computed"),
     [
-        ("1/3-1-1", (30, 9, 3), "kv_head", 1, 29),  # SmolLM2: of 87 lists
+        ("1/3-1-1", (30, 9, 3), "kv_head", 1, 29),  # SmolLM2 has 87 lists in sparse layers
         ("1/3-1-1", (30, 9, 3), "query_head", 1, 87),
         ("7/8-3/4-1/2", (32, 32, 32), "query_head", 0, 672),  # the same number as the published plan
         ("7/8-3/4-1/2", (30, 9, 3), "kv_head", 1, 57),  # 21/32 of 87 is 57.1
@@ -78,7 +79,7 @@ def test_by_default_rows_below_twice_the_budget_read_everything(min_length, dens
     assert settings.dense_below == dense_below
 
 
-def test_the_published_method_shares_layers_then_heads_and_reads_nothing_dense():
+def test_the_published_method_shares_layers_then_heads_and_is_never_dense():
     method = HShare.published()
     settings, search = method.settings, method.search
     assert (settings.num_sinks, settings.num_critical, settings.num_recent) == (8, 88, 32)
@@ -88,7 +89,7 @@ def test_the_published_method_shares_layers_then_heads_and_reads_nothing_dense()
     assert (method.sharing_ratio, settings.budget_ratio) == ("7/8-3/4-1/2", None)
 
 
-def test_a_method_is_hashable_and_equal_by_value_with_what_was_found_beforehand():
+def test_a_method_with_a_plan_and_channels_is_hashable_and_equal_by_value():
     channels = np.arange(24).reshape(1, 3, 8)
     one, other = (HShare(plan=SharePlan(((0, 1, 2),)), channels=given) for given in (channels, jnp.asarray(channels)))
     assert one == other
@@ -96,7 +97,7 @@ def test_a_method_is_hashable_and_equal_by_value_with_what_was_found_beforehand(
     assert one != HShare(plan=SharePlan(((0, 1, 1),)), channels=channels)
 
 
-def test_settings_are_changed_by_their_names_wherever_they_lie():
+def test_settings_and_the_search_are_changed_by_field_name():
     method = HShare().with_settings({"num_sinks": 3, "num_probes": 5, "plan_kind": "published"})
     assert method == HShare(HShareSettings(num_sinks=3), PlanSearch(num_probes=5, plan_kind="published"))
 
@@ -112,7 +113,7 @@ def test_more_label_channels_than_a_head_has_are_refused():
 
 
 @pytest.mark.parametrize("ratio", ["1/2-1/2", "a-b-c", "1/2-1/2-1/0", "1/2-1/2-1/2-1/2", ""])
-def test_what_is_no_ratio_is_refused(ratio):
+def test_a_malformed_sharing_ratio_is_refused(ratio):
     with pytest.raises(ValueError, match="must be three fractions layer-head-query, such as 7/8-3/4-1/2"):
         HShare().with_sharing_ratio(ratio)
 
@@ -149,7 +150,7 @@ def test_a_query_ratio_is_one_over_a_whole_number(ratio):
         ({"plan_scope": "head"}, "plan_scope='head' must be one of 'sequence', 'batch'"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(changes, message):
+def test_invalid_settings_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         HShare().with_settings(changes)
 

@@ -1,4 +1,4 @@
-"""The share plan: greedy maps, sources and their plans equal the definitions, written from the papers."""
+"""Greedy maps, sources, anchors and share plans equal the definitions, which are written from the papers."""
 
 import dataclasses
 from fractions import Fraction
@@ -30,7 +30,7 @@ CONFIG = ModelConfig(16, 8, 8, L, 6, J, 4, 64, (None,) * L)
 SETTINGS = HShareSettings(dense_layers=0)
 PUBLISHED = PlanSearch(plan_kind="published", layer_ratio=Fraction(1, 2), head_ratio=Fraction(2, 3))
 UNITS = dataclasses.replace(PUBLISHED, plan_kind="units")
-# Few values, and 0 among them: ties and pairs that share nothing. Eighths, whose sums are exact in either precision.
+# Few values give ties, and 0 gives pairs that share nothing. Sums of eighths are exact in float32 and in float64.
 SIMILARITIES = st.sampled_from([0.0, 0.0, 0.25, 0.5, 0.75, 1.0])
 EIGHTHS = st.integers(0, 8).map(lambda eighths: eighths / 8)
 SQUARES = st.integers(1, 5).flatmap(lambda n: hnp.arrays(np.float32, (n, n), elements=SIMILARITIES | EIGHTHS))
@@ -38,19 +38,19 @@ SQUARES = st.integers(1, 5).flatmap(lambda n: hnp.arrays(np.float32, (n, n), ele
 
 @jax.jit
 def all_maps(similarity):
-    """Returns the greedy maps for 0, 1, ... n - 1 shared units, and one more than there are."""
+    """The greedy maps for 0, 1, ... n shared units, although at most n - 1 units can share."""
     return [greedy_map(similarity, num_shared) for num_shared in range(len(similarity) + 1)]
 
 
 @jax.jit
 def all_sources(similarity):
-    """Returns the units' sources where 1, 2, ... n units are computed."""
+    """The source of each unit if 1, 2, ... n units are computed."""
     return [choose_sources(similarity, num_sources) for num_sources in range(1, len(similarity) + 1)]
 
 
 @jax.jit
 def all_anchors(similarity):
-    """Returns the anchors' followers where 1, 2, ... n units are anchors."""
+    """The anchor of each unit if 1, 2, ... n units are anchors."""
     return [choose_anchors(similarity, num_anchors) for num_anchors in range(1, len(similarity) + 1)]
 
 
@@ -73,8 +73,8 @@ def test_the_papers_worked_example():
     assert maps[:3] == [[0, 1, 2, 3], [0, 0, 2, 3], [0, 0, 2, 2]]
 
 
-def test_what_copied_a_unit_follows_it():
-    # 2 copies 1; then 1 copies 0, and 2 with it; 1 is out, so nothing copies it any more.
+def test_a_unit_follows_the_unit_that_it_copies():
+    # Unit 2 copies unit 1. Then unit 1 copies unit 0, and so does unit 2. Unit 3 can no longer copy unit 1.
     similarity = np.zeros((4, 4), np.float32)
     similarity[2, 1], similarity[1, 0], similarity[3, 1] = 0.9, 0.8, 0.7
     assert all_maps(jnp.asarray(similarity))[3].tolist() == [0, 0, 0, 3]
@@ -102,7 +102,7 @@ def test_greedy_maps_equal_algorithm_1(similarity):
 
 
 def test_the_worked_example_of_sources():
-    # 0, then 2: .8 more for itself, .8 for 3
+    # The first source is unit 0. The second is unit 2, because it gains .8 for itself and .8 for unit 3.
     caught = np.eye(4, dtype=np.float32)
     caught[1, 0], caught[2, 0], caught[2, 1], caught[3, 2] = 0.9, 0.2, 0.3, 0.8
     found = [copies.tolist() for copies in all_sources(jnp.asarray(caught))]
@@ -110,7 +110,7 @@ def test_the_worked_example_of_sources():
 
 
 def test_a_unit_that_catches_little_itself_is_worth_no_list():
-    # Unit 1 is served badly by 0, but there is next to nothing to lose; unit 2 loses .4 of its 1.
+    # Unit 0 serves unit 1 badly, but as a source unit 1 would gain only .05. Unit 2 gains .4, so it is a source.
     caught = np.array([[1, 0, 0], [0.05, 0.1, 0], [0.6, 0.2, 1]], np.float32)
     assert all_sources(jnp.asarray(caught))[1].tolist() == [0, 0, 2]
 
@@ -128,7 +128,7 @@ def test_sources_equal_the_greedy_definition(similarity):
 @pytest.mark.parametrize(("n", "num_sources"), [(12, 1), (12, 5), (30, 7)])
 def test_sources_of_many_units_equal_the_greedy_definition(n, num_sources):
     rng = np.random.default_rng(n + num_sources)
-    # Sixty-fourths: their sums are exact, so that neither precision breaks a tie the other has.
+    # Sums of sixty-fourths are exact, so float32 and float64 have the same ties.
     similarity = (rng.integers(0, 65, (8, n, n)) / 64).astype(np.float32)
     found = jax.jit(jax.vmap(lambda matrix: choose_sources(matrix, num_sources)))(jnp.asarray(similarity))
     assert found.tolist() == [oracle.facility_location(matrix, num_sources) for matrix in similarity]
@@ -145,13 +145,13 @@ def as_pairs(source):
 
 
 def check_plan(source):
-    """Fails unless every list is read from one that is its own source, at or below it."""
+    """Fails unless the source of every list is a computed list, at or below the list."""
     flat = np.asarray(source).reshape(len(source), L * J)
     np.testing.assert_array_equal(np.take_along_axis(flat, flat, axis=1), flat)
     assert (flat <= np.arange(L * J)[None, :]).all()
 
 
-PUBLISHED_CASES = [  # how the plan is found, and how many layers are dense
+PUBLISHED_CASES = [  # the search, and the number of dense layers
     (PUBLISHED, 0),
     (dataclasses.replace(PUBLISHED, layer_ratio=Fraction(1, 100), head_ratio=Fraction(1, 100)), 0),
     (PUBLISHED, 2),
@@ -167,7 +167,7 @@ PUBLISHED_CASES = [  # how the plan is found, and how many layers are dense
 )
 def test_published_plans_equal_the_layer_map_over_the_list_maps(search, dense, layers, lists):
     settings = HShareSettings(dense_layers=dense)
-    layers[:, :dense] = layers[:, :, :dense] = lists[:, :dense] = 0  # as measured: dense layers have no lists
+    layers[:, :dense] = layers[:, :, :dense] = lists[:, :dense] = 0  # dense layers have no lists
     source = find((jnp.asarray(layers), jnp.asarray(lists)), config=CONFIG, settings=settings, search=search)
     check_plan(source)
     for b in range(2):
@@ -180,7 +180,7 @@ def test_published_plans_equal_the_layer_map_over_the_list_maps(search, dense, l
 UNITS_CASES = [
     (UNITS, 0),
     (dataclasses.replace(UNITS, layer_ratio=Fraction(3, 4)), 1),
-    (dataclasses.replace(UNITS, layer_ratio=Fraction(1, 100)), 3),  # one is left
+    (dataclasses.replace(UNITS, layer_ratio=Fraction(1, 100)), 3),  # one list is computed
     (dataclasses.replace(UNITS, layer_ratio=Fraction(1), head_ratio=Fraction(1)), 0),
     (UNITS, L),
 ]
@@ -190,7 +190,7 @@ UNITS_CASES = [
 @hypothesis.given(caught=hnp.arrays(np.float32, (2, L * J, L * J), elements=EIGHTHS))
 def test_unit_plans_equal_the_definition(search, dense, caught):
     settings = HShareSettings(dense_layers=dense)
-    caught[:, : dense * J] = caught[:, :, : dense * J] = 0  # as measured: dense layers have no lists
+    caught[:, : dense * J] = caught[:, :, : dense * J] = 0  # dense layers have no lists
     caught[1] = 0  # a row without probes
     source = np.asarray(find(jnp.asarray(caught), config=CONFIG, settings=settings, search=search))
     check_plan(source)
@@ -210,7 +210,7 @@ def test_a_batch_has_the_plan_of_the_mean_over_its_rows_with_probes(search):
     shapes = [(3, L, L), (3, L, J, J)] if search.plan_kind == "published" else [(3, L * J, L * J)]
     parts = [(rng.integers(0, 9, shape) / 8).astype(np.float32) for shape in shapes]
     for part in parts:
-        part[1] = 0  # a row without probes has no say
+        part[1] = 0  # a row without probes does not count
     means = [part[[0, 2]].mean(axis=0) for part in parts]
     given = tuple(map(jnp.asarray, parts)) if search.plan_kind == "published" else jnp.asarray(parts[0])
     source = find(given, config=CONFIG, settings=SETTINGS, search=batch)
@@ -265,7 +265,7 @@ def test_a_constant_plan_is_hashable_and_knows_which_lists_are_computed():
         (((0, 0), (1, 3)), r"source\[1\]\[0\]=1 must be a list that is computed, but that one copies 0"),
     ],
 )
-def test_a_constant_plan_that_cannot_be_is_refused(source, message):
+def test_an_invalid_constant_plan_is_refused(source, message):
     with pytest.raises(ValueError, match=message):
         SharePlan(source)
 

@@ -1,4 +1,4 @@
-"""Similarity: where the probes stand, and what is measured at them: overlaps, and the attention that lists catch."""
+"""Similarity: the positions of the probes, the overlaps of lists, and the attention that lists catch."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ from hshare_jax.methods.hshare.settings import HShareSettings
 from hshare_jax.methods.hshare.similarity import LabelledPrompt, measure_mass, measure_overlap, probe_positions
 from hshare_jax.models.config import ModelConfig
 
-EXACT = 1e-6  # the counts are whole numbers; only their division rounds
+EXACT = 1e-6  # counts are whole numbers, so only the division rounds
 MASS = 1e-5  # absolute, on sums of float32 weights of a group's two heads
 SETTINGS = HShareSettings(num_sinks=2, num_critical=4, num_recent=3)
 NUM_PROBES = 5
@@ -39,14 +39,14 @@ def probes(start, length, num_probes=5):
 @pytest.mark.parametrize(
     ("start", "length", "expected"),
     [
-        (0, 12, []),  # the budget is 9 tokens, and 4 more: the thirteenth is the first that has 8 candidates
+        (0, 12, []),  # the thirteenth token is the first with 8 candidates, twice a list of 4
         (0, 13, [12]),
         (0, 14, [12, 13]),
-        (0, 16, [12, 13, 14, 15]),  # fewer positions than probes: each once
+        (0, 16, [12, 13, 14, 15]),  # fewer positions than probes, so each is a probe once
         (0, 17, [12, 13, 14, 15, 16]),
-        (0, 21, [12, 14, 16, 18, 20]),  # first and last, and evenly between
+        (0, 21, [12, 14, 16, 18, 20]),  # the first, the last, and evenly between
         (0, 22, [12, 14, 16, 18, 21]),
-        (14, 15, [14]),  # a second turn: its own tokens only
+        (14, 15, [14]),  # a second turn has probes among the new tokens only
         (14, 18, [14, 15, 16, 17]),
         (4, 12, []),
         (4, 14, [12, 13]),
@@ -63,7 +63,7 @@ def test_a_single_probe_stands_first():
 def test_with_a_probe_for_every_token_each_position_is_one():
     assert probes(0, 40, 40) == list(range(12, 40))
     assert probes(20, 40, 40) == list(range(20, 40))
-    assert probes(0, 60_000, 60_000) == list(range(12, 60_000))  # whose squares outgrow 32 bits
+    assert probes(0, 60_000, 60_000) == list(range(12, 60_000))  # their squares outgrow 32 bits
 
 
 def test_no_probes_are_asked_for_where_the_plan_is_known():
@@ -78,7 +78,8 @@ def test_probe_positions_equal_the_definition_in_rows_of_every_length(start, new
     assert len(set(expected)) == len(expected)
 
 
-# rows: no probe, one, fewer than asked, all; layer 1 has a window that leaves some probes fewer candidates than 4
+# The rows have no probe, one probe, fewer probes than asked, and all. In the window of layer 1 some probes have fewer
+# than 4 candidates.
 LENGTHS, N, K, H, R, S, WINDOWS = np.array([12, 13, 15, 24]), 6, 3, 8, 3, 24, (None, 6, None)
 B, L = len(LENGTHS), len(WINDOWS)
 CONFIG = ModelConfig(16, 8, 8, L, N, K, H, S, WINDOWS)
@@ -163,14 +164,14 @@ def test_similarities_equal_the_definition(measure, settings):
         flat = [[tokens for of_layer in probe for tokens in of_layer] for probe in lists]
         caught = oracle.caught_masses(flat, masses) if at else np.zeros((L * J, L * J))
         np.testing.assert_allclose(found[b], caught, atol=MASS, rtol=0)
-        assert (np.asarray(found[b])[: dense * J] == 0).all()  # a dense layer's lists serve none, and none serves them
+        assert (np.asarray(found[b])[: dense * J] == 0).all()  # a dense layer's lists neither copy nor serve
         assert (np.asarray(found[b])[:, : dense * J] == 0).all()
 
 
 @pytest.mark.parametrize("num_heads", [3, 7])
-def test_equal_overlaps_are_equal_numbers(num_heads):
-    # The greedy rule breaks ties by order. Overlaps that are equal must therefore be equal to the last bit, whichever
-    # probes they come from: counts add up as whole numbers and are divided last.
+def test_equal_overlaps_are_equal_to_the_last_bit(num_heads):
+    # The greedy rule breaks ties by order, so equal overlaps must be equal to the last bit, whichever probes they come
+    # from. Counts are therefore added up as whole numbers and divided last.
     rng = np.random.default_rng(2)
     P, H, S = 32, 4, 64
     settings = dataclasses.replace(PUBLISHED, num_sinks=0, num_critical=5, num_recent=1, label_bits=None)
@@ -189,9 +190,9 @@ def test_equal_overlaps_are_equal_numbers(num_heads):
     assert len({overlap(rng.permutation(P)) for _ in range(8)}) == 1
 
 
-def test_what_a_list_catches_of_another_is_its_share_of_all_attention():
-    # One head a layer, 1 sink, 1 recent token, lists of 2 among slots 1 to 4; attention to slots 0 to 5:
-    # layer 0 .3 .2 .1 .15 .1 .15 lists 1 and 3; layer 1 .1 .3 .25 .1 .05 .2 lists 1 and 2.
+def test_a_list_catches_the_attention_of_other_heads_to_its_tokens():
+    # Each layer has one head, 1 sink, 1 recent token and a list of 2 among slots 1 to 4. The attention to slots 0 to 5:
+    # layer 0 .3 .2 .1 .15 .1 .15, so its list is 1 and 3; layer 1 .1 .3 .25 .1 .05 .2, so its list is 1 and 2.
     weights = np.array([[0.3, 0.2, 0.1, 0.15, 0.1, 0.15], [0.1, 0.3, 0.25, 0.1, 0.05, 0.2]])
     config = ModelConfig(16, 8, 8, 2, 1, 1, 2, 256, (None,) * 2)
     settings = HShareSettings(num_sinks=1, num_critical=2, num_recent=1, dense_layers=0, scoring="exact")
