@@ -3,8 +3,8 @@
 #
 #   bash scripts/check_h200_compile.sh [PYTHON]     PYTHON has hshare-jax installed; default .venv-test/bin/python
 #
-# XLA's CUDA compiler comes in two wheels of jax's own version. They go into an environment of their own, .venv-h200, that
-# sees PYTHON's packages: beside them jax would look for a GPU on every start.
+# XLA's CUDA compiler comes in two wheels of the same version as jax. They go into a separate environment, .venv-h200,
+# which sees PYTHON's packages, because in PYTHON's environment they would make jax look for a GPU on every start.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

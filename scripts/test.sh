@@ -1,16 +1,47 @@
 #!/usr/bin/env bash
-# Runs every check of this repository: format, lint, types, compilation for a GPU, tests. Extra arguments go to pytest:
+# Runs every check of this repository: format, lint, types, compilation for a GPU, tests.
 #
-#   bash scripts/test.sh                       everything
+#   bash scripts/test.sh                               everything, in about a quarter of an hour on two cores
+#   bash scripts/test.sh --quick                       format, lint, types, and the tests that matter most: four minutes
 #   bash scripts/test.sh tests/kernels/test_labels.py  the static checks, then one file of tests
 #
-# Uses the active virtual environment, or makes .venv-test with $PYTHON (default python3, 3.11 or newer). Installs only
-# when pyproject.toml or the checkout's place has changed since the last time.
+# Further arguments go to pytest.
 #
-# On Linux, PyPI's torch draws several gigabytes of CUDA packages that no test uses. Where pip is told of a CPU build of
-# the same version (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL or pip's configuration), it takes that: 2.13.0+cpu sorts higher.
+# The script uses the active virtual environment, or makes .venv-test with $PYTHON (default python3, 3.11 or newer). It
+# installs only when pyproject.toml or the checkout's place has changed since the last time.
+#
+# On Linux, PyPI's torch brings several gigabytes of CUDA packages that no test uses. If pip knows a CPU build of the
+# same version (from PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL or its configuration), it takes that, because 2.13.0+cpu sorts
+# higher.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+# The tests of --quick: the order of imports; kernels and selection against their definitions; whole decodes, prefill,
+# plans and generation against oracles; and the README's first lines.
+quick_tests=(
+  tests/test_architecture.py
+  tests/test_words.py
+  tests/kernels/test_top_k.py
+  tests/kernels/test_reference_attention.py
+  tests/kernels/test_pallas.py::test_sparse_decode_equals_the_oracle
+  tests/kernels/test_pallas.py::test_selection_by_labels_equals_the_definition_in_every_layout
+  tests/methods/hshare/test_share_plan.py
+  tests/methods/hshare/test_settings.py
+  tests/test_decode_step.py::test_a_whole_shared_decode_equals_the_oracle
+  tests/test_decode_step.py::test_a_budget_that_covers_the_row_equals_dense
+  tests/test_prefill.py
+  tests/test_generate.py
+  tests/models/test_logits.py
+  tests/cli/test_main.py
+  tests/test_readme.py::test_the_first_lines_of_the_readme_answer
+)
+
+quick=false
+if [[ ${1:-} == --quick ]]; then
+  quick=true
+  shift
+  set -- "${quick_tests[@]}" "$@"
+fi
 
 section() { printf '\n== %s (%s s)\n' "$1" "$SECONDS"; }
 
@@ -22,8 +53,8 @@ if [[ ! -x $venv/bin/python ]]; then
 fi
 python=$venv/bin/python
 
-# The place counts too: an editable install made from another checkout would test that checkout's sources. And the
-# environment is asked where it takes the package from: another install may have replaced the editable one since.
+# The checkout's place counts because an editable install from another checkout would test that checkout's sources. The
+# environment is asked where it finds the package, because another install may have replaced the editable one.
 stamp=$venv/hshare-jax-test-extra
 wanted=$(cat pyproject.toml && pwd -P)
 found=$(cd / && "$python" -c 'from importlib import util; print(getattr(util.find_spec("hshare_jax"), "origin", None))')
@@ -37,6 +68,20 @@ section "ruff format"
 "$python" -m ruff format --check .
 section "ruff check"
 "$python" -m ruff check .
+# A file of tests stays on one worker, so that its compiled functions and fixtures are made once. Files run in the order
+# of their names, because ordered by their number of tests the longest file, which has one test, would come last. Pass
+# -n 0 to debug.
+pytest=("$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@")
+if $quick; then
+  section "pyright, and beside it pytest"
+  "$python" -m pyright --pythonpath "$python" &
+  pyright=$!
+  "${pytest[@]}" && passed=true || passed=false
+  wait "$pyright"
+  section "done"
+  $passed
+  exit
+fi
 section "pyright, and beside it programs compiled for an H200"
 "$python" -m pyright --pythonpath "$python" &
 pyright=$!
@@ -45,6 +90,4 @@ if [[ $(uname -s) == Linux ]]; then  # the CUDA compiler's wheels are for Linux 
 fi
 wait "$pyright"
 section "pytest"
-# A file of tests stays on one worker, so that its compiled functions and fixtures are made once; in the order of names,
-# for by number of tests the longest file, with one test, would come last. Pass -n 0 to debug.
-exec "$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
+exec "${pytest[@]}"

@@ -2,7 +2,7 @@
 
 One program holds many calls, and each call reads other data. All data together are several times as large as the
 second-level cache, so every call meets cold data, as within a model. Programs follow one another without waiting, so a
-launch costs what it does in a captured graph. No overhead is subtracted.
+launch costs as little as in a captured graph. No overhead is subtracted.
 """
 
 import dataclasses

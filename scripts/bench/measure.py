@@ -22,6 +22,7 @@ from pathlib import Path
 
 from scripts.bench.results import LOG, SUMMARY, Lines, read_rows, summarise
 
+ALL_UNITS = "list of units"  # the unit in which a worker lists a step's units
 TICK = 0.1  # seconds between two looks at the worker
 BROKEN_DEVICE = 3  # exit code of a worker after whose last unit the device computes nothing any more
 GRACE = 10  # seconds by which a running unit may outlast its step
@@ -51,7 +52,7 @@ GPT_FAST_SECONDS = 90  # taken from the other steps where GPT_FAST names a check
 
 @dataclasses.dataclass(frozen=True)
 class Worker:
-    """A measuring process and the file in which it says what it is doing."""
+    """A measuring process, and the file in which it reports its progress."""
 
     process: subprocess.Popen
     state: Path
@@ -137,10 +138,13 @@ class Run:
 
     def _watch(self, worker: Worker) -> str | None:
         """Waits for a worker's end; returns why it is to be ended before that, if it is."""
-        limits, seen = {step.name: step.unit_seconds for step in STEPS}, -1
+        limits, seen = {step.name: step.unit_seconds for step in STEPS}, len(read_state(self._state))
         while worker.process.poll() is None:
             time.sleep(TICK)
             begun, now = read_state(self._state), time.time()
+            for unit in begun[seen:]:
+                if unit["unit"] != ALL_UNITS:
+                    print(f"{now - self._began:5.0f} s  {unit['step']}: {unit['unit']}", file=sys.stderr, flush=True)
             if len(begun) != seen:
                 seen = len(begun)
                 self.summarise()

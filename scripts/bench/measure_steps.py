@@ -29,7 +29,7 @@ from hshare_jax.methods.hshare.method import HShare  # noqa: E402
 from hshare_jax.models.config import ModelConfig  # noqa: E402
 from scripts.bench import attention, conformance, generate, prefill, selection, tune_kernels  # noqa: E402
 from scripts.bench import gpu_timing as timing  # noqa: E402
-from scripts.bench.measure import BROKEN_DEVICE, STEPS, read_state  # noqa: E402
+from scripts.bench.measure import ALL_UNITS, BROKEN_DEVICE, STEPS, read_state  # noqa: E402
 from scripts.bench.results import FAILED, Lines, Row, read_rows  # noqa: E402
 
 Unit = tuple[str, Callable[[], Iterable[Row]]]  # its name, and what measures it
@@ -38,7 +38,6 @@ CELLS = (
     "llama2-b16-4k", "llama3-b16-4k", "llama2-b1-32k", "llama3-b1-32k", "llama2-b16-32k", "llama3-b16-32k",
     "llama2-b1-128k", "llama3-b1-128k", "llama2-b64-4k", "llama3-b64-4k", "llama2-b16-1k", "llama3-b16-1k",
 )  # fmt: skip
-ALL_UNITS = "list of units"
 FIRST = 3  # so many cells are measured and tuned before all others
 SELECTIONS: tuple[selection.Size, ...] = (
     ((16, 32), 4096, 432), ((16, 8), 4096, 432), ((16, 8), 32_768, 432), ((16, 32), 8192, 128),
@@ -58,11 +57,15 @@ class Measurements:
     def __init__(self, lines: Lines, out: Path, *, toy: bool) -> None:
         self._lines, self._out, self._toy = lines, out, toy
         self._effort, self._impl = (timing.TOY, "interpret") if toy else (EFFORT, "pallas")
-        self._params = functools.lru_cache(maxsize=1)(generate.random_params)
+        self._make_params = functools.lru_cache(maxsize=1)(generate.random_params)
         self.steps: dict[str, Callable[[], Iterator[Unit]]] = {
             "versions": self._versions, "conformance": self._conformance, "attention": self._attention,
             "decode": self._decode, "beside": self._beside, "prefill": self._prefill, "generate": self._generate,
         }  # fmt: skip
+
+    def _params(self, config: ModelConfig) -> dict:
+        """Random weights, kept until another model's are asked for; they do not depend on the number of positions."""
+        return self._make_params(dataclasses.replace(config, max_positions=1))
 
     # --- the machine
 
@@ -260,7 +263,7 @@ class Measurements:
             yield f"model {_k(count)} {side}", functools.partial(self._prefill_model, config, count, method)
 
     def _prefill_attention(self, config: ModelConfig, tokens: int) -> Iterator[Row]:
-        effort = self._effort if self._toy or tokens <= 8192 else LONG
+        effort = self._effort if self._toy or tokens <= prefill.LONG_PROMPT else LONG
         for row in prefill.measure_attention(config, tokens, effort):
             yield row | _rate(row)
 

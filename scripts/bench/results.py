@@ -81,11 +81,11 @@ def _table_row(row: Row) -> str:
     return f"| {' | '.join(str(cell).replace('|', '/') for cell in shown)} |"
 
 
-# --- what is asked of a GPU
+# --- the targets
 
 
 def _target_table(rows: list[Row]) -> list[str]:
-    out = ["\n## What is asked of a GPU\n", "| target | measured | reached |", "|---|---|---|"]
+    out = ["\n## Targets\n", "| target | measured | reached |", "|---|---|---|"]
     for name, least, measure in TARGETS:
         found = measure(rows)
         shown = "not measured | " if found is None else f"{found:.2f} | {'yes' if found >= least else 'no'}"

@@ -153,7 +153,7 @@ def tune(kernel: str, cell: Cell, *, full: bool, toy: bool) -> dict:
 
 
 def row(kernel: str, cell: Cell, now: Tiles, best: Tiles, times: Times) -> dict:
-    """What was found for a kernel in a cell: the current layout, the best one, and the seconds of all."""
+    """The findings for a kernel in a cell: the current layout, the best layout, and the seconds of all layouts."""
     failed = sum(seconds is None for seconds in times.values())
     return {
         "kernel": kernel, "heads": f"{cell.N}/{cell.K} of {cell.H}", "rows": cell.B, "slots": cell.S,

@@ -1,4 +1,4 @@
-"""What the studies measure: methods by name, each at several budgets; and the texts, windows and passkeys."""
+"""The subjects of the studies: methods by name, each at several budgets, and the texts, windows and passkeys."""
 
 import argparse
 import dataclasses

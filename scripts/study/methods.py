@@ -227,7 +227,7 @@ def _run(model: str, stage: Stage, lines: Connection) -> None:
 
 
 def plan_stages(options: argparse.Namespace, texts: dict[str, str], keep: Records) -> list[list[Stage]]:
-    """What is left to measure, in two rounds: the stages that may run side by side, then the speeds alone.
+    """The stages that are left to measure, in two rounds: those that may run side by side, then the speeds alone.
 
     The model is loaded here only to check the arguments, so that a mistake is told before anything is measured.
     """

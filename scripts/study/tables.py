@@ -28,7 +28,7 @@ def report(lines: list[dict[str, Any]], header: str) -> str:
     out += [
         "\n### Where a cheaper or simpler method does better\n",
         "Mean and median of KL, top-1 agreement, and passkeys, beside methods that score no token by itself. "
-        "Times have a table of their own.\n",
+        "Times stand in another table.\n",
         *(_surprises(lines) or ["None."]),
     ]
     return "\n".join(out) + "\n"
