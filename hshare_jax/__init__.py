@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from hshare_jax.lazy import make_lazy
 
-# Only configurations and tokenisers of transformers are used, so its advice to install torch would mislead.
+# Only configurations and tokenizers of transformers are used, so its advice to install torch would mislead.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from hshare_jax.decode_step import decode_step
     from hshare_jax.errors import CheckpointError, SettingError
     from hshare_jax.evaluation.teacher_forcing import StepScores, forced_logits, score_steps, token_agreement
-    from hshare_jax.generate import Generation, ReadStatistics, StreamedText, Timing, generate, stream
+    from hshare_jax.generate import Generation, StreamedText, Timing, Usage, generate, stream
     from hshare_jax.kv_cache import KVCache
     from hshare_jax.methods.base import Method, MethodState
     from hshare_jax.methods.hshare.method import HShare
@@ -36,7 +36,7 @@ _HOMES = {
     "decode_step": ("decode_step",),
     "errors": ("CheckpointError", "SettingError"),
     "evaluation.teacher_forcing": ("StepScores", "forced_logits", "score_steps", "token_agreement"),
-    "generate": ("Generation", "ReadStatistics", "StreamedText", "Timing", "generate", "stream"),
+    "generate": ("Generation", "Usage", "StreamedText", "Timing", "generate", "stream"),
     "kv_cache": ("KVCache",),
     "methods.base": ("Method", "MethodState"),
     "methods.hshare.method": ("HShare",),
@@ -63,7 +63,6 @@ __all__ = [
     "Model",
     "ModelConfig",
     "PlanSearch",
-    "ReadStatistics",
     "RopeConfig",
     "SamplingParams",
     "SettingError",
@@ -72,6 +71,7 @@ __all__ = [
     "StepScores",
     "StreamedText",
     "Timing",
+    "Usage",
     "calibrate",
     "decode_step",
     "forced_logits",

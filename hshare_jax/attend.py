@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 
 from hshare_jax.decode_state import DecodeState
 from hshare_jax.kernels.api import dense_decode, prefill_attention, prefill_attention_received
-from hshare_jax.kv_cache import KVCache, append
+from hshare_jax.kv_cache import KVCache, append, replace_layer
 from hshare_jax.methods.base import PromptQueries, Step
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.decoder import Attend
@@ -39,7 +39,7 @@ def prefill_attend(
             kept = _keep_queries(kept, layer, index, q, is_token, kept.positions - starts[:, None])
         if kept is not None and kept.received is not None:
             out, new = prefill_attention_received(q, keys, values, seen, is_token & sees_any, window=window)
-            received = _replace_layer(kept.received, layer, kept.received[layer] + new)
+            received = replace_layer(kept.received, layer, kept.received[layer] + new)
             kept = dataclasses.replace(kept, received=received)
         else:
             out = prefill_attention(q, keys, values, seen, window=window)
@@ -63,8 +63,8 @@ def _keep_queries(
     picked = jnp.take_along_axis(q, jnp.maximum(offsets, 0)[:, :, None, None], axis=1, mode="clip")
     probes = jnp.where(is_here[:, :, None, None], picked, kept.probes[layer])
     size = jnp.where(is_token[:, :, None, None], jnp.abs(q.astype(jnp.float32)), 0).sum(axis=1)
-    sizes = _replace_layer(kept.sizes, index, kept.sizes[index] + size)
-    return dataclasses.replace(kept, probes=_replace_layer(kept.probes, layer, probes), sizes=sizes)
+    sizes = replace_layer(kept.sizes, index, kept.sizes[index] + size)
+    return dataclasses.replace(kept, probes=replace_layer(kept.probes, layer, probes), sizes=sizes)
 
 
 def decode_attend(step: Step) -> Attend[DecodeState]:
@@ -89,9 +89,5 @@ def _append_layer(cache: KVCache, index: int, k: Array | None, v: Array | None, 
         return cache
     keys, values = append(cache.keys[index], k, slots), append(cache.values[index], v, slots)
     return dataclasses.replace(
-        cache, keys=_replace_layer(cache.keys, index, keys), values=_replace_layer(cache.values, index, values)
+        cache, keys=replace_layer(cache.keys, index, keys), values=replace_layer(cache.values, index, values)
     )
-
-
-def _replace_layer(arrays: tuple, layer: int, new: object) -> tuple:
-    return (*arrays[:layer], new, *arrays[layer + 1 :])

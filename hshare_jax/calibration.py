@@ -59,8 +59,8 @@ def calibrate(
         model: from `load_model`.
         texts: texts or token ids. A block never spans two texts.
         method: the settings and the search that the plan is for.
-        block_length: tokens that are prefilled together. None takes 2,048, or as many as the budget asks for, or all
-            positions of a model with fewer.
+        block_length: tokens that are prefilled together. None takes 2,048, or more if a plan needs more
+            (`first_probe` + 1), but no more than the model\'s positions.
         max_blocks: read only so many blocks from the beginning; None reads all.
 
     Raises:
@@ -69,7 +69,7 @@ def calibrate(
             computed.
     """
     blocks = cut_blocks(model, texts, method=method, block_length=block_length, max_blocks=max_blocks)
-    num_tokens = sum(map(len, blocks))
+    num_tokens, method = sum(map(len, blocks)), dataclasses.replace(method, plan=None, channels=None)
     with tqdm(total=2 * num_tokens, desc="calibrate", unit="token", leave=False, disable=None) as bar:
         channels = _rank_channels(model, blocks, method, bar)
         plan = _find_plan(model, blocks, method, channels, bar)
@@ -112,7 +112,7 @@ def _rank_channels(model: "Model", blocks: list[list[int]], method: HShare, bar:
 
 def _find_plan(model: "Model", blocks: list[list[int]], method: HShare, channels: np.ndarray, bar: tqdm) -> SharePlan:
     has_channels = method.settings.scoring == "labels"  # nothing else reads them
-    method = dataclasses.replace(method, plan=None, channels=channels if has_channels else None)
+    method = dataclasses.replace(method, channels=channels if has_channels else None)
     settings, search, config = method.settings, method.search, model.config
     total, num_probes, capacity = [], 0, max(map(len, blocks))
     for block in blocks:
@@ -120,9 +120,7 @@ def _find_plan(model: "Model", blocks: list[list[int]], method: HShare, channels
             bar.update(len(block))
             continue
         queries, cache, lists = _read_block(model, block, capacity, method, bar)
-        _, similarity = measure_prompt(
-            lists, queries, cache, config=config, similarity=search.similarity, has_channels=has_channels
-        )
+        _, similarity = measure_prompt(lists, queries, cache, config=config, similarity=search.similarity)
         count = int((queries.positions >= 0).sum())
         arrays = [count * np.asarray(array, np.float64) for array in jax.tree.leaves(similarity)]
         total = [old + new for old, new in zip(total, arrays, strict=True)] if total else arrays

@@ -17,7 +17,7 @@ NO_TOKEN = -1  # fills the output of a row beyond its last token
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Progress:
+class LoopState:
     """What the decode loop carries from step to step."""
 
     state: DecodeState
@@ -30,61 +30,77 @@ class Progress:
     reads: Array  # [B] float32, tokens read, added up over steps; a step adds its mean over layers and heads
 
 
-@functools.partial(jax.jit, static_argnames=("sampling",), donate_argnames=("progress",))
+@functools.partial(jax.jit, static_argnames=("sampling",), donate_argnames=("loop",))
 def take_token(
-    logits: Array, progress: Progress, ends: Array, max_new_tokens: Array, *, sampling: SamplingParams
-) -> Progress:
-    """Samples the next token of each active row into the output. A row ends at an end token or at its last place."""
+    logits: Array, loop: LoopState, end_tokens: Array, max_new_tokens: Array, *, sampling: SamplingParams
+) -> LoopState:
+    """Samples the next token of each active row into the output. A row ends at an end token or at its last place.
+
+    Args:
+        logits: float32 [B, V].
+        loop: donated.
+        end_tokens: token ids at which a row ends; NO_TOKEN where there are none.
+        max_new_tokens: int32 scalar, at most the width of `output`.
+        sampling: how tokens are drawn.
+    """
     rows = jnp.arange(logits.shape[0])
-    keys = jax.vmap(jax.random.fold_in)(progress.keys, progress.count)
-    token = jnp.where(progress.is_active, sample(logits, keys, sampling, seen=progress.seen), progress.token)
-    place = jnp.where(progress.is_active, progress.count, progress.output.shape[1])
-    count = progress.count + progress.is_active
-    is_end = (token[:, None] == ends[None, :]).any(axis=1)
+    keys = jax.vmap(jax.random.fold_in)(loop.keys, loop.count)
+    token = jnp.where(loop.is_active, sample(logits, keys, sampling, seen=loop.seen), loop.token)
+    place = jnp.where(loop.is_active, loop.count, loop.output.shape[1])
+    count = loop.count + loop.is_active
+    is_end = (token[:, None] == end_tokens[None, :]).any(axis=1)
     return dataclasses.replace(
-        progress,
+        loop,
         token=token,
-        output=progress.output.at[rows, place].set(token, mode="drop"),
+        output=loop.output.at[rows, place].set(token, mode="drop"),
         count=count,
-        is_active=progress.is_active & ~is_end & (count < max_new_tokens),
-        seen=None if progress.seen is None else progress.seen.at[rows, token].set(True),
+        is_active=loop.is_active & ~is_end & (count < max_new_tokens),
+        seen=None if loop.seen is None else loop.seen.at[rows, token].set(True),
     )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sampling", "impl"), donate_argnames=("progress",))
+@functools.partial(jax.jit, static_argnames=("config", "sampling", "impl"), donate_argnames=("loop",))
 def decode_tokens(
     params: dict,
-    progress: Progress,
+    loop: LoopState,
     num_blocks: Array,
-    ends: Array,
+    end_tokens: Array,
     max_new_tokens: Array,
     *,
     config: ModelConfig,
     sampling: SamplingParams,
     impl: str,
-) -> Progress:
+) -> LoopState:
     """Runs the decode loop for `num_blocks` blocks, or until every row has ended.
 
     A block is one step that chooses critical tokens and the steps that reuse them, so that the schedule is static.
-    """
-    interval = refresh_interval(progress.state)
 
-    def is_running(carry: tuple[Array, Progress]) -> Array:
+    Args:
+        params: the decoder's parameters.
+        loop: from `take_token` or a previous call; donated.
+        num_blocks: int32 scalar; a new value compiles nothing.
+        end_tokens, max_new_tokens, sampling: as for `take_token`.
+        config: the model.
+        impl: as for `decode_step`.
+    """
+    interval = refresh_interval(loop.state)
+
+    def is_running(carry: tuple[Array, LoopState]) -> Array:
         return (carry[0] < num_blocks) & carry[1].is_active.any()
 
-    def run_block(carry: tuple[Array, Progress]) -> tuple[Array, Progress]:
-        block, progress = carry
+    def run_block(carry: tuple[Array, LoopState]) -> tuple[Array, LoopState]:
+        block, loop = carry
         for step in range(interval):
             logits, state = decode_step(
-                params, progress.token, progress.state,
-                config=config, refresh=step == 0, is_active=progress.is_active, impl=impl,
+                params, loop.token, loop.state,
+                config=config, refresh=step == 0, is_active=loop.is_active, impl=impl,
             )  # fmt: skip
-            reads = jnp.where(progress.is_active, count_reads(state, config), 0)
-            progress = dataclasses.replace(progress, state=state, reads=progress.reads + reads)
-            progress = take_token(logits, progress, ends, max_new_tokens, sampling=sampling)
-        return block + 1, progress
+            reads = jnp.where(loop.is_active, count_reads(state, config), 0)
+            loop = dataclasses.replace(loop, state=state, reads=loop.reads + reads)
+            loop = take_token(logits, loop, end_tokens, max_new_tokens, sampling=sampling)
+        return block + 1, loop
 
-    return lax.while_loop(is_running, run_block, (jnp.int32(0), progress))[1]
+    return lax.while_loop(is_running, run_block, (jnp.int32(0), loop))[1]
 
 
 def refresh_interval(state: DecodeState) -> int:

@@ -16,7 +16,7 @@ from hshare_jax.models.config import ModelConfig
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
-    """Everything that a decode step reads and writes, beside the parameters."""
+    """Everything that a decode step reads and writes, except the parameters."""
 
     cache: KVCache
     method_state: MethodState | None  # None decodes dense

@@ -35,9 +35,10 @@ class SettingError(ValueError):
 
     def told(self, say: Callable[[str, object], str]) -> str:
         """The message, in which `say(name, value)` spells each setting."""
-        others = {name: say(name, value) for name, value in self.others.items()}
-        parts = [self.rule, self.way_out] if self.way_out else [self.rule]
-        return f"{say(self.name, self.value)} {': '.join(part.format_map(others) for part in parts)}"
+        text = f"{self.rule}: {self.way_out}" if self.way_out else self.rule
+        for name, value in self.others.items():  # not by `format`, because rules may quote users' braces
+            text = text.replace(f"{{{name}}}", say(name, value))
+        return f"{say(self.name, self.value)} {text}"
 
     def __str__(self) -> str:
         return self.told(lambda name, value: f"{name}={value if isinstance(value, Fraction) else repr(value)}")

@@ -12,7 +12,7 @@ from jax import Array
 from tqdm import tqdm
 
 from hshare_jax.compile_clock import compile_clock
-from hshare_jax.decode_loop import NO_TOKEN, Progress, decode_tokens, refresh_interval, take_token
+from hshare_jax.decode_loop import NO_TOKEN, LoopState, decode_tokens, refresh_interval, take_token
 from hshare_jax.decode_state import DecodeState, init_state
 from hshare_jax.errors import SettingError, check_whole
 from hshare_jax.kernels.api import check_impl
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
     from hshare_jax.models.pretrained import Model
 
-STREAM_STEPS = 4  # decode steps between two looks at the tokens from the host, to show text or find stop strings
-REPORT_STEPS = 64  # the same where the host only draws a progress bar
+STREAM_STEPS = 4  # the host looks at the tokens after so many steps, to show text or find stop strings
+REPORT_STEPS = 64  # the same, where the host only draws a progress bar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Timing:
 
 
 @dataclasses.dataclass(frozen=True)
-class ReadStatistics:
+class Usage:
     """What decode steps read and chose, over all rows. All numbers are 0 where prefill gave the only token.
 
     Steps between a stop string and the next look from the host count too.
@@ -65,7 +65,7 @@ class ReadStatistics:
     mean_length: float  # tokens that dense decoding without a window would have read
     refreshes: int  # steps of a row that chose lists anew
     selections: int  # lists that were chosen
-    possible_selections: int  # lists chosen if every list of every sparse layer chose on each step; 0 if dense
+    possible_selections: int  # lists chosen if every list of every sparse layer chose on each step; 0 if none share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Generation:
     texts: list[str]  # empty without a tokenizer
     finish_reasons: list[Literal["stop", "length"]]
     timing: Timing
-    usage: ReadStatistics
+    usage: Usage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,43 +173,43 @@ class _Run:
         self._capacity = choose_capacity(model.config, self._prompts, options.max_new_tokens, options.capacity)
         self._seeds = _check_seeds(options.seeds, len(prompts))
         tokenizer = _check_tokenizer(model, options.stop)
-        self._ends = _end_tokens(model, tokenizer, options.stop)
+        self._end_tokens = _find_end_tokens(model, tokenizer, options.stop)
         jax.eval_shape(lambda: jax.tree.leaves(self._init_state()))  # refuses a method that does not fit the model
         self.streams = [] if tokenizer is None else [TextStream(tokenizer, options.stop) for _ in prompts]
         self._tokens: list[list[int]] = [[] for _ in prompts]
         self._prefill_seconds = self._decode_seconds = self._compile_seconds = 0.0
 
     def steps(self, num_steps: int) -> Iterator[int]:
-        """Decodes, ends stopped rows every `num_steps` steps, and then yields the tokens of the longest row."""
-        ends = jnp.asarray(self._ends or (NO_TOKEN,), jnp.int32)
+        """Decodes, ends stopped rows every `num_steps` steps, and yields the number of tokens in the longest row."""
+        end_tokens = jnp.asarray(self._end_tokens or (NO_TOKEN,), jnp.int32)
         limit = jnp.int32(self._options.max_new_tokens)
         with compile_clock() as clock:
             began = time.perf_counter()
-            progress = self._start(ends, limit)
-            num_blocks = jnp.int32(-(-num_steps // refresh_interval(progress.state)))
-            progress = self._take_over(progress)
+            loop = self._start(end_tokens, limit)
+            num_blocks = jnp.int32(-(-num_steps // refresh_interval(loop.state)))
+            loop = self._take_over(loop)
             self._prefill_seconds = time.perf_counter() - began - clock.seconds
             self._compile_seconds += clock.seconds
         yield max(map(len, self._tokens))
-        while bool(progress.is_active.any()):
+        while bool(loop.is_active.any()):
             with compile_clock() as clock:
                 began = time.perf_counter()
-                progress = decode_tokens(
-                    self._model.params, progress, num_blocks, ends, limit,
+                loop = decode_tokens(
+                    self._model.params, loop, num_blocks, end_tokens, limit,
                     config=self._model.config, sampling=self._options.sampling, impl=self._options.impl,
                 )  # fmt: skip
-                progress = self._take_over(progress)
+                loop = self._take_over(loop)
                 self._decode_seconds += time.perf_counter() - began - clock.seconds
                 self._compile_seconds += clock.seconds
             yield max(map(len, self._tokens))
-        self._usage = self._count_usage(progress)
+        self._usage = self._count_usage(loop)
 
     def _init_state(self) -> DecodeState:
         model = self._model
         dtype = jnp.dtype(model.dtype)
         return init_state(model.config, len(self._prompts), self._capacity, method=self._options.method, dtype=dtype)
 
-    def _start(self, ends: Array, limit: Array) -> Progress:
+    def _start(self, end_tokens: Array, limit: Array) -> LoopState:
         """Prefills the prompts and samples the first token of each row."""
         model, sampling, B = self._model, self._options.sampling, len(self._prompts)
         tokens, lengths = pad_prompts(self._prompts)
@@ -225,7 +225,7 @@ class _Run:
             for row, prompt in enumerate(self._prompts):
                 seen[row, prompt] = True
             seen = jnp.asarray(seen)
-        progress = Progress(
+        loop = LoopState(
             state=state,
             token=jnp.zeros((B,), jnp.int32),
             # Its size is rounded up to whole 64s, so that a slightly different limit does not compile anew.
@@ -236,11 +236,11 @@ class _Run:
             keys=jnp.stack([jax.random.key(seed) for seed in self._seeds]),
             reads=jnp.zeros((B,), jnp.float32),
         )
-        return take_token(logits, progress, ends, limit, sampling=sampling)
+        return take_token(logits, loop, end_tokens, limit, sampling=sampling)
 
-    def _take_over(self, progress: Progress) -> Progress:
+    def _take_over(self, loop: LoopState) -> LoopState:
         """Copies new tokens to the host, and ends the rows whose text met a stop string."""
-        output, count = np.asarray(progress.output), np.asarray(progress.count)
+        output, count = np.asarray(loop.output), np.asarray(loop.count)
         for row, tokens in enumerate(self._tokens):
             if self.streams and self.streams[row].is_stopped:
                 continue
@@ -251,19 +251,19 @@ class _Run:
                     if self.streams[row].is_stopped:
                         break
         if not any(stream.is_stopped for stream in self.streams):
-            return progress
+            return loop
         is_stopped = jnp.asarray([stream.is_stopped for stream in self.streams])
-        return dataclasses.replace(progress, is_active=progress.is_active & ~is_stopped)
+        return dataclasses.replace(loop, is_active=loop.is_active & ~is_stopped)
 
-    def _count_usage(self, progress: Progress) -> ReadStatistics:
-        steps = np.asarray(progress.count, np.int64) - 1
+    def _count_usage(self, loop: LoopState) -> Usage:
+        steps = np.asarray(loop.count, np.int64) - 1
         prompts = np.array([len(prompt) for prompt in self._prompts])
         num_steps = max(int(steps.sum()), 1)
-        reads = np.asarray(progress.reads, np.float64)
-        method_state = progress.state.method_state
+        reads = np.asarray(loop.reads, np.float64)
+        method_state = loop.state.method_state
         choices = (0, 0, 0) if method_state is None else method_state.count_choices(steps, self._model.config)
         refreshes, selections, possible = choices
-        return ReadStatistics(
+        return Usage(
             reads=(reads / np.maximum(steps, 1)).tolist(),
             mean_reads=float(reads.sum()) / num_steps,
             mean_length=float((steps * prompts + steps * (steps + 1) / 2).sum()) / num_steps,
@@ -290,7 +290,7 @@ class _Run:
             tokens=self._tokens,
             texts=[stream.finish() for stream in self.streams],
             finish_reasons=[
-                "stop" if stopped or tokens[-1] in self._ends else "length"
+                "stop" if stopped or tokens[-1] in self._end_tokens else "length"
                 for stopped, tokens in zip(is_stopped, self._tokens, strict=True)
             ],
             timing=Timing(
@@ -327,12 +327,14 @@ def _check_tokenizer(model: "Model", stop: Sequence[str]) -> "PreTrainedTokenize
 
     if not isinstance(model.tokenizer, PreTrainedTokenizerFast):
         raise ValueError(
-            f"{model.name} has a {type(model.tokenizer).__name__}; only tokenisers of the tokenizers library stream"
+            f"{model.name} has a {type(model.tokenizer).__name__}; only tokenizers of the tokenizers library stream"
         )
     return model.tokenizer
 
 
-def _end_tokens(model: "Model", tokenizer: "PreTrainedTokenizerFast | None", stop: Sequence[str]) -> tuple[int, ...]:
+def _find_end_tokens(
+    model: "Model", tokenizer: "PreTrainedTokenizerFast | None", stop: Sequence[str]
+) -> tuple[int, ...]:
     """Token ids at which a row ends: the model's end tokens, and stop strings that are special tokens.
 
     A special token has no text, so no search in the text would find it.

@@ -41,6 +41,11 @@ def init_cache(config: ModelConfig, batch_size: int, capacity: int, dtype: jnp.d
     )
 
 
+def replace_layer(arrays: tuple, index: int, new: object) -> tuple:
+    """The tuple with one layer's entry replaced."""
+    return (*arrays[:index], new, *arrays[index + 1 :])
+
+
 def append(
     cache: Shaped[Array, "B *dims"], new: Shaped[Array, "B T *rest"], slots: Int[Array, "B T"], *, axis: int = 2
 ) -> Shaped[Array, "B *dims"]:

@@ -16,8 +16,7 @@ from hshare_jax.decode_state import DecodeState
 from hshare_jax.kv_cache import KVCache
 from hshare_jax.methods.base import Method, PromptQueries
 from hshare_jax.models.config import ModelConfig
-from hshare_jax.models.decoder import run_decoder
-from hshare_jax.models.decoder import unembed as unembed_hidden
+from hshare_jax.models.decoder import run_decoder, unembed
 from hshare_jax.shapes import Logits, PerRow, Tokens, check_rows
 
 CHUNKS = (64, 512)  # widths of the prefill programs; these two serve prompts of every length
@@ -62,6 +61,11 @@ def prefill(
         raise ValueError(
             f"method={method!r} does not fit the state, which init_state made for {started}: give both the same method"
         )
+    if method is not None and state.method_state is not None and not state.method_state.is_of(method):
+        raise ValueError(
+            f"method={method!r} differs from the method that init_state was given, in more than how a plan is searched "
+            "for: give both the same method"
+        )
     if not any(isinstance(array, Tracer) for array in (cache.lengths, lengths)):
         _check_lengths(lengths, cache.lengths, T, cache.capacity, config.max_positions)
     starts, method_state = cache.lengths, state.method_state
@@ -73,7 +77,7 @@ def prefill(
     )  # fmt: skip
     if method is not None and queries is not None:
         method_state = method.after_prefill(method_state, queries, cache, config)
-    logits = unembed(params, hidden, config=config)
+    logits = _unembed(params, hidden, config=config)
     return jnp.where(fits[:, None], logits, jnp.nan), DecodeState(cache, method_state)
 
 
@@ -93,27 +97,27 @@ def read_prompt(
     Args:
         params, tokens, lengths, config, progress: as for `prefill`, which checks them.
         cache: donated.
-        positions: positions of the queries that are kept, -1 for none; None keeps nothing.
-        sums_received: whether to add up the attention that each slot receives, too.
+        positions: of the queries that are kept; -1, or the capacity, where a row has none. None keeps nothing.
+        sums_received: whether to add up the attention that each slot receives.
     """
     T, kept = tokens.shape[1], None
     if positions is not None:
         B, L, N, H = lengths.shape[0], config.num_layers, config.num_heads, config.head_dim
         S, dtype = cache.capacity, cache.keys[0].dtype
         kept = PromptQueries(
-            positions=positions,
+            positions=jnp.array(positions, copy=True),  # because the chunks donate it
             probes=tuple(jnp.zeros((B, positions.shape[1], N, H), dtype) for _ in range(L)),
             sizes=tuple(jnp.zeros((B, N, H), jnp.float32) for _ in config.kv_layers),
             received=tuple(jnp.zeros((B, N, S), jnp.float32) for _ in range(L)) if sums_received else None,
         )
     hidden = jnp.zeros((tokens.shape[0], config.width), params["embedding"].dtype)
     widths = _chunk_widths(T)
-    # Padded on the host where tokens are concrete: there a new length of prompt compiles nothing.
+    # Concrete tokens are padded on the host, because jnp.pad would compile anew for each length of prompt.
     padded = (jnp if isinstance(tokens, Tracer) else np).pad(tokens, ((0, 0), (0, sum(widths) - T)))
     offset = 0
     for width in widths:
-        chunk, valid = padded[:, offset : offset + width], jnp.clip(lengths - offset, 0, width)
-        hidden, cache, kept = _prefill_chunk(params, chunk, valid, hidden, cache, kept, config=config)
+        chunk, num_new = padded[:, offset : offset + width], jnp.clip(lengths - offset, 0, width)
+        hidden, cache, kept = _prefill_chunk(params, chunk, num_new, hidden, cache, kept, config=config)
         offset += width
         if progress is not None:
             hidden.block_until_ready()
@@ -146,26 +150,26 @@ def _check_lengths(lengths: Array, starts: Array, num_tokens: int, capacity: int
 def _prefill_chunk(
     params: dict,
     tokens: Array,
-    valid: Array,
+    num_new: Array,
     hidden: Array,
     cache: KVCache,
     kept: PromptQueries | None,
     *,
     config: ModelConfig,
 ) -> tuple[Array, KVCache, PromptQueries | None]:
-    """Appends `valid` of these tokens to each row. `hidden` [B, D] follows the last token of each row that got any."""
+    """Appends the first `num_new` [B] of these tokens [B, T] to each row.
+
+    `hidden` [B, D] becomes the hidden state after a row's last new token. A row without a new token keeps it.
+    """
     index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
     starts = cache.lengths
-    places = starts[:, None] + index
-    slots = jnp.where(index < valid[:, None], places, cache.capacity)
+    positions = starts[:, None] + index
+    slots = jnp.where(index < num_new[:, None], positions, cache.capacity)
     attend = prefill_attend(config, slots, starts)
-    out, (cache, kept) = run_decoder(params, tokens, places, attend, (cache, kept), config=config)
-    last = jnp.take_along_axis(out, jnp.maximum(valid - 1, 0)[:, None, None], axis=1)[:, 0]
-    hidden = jnp.where((valid > 0)[:, None], last, hidden)
-    return hidden, dataclasses.replace(cache, lengths=starts + valid), kept
+    out, (cache, kept) = run_decoder(params, tokens, positions, attend, (cache, kept), config=config)
+    last = jnp.take_along_axis(out, jnp.maximum(num_new - 1, 0)[:, None, None], axis=1)[:, 0]
+    hidden = jnp.where((num_new > 0)[:, None], last, hidden)
+    return hidden, dataclasses.replace(cache, lengths=starts + num_new), kept
 
 
-@functools.partial(jax.jit, static_argnames=("config",))
-def unembed(params: dict, hidden: Array, *, config: ModelConfig) -> Array:
-    """Float32 logits [B, V] of hidden states [B, D] (jitted)."""
-    return unembed_hidden(params, hidden, config=config)
+_unembed = jax.jit(unembed, static_argnames=("config",))

@@ -20,7 +20,7 @@ def encode_prompts(model: Model | ModelFiles, prompts: Sequence[Prompt], *, name
     """Token ids of prompts, checked. A text is encoded with the tokenizer's special tokens.
 
     Args:
-        model: its tokenizer and vocabulary count.
+        model: the model; its tokenizer encodes texts, and ids must lie in its vocabulary.
         prompts: texts or token ids.
         name: the argument that errors speak of.
 

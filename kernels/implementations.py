@@ -1,6 +1,7 @@
 """The table of implementations: which modules compute the operations of `api`, and where each module runs.
 
-To add an implementation, write its two modules and add its row. The tests in tests/kernels then run it too.
+To add an implementation, write its two modules and add its row. The tests in tests/kernels then run it too. jax is
+imported by the functions, so that the command line reads the names without it.
 """
 
 import dataclasses
@@ -9,9 +10,6 @@ import importlib
 from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import TypeVar
-
-import jax
-from jax import lax
 
 from hshare_jax.errors import SettingError
 
@@ -85,6 +83,8 @@ def run(impl: str, call: Callable[[Implementation], Result]) -> Result:
     Raises:
         SettingError: as `check_impl`.
     """
+    from jax import lax
+
     check_impl(impl)
     if impl != "auto":
         return call(IMPLEMENTATIONS[impl])
@@ -98,6 +98,8 @@ def run(impl: str, call: Callable[[Implementation], Result]) -> Result:
 
 def _platform() -> str:
     """The platform that is traced for, as far as it is known: the mesh device's platform, or jax's default backend."""
+    import jax
+
     device = jax.sharding.get_abstract_mesh().abstract_device
     platform = jax.default_backend() if device is None else device.platform
     return "cuda" if platform == "gpu" else platform  # the default backend calls an NVIDIA GPU "gpu"

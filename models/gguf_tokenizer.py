@@ -1,4 +1,4 @@
-"""The tokeniser and the chat template of a GGUF file, rebuilt from its metadata.
+"""The tokenizer and the chat template of a GGUF file, rebuilt from its metadata.
 
 transformers can rebuild them only if torch is installed. It also splits text by GPT-2's rule if it does not know the
 file's rule, such as SmolLM2's single digits.
@@ -35,10 +35,10 @@ _END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 
 def tokenizer_from_gguf(file: GGUFFile) -> "PreTrainedTokenizerFast | None":
-    """Rebuilds the tokeniser of a GGUF file, with its chat template. None if the file holds no tokeniser.
+    """Rebuilds the tokenizer of a GGUF file, with its chat template. None if the file holds no tokenizer.
 
     Raises:
-        ValueError: the kind of tokeniser or pre-tokeniser is not known.
+        ValueError: the kind of tokenizer or pre-tokenizer is not known.
         CheckpointError: entries contradict each other.
     """
     kind = file.metadata.get("tokenizer.ggml.model")
@@ -154,7 +154,7 @@ def _sentencepiece(file: GGUFFile, tokens: list[str]) -> "Tokenizer":
 
 
 def _add_ends(file: GGUFFile, backend: "Tokenizer", tokens: list[str], kind: str) -> None:
-    """Lets the tokeniser add a begin and an end token to every text, if the file or llama.cpp's default says so."""
+    """Lets the tokenizer add a begin and an end token to every text, if the file or llama.cpp's default says so."""
     begins_by_default = kind == "llama" or file.metadata.get("tokenizer.ggml.pre") in _LLAMA3
     ends = {
         "bos": ("bos_token_id", file.metadata.get("tokenizer.ggml.add_bos_token", begins_by_default)),

@@ -1,4 +1,4 @@
-"""A Hugging Face directory as a model: config.json, safetensors (one file or shards), tokeniser, end tokens.
+"""A Hugging Face directory as a model: config.json, safetensors (one file or shards), tokenizer, end tokens.
 
 Damaged files: a file that was cut short or has grown is an error. A changed safetensors header is an error too, unless
 the change has no effect on the model. A flipped bit inside a tensor gives another valid number, so it can only be
@@ -61,7 +61,7 @@ def read_hf_config(directory: Path) -> tuple[ModelConfig, tuple[int, ...]]:
 
 
 def read_hf_tokenizer(directory: Path) -> "PreTrainedTokenizerBase | None":
-    """Reads the tokeniser of a directory. None if it has none. Raises CheckpointError if it cannot be read."""
+    """Reads the tokenizer of a directory. None if it has none. Raises CheckpointError if it cannot be read."""
     if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
         return None
     from transformers import AutoTokenizer  # slow: imports torch if that is installed
@@ -76,7 +76,7 @@ def read_hf_tokenizer(directory: Path) -> "PreTrainedTokenizerBase | None":
             raise
         is_model = not (directory / _TOKENIZER_FILES[0]).is_file()
         hint = "; a tokenizer.model is read by another package: pip install sentencepiece" if is_model else ""
-        raise CheckpointError(f"{directory}: its tokeniser cannot be read: {error}{hint}") from error
+        raise CheckpointError(f"{directory}: its tokenizer cannot be read: {error}{hint}") from error
 
 
 class HFTensors:

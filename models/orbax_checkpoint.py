@@ -1,4 +1,4 @@
-"""Our own checkpoint format: a directory with parameters (by Orbax), configuration, tokeniser and checksums.
+"""Our own checkpoint format: a directory with parameters (by Orbax), configuration, tokenizer and checksums.
 
     model.json      configuration, dtype, ids that end a generation, name
     params/         Orbax, uncompressed: random mantissas do not compress, and this loads faster
@@ -42,7 +42,7 @@ _GROUPS = 24
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointInfo:
-    """The contents of model.json: everything in a checkpoint except its arrays and its tokeniser."""
+    """The contents of model.json: everything in a checkpoint except its arrays and its tokenizer."""
 
     config: ModelConfig
     dtype: DType
@@ -69,7 +69,7 @@ def save_checkpoint(
         path: the directory to write.
         info: the contents of model.json.
         params: the parameter tree.
-        tokenizer: the tokeniser; None for a model without one.
+        tokenizer: the tokenizer; None for a model without one.
         overwrite: whether to replace a checkpoint at `path`.
 
     Raises:
@@ -128,11 +128,11 @@ def read_checkpoint_info(directory: Path) -> CheckpointInfo:
 
 
 def read_checkpoint_tokenizer(directory: Path) -> "PreTrainedTokenizerBase | None":
-    """Reads the tokeniser of a checkpoint. None if it has none."""
+    """Reads the tokenizer of a checkpoint. None if it has none."""
     path = directory / _TOKENIZER
     if not path.is_dir():
         return None
-    # Not AutoTokenizer, which imports torch if that is installed. Every saved tokeniser has a tokenizer.json.
+    # Not AutoTokenizer, which imports torch if that is installed. Every saved tokenizer has a tokenizer.json.
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)

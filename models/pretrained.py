@@ -68,7 +68,7 @@ class Model:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ModelFiles:
-    """A model whose configuration and tokeniser have been read, but not its weights."""
+    """A model whose configuration and tokenizer have been read, but not its weights."""
 
     config: ModelConfig
     tokenizer: "PreTrainedTokenizerBase | None"
@@ -129,7 +129,7 @@ def open_model(
     cache_dir: str | os.PathLike[str] | None = None,
     revision: str | None = None,
 ) -> ModelFiles:
-    """Reads the configuration and the tokeniser of a model, so that both can be checked before the weights are loaded.
+    """Reads the configuration and the tokenizer of a model, so that both can be checked before the weights are loaded.
 
     See `load_model` for arguments and errors. A model that is not on this machine is fetched.
     """

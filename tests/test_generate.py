@@ -15,7 +15,7 @@ from tiny_tokenizer import LETTERS, byte_tokenizer
 from transformers import AddedToken
 
 from hshare_jax.calibration import find_plans
-from hshare_jax.decode_loop import NO_TOKEN, Progress, decode_tokens
+from hshare_jax.decode_loop import NO_TOKEN, LoopState, decode_tokens
 from hshare_jax.decode_state import init_state
 from hshare_jax.decode_step import decode_step
 from hshare_jax.evaluation.teacher_forcing import token_agreement
@@ -333,7 +333,7 @@ def test_the_compiled_loop_updates_its_buffers_in_place(hshare, batch):
     jaxtyping.config.update("jaxtyping_disable", True)
     try:
         state = init_state(SHALLOW, batch, 256, method=hshare)
-        progress = Progress(
+        loop = LoopState(
             state=state,
             token=jnp.zeros((batch,), jnp.int32),
             output=jnp.full((batch, 64), NO_TOKEN, jnp.int32),
@@ -345,7 +345,7 @@ def test_the_compiled_loop_updates_its_buffers_in_place(hshare, batch):
         )
         one = jnp.int32(1)
         compiled = decode_tokens.lower(
-            params(SHALLOW), progress, one, one[None], one, config=SHALLOW, sampling=SamplingParams(), impl="auto"
+            params(SHALLOW), loop, one, one[None], one, config=SHALLOW, sampling=SamplingParams(), impl="auto"
         ).compile()
     finally:
         jaxtyping.config.update("jaxtyping_disable", False)

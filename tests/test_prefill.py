@@ -1,6 +1,8 @@
 """Prefill is exact for all chunks, paddings and numbers of calls, and finds the plan of the definition."""
 
+import dataclasses
 import functools
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +27,8 @@ from hshare_jax.compile_clock import compile_clock
 from hshare_jax.decode_state import init_state
 from hshare_jax.kernels.labels import make_labels
 from hshare_jax.kv_cache import init_cache
+from hshare_jax.methods import H2O
+from hshare_jax.methods.hshare.share_plan import SharePlan
 from hshare_jax.methods.hshare.shared_lists import SharedLists
 from hshare_jax.models.decoder import Decoder
 from hshare_jax.prefill import CHUNKS, prefill
@@ -244,3 +248,26 @@ def test_a_state_of_another_method_is_refused(started, given):
         ValueError, match=r"does not fit the state, which init_state made for .*: give both the same method"
     ):
         prefill(params(), tokens, jnp.asarray([4]), state, config=MODEL, method=given)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        vary(HSHARE, num_critical=7),
+        dataclasses.replace(HSHARE, plan=SharePlan(((0, 1, 2), (3, 4, 5), (6, 7, 8), (9, 10, 11)))),
+        dataclasses.replace(HSHARE, channels=np.tile(np.arange(8), (4, 3, 1))),
+        H2O(num_heavy=4, num_recent=4),
+    ],
+    ids=["settings", "plan", "channels", "another method"],
+)
+def test_a_method_that_differs_in_what_it_reads_is_refused(given):
+    state, tokens = init_state(MODEL, 1, CAPACITY, method=HSHARE), jnp.zeros((1, 4), jnp.int32)
+    with pytest.raises(ValueError, match="differs from the method that init_state was given"):
+        prefill(params(), tokens, jnp.asarray([4]), state, config=MODEL, method=given)
+
+
+def test_the_search_of_a_plan_may_change_between_turns():
+    state, tokens = init_state(MODEL, 1, CAPACITY, method=HSHARE), jnp.zeros((1, 40), jnp.int32)
+    other = vary(HSHARE, layer_ratio=Fraction(1))
+    logits, _ = prefill(params(), tokens, jnp.asarray([40]), state, config=MODEL, method=other)
+    assert np.isfinite(logits).all()

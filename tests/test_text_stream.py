@@ -1,4 +1,4 @@
-"""The text stream never takes shown text back, ends before a stop string, and equals the tokeniser's text."""
+"""The text stream never takes shown text back, ends before a stop string, and equals the tokenizer's text."""
 
 import codecs
 import itertools
@@ -35,7 +35,7 @@ def test_a_character_is_shown_when_its_last_byte_has_come():
     assert final == "aéあ😀b"
 
 
-def test_a_character_cut_off_by_the_end_is_shown_as_the_tokeniser_decodes_it():
+def test_a_character_cut_off_by_the_end_is_shown_as_the_tokenizer_decodes_it():
     shown, final = run(bytes_of("ab😀")[:-1])
     assert shown[-1] == "ab"
     assert final == TOKENIZER.decode(bytes_of("ab😀")[:-1]) == "ab\N{REPLACEMENT CHARACTER}"
@@ -103,7 +103,7 @@ def test_shown_text_equals_the_definition_for_every_text(stop, text):
 
 
 @hypothesis.given(tokens=st.lists(st.sampled_from([*bytes_of("aé😀"), 0xFF, 0xC3, END_ID, 256])))
-def test_any_tokens_give_the_text_of_the_tokeniser(tokens):
+def test_any_tokens_give_the_text_of_the_tokenizer(tokens):
     shown, final = run(tokens)
     assert final == TOKENIZER.decode(tokens, skip_special_tokens=True)
     assert all(final.startswith(text) for text in shown)

@@ -54,7 +54,7 @@ def run_calibrate(options: argparse.Namespace) -> int:
 
     limits = {"block_length": options.block_length, "max_blocks": options.max_blocks}
     with usage_errors():
-        method.settings.num_label_channels(files.config)
+        method.settings.check(files.config)
         cut_blocks(files, texts, method=method, **limits)
     model = files.load(options.dtype)
     found = calibrate(model, texts, method=method, **limits)

@@ -80,7 +80,7 @@ def _cut_windows(options: argparse.Namespace, files: "ModelFiles", text: str) ->
     name = options.perplexity
     check_not_empty([name], [text])
     if files.tokenizer is None:
-        raise UsageError(f"--perplexity {name}: {files.name} has no tokeniser, so text cannot be given to it")
+        raise UsageError(f"--perplexity {name}: {files.name} has no tokenizer, so text cannot be given to it")
     ids, prefix = encode_text(files.tokenizer, text)
     if len(prefix) + len(ids) < 3:
         raise UsageError(f"--perplexity {name} has {len(ids)} tokens, too few to measure; give a longer text")

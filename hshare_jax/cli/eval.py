@@ -92,6 +92,8 @@ def run_eval(options: argparse.Namespace) -> int:
     task = _read_task(options)
     _check_files(options, task)
     hshare = read_method(options)
+    if not hasattr(options, "min_length"):  # methods are compared at equal reads, so no row reads everything unasked
+        hshare = hshare.with_settings({"min_length": 0})
     check_method(options, options.method, hshare)
     data, num_bad = _read_data(options, task)
     files = open_named(options)
@@ -103,7 +105,7 @@ def run_eval(options: argparse.Namespace) -> int:
 
     with usage_errors():
         check_impl(options.impl)
-        hshare.settings.num_label_channels(files.config)
+        hshare.settings.check(files.config)
         hshare, origins = read_files(options, files, hshare)
         added = max((size - prefilled for prefilled, size in sizes), default=1)
         methods = {name: method_named(name, hshare, max_new_tokens=added) for name in options.method}

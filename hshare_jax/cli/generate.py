@@ -82,7 +82,7 @@ def run_generate(options: argparse.Namespace) -> int:
 
     with usage_errors():
         _check_fit(options, files.config, prompts)
-        hshare.settings.num_label_channels(files.config)
+        hshare.settings.check(files.config)
         hshare, origins = read_files(options, files, hshare)
         method = method_named(options.method, hshare, max_new_tokens=options.max_new_tokens)
     model = files.load(options.dtype)

@@ -113,7 +113,7 @@ def _show_plans(options: argparse.Namespace) -> int:
         raise UsageError(f"a prompt has {longest} tokens; this model has room for {most}: shorten the prompt")
     settings = method.settings
     with usage_errors():
-        settings.num_label_channels(files.config)
+        settings.check(files.config)
     from hshare_jax.calibration import find_plans
 
     model = files.load(options.dtype)

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hshare_jax.cli.errors import UsageError, option_name, usage_errors
+from hshare_jax.kernels.implementations import IMPLS
 from hshare_jax.methods.hshare.settings import HShareSettings, PlanSearch
-from hshare_jax.methods.names import METHODS, has_use_for
+from hshare_jax.methods.names import METHODS, takes_setting
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.kv_sharing import INITS, KNOWN_SPECS, YOCO_WINDOW, share_kv
 
@@ -135,9 +136,9 @@ def add_named_model(parser: argparse.ArgumentParser) -> None:
 
 
 def add_impl(parser: argparse.ArgumentParser) -> None:
-    """Adds --impl. `check_impl` tells of an unknown name, because the table of implementations needs jax."""
+    """Adds --impl, with the names of the table of implementations."""
     parser.add_argument(
-        "--impl", default="auto", metavar="NAME",
+        "--impl", choices=IMPLS, default="auto", metavar="NAME",
         help="what computes decode steps: auto (default) takes Pallas kernels on an NVIDIA GPU, plain jnp elsewhere; "
         "pallas, reference (plain jnp), or interpret (the kernels without a GPU, slowly)",
     )  # fmt: skip
@@ -243,7 +244,7 @@ def read_method(options: argparse.Namespace) -> "HShare":
 
     given = {name: getattr(options, name) for name in _field_names() if hasattr(options, name)}
     with usage_errors():
-        method = HShare.published() if hasattr(options, "preset") else HShare()
+        method = HShare.paper() if hasattr(options, "preset") else HShare()
         if hasattr(options, "sharing_ratio"):
             method = method.with_sharing_ratio(options.sharing_ratio)
             interval = method.settings.refresh_interval
@@ -280,10 +281,13 @@ def check_method(options: argparse.Namespace, names: Sequence[str], hshare: "HSh
     from hshare_jax.methods.registry import method_named
 
     for name in setting_names():
-        if hasattr(options, name) and not any(has_use_for(method, name) for method in names):
-            takers = [method for method in METHODS if has_use_for(method, name)]
+        if hasattr(options, name) and not any(takes_setting(method, name) for method in names):
+            takers = [method for method in METHODS if takes_setting(method, name)]
             whom = "sparse decoding" if list(names) == ["dense"] else f"--method {' or '.join(takers)}"
             raise UsageError(f"{option_name(name)} is for {whom}, not {' or '.join(names)}; leave it out")
+    if hshare.settings.scoring == "exact" and hasattr(options, "channels_file"):
+        reason = "--scoring exact reads keys and has no labels"
+        raise UsageError(f"--channels-file {options.channels_file} has no effect: {reason}: leave it out")
     with usage_errors():
         for name in names:
             method_named(name, hshare)
@@ -352,7 +356,7 @@ def check_output(
 
 
 def open_named(options: argparse.Namespace) -> "ModelFiles":
-    """The model's configuration and tokeniser. Its weights are not read yet."""
+    """The model's configuration and tokenizer. Its weights are not read yet."""
     from hshare_jax.models.builtin_model import cache_directory
     from hshare_jax.models.pretrained import check_model_name, open_model
 
@@ -388,7 +392,7 @@ def apply_chat_template(model: "ModelFiles", prompts: Sequence[str], options: ar
 
     Raises:
         UsageError: the template refuses the conversation, or --system without a template.
-        ValueError: a model without a tokeniser.
+        ValueError: a model without a tokenizer.
     """
     from jinja2 import TemplateError
 
@@ -396,7 +400,7 @@ def apply_chat_template(model: "ModelFiles", prompts: Sequence[str], options: ar
 
     tokenizer = model.tokenizer
     if tokenizer is None:
-        raise ValueError(f"{model.name} has no tokeniser, so text cannot be given to it")
+        raise ValueError(f"{model.name} has no tokenizer, so text cannot be given to it")
     if options.no_chat_template or not tokenizer.chat_template:
         if options.system:
             raise UsageError("--system needs a chat template; this model or --no-chat-template gives none")

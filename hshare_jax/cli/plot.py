@@ -113,7 +113,7 @@ def _draw_text(options: argparse.Namespace) -> "Figure":
     from hshare_jax.evaluation.plots import overlap
 
     with usage_errors():
-        method.settings.num_label_channels(files.config)
+        method.settings.check(files.config)
         check_prompt(files.config, len(prompt), settings=method.settings, steps=steps)
         method, origins = read_files(options, files, method)
     model = files.load(options.dtype)

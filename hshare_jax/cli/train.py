@@ -76,7 +76,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--tokenizer", metavar="NAME",
-        help=f"model whose tokeniser --preset and --config use (default: {DEFAULT_MODEL})",
+        help=f"model whose tokenizer --preset and --config use (default: {DEFAULT_MODEL})",
     )  # fmt: skip
     add_kv_sharing(parser.add_argument_group("cross-layer KV sharing"), weights=True)
     group = parser.add_argument_group("training", argument_default=argparse.SUPPRESS)
@@ -162,7 +162,7 @@ def _check_start(options: argparse.Namespace) -> "ModelConfig | None":
 
 
 def _read_sizes(path: Path) -> "ModelConfig":
-    """The sizes that a config.json holds. The vocabulary size is 1, until the tokeniser's replaces it."""
+    """The sizes that a config.json holds. The vocabulary size is 1, until the tokenizer's replaces it."""
     from hshare_jax.models.config import config_from_hf
 
     try:
@@ -184,7 +184,7 @@ def _first_config(
     if options.model:
         config = files.config
     elif sizes is None:
-        # The vocabulary size of the tokeniser's model: often larger than the tokeniser's, and a multiple of 64.
+        # The vocabulary size of the tokenizer's model: often larger than the tokenizer's, and a multiple of 64.
         longest = max(PRESETS[options.preset].max_positions, settings.sequence_length)
         config = preset(options.preset, vocab_size=files.config.vocab_size, max_positions=longest)
     else:
@@ -197,7 +197,7 @@ def _read_data(options: argparse.Namespace, settings: TrainingSettings, files: "
     from hshare_jax.training.data import encode_files, split_windows
 
     if files.tokenizer is None:
-        raise UsageError(f"{files.name} has no tokeniser, so text cannot be given to it")
+        raise UsageError(f"{files.name} has no tokenizer, so text cannot be given to it")
     try:
         tokens = encode_files(files.tokenizer, options.text)
         others = encode_files(files.tokenizer, options.eval_text) if options.eval_text else None

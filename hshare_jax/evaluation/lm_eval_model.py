@@ -32,7 +32,7 @@ from hshare_jax.generate import generate
 from hshare_jax.methods.hshare.method import HShare
 from hshare_jax.methods.hshare.plan_files import with_files
 from hshare_jax.methods.hshare.settings import HShareSettings, PlanSearch
-from hshare_jax.methods.names import METHODS, has_use_for
+from hshare_jax.methods.names import METHODS, takes_setting
 from hshare_jax.methods.registry import method_named, notes_on_short_texts
 from hshare_jax.models.pretrained import Model, load_model
 from hshare_jax.sampling_params import SamplingParams
@@ -102,7 +102,8 @@ class HShareLM(TemplateLM):
         self._files = {name: path for name, path in files.items() if path is not None}
         with _as_model_arguments():
             _check_use(method, {"preset": preset, "sharing_ratio": sharing_ratio, **settings, **self._files})
-            hshare = _read_hshare(preset, sharing_ratio, settings)
+            # Methods are compared at equal reads, so no row reads everything unless asked to.
+            hshare = _read_hshare(preset, sharing_ratio, {"min_length": 0, **settings})
             self._method_name, self._description = method, repr(method_named(method, hshare))  # without files
             self.batch_size = _read_whole("batch_size", batch_size, 1)
             length = None if max_length is None else _read_whole("max_length", max_length, 2)
@@ -285,9 +286,9 @@ def _as_model_arguments() -> Iterator[None]:
 def _check_use(method: str, arguments: Mapping[str, object]) -> None:
     """Raises ValueError for an unknown method, or for arguments that the method does not take."""
     check_one_of("method", method, METHODS)
-    idle = [name for name, value in arguments.items() if value is not None and not has_use_for(method, name)]
+    idle = [name for name, value in arguments.items() if value is not None and not takes_setting(method, name)]
     if idle:
-        takers = [taker for taker in METHODS if all(has_use_for(taker, name) for name in idle)]
+        takers = [taker for taker in METHODS if all(takes_setting(taker, name) for name in idle)]
         whom = "sparse decoding" if method == "dense" else f"method={' or '.join(takers)}"
         raise ValueError(f"{', '.join(idle)} is for {whom}; leave it or method={method} out")
 
@@ -301,7 +302,7 @@ def _read_hshare(preset: str | None, sharing_ratio: str | None, settings: Mappin
     """
     if preset not in (None, "hshare-paper"):
         raise SettingError("preset", preset, "must be hshare-paper")
-    hshare = HShare() if preset is None else HShare.published()
+    hshare = HShare() if preset is None else HShare.paper()
     if sharing_ratio is not None:
         if doubled := [name for name in _RATIOS if name in settings]:
             raise ValueError(f"sharing_ratio={sharing_ratio} sets {doubled[0]} too; leave either out")

@@ -62,6 +62,7 @@ def measure_patterns(
     check_prompt(model.config, len(prompt), settings=method.settings, steps=steps)
     length = len(prompt) - 2 * steps
     tokens, lengths = jnp.asarray([prompt[:length]], jnp.int32), jnp.asarray([length], jnp.int32)
+    method = dataclasses.replace(method, plan=None)  # the plan is what is looked at
     unshared = method.with_sharing_ratio("1-1-1")
     with tqdm(total=length, desc="prefill", unit="token", leave=False, disable=None) as bar:
         prefilled = prefill_for(model, tokens, lengths, len(prompt), [method, unshared], progress=bar.update)

@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
@@ -27,7 +28,7 @@ class Prefilled:
 
     model: Model
     cache: KVCache | None  # None while a state has it
-    lengths: Int[np.ndarray, "B"]  # the prompts' tokens
+    lengths: Int[np.ndarray, "B"]  # tokens of each prompt
     queries: PromptQueries | None  # at ascending positions; missing positions of a row lie beyond all slots
     # Results that a method can use again for its next variant (`Method.after_prefill`).
     memo: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
@@ -92,10 +93,15 @@ def prefill_for(
         tokens, lengths, progress: as for `prefill`.
         capacity: tokens that each row must be able to hold.
         methods: the methods that will be started; None is dense decoding.
+
+    Raises:
+        ValueError: a method that does not fit the model; before anything is computed.
     """
     config, B = model.config, tokens.shape[0]
     cache = init_state(config, B, capacity, dtype=jnp.dtype(model.dtype)).cache
     sparse = [method for method in methods if method is not None]
+    for method in sparse:  # refuses a method that does not fit the model
+        jax.eval_shape(lambda method=method: jax.tree.leaves(method.start(config, cache)))
     positions = None
     if sparse:
         starts = jnp.zeros_like(lengths)

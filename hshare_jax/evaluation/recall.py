@@ -12,7 +12,7 @@ from hshare_jax.decode_state import DecodeState
 from hshare_jax.kernels.labels import score_keys
 from hshare_jax.kernels.masked_softmax import softmax_over
 from hshare_jax.kv_cache import KVCache
-from hshare_jax.methods.base import Choices, MethodState, Step, mark_dense
+from hshare_jax.methods.base import Choices, Method, MethodState, Step, mark_dense
 from hshare_jax.models.config import ModelConfig
 
 
@@ -34,6 +34,10 @@ class Measured:
     def refresh_interval(self) -> int:
         """The measured method's interval."""
         return self.measured.refresh_interval
+
+    def is_of(self, method: Method) -> bool:
+        """Whether the measured method's state is of this method."""
+        return self.measured.is_of(method)
 
     def begin(self, step: Step) -> "Measured":
         """The state at the beginning of a step, with nothing measured yet."""

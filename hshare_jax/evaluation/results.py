@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from hshare_jax.methods.names import METHODS, has_use_for
+from hshare_jax.methods.names import METHODS, takes_setting
 
 # The fields of each kind of line, beside context, budget and name of the method. Lines of other kinds are left out.
 _KINDS = {"text": ("reads", "divergence"), "speed": ("batch", "milliseconds")}
@@ -79,7 +79,7 @@ def _facts_of(study: dict[str, Any], name: str) -> dict[str, Any]:
     return {
         key: value
         for key, value in facts.items()
-        if key not in of_hshare or has_use_for(method, key.removesuffix("_sha256"))
+        if key not in of_hshare or takes_setting(method, key.removesuffix("_sha256"))
     }
 
 

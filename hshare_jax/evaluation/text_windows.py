@@ -35,7 +35,7 @@ def cut_windows(
     With a `count` the last window ends well before the text does, because a book often ends in a licence.
 
     Args:
-        model: its tokeniser reads the text.
+        model: its tokenizer reads the text.
         name: the text's name, for the ids of the windows.
         text: the text.
         context: tokens that the last step of a window reads.
@@ -46,7 +46,7 @@ def cut_windows(
         ValueError: a count below 1, a context beyond the model's positions, or a text too short for so many windows.
     """
     if model.tokenizer is None:
-        raise ValueError(f"{model.name} has no tokeniser, so text cannot be given to it")
+        raise ValueError(f"{model.name} has no tokenizer, so text cannot be given to it")
     if not 2 <= context <= model.config.max_positions:
         rule = f"must lie between 2 and the model's {model.config.max_positions} positions"
         raise SettingError("context", context, rule)

@@ -23,7 +23,7 @@ from hshare_jax.shapes import EMPTY
 class PromptQueries:
     """The rotated queries of a prompt that prefill keeps until a method has found from them what it needs."""
 
-    positions: Array  # [B, P] int32, where the probes stand; negative where a row lacks a probe
+    positions: Array  # [B, P] int32, where the probes stand; -1, or the capacity, where a row has none
     probes: tuple[Array, ...]  # L x [B, P, N, H]; zero where a row lacks a probe
     # KV layers x [B, N, H] float32: sum of |q| over the prompt and over all layers that read these keys.
     sizes: tuple[Array, ...]
@@ -42,7 +42,7 @@ class Step:
     impl: str  # which implementation computes the step (`kernels.api`)
 
     def sees(self, layer: int) -> tuple[Int[Array, "B"], int | None]:
-        """How many tokens of each row a layer sees, and the layer's window. A layer that looks up misses the newest."""
+        """How many tokens of each row a layer sees, and the layer's window. A layer that looks up sees one less."""
         return _seen(self.config, layer, self.lengths)
 
 
@@ -64,7 +64,7 @@ class MethodState(Protocol):
         ...
 
     def begin(self, step: Step) -> "MethodState":
-        """The state that all layers of a step read through."""
+        """The state at the beginning of a step, before the first layer attends."""
         ...
 
     def attend(
@@ -86,6 +86,10 @@ class MethodState(Protocol):
                 up; `Step.sees` tells what the layer may read.
             step: the step.
         """
+        ...
+
+    def is_of(self, method: "Method") -> bool:
+        """Whether the method that started this state may find a prompt's lists for it again."""
         ...
 
     def count_reads(self, cache: KVCache, config: ModelConfig) -> Float[Array, "B"]:
@@ -138,8 +142,8 @@ class Method(Protocol):
             queries: the queries at `probe_positions`.
             cache: with the prompts in it.
             config: the model.
-            memo: kept by a caller that starts several methods on the same prompts. A method may put there what its next
-                variant need not compute again.
+            memo: a dict that a caller keeps while it starts several methods on the same prompts. A method may store
+                results there that a variant of the method can use again. None stores nothing.
         """
         ...
 
@@ -170,7 +174,7 @@ def count_listed(
     cache: KVCache,
     config: ModelConfig,
 ) -> Float[Array, "L B"]:
-    """Tokens read through these lists, the sinks and the recent range, the mean over a layer's lists."""
+    """Tokens read in each layer, the sum of sinks, recent range and list: the mean over the layer's lists."""
     seen = [_seen(config, layer, cache.lengths) for layer in range(config.num_layers)]
     lengths = jnp.stack([ends for ends, _ in seen])
     windows = jnp.asarray([cache.capacity if window is None else window for _, window in seen], jnp.int32)

@@ -12,8 +12,17 @@ from jaxtyping import Bool, Float, Int
 
 from hshare_jax.errors import check_one_of, check_whole
 from hshare_jax.kernels.api import dense_decode, sparse_decode
-from hshare_jax.kv_cache import KVCache
-from hshare_jax.methods.base import Choices, PromptQueries, Step, count_dense, count_listed, mark_dense, mark_listed
+from hshare_jax.kv_cache import KVCache, replace_layer
+from hshare_jax.methods.base import (
+    Choices,
+    Method,
+    PromptQueries,
+    Step,
+    count_dense,
+    count_listed,
+    mark_dense,
+    mark_listed,
+)
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.shapes import EMPTY
 
@@ -89,7 +98,7 @@ class ListMethod:
         raise NotImplementedError
 
     def start_memory(self, cache: KVCache, config: ModelConfig) -> Any:
-        """What the method remembers of a layer beside its list: a pytree."""
+        """What the method remembers of a layer in addition to its list: a pytree."""
         return None
 
     def list_prompt(self, prompt: PromptLayer, memory: Any) -> tuple[Int[Array, "B J C"], Any]:
@@ -176,6 +185,10 @@ class ListState:
         """1, because every step chooses."""
         return 1
 
+    def is_of(self, method: Method) -> bool:
+        """Whether the method is the one that started this state."""
+        return method == self.method
+
     def begin(self, step: Step) -> "ListState":
         """The lists with the recent range where this step reads it."""
         return dataclasses.replace(self, recent_start=self.method.recent_start(step.lengths, self.prompt_lengths))
@@ -202,7 +215,7 @@ class ListState:
         chosen = dataclasses.replace(
             self,
             token_indices=self.token_indices.at[layer].set(lists),
-            memory=(*self.memory[:layer], memory, *self.memory[layer + 1 :]),
+            memory=replace_layer(self.memory, layer, memory),
         )
         out = sparse_decode(
             q, keys, values, chosen.token_indices, self.source, layer, lengths, self.recent_start,
@@ -226,7 +239,7 @@ class ListState:
         return dense & mark_listed(self.token_indices[layer], self.recent_start, self.method.num_sinks, cache.capacity)
 
     def count_choices(self, steps: Int[np.ndarray, "B"], config: ModelConfig) -> Choices:
-        """Zeros: these methods share nothing, so there is nothing to count."""
+        """Zeros: these methods choose every list on every step, so the numbers would say nothing."""
         return Choices(0, 0, 0)
 
 

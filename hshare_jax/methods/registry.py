@@ -8,7 +8,7 @@ from hshare_jax.methods.double_sparsity import double_sparsity
 from hshare_jax.methods.exact_topk import exact_topk
 from hshare_jax.methods.h2o import H2O
 from hshare_jax.methods.hshare.method import HShare
-from hshare_jax.methods.names import METHODS, has_use_for
+from hshare_jax.methods.names import METHODS, takes_setting
 from hshare_jax.methods.quest import Quest
 from hshare_jax.methods.snapkv import SnapKV
 from hshare_jax.methods.streaming_llm import StreamingLLM
@@ -16,7 +16,7 @@ from hshare_jax.models.config import ModelConfig
 
 
 def method_named(name: str, hshare: HShare, *, max_new_tokens: int | None = None) -> Method | None:
-    """A method at the budget of `hshare`: each head reads as many tokens, in the method's own way.
+    """The method of this name, at the budget of `hshare`: each head reads the same number of tokens.
 
     All methods keep the number of dense first layers. They split the budget as their papers do:
 
@@ -26,7 +26,8 @@ def method_named(name: str, hshare: HShare, *, max_new_tokens: int | None = None
       tokens.
     - SnapKV reads the prompt's last 32 tokens and chooses the rest. Generated tokens come on top (`snapkv`) or are part
       of the budget (`snapkv_fixed`).
-    - Exact top-k and Double Sparsity keep HShare's sinks, recent tokens, gates and labels.
+    - Exact top-k and Double Sparsity keep HShare's sinks, recent tokens, `budget_ratio` and `min_length`. Double
+      Sparsity also keeps labels and channels.
 
     Args:
         name: one of `METHODS`. `hshare` returns `hshare` itself; `dense` returns None.
@@ -47,8 +48,9 @@ def method_named(name: str, hshare: HShare, *, max_new_tokens: int | None = None
     if budget < least:
         raise ValueError(f"a budget of {budget} tokens is too small for {name}; it needs at least {least}")
     for gate, off in (("budget_ratio", (None,)), ("min_length", (None, 0))):
-        if not has_use_for(name, gate) and getattr(settings, gate) not in off and name != "dense":
-            rule = f"is for methods that list tokens by score; {name} has no such gate"
+        if not takes_setting(name, gate) and getattr(settings, gate) not in off and name != "dense":
+            takers = ", ".join(taker for taker in METHODS if takes_setting(taker, gate))
+            rule = f"is for {takers}; {name} does not use it"
             raise SettingError(gate, getattr(settings, gate), rule)
     match name:
         case "hshare":
@@ -84,7 +86,7 @@ def method_named(name: str, hshare: HShare, *, max_new_tokens: int | None = None
 def notes_on_short_texts(
     hshare: HShare, config: ModelConfig, sizes: Sequence[tuple[int, int]], *, names: Sequence[str]
 ) -> list[str]:
-    """What a user must know of texts that are too short to show a difference between methods; no note where none is.
+    """Notes for the user on texts that are too short for the methods to differ; an empty list if there are none.
 
     Args:
         hshare: the budget of all methods, and HShare's settings and plan.
@@ -101,17 +103,17 @@ def notes_on_short_texts(
             f"{num_whole} of {len(sizes)} texts are no longer than the {settings.budget} tokens that a head reads: "
             "every method decodes them as dense decoding does; choose fewer critical or recent tokens"
         )
-    gated = [name for name in names if has_use_for(name, "min_length")]
+    gated = [name for name in names if takes_setting(name, "min_length")]
     num_gated = sum(size < settings.dense_below and not whole for (_, size), whole in zip(sizes, is_whole, strict=True))
     if gated and num_gated:
         notes.append(
             f"{num_gated} of {len(sizes)} texts stay below {settings.dense_below} tokens, where {', '.join(gated)} "
             "read everything; give a smaller min_length (0 for none), or longer texts"
         )
-    has_none = [prefilled <= settings.first_probe for prefilled, _ in sizes]
+    has_probes = [prefilled > settings.first_probe for prefilled, _ in sizes]
     num_unshared = sum(
-        short and size >= max(settings.dense_below, settings.budget + 1)
-        for short, (_, size) in zip(has_none, sizes, strict=True)
+        not probed and size >= max(settings.dense_below, settings.budget + 1)
+        for probed, (_, size) in zip(has_probes, sizes, strict=True)
     )
     finds_plan = "hshare" in names and hshare.plan is None and hshare.search.shares_lists(settings, config)
     if finds_plan and num_unshared:

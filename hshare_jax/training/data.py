@@ -56,11 +56,11 @@ def encode_files(tokenizer: PreTrainedTokenizerBase, paths: Sequence[str | os.Pa
     """The token ids of all files as one stream, with the end-of-text token after each file.
 
     Args:
-        tokenizer: the model's tokeniser. If it writes a beginning-of-text token, that token comes before each file.
+        tokenizer: the model's tokenizer. If it writes a beginning-of-text token, that token comes before each file.
         paths: UTF-8 text files, in this order.
 
     Raises:
-        ValueError: a file is empty or not UTF-8, or the tokeniser has no end-of-text token.
+        ValueError: a file is empty or not UTF-8, or the tokenizer has no end-of-text token.
     """
     end = tokenizer.eos_token_id
     if not isinstance(end, int):

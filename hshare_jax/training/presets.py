@@ -24,7 +24,7 @@ PRESETS = {
 
 
 def preset(name: str, *, vocab_size: int, max_positions: int = 1024) -> ModelConfig:
-    """The configuration of one of the `PRESETS`, with the vocabulary size of a tokeniser.
+    """The configuration of one of the `PRESETS`, with the vocabulary size of a tokenizer.
 
     Raises:
         SettingError: there is no preset of this name.

@@ -220,7 +220,7 @@ def _check(model: Model, data: TrainingData, settings: TrainingSettings, directo
     if highest >= model.config.vocab_size:
         raise ValueError(
             f"the text holds token {highest}, beyond the model's vocab_size={model.config.vocab_size}; "
-            "read it with the model's own tokeniser"
+            "read it with the model's own tokenizer"
         )
     if (directory / MODEL).exists() and not is_orbax_directory(directory / MODEL):
         raise ValueError(f"{directory / MODEL} is no checkpoint of this library; name another directory")

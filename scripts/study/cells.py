@@ -46,7 +46,7 @@ def published(budget: int, ratio: str, **settings: object) -> HShare:
     """The published method at a budget and ratio, with layer 0 dense and bounded probes unless told otherwise."""
     default = HShare()
     alike = {"num_probes": default.search.num_probes, "dense_layers": default.settings.dense_layers}
-    return _spend(budget, ratio, HShare.published(), **alike | settings)
+    return _spend(budget, ratio, HShare.paper(), **alike | settings)
 
 
 def _spend(budget: int, ratio: str, method: HShare, **settings: object) -> HShare:

@@ -51,7 +51,7 @@ PAPER = {
 
 
 def train_tokenizer(paths: Sequence[Path], vocab_size: int) -> PreTrainedTokenizerBase:
-    """A byte-level BPE tokeniser trained on these texts. Its vocabulary keeps a small model's embeddings small."""
+    """A byte-level BPE tokenizer trained on these texts. Its vocabulary keeps a small model's embeddings small."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
     tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
@@ -186,9 +186,9 @@ def main() -> None:
         "--kv-layers", type=int, nargs="+", metavar="N", help="default: half of the layers, and a quarter and one more"
     )
     parser.add_argument("--names", nargs="*", choices=NAMES, default=NAMES, help="ways of sharing to study (all nine)")
-    parser.add_argument("--tokenizer", help="take this model's tokeniser; default: train one on the text")
+    parser.add_argument("--tokenizer", help="take this model's tokenizer; default: train one on the text")
     parser.add_argument(
-        "--vocab-size", type=int, default=4096, help="vocabulary of the tokeniser that is trained (4096)"
+        "--vocab-size", type=int, default=4096, help="vocabulary of the tokenizer that is trained (4096)"
     )
     parser.add_argument("--sequence-length", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=8)

@@ -50,3 +50,8 @@ def test_errors_of_the_library_become_mistakes_within_the_context(tmp_path: Path
         raise FileNotFoundError("it does not exist")
     with pytest.raises(RuntimeError), usage_errors():
         raise RuntimeError
+
+
+def test_a_name_with_braces_breaks_no_message():
+    error = SettingError("count", 9, "must be at most 3: {count} of book{1}{x}.txt", others={"count": 9})
+    assert str(usage_error(error)) == "--limit 9 must be at most 3: --limit 9 of book{1}{x}.txt"

@@ -193,7 +193,7 @@ MISTAKES = {
     ),
     "gate of a method without": (
         ["--task", "passkey", "--data", "{data}/rain.txt", "--method", "hshare", "h2o", "--min-length", "50"],
-        "--min-length 50 is for methods that list tokens by score; h2o has no such gate",
+        "--min-length 50 is for hshare, exact_topk, double_sparsity; h2o does not use it",
     ),
     "no batch": (["--task", "passkey", "--data", "{data}/rain.txt", "--batch-size", "0"], "--batch-size 0 must be at"),
     "any number of passkeys": (

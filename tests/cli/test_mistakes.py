@@ -117,7 +117,7 @@ USAGE_MISTAKES = {
     "plan file not JSON": (["a", "--plan-file", "{tmp}/empty.txt"], "empty.txt is not JSON"),
     "channels file of another shape": (["a", "--channels-file", "{tmp}/channels.json"], "key model.layers.1.self_attn"),
     "plan file of another shape": (["a", "--plan-file", "{tmp}/plan.json"], "must be a list of 30 layer numbers"),
-    "unknown implementation": (["a", "--impl", "magic"], "--impl magic must be one of 'auto'"),
+    "unknown implementation": (["a", "--impl", "magic"], "invalid choice: 'magic'"),
     "dense against dense": (["a", "--compare-dense", "--method", "dense"], "choose another --method"),
 }
 

@@ -29,9 +29,9 @@ def test_without_options_the_method_is_the_default() -> None:
 
 
 def test_a_preset_is_changed_by_the_options_that_are_given() -> None:
-    assert method("--preset", "hshare-paper") == HShare.published()
+    assert method("--preset", "hshare-paper") == HShare.paper()
     changed = ["--dilate", "--num-probes", "8", "--label-bits", "none", "--sharing-ratio", "1/2-1/2-1/4"]
-    expected = HShare.published().with_settings({"dilate": True, "num_probes": 8, "label_bits": None})
+    expected = HShare.paper().with_settings({"dilate": True, "num_probes": 8, "label_bits": None})
     assert method("--preset", "hshare-paper", *changed) == expected.with_sharing_ratio("1/2-1/2-1/4")
 
 

@@ -25,7 +25,7 @@ def freed_memory(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def start(tmp_path: Path) -> str:
-    """The directory of a tiny model with a tokeniser."""
+    """The directory of a tiny model with a tokenizer."""
     tokenizer = byte_tokenizer()
     sizes = {"num_layers": 2, "windows": (None,) * 2, "max_positions": 64}
     config = dataclasses.replace(CONFIG, vocab_size=len(tokenizer), **sizes)

@@ -96,7 +96,7 @@ def test_windows_that_cannot_be_cut_are_refused(changes, message):
 
 def test_windows_all_differ_or_are_refused():
     text = TEXT[:100]
-    size = len(byte_tokenizer()(text)["input_ids"])  # the tests' own tokeniser writes no <s>
+    size = len(byte_tokenizer()(text)["input_ids"])  # the tests' own tokenizer writes no <s>
     most = cut_windows(TINY, "rain.txt", text, context=size - 4, count=3)
     assert len({window.tokens for window in most}) == len({window.id for window in most}) == 3
     with pytest.raises(ValueError, match=r"count=4 must be at most 3: rain.txt has no more windows that differ"):

@@ -1,4 +1,4 @@
-"""GGUF files: configuration, weights and tokeniser are read as they were written, and damage is an error."""
+"""GGUF files: configuration, weights and tokenizer are read as they were written, and damage is an error."""
 
 import itertools
 import json
@@ -210,7 +210,7 @@ TEXT = st.text(st.sampled_from("thecas'lr 0123459\n\t.,:!?üß日 "), max_size=2
 @pytest.mark.parametrize(
     ("pre", "pre_tokenizer"), [("smollm", SMOLLM), ("gpt-2", pre_tokenizers.ByteLevel(add_prefix_space=False))]
 )
-def test_byte_level_tokens_equal_the_source_tokenisers(tmp_path, pre, pre_tokenizer):
+def test_byte_level_tokens_equal_the_source_tokenizers(tmp_path, pre, pre_tokenizer):
     reference, metadata = byte_level(pre, pre_tokenizer)
     tokenizer = loaded_tokenizer(tmp_path, metadata)
 
@@ -328,7 +328,7 @@ def test_sentencepiece_tokens_equal_the_definition(tmp_path):
         ({"ggml.tokens": ["a"] * 320}, CheckpointError, r"names a token twice"),
     ],
 )
-def test_a_tokeniser_that_cannot_be_built_is_refused(tmp_path, change, error, message):
+def test_a_tokenizer_that_cannot_be_built_is_refused(tmp_path, change, error, message):
     _, metadata = byte_level("smollm", SMOLLM)
     with pytest.raises(error, match=message):
         loaded_tokenizer(tmp_path, {**metadata, **change})

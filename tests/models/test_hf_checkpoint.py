@@ -200,7 +200,7 @@ def test_loading_works_without_torch(llama):
     assert result.stdout.split()[-1] == load_model(llama[0]).identity
 
 
-def test_the_tokeniser_of_the_directory_is_read(tmp_path, llama):
+def test_the_tokenizer_of_the_directory_is_read(tmp_path, llama):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -215,5 +215,5 @@ def test_the_tokeniser_of_the_directory_is_read(tmp_path, llama):
     whole = (directory / "tokenizer.json").read_text()
     for damaged in (whole[:-9], "{}", "[]", whole.replace("WordLevel", "WordLvel")):
         (directory / "tokenizer.json").write_text(damaged)
-        with pytest.raises(CheckpointError, match=r"its tokeniser cannot be read: "):
+        with pytest.raises(CheckpointError, match=r"its tokenizer cannot be read: "):
             load_model(directory)

@@ -37,7 +37,7 @@ def vary(method: HShare, **changes: object) -> HShare:
 
 # The method as published, at the same sizes.
 PUBLISHED = vary(
-    HShare.published(), num_sinks=2, num_critical=6, num_recent=4, refresh_interval=3,
+    HShare.paper(), num_sinks=2, num_critical=6, num_recent=4, refresh_interval=3,
     layer_ratio=Fraction(3, 4), head_ratio=Fraction(2, 3), label_channels=3,
 )  # fmt: skip
 # Layers 1 and 3 read the keys and values of layer 2: layer 1 looks up, layer 3 looks down. Both have windows.

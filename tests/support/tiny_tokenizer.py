@@ -1,4 +1,4 @@
-"""Two tiny tokenisers: one with a token per byte and a few merged pairs, and one that falls back on bytes."""
+"""Two tiny tokenizers: one with a token per byte and a few merged pairs, and one that falls back on bytes."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ END = "</s>"
 
 
 def byte_tokenizer(alphabet: bytes = bytes(range(256)), merges: Sequence[str] = MERGES) -> PreTrainedTokenizerFast:
-    """A tokeniser with the distinct bytes of `alphabet` in order, then the merged pairs, then the end token."""
+    """A tokenizer with the distinct bytes of `alphabet` in order, then the merged pairs, then the end token."""
     symbols = _byte_symbols()
     names = [symbols[byte] for byte in dict.fromkeys(alphabet)] + list(merges)
     bpe = models.BPE(
@@ -25,7 +25,7 @@ def byte_tokenizer(alphabet: bytes = bytes(range(256)), merges: Sequence[str] = 
 
 
 def byte_fallback_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A tokeniser like LLaMA 2's. Ids 0 to 255 are bytes, which spell every character that no word holds."""
+    """A tokenizer like LLaMA 2's. Ids 0 to 255 are bytes, which spell every character that no word holds."""
     names = [*(f"<0x{byte:02X}>" for byte in range(256)), *words]
     bpe = models.BPE(vocab={name: index for index, name in enumerate(names)}, merges=[], byte_fallback=True)
     tokenizer = tokenizers.Tokenizer(bpe)

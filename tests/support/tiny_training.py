@@ -28,7 +28,7 @@ SETTINGS = TrainingSettings(
 
 
 def tiny_model(config: ModelConfig = CONFIG) -> Model:
-    """A model without a tokeniser, the same at every call."""
+    """A model without a tokenizer, the same at every call."""
     return new_model(config, None, name="tiny", seed=3)
 
 

@@ -12,7 +12,7 @@ from hshare_jax.training.presets import preset
 from hshare_jax.training.start import new_model, share_layers
 
 
-def test_a_ready_size_takes_the_tokenisers_vocabulary():
+def test_a_ready_size_takes_the_tokenizers_vocabulary():
     config = preset("110m", vocab_size=49_152, max_positions=512)
     assert (config.num_layers, config.width, config.mlp_width, config.vocab_size) == (12, 768, 2048, 49_152)
     assert config.max_positions == 512

@@ -124,7 +124,7 @@ def read_texts(paths: Sequence[Path]) -> dict[str, str]:
 def tokenizer_of(model: "Model | ModelFiles") -> "PreTrainedTokenizerBase":
     """The model's tokenizer; ValueError if it has none."""
     if model.tokenizer is None:
-        raise ValueError(f"{model.name} has no tokeniser, so text cannot be given to it")
+        raise ValueError(f"{model.name} has no tokenizer, so text cannot be given to it")
     return model.tokenizer
 
 

@@ -128,7 +128,7 @@ def text_at(where: str, record: dict[str, Any], key: str, *, may_be_empty: bool 
     if not text.strip() and not may_be_empty:
         raise DataError(f"{where}: key {key!r} is empty")
     try:
-        text.encode("utf-8")  # JSON can spell half a character (a lone surrogate), which no tokeniser takes
+        text.encode("utf-8")  # JSON can spell half a character (a lone surrogate), which no tokenizer takes
     except UnicodeEncodeError as error:
         raise DataError(f"{where}: key {key!r} is no Unicode text: {error}") from error
     return text

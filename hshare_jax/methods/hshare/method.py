@@ -33,16 +33,18 @@ Channels = tuple[tuple[tuple[int, ...], ...], ...]
 class HShare:
     """HShare (ICLR 2025): every head reads a few critical tokens, and a plan shares the lists of critical tokens.
 
-    A `Method`: static and hashable. The defaults are the settings that docs/quality.md advises; `published` is the
-    paper's method.
+    A `Method`: static and hashable. The defaults are the settings that docs/quality.md advises; `paper` is the paper's
+    method.
     """
 
     settings: HShareSettings = HShareSettings()  # noqa: RUF009 (frozen)
     search: PlanSearch = PlanSearch()  # noqa: RUF009 (frozen)
-    plan: SharePlan | None = None  # from `calibrate` or `load_plan`; None finds a plan for each prompt
+    plan: SharePlan | None = dataclasses.field(
+        default=None, repr=False
+    )  # from `calibrate` or `load_plan`; None finds a plan for each prompt
     # Label channels of every kv head [L, K, ranks], the best first, at least as many as labels keep, from `calibrate`
     # or `load_channels`; None chooses channels for each prompt. Any array is taken, and kept as tuples.
-    channels: Channels | Array | np.ndarray | None = None
+    channels: Channels | Array | np.ndarray | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.channels is not None:
@@ -51,7 +53,7 @@ class HShare:
             raise ValueError("channels were given, but scoring='exact' reads keys and has no labels; leave them out")
 
     @classmethod
-    def published(cls) -> "HShare":
+    def paper(cls) -> "HShare":
         """The method as the paper and its code have it, at the paper's 128 tokens and 7/8-3/4-1/2.
 
         There are two differences. Similarity is measured from `HShareSettings.first_probe` on, because lists at earlier
@@ -138,6 +140,7 @@ class HShare:
             age=jnp.zeros((B,), jnp.int32),
             settings=settings,
             plan=self.plan,
+            has_channels=self.channels is not None,
         )
 
     def probe_positions(self, starts: Int[Array, "B"], lengths: Int[Array, "B"], num_tokens: int) -> Int[Array, "B P"]:
@@ -163,19 +166,18 @@ class HShare:
             memo: keeps labels and similarity, which do not depend on how many lists are shared. It holds only the last
                 ones, because labels are large.
         """
-        has_channels, shares = self.channels is not None, self.search.shares_lists(self.settings, config)
-        if memo is None or self.plan is not None or not shares:
+        if memo is None or self.plan is not None or not self.search.shares_lists(self.settings, config):
             search = self.search if self.plan is None else None
-            return _find_lists(state, queries, cache, config=config, search=search, has_channels=has_channels)
+            return _find_lists(state, queries, cache, config=config, search=search)
         key = self.settings, self.search.similarity, self.search.num_probes, self.channels
         if key not in memo:
             memo.clear()
-            memo[key] = measure_prompt(
-                state, queries, cache, config=config, similarity=self.search.similarity, has_channels=has_channels
-            )
+            memo[key] = measure_prompt(state, queries, cache, config=config, similarity=self.search.similarity)
         lists, similarity = memo[key]
         source = plan_from(similarity, config=config, settings=self.settings, search=self.search)
-        lists = jax.tree.map(lambda array: jnp.array(array, copy=True), lists)  # decode steps will be given them
+        lists = jax.tree.map(
+            lambda array: jnp.array(array, copy=True), lists
+        )  # copies, because decode steps donate the state
         return dataclasses.replace(lists, source=source)
 
 
@@ -204,12 +206,10 @@ def _label_shapes(
     return jax.eval_shape(make, jax.ShapeDtypeStruct(keys_shape, dtype), channels)
 
 
-def _with_labels(
-    lists: SharedLists, queries: PromptQueries, cache: KVCache, config: ModelConfig, has_channels: bool
-) -> SharedLists:
+def _with_labels(lists: SharedLists, queries: PromptQueries, cache: KVCache, config: ModelConfig) -> SharedLists:
     """The lists with labels of the whole cache, on channels that are given or found from the prompt."""
     channels, settings = lists.channels, lists.settings
-    if not has_channels:
+    if not lists.has_channels:
         R = settings.num_label_channels(config)
         by_keys = zip(queries.sizes, cache.keys, strict=True)
         of_keys = [choose_channels(sizes, keys, cache.lengths, R) for sizes, keys in by_keys]
@@ -228,7 +228,7 @@ def _measure(
     return MEASURES[similarity](prompt, config=config, settings=lists.settings)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "search", "has_channels"), donate_argnames=("lists",))
+@functools.partial(jax.jit, static_argnames=("config", "search"), donate_argnames=("lists",))
 def _find_lists(
     lists: SharedLists,
     queries: PromptQueries,
@@ -236,10 +236,9 @@ def _find_lists(
     *,
     config: ModelConfig,
     search: PlanSearch | None,
-    has_channels: bool,
 ) -> SharedLists:
     """The lists with labels of the cache, and with a plan by `search`; None keeps the plan that the lists have."""
-    lists = _with_labels(lists, queries, cache, config, has_channels)
+    lists = _with_labels(lists, queries, cache, config)
     if search is None:
         return lists
     similarity = _measure(lists, queries, cache, config, search.similarity)
@@ -247,7 +246,7 @@ def _find_lists(
     return dataclasses.replace(lists, source=source)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "similarity", "has_channels"))
+@functools.partial(jax.jit, static_argnames=("config", "similarity"))
 def measure_prompt(
     lists: SharedLists,
     queries: PromptQueries,
@@ -255,7 +254,6 @@ def measure_prompt(
     *,
     config: ModelConfig,
     similarity: str,
-    has_channels: bool,
 ) -> tuple[SharedLists, Similarity]:
     """The lists with labels of the cache, and the similarity that a plan is found from (jitted).
 
@@ -264,9 +262,8 @@ def measure_prompt(
         queries, cache: of the prompt.
         config: the model.
         similarity: "overlap" or "mass" (`PlanSearch.similarity`).
-        has_channels: whether the lists hold channels that were given; otherwise the prompt's own are found.
     """
-    lists = _with_labels(lists, queries, cache, config, has_channels)
+    lists = _with_labels(lists, queries, cache, config)
     return lists, _measure(lists, queries, cache, config, similarity)
 
 

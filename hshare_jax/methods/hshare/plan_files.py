@@ -98,13 +98,13 @@ def _channels_in(
     if lacking := [name for name in names if name not in table]:
         raise ValueError(f"{path}: key {lacking[0]} is missing; a file for this model has {config.num_layers} layers")
     if extra := [key for key in table if key.endswith("self_attn.qk_proj") and key not in names]:
-        raise ValueError(f"{path}: key {extra[0]} is too much; a file for this model has {config.num_layers} layers")
+        raise ValueError(f"{path}: key {extra[0]} is unexpected; a file for this model has {config.num_layers} layers")
     layers = [_channels_of(f"{path}: {name}", table[name], config) for name in names]
     for name, layer in zip(names, layers, strict=True):
         if layer.shape != layers[0].shape:
             raise ValueError(
                 f"{path}: {name} has {layer.shape[1]} channels a head, but layer 0 has {layers[0].shape[1]}; all "
-                "layers must have as many"
+                "layers must have the same number"
             )
     return np.stack(layers)
 
@@ -169,7 +169,7 @@ def _plan_in(
         layers = _check_layer_map(f"{path}: {_PUBLISHED_PLAN}", table[_PUBLISHED_PLAN], config)
         source = [[layer * J + j for j in range(J)] for layer in layers]
     else:
-        raise ValueError(f"{path}: neither key {_OURS} nor {_PUBLISHED_PLAN}; this is no file of a plan")
+        raise ValueError(f"{path}: neither key {_OURS} nor {_PUBLISHED_PLAN}; this is not a plan file")
     try:
         plan = SharePlan(tuple(map(tuple, source)))
         plan.check(config, settings)

@@ -26,14 +26,18 @@ class HShareSettings:
     num_sinks: int = setting(16, "first tokens that every head reads")
     num_critical: int = setting(432, "tokens in each list, chosen by score")
     num_recent: int = setting(64, "last tokens that every head reads")
-    budget_ratio: Fraction | None = setting(None, "read at most this share of a text; lists shorten to fit")
+    budget_ratio: Fraction | None = setting(
+        None, "list critical tokens up to this share of a text, first and last tokens included"
+    )
     refresh_interval: int = setting(1, "decode steps that one choice of tokens serves")
     lists_per: Literal["kv_head", "query_head"] = setting(
         "kv_head", "who chooses: a group of query heads, or each head"
     )
     dilate: bool = setting(True, "lists that later steps reuse also favour the token after a good one")
     dense_layers: int = setting(1, "first layers that read everything")
-    min_length: int | None = setting(None, "shorter texts read everything; by default twice the budget")
+    min_length: int | None = setting(
+        None, "shorter texts read everything; by default twice the budget, with a budget ratio 0"
+    )
     scoring: Literal["labels", "exact"] = setting("labels", "score a few channels of each key, or whole keys")
     label_channels: int | None = setting(
         None, "channels of a head that its labels keep; by default 32, or all of fewer"
@@ -61,8 +65,13 @@ class HShareSettings:
 
     @property
     def dense_below(self) -> int:
-        """The length below which a row reads everything: `min_length`, or twice the budget."""
-        return 2 * self.budget if self.min_length is None else self.min_length
+        """The length below which a row reads everything: `min_length`, or twice the budget.
+
+        A `budget_ratio` bounds what short rows read, so with one the default is 0.
+        """
+        if self.min_length is not None:
+            return self.min_length
+        return 2 * self.budget if self.budget_ratio is None else 0
 
     @property
     def first_probe(self) -> int:
@@ -98,6 +107,10 @@ class HShareSettings:
             raise SettingError("label_channels", channels, f"must be at most the model's head_dim={config.head_dim}")
         return channels
 
+    def check(self, config: ModelConfig) -> None:
+        """Raises SettingError if the settings are not for this model."""
+        self.num_label_channels(config)
+
     def num_sparse_layers(self, config: ModelConfig) -> int:
         """How many layers read through lists: those after the dense first layers."""
         return max(config.num_layers - self.dense_layers, 0)
@@ -107,7 +120,7 @@ class HShareSettings:
 class PlanSearch:
     """How a plan is found from a prompt: which lists may copy another list, and how many lists copy.
 
-    A decode step reads none of these settings, so one compiled step serves every plan.
+    A decode step reads none of these settings, so one compiled step serves every plan that is found.
 
     Raises:
         SettingError: a value outside its range.

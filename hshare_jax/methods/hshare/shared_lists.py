@@ -10,8 +10,8 @@ from jaxtyping import Bool, Float, Int
 
 from hshare_jax.kernels.api import dense_decode, select_by_keys, select_by_labels, sparse_decode
 from hshare_jax.kernels.labels import Labels, label_query, make_labels
-from hshare_jax.kv_cache import KVCache, append
-from hshare_jax.methods.base import Choices, Step, count_dense, count_listed, mark_dense, mark_listed
+from hshare_jax.kv_cache import KVCache, append, replace_layer
+from hshare_jax.methods.base import Choices, Method, Step, count_dense, count_listed, mark_dense, mark_listed
 from hshare_jax.methods.hshare.critical_tokens import candidate_range, num_critical_in_budget
 from hshare_jax.methods.hshare.settings import HShareSettings
 from hshare_jax.methods.hshare.share_plan import SharePlan, mark_computed
@@ -31,16 +31,22 @@ class SharedLists:
     age: Array  # [B] int32, decode steps since the plan was found
     settings: HShareSettings = dataclasses.field(metadata={"static": True})
     plan: SharePlan | None = dataclasses.field(metadata={"static": True})  # a constant plan; `source` holds it too
+    has_channels: bool = dataclasses.field(metadata={"static": True})  # whether channels were given beforehand
 
     @property
     def refresh_interval(self) -> int:
         """Decode steps that one choice serves."""
         return self.settings.refresh_interval
 
+    def is_of(self, method: Method) -> bool:
+        """Whether the method has the settings, the plan and the kind of channels that this state began with."""
+        given = getattr(method, "settings", None), getattr(method, "plan", None)
+        return given == (self.settings, self.plan) and (getattr(method, "channels", None) is None) != self.has_channels
+
     def begin(self, step: Step) -> "SharedLists":
         """The lists one step older, with the recent range where this step reads it."""
         older = dataclasses.replace(self, age=self.age + step.is_active)
-        # The recent range starts where it did at the refresh, and grows. For a caller who never refreshes it slides.
+        # The recent range keeps its start until the next refresh, and grows. Beyond max_recent it slides.
         start = jnp.where(older._is_due(step), step.lengths - self.settings.num_recent, self.recent_start)
         start = jnp.maximum(start, step.lengths - self.settings.max_recent)
         return dataclasses.replace(older, recent_start=jnp.maximum(start, 0))
@@ -68,7 +74,7 @@ class SharedLists:
             return dense_decode(q, keys, values, lengths, window=window, impl=step.impl), lists
         if step.refresh is not False:
             lists = lists._choose(layer, q, keys, step)
-        # A layer that looks up sees one token less; the gate must close in all layers at once.
+        # A layer that looks up sees one token less. Its limit is one lower, so that all layers turn sparse on one step.
         min_length = max(settings.dense_below - step.config.looks_up(layer), 0)
         out = sparse_decode(
             q, keys, values, lists.token_indices, lists.source, layer, lengths, lists.recent_start,
@@ -84,7 +90,7 @@ class SharedLists:
             return self
         new = make_labels(k.swapaxes(1, 2), self.channels[:, layer], self.settings.label_bits)
         labels = jax.tree.map(lambda old, one: append(old, jnp.moveaxis(one, 3, 1), step.slots, axis=3), labels, new)
-        return dataclasses.replace(self, labels=(*self.labels[:index], labels, *self.labels[index + 1 :]))
+        return dataclasses.replace(self, labels=replace_layer(self.labels, index, labels))
 
     def _choose(self, layer: int, q: Float[Array, "B N H"], keys: Array, step: Step) -> "SharedLists":
         """Chooses this layer's computed lists in the rows that are due. The other lists stay.

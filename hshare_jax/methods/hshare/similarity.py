@@ -16,7 +16,7 @@ from hshare_jax.methods.hshare.settings import HShareSettings
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.shapes import Similarity
 
-MARKS = 2**22  # marks (lists times slots) held at once; it bounds how many probes are taken together
+MAX_MARKS = 2**22  # marks (one for each list and slot) in memory at once; it bounds how many probes are taken together
 
 
 class LabelledPrompt(NamedTuple):
@@ -59,8 +59,8 @@ def measure_overlap(
     (HShare, ICLR 2025, section 4.2). Dense layers have no lists and are similar to no layer.
     """
 
-    def overlap(lists: Array, queries: tuple[Array, ...], lengths: Array) -> tuple[Array, Array]:
-        return jnp.einsum("LPBJS,MPBJS->BLM", lists, lists), jnp.einsum("LPBJS,LPBIS->BLJI", lists, lists)
+    def overlap(marks: Array, queries: tuple[Array, ...], lengths: Array) -> tuple[Array, Array]:
+        return jnp.einsum("LPBJS,MPBJS->BLM", marks, marks), jnp.einsum("LPBJS,LPBIS->BLJI", marks, marks)
 
     of_layers, of_lists = _sum_over_probes(overlap, prompt, config, settings)
     # Divided only now: sums of whole numbers are exact, so equal overlaps are equal numbers and ties break by order.
@@ -90,13 +90,13 @@ def measure_mass(prompt: LabelledPrompt, *, config: ModelConfig, settings: HShar
         scores = score_keys(q, keys[config.kv_index(layer)])
         return softmax_over(is_visible, scores).reshape(B, J, N // J, S).sum(axis=2)
 
-    def caught(lists: Array, queries: tuple[Array, ...], lengths: Array) -> Array:
+    def caught(marks: Array, queries: tuple[Array, ...], lengths: Array) -> Array:
         of_probes = jax.vmap(mass_of, in_axes=(None, 0, 0))
         mass = jnp.stack([of_probes(layer, q, lengths) for layer, q in enumerate(queries)])
         is_sparse = jnp.arange(L) >= settings.dense_layers
         mass = jnp.where(is_sparse[:, None, None, None, None], mass, 0)
-        mass, lists = (jnp.moveaxis(array, 0, 2).reshape(-1, B, L * J, S) for array in (mass, lists))
-        return jnp.einsum("PBIS,PBJS->PBIJ", mass, lists).sum(axis=0)
+        mass, marks = (jnp.moveaxis(array, 0, 2).reshape(-1, B, L * J, S) for array in (mass, marks))
+        return jnp.einsum("PBIS,PBJS->PBIJ", mass, marks).sum(axis=0)
 
     total = _sum_over_probes(caught, prompt, config, settings)
     return total / _num_probes(prompt.queries)[:, None, None]
@@ -115,7 +115,7 @@ def _sum_over_probes(
     config: ModelConfig,
     settings: HShareSettings,
 ):
-    """The sum over each row's probes of measure(lists as 0/1 marks [L, P, B, J, S], queries, lengths [P, B]).
+    """Adds up measure(marks [L, P, B, J, S], queries, lengths [P, B]) over each row\'s probes.
 
     Probes are taken a group at a time. Memory then holds a mark for each list and slot of one group of probes, never
     for each pair of tokens.
@@ -144,14 +144,14 @@ def _sum_over_probes(
 
     def measure_group(group: tuple[tuple[Array, ...], Array]) -> Array | tuple[Array, ...]:
         queries, position = group
-        scores = jnp.stack([score(layer, q) for layer, q in enumerate(queries)])  # [L, G, B, N, S]
+        scores = jnp.stack([score(layer, q) for layer, q in enumerate(queries)])  # [L, P, B, N, S], P of one group
         return measure(mark_group(scores, windows, is_sparse, position), queries, position + 1)
 
     def add(total, group: tuple[tuple[Array, ...], Array]):
         return jax.tree.map(jnp.add, total, measure_group(group)), None
 
-    G = max(1, min(P, MARKS // (config.num_layers * B * J * S)))
-    groups = jax.tree.map(lambda array: _in_groups(array, G), (prompt.queries.probes, positions))
+    size = max(1, min(P, MAX_MARKS // (config.num_layers * B * J * S)))
+    groups = jax.tree.map(lambda array: _in_groups(array, size), (prompt.queries.probes, positions))
     shapes = jax.eval_shape(measure_group, jax.tree.map(lambda array: array[0], groups))
     zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
     return lax.scan(add, zeros, groups)[0]

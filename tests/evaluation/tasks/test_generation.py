@@ -60,7 +60,7 @@ def test_an_answer_longer_than_the_model_is_refused():
 
 
 def test_a_model_without_a_tokenizer_is_refused():
-    with pytest.raises(ValueError, match="tiny has no tokeniser, so text cannot be given to it"):
+    with pytest.raises(ValueError, match="tiny has no tokenizer, so text cannot be given to it"):
         GSM8K().fit(dataclasses.replace(TINY, tokenizer=None), [example("it")])
 
 

@@ -167,7 +167,7 @@ def test_a_published_layer_map_copies_list_by_list(tmp_path):
 
 MALFORMED_PLANS = {
     "not JSON": ("no", "is not JSON"),
-    "no plan": ({}, "neither key hshare_jax nor layer.share_config; this is no file of a plan"),
+    "no plan": ({}, "neither key hshare_jax nor layer.share_config; this is not a plan file"),
     "channels": ({"hshare_jax": {"kind": "channels"}}, "key hshare_jax must be of kind 'plan'; it is 'channels'"),
     "no source": ({"hshare_jax": {"kind": "plan", "identity": "0" * 16}}, "source must be a list of whole numbers"),
     "words": ({"hshare_jax": {"kind": "plan", "identity": "0" * 16}, "source": [["a"]]}, "source must be a list of wh"),

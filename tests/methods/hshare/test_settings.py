@@ -79,8 +79,12 @@ def test_by_default_rows_below_twice_the_budget_read_everything(min_length, dens
     assert settings.dense_below == dense_below
 
 
+def test_with_a_ratio_as_the_budget_short_rows_are_sparse_too():
+    assert HShareSettings(budget_ratio=Fraction(1, 8)).dense_below == 0
+
+
 def test_the_published_method_shares_layers_then_heads_and_is_never_dense():
-    method = HShare.published()
+    method = HShare.paper()
     settings, search = method.settings, method.search
     assert (settings.num_sinks, settings.num_critical, settings.num_recent) == (8, 88, 32)
     assert (search.plan_kind, settings.lists_per, search.plan_scope) == ("published", "query_head", "sequence")
