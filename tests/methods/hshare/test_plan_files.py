@@ -126,7 +126,7 @@ MALFORMED_CHANNELS = {
     "no origin": ({"hshare_jax": 1}, "key hshare_jax must be of kind 'channels'; it is 1"),
     "empty": ({}, r"key model.layers.0.self_attn.qk_proj is missing; a file for this model has 3 layers"),
     "too few layers": (published_channels(ALL, L - 1), "key model.layers.2.self_attn.qk_proj is missing"),
-    "too many layers": (published_channels(ALL, L + 1), "key model.layers.3.self_attn.qk_proj is too much"),
+    "too many layers": (published_channels(ALL, L + 1), "key model.layers.3.self_attn.qk_proj is unexpected"),
     "too few heads": (published_channels(ALL[1:]), "for each of 3 kv heads or 6 query heads; it has 2 entries"),
     "no list": ({**published_channels(ALL), "model.layers.1.self_attn.qk_proj": 7}, r"qk_proj must .*; it has 7"),
     "no list of a head": (published_channels([*ALL[1:], 3]), r"qk_proj\[2\] must be a list of channel numbers"),
