@@ -30,18 +30,14 @@ class HShareSettings:
         None, "list critical tokens up to this share of a text, first and last tokens included"
     )
     refresh_interval: int = setting(1, "decode steps that one choice of tokens serves")
-    lists_per: Literal["kv_head", "query_head"] = setting(
-        "kv_head", "who chooses: a group of query heads, or each head"
-    )
+    lists_per: Literal["kv_head", "query_head"] = setting("kv_head", "who chooses: a group of query heads or each head")
     dilate: bool = setting(True, "lists that later steps reuse also favour the token after a good one")
     dense_layers: int = setting(1, "first layers that read everything")
     min_length: int | None = setting(
         None, "shorter texts read everything; by default twice the budget, with a budget ratio 0"
     )
     scoring: Literal["labels", "exact"] = setting("labels", "score a few channels of each key, or whole keys")
-    label_channels: int | None = setting(
-        None, "channels of a head that its labels keep; by default 32, or all of fewer"
-    )
+    label_channels: int | None = setting(None, "channels that labels keep of each head; by default 32, or all if fewer")
     label_bits: Literal[4, 8] | None = setting(4, "bits of a label channel; none: not quantised")
 
     def __post_init__(self) -> None:
