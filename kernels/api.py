@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from hshare_jax.kernels.implementations import IMPLS, Implementation, check_impl, run
 from hshare_jax.kernels.labels import Labels
 from hshare_jax.kernels.prefill_attention import can_fuse_prefill, fused_prefill, plain_prefill, received_attention
+from hshare_jax.kernels.tail import Tail
 from hshare_jax.shapes import EMPTY, Lists, Source
 
 __all__ = [
@@ -73,6 +74,7 @@ def sparse_decode(
     max_recent: int,
     window: int | None = None,
     min_length: int = 0,
+    tail: Tail | None = None,
     impl: str = "auto",
 ) -> Float[Array, "B N H"]:
     """Attention of one query per head over a list and two ranges. Each slot is read once.
@@ -98,6 +100,8 @@ def sparse_decode(
         window: the layer's sliding window. Slots outside it are not read.
         min_length: rows shorter than this read the whole cache. In the reference their result equals `dense_decode`
             bit for bit. The Pallas kernel sums in another order, so there the two agree within rounding.
+        tail: what stands for the slots that a head sees and does not read; None leaves them out. Rows under
+            `min_length`, and rows whose every slot is read, are as without it.
         impl: the implementation, as the module describes it.
     """
     _check_plan(lists, source, lengths, keys.shape[2])
@@ -105,7 +109,8 @@ def sparse_decode(
     def attend(chosen: Implementation) -> Array:
         return chosen.attention.sparse_decode(
             q, keys, values, lists, source, layer, lengths, recent_start,
-            num_sinks=num_sinks, max_recent=max_recent, window=window, min_length=min_length, **chosen.options,
+            num_sinks=num_sinks, max_recent=max_recent, window=window, min_length=min_length, tail=tail,
+            **chosen.options,
         )  # fmt: skip
 
     return run(impl, attend)

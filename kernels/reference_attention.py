@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 
 from hshare_jax.kernels.masked_softmax import MASKED
 from hshare_jax.kernels.reads import slots_to_read, take_rows
+from hshare_jax.kernels.tail import Tail, add_tail
 from hshare_jax.shapes import EMPTY, Lists, Source
 
 
@@ -44,6 +45,7 @@ def sparse_decode(
     max_recent: int,
     window: int | None = None,
     min_length: int = 0,
+    tail: Tail | None = None,
 ) -> Float[Array, "B N H"]:
     """The definition of `api.sparse_decode`. Rows under `min_length` are computed by `dense_decode` itself."""
 
@@ -54,7 +56,8 @@ def sparse_decode(
             listed, lengths, recent_start, num_sinks=num_sinks, max_recent=max_recent, window=window
         )  # [B, J, W]
         picked_keys, picked_values = (take_rows(cache, slots) for cache in (keys, values))
-        return _attend_one_query(q, picked_keys, picked_values, slots != EMPTY)
+        num_seen = jnp.minimum(lengths, keys.shape[2] if window is None else window)
+        return _attend_one_query(q, picked_keys, picked_values, slots != EMPTY, tail, num_seen)
 
     if min_length <= 0:
         return sparse()
@@ -67,8 +70,13 @@ def sparse_decode(
     return jnp.where(is_dense[:, None, None], dense_out, sparse_out)
 
 
-def _attend_one_query(q: Array, keys: Array, values: Array, is_visible: Array) -> Array:
-    """Attention [B, N, H] of q [B, N, H] over keys and values [B, J, W, H] where is_visible [B, J, W]."""
+def _attend_one_query(
+    q: Array, keys: Array, values: Array, is_visible: Array, tail: Tail | None = None, num_seen: Array | None = None
+) -> Array:
+    """Attention [B, N, H] of q [B, N, H] over keys and values [B, J, W, H] where is_visible [B, J, W].
+
+    With a tail for the rest of the `num_seen` [B] slots that each row sees.
+    """
     B, N, H = q.shape
     J = keys.shape[1]
     grouped = q.reshape(B, J, N // J, H)
@@ -77,9 +85,17 @@ def _attend_one_query(q: Array, keys: Array, values: Array, is_visible: Array) -
     # for the second product.
     scores = lax.dot_general(keys, grouped, (((3,), (3,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
     scores = lax.optimization_barrier(scores)
-    scores = jnp.where(is_visible[:, :, None, :], scores.swapaxes(2, 3) * H**-0.5, MASKED)  # [B, J, G, W]
+    is_visible = is_visible[:, :, None, :]
+    scores = jnp.where(is_visible, scores.swapaxes(2, 3) * H**-0.5, MASKED)  # [B, J, G, W]
     peak = scores.max(axis=-1, keepdims=True)
     weights = jnp.exp(scores - peak)
+    total = weights.sum(axis=-1)
     read = jnp.einsum("BJGW,BJWH->BJGH", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
-    out = jnp.where(peak > MASKED, read / weights.sum(axis=-1)[..., None], 0)  # no visible slot: zeros
+    out = jnp.where(peak > MASKED, read / total[..., None], 0)  # no visible slot: zeros
+    if tail is not None and num_seen is not None:
+        num_read = is_visible.sum(axis=-1)  # [B, J, 1]
+        mean = jnp.where(is_visible, scores, 0).sum(axis=-1) / jnp.maximum(num_read, 1)
+        num_unread = jnp.broadcast_to(num_seen[:, None, None] - num_read, mean.shape)
+        by_head = (array.reshape(B, N) for array in (peak[..., 0] + jnp.log(total), mean, num_unread))
+        out = add_tail(out.reshape(B, N, H), *by_head, q, tail)
     return out.reshape(B, N, H).astype(q.dtype)
