@@ -96,6 +96,6 @@ def _attend_one_query(
         num_read = is_visible.sum(axis=-1)  # [B, J, 1]
         mean = jnp.where(is_visible, scores, 0).sum(axis=-1) / jnp.maximum(num_read, 1)
         num_unread = jnp.broadcast_to(num_seen[:, None, None] - num_read, mean.shape)
-        by_head = (array.reshape(B, N) for array in (peak[..., 0] + jnp.log(total), mean, num_unread))
-        out = add_tail(out.reshape(B, N, H), *by_head, q, tail)
+        log_total, mean, num_unread = (x.reshape(B, N) for x in (peak[..., 0] + jnp.log(total), mean, num_unread))
+        out = add_tail(out.reshape(B, N, H), log_total, mean, num_unread, q, tail)
     return out.reshape(B, N, H).astype(q.dtype)

@@ -24,7 +24,7 @@ class Tail:
     the same scale as the exponentiated scores, and the mean value v:
 
         log W = log n + clip(constant + q . keys[0] / sqrt(H) + of_total * total + of_mean * mean, low, high)
-        v     = values[0] + follow * o + sum over i = 1..r of clip(q . keys[i] / sqrt(H) - shift[i], -2.5, 2.5) * values[i]
+        v     = values[0] + follow * o + sum of clip(q . keys[i] / sqrt(H) - shift[i], -2.5, 2.5) * values[i], i = 1..r
         out   = o + (v - o) * W / (exp(total) + W)
 
     A head that has read all that it sees has no tail, and neither has one whose `low` and `high` are MASKED.
@@ -73,5 +73,6 @@ def add_tail(
     share = jnp.where(num_unread > 0, jax.nn.sigmoid(weight - total), 0)
     features = jnp.clip(scores[..., 1:] - terms[..., NUM_TERMS:], -MAX_FEATURE, MAX_FEATURE)
     values = tail.values.astype(jnp.float32)
-    value = values[..., 0, :] + terms[..., FOLLOW, None] * out + jnp.einsum("BNI,BNIH->BNH", features, values[..., 1:, :])
+    value = values[..., 0, :] + terms[..., FOLLOW, None] * out
+    value += jnp.einsum("BNI,BNIH->BNH", features, values[..., 1:, :])
     return out + share[..., None] * (value - out)
