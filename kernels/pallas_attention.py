@@ -2,7 +2,7 @@
 
 One program reads the slots of one list, or a part (split-K, as in Flash-Decoding), for all query heads that the list
 serves, so that each key row is read once. A second kernel merges the parts. Dense attention is the same kernel
-with no list and recent_start = 0.
+with no list and recent_start = 0. The kernel that writes the result also adds the tail, so a tail is no further kernel.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Float, Int
 
 from hshare_jax.kernels.masked_softmax import MASKED
+from hshare_jax.kernels.tail import MAX_FEATURE, Tail
 from hshare_jax.kernels.tiling import Tiles, attention_tiles
 from hshare_jax.shapes import EMPTY, Lists, Source
 
@@ -46,7 +47,7 @@ def dense_decode(
     layout = _lay_out(keys, K, min(S, window or S), num_sinks=0, num_listed=0, window=window, tiles=tiles)
     nothing, source = jnp.full((1, 1, 1, 1), EMPTY, jnp.int32), jnp.zeros((B, 1, K), jnp.int32)
     return _decode(
-        q, keys, values, nothing, source, jnp.int32(0), lengths, jnp.zeros_like(lengths),
+        q, keys, values, nothing, source, jnp.int32(0), lengths, jnp.zeros_like(lengths), None,
         layout=layout, interpret=interpret,
     )  # fmt: skip
 
@@ -65,6 +66,7 @@ def sparse_decode(
     max_recent: int,
     window: int | None = None,
     min_length: int = 0,
+    tail: Tail | None = None,
     tiles: Tiles | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B N H"]:
@@ -74,7 +76,7 @@ def sparse_decode(
     within rounding and not bit for bit.
 
     Args:
-        q to min_length: as `api.sparse_decode` takes them.
+        q to tail: as `api.sparse_decode` takes them.
         tiles: the layout of the kernel; None takes the choice of `tiling`.
         interpret: whether the kernel runs in Pallas' interpreter.
     """
@@ -83,7 +85,9 @@ def sparse_decode(
     _, _, J, C = lists.shape
     max_slots = num_sinks + C + max_recent
     layout = _lay_out(keys, J, max_slots, num_sinks=num_sinks, num_listed=C, window=window, tiles=tiles)
-    return _decode(q, keys, values, lists, source, jnp.int32(layer), lengths, start, layout=layout, interpret=interpret)
+    return _decode(
+        q, keys, values, lists, source, jnp.int32(layer), lengths, start, tail, layout=layout, interpret=interpret
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,25 +114,38 @@ def _lay_out(
 
 @functools.partial(jax.jit, static_argnames=("layout", "interpret"))
 def _decode(
-    q: Array, keys: Array, values: Array, lists: Array, source: Array, layer: Array, lengths: Array, start: Array, *,
-    layout: _Layout, interpret: bool,
+    q: Array, keys: Array, values: Array, lists: Array, source: Array, layer: Array, lengths: Array, start: Array,
+    tail: Tail | None, *, layout: _Layout, interpret: bool,
 ) -> Array:  # fmt: skip
     """Attention [B, N, H] by the kernels."""
     (B, N, H), J, dtype, tiles = q.shape, source.shape[2], q.dtype, layout.tiles
     # A row whose cache is full goes on without its new token. Both operands of a dot have one type.
     lengths, q = jnp.minimum(lengths, keys.shape[2]), q.astype(keys.dtype)
+    tails = None if tail is None else (tail.keys, tail.values, tail.terms)
+    inputs = (q, keys, values, lists, source, layer.reshape(1), lengths, start, tails)
     parts = jax.ShapeDtypeStruct((B, N, tiles.splits, H), dtype if tiles.splits == 1 else jnp.float32)
-    out, log_total = pl.pallas_call(
+    per_head = jax.ShapeDtypeStruct((B, N, tiles.splits), jnp.float32)
+    per_list = jax.ShapeDtypeStruct((B, J, tiles.splits), jnp.int32)
+    outputs = (parts, per_head, None if tails is None or tiles.splits == 1 else (per_head, per_list))
+    out, log_total, tally = pl.pallas_call(
         functools.partial(_attend, layout=layout),
         grid=(tiles.splits, J, B),
-        in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * 8,
-        out_specs=[pl.BlockSpec(memory_space=pl.ANY)] * 2,
-        out_shape=[parts, jax.ShapeDtypeStruct((B, N, tiles.splits), jnp.float32)],
+        in_specs=_in_place(inputs),
+        out_specs=_in_place(outputs),
+        out_shape=outputs,
         compiler_params=plgpu.CompilerParams(num_warps=tiles.num_warps, num_stages=tiles.num_stages),
         interpret=interpret,
         name="decode_attention",
-    )(q, keys, values, lists, source, layer.reshape(1), lengths, start)
-    return out[:, :, 0] if tiles.splits == 1 else _merge(out, log_total, dtype, interpret)
+    )(*inputs)
+    if tiles.splits == 1:
+        return out[:, :, 0]
+    for_tail = None if tally is None else (tally, lengths, q, tails)
+    return _merge(out, log_total, for_tail, window=layout.window, dtype=dtype, interpret=interpret)
+
+
+def _in_place(arrays: tuple) -> tuple:
+    """Specifications by which a kernel reads or writes its arrays where they lie."""
+    return jax.tree.map(lambda _: pl.BlockSpec(memory_space=pl.ANY), arrays)
 
 
 def _attend(
@@ -140,8 +157,10 @@ def _attend(
     layer_ref,  # [1]
     lengths_ref,  # [B]
     start_ref,  # [B], the recent range's first slot
+    tail_refs,  # the keys, values and terms of a Tail; None without one
     out_ref,  # [B, N, splits, H]
     log_total_ref,  # [B, N, splits], log2 of the sum that the softmax divides by
+    tally_refs,  # sum of scores [B, N, splits] and number of slots [B, J, splits]; None unless a merge adds a tail
     *,
     layout: _Layout,
 ) -> None:
@@ -154,7 +173,8 @@ def _attend(
     unit = source_ref[b, layer_ref[0], j]
     columns = jnp.arange(layout.width, dtype=jnp.int32)[None, :]
     heads = jnp.arange(1 if group_size == 1 else max(16, pl.next_power_of_2(group_size)), dtype=jnp.int32)[:, None]
-    is_query = (heads < group_size) & (columns < H)
+    is_head = heads < group_size
+    is_query = is_head & (columns < H)
     head = j * group_size + heads
     query = plgpu.load(q_ref.at[b, head, columns], mask=is_query, other=0)
 
@@ -173,13 +193,22 @@ def _attend(
     num_places = layout.num_sinks + layout.num_listed + jnp.maximum(bounds.length - bounds.recent_start, 0)
     num_blocks = pl.cdiv(num_places, tiles.block)
     share = pl.cdiv(num_blocks, tiles.splits)
-    nothing = _no_softmax(heads.shape[0], layout.width)
+    nothing = _no_softmax(heads.shape[0], layout.width, with_tally=tail_refs is not None)
     last = jnp.minimum((split + 1) * share, num_blocks)
-    out, peak, total = lax.fori_loop(split * share, last, read_block, nothing)
+    out, peak, total, tally = lax.fori_loop(split * share, last, read_block, nothing)
     out = out / jnp.where(total > 0, total, 1)[:, None]
-    plgpu.store(out_ref.at[b, head, split, columns], out.astype(out_ref.dtype), mask=is_query)
     log_total = jnp.where(total > 0, peak + jnp.log2(jnp.where(total > 0, total, 1)), MASKED)
-    plgpu.store(log_total_ref.at[b, head[:, 0], split], log_total, mask=heads[:, 0] < group_size)
+    if tally is not None:
+        if tally_refs is None:
+            tail = _load_tail(tail_refs, b, head, is_head, columns)
+            num_seen, tally = _num_seen(bounds.length, layout.window), _Tally(tally.score_sum[:, None], tally.num_read)
+            out = _add_tail(out, log_total[:, None], tally, num_seen, query.astype(jnp.float32) * H**-0.5, tail)
+        else:
+            score_sum_ref, num_read_ref = tally_refs
+            plgpu.store(score_sum_ref.at[b, head[:, 0], split], tally.score_sum, mask=is_head[:, 0])
+            num_read_ref[b, j, split] = tally.num_read
+    plgpu.store(out_ref.at[b, head, split, columns], out.astype(out_ref.dtype), mask=is_query)
+    plgpu.store(log_total_ref.at[b, head[:, 0], split], log_total, mask=is_head[:, 0])
 
 
 class _Bounds(NamedTuple):
@@ -194,6 +223,10 @@ class _Bounds(NamedTuple):
 def _read_bounds(length: Array, start: Array, window: int | None) -> _Bounds:
     first = 0 if window is None else jnp.maximum(length - window, 0)
     return _Bounds(length, start, first, jnp.maximum(start, first))
+
+
+def _num_seen(length: Array, window: int | None) -> Array:
+    return length if window is None else jnp.minimum(length, window)
 
 
 def _find_slots(
@@ -215,19 +248,28 @@ def _find_slots(
     return slots, is_read & (slots >= bounds.first)
 
 
+class _Tally(NamedTuple):
+    """What a tail must know of the slots that were read."""
+
+    score_sum: Array  # [heads], the sum of their scores, in powers of two
+    num_read: Array  # [], how many they are
+
+
 class _Softmax(NamedTuple):
     """An online softmax (arXiv 1805.02867) over the slots seen so far, for each head."""
 
     out: Array  # [heads, width], the weighted sum of the values
     peak: Array  # [heads], the highest score
     total: Array  # [heads], the sum of the weights
+    tally: _Tally | None  # None without a tail
 
 
-def _no_softmax(heads: int, width: int) -> _Softmax:
+def _no_softmax(heads: int, width: int, *, with_tally: bool) -> _Softmax:
     return _Softmax(
         jnp.zeros((heads, width), jnp.float32),
         jnp.full((heads,), MASKED, jnp.float32),
         jnp.zeros((heads,), jnp.float32),
+        _Tally(jnp.zeros((heads,), jnp.float32), jnp.int32(0)) if with_tally else None,
     )
 
 
@@ -235,13 +277,16 @@ def _add_block(
     softmax: _Softmax, scores: Float[Array, "heads slots"], value: Float[Array, "slots H"], is_read: Array
 ) -> _Softmax:
     """The softmax with one more block of slots; scores are in powers of two."""
-    out, peak, total = softmax
+    out, peak, total, tally = softmax
+    if tally is not None:
+        score_sum = tally.score_sum + jnp.where(is_read[None, :], scores, 0).sum(axis=1)
+        tally = _Tally(score_sum, tally.num_read + is_read.astype(jnp.int32).sum())
     scores = jnp.where(is_read[None, :], scores, MASKED)
     new_peak = jnp.maximum(peak, scores.max(axis=1))
     weights = jnp.where(is_read[None, :], jnp.exp2(scores - new_peak[:, None]), 0)
     shrink = jnp.exp2(peak - new_peak)
     out = out * shrink[:, None] + _weighted(weights, value)
-    return _Softmax(out, new_peak, total * shrink + weights.sum(axis=1))
+    return _Softmax(out, new_peak, total * shrink + weights.sum(axis=1), tally)
 
 
 def _scores(query: Float[Array, "heads H"], key: Float[Array, "slots H"]) -> Float[Array, "heads slots"]:
@@ -260,11 +305,67 @@ def _precision(operand: Array) -> lax.Precision | None:
     return lax.Precision.HIGHEST if operand.dtype == jnp.float32 else None
 
 
-def _merge(out: Float[Array, "B N splits H"], log_total: Array, dtype: jnp.dtype, interpret: bool) -> Array:
-    """The attention [B, N, H] of all splits together."""
+class _LoadedTail(NamedTuple):
+    """The tails of the heads of a program, in float32."""
+
+    keys: list[Array]  # of each virtual token [heads, width]
+    values: list[Array]  # of each virtual token [heads, width]
+    terms: list[Array]  # each [heads, 1]
+
+
+def _load_tail(tail_refs: tuple, b: Array, head: Array, is_head: Array, columns: Array) -> _LoadedTail:
+    """The tails of heads [heads, 1] of row b. If `head` is one number, the result has no axis of heads."""
+    keys_ref, values_ref, terms_ref = tail_refs
+    _, _, num_tokens, H = keys_ref.shape
+
+    def load(ref, i: int) -> Array:
+        return plgpu.load(ref.at[b, head, i, columns], mask=is_head & (columns < H), other=0).astype(jnp.float32)
+
+    keys, values = ([load(ref, i) for i in range(num_tokens)] for ref in (keys_ref, values_ref))
+    terms = [plgpu.load(terms_ref.at[b, head, i], mask=is_head, other=0) for i in range(terms_ref.shape[2])]
+    return _LoadedTail(keys, values, terms)
+
+
+def _add_tail(out: Array, log_total: Array, tally: _Tally, num_seen: Array, query: Array, tail: _LoadedTail) -> Array:
+    """`tail.add_tail` for the heads of a program. Numbers of each head are [heads, 1], or single if there is one head.
+
+    Args:
+        out: the attention over the slots that were read.
+        log_total: log2 of the sum that its softmax divided by.
+        tally: of the slots that were read.
+        num_seen: how many slots the row sees.
+        query: the queries in float32, scaled by 1 / sqrt(H).
+        tail: the tails of the heads.
+    """
+    constant, of_total, of_mean, low, high, follow, *shifts = tail.terms
+    scores = [(query * key).sum(axis=-1, keepdims=True) for key in tail.keys]
+    total, mean = log_total / LOG2_E, tally.score_sum / (LOG2_E * jnp.maximum(tally.num_read, 1))
+    num_unread = num_seen - tally.num_read
+    weight = jnp.clip(constant + scores[0] + of_total * total + of_mean * mean, low, high)
+    weight += jnp.log(jnp.maximum(num_unread, 1).astype(jnp.float32))
+    share = jnp.where(num_unread > 0, jax.nn.sigmoid(weight - total), 0)
+    value = tail.values[0] + follow * out
+    for score, shift, direction in zip(scores[1:], shifts, tail.values[1:], strict=True):
+        value += jnp.clip(score - shift, -MAX_FEATURE, MAX_FEATURE) * direction
+    return out + share * (value - out)
+
+
+def _merge(
+    out: Float[Array, "B N splits H"], log_total: Array, for_tail: tuple | None, *, window: int | None,
+    dtype: jnp.dtype, interpret: bool,
+) -> Array:  # fmt: skip
+    """The attention [B, N, H] of all splits together.
+
+    Args:
+        out, log_total: the splits' attention, and log2 of the sum that each head's softmax divided by.
+        for_tail: what only a tail needs: the splits' tallies, the lengths, the queries and the tail's arrays, or None.
+        window: the layer's sliding window.
+        dtype: of the result.
+        interpret: whether the kernel runs in Pallas' interpreter.
+    """
     B, N, splits, H = out.shape
 
-    def merge(out_ref, log_total_ref, merged_ref) -> None:
+    def merge(out_ref, log_total_ref, for_tail, merged_ref) -> None:
         b, n = pl.program_id(0), pl.program_id(1)
         split, columns = jnp.arange(splits, dtype=jnp.int32), jnp.arange(pl.next_power_of_2(H), dtype=jnp.int32)
         log_totals = log_total_ref[b, n, split]
@@ -272,15 +373,24 @@ def _merge(out: Float[Array, "B N splits H"], log_total: Array, dtype: jnp.dtype
         at = out_ref.at[b, n, split[:, None], columns[None, :]]
         parts = plgpu.load(at, mask=jnp.broadcast_to(columns[None, :] < H, (splits, columns.size)), other=0)
         merged = (weights[:, None] * parts).sum(axis=0) / weights.sum(axis=0)
+        if for_tail is not None:
+            (score_sum_ref, num_read_ref), lengths_ref, q_ref, tail_refs = for_tail
+            j = n // (N // num_read_ref.shape[1])
+            tally = _Tally(score_sum_ref[b, n, split].sum(axis=0), num_read_ref[b, j, split].sum(axis=0))
+            log_total = log_totals.max(axis=0) + jnp.log2(weights.sum(axis=0))
+            query = plgpu.load(q_ref.at[b, n, columns], mask=columns < H, other=0).astype(jnp.float32) * H**-0.5
+            tail = _load_tail(tail_refs, b, n, n < N, columns)
+            merged = _add_tail(merged, log_total, tally, _num_seen(lengths_ref[b], window), query, tail)
         plgpu.store(merged_ref.at[b, n, columns], merged.astype(dtype), mask=columns < H)
 
+    inputs = (out, log_total, for_tail)
     return pl.pallas_call(
         merge,
         grid=(B, N),
-        in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * 2,
+        in_specs=_in_place(inputs),
         out_specs=pl.BlockSpec(memory_space=pl.ANY),
         out_shape=jax.ShapeDtypeStruct((B, N, H), dtype),
         compiler_params=plgpu.CompilerParams(num_warps=1 if splits * H <= 1024 else 4, num_stages=1),
         interpret=interpret,
         name="merge_splits",
-    )(out, log_total)
+    )(*inputs)
