@@ -306,7 +306,7 @@ def _precision(operand: Array) -> lax.Precision | None:
 
 
 class _LoadedTail(NamedTuple):
-    """The tails of the heads of a program, in float32."""
+    """The tails of a program's heads, in float32. Where a program has one head, its arrays have no axis of heads."""
 
     keys: list[Array]  # of each virtual token [heads, width]
     values: list[Array]  # of each virtual token [heads, width]
@@ -314,7 +314,7 @@ class _LoadedTail(NamedTuple):
 
 
 def _load_tail(tail_refs: tuple, b: Array, head: Array, is_head: Array, columns: Array) -> _LoadedTail:
-    """The tails of heads [heads, 1] of row b. If `head` is one number, the result has no axis of heads."""
+    """The tails of the heads `head` [heads, 1] or [1] of row b."""
     keys_ref, values_ref, terms_ref = tail_refs
     _, _, num_tokens, H = keys_ref.shape
 
@@ -327,12 +327,12 @@ def _load_tail(tail_refs: tuple, b: Array, head: Array, is_head: Array, columns:
 
 
 def _add_tail(out: Array, log_total: Array, tally: _Tally, num_seen: Array, query: Array, tail: _LoadedTail) -> Array:
-    """`tail.add_tail` for the heads of a program. Numbers of each head are [heads, 1], or single if there is one head.
+    """`tail.add_tail` for the heads of a program. Numbers of each head are [heads, 1], or [1] or [] if it has one head.
 
     Args:
-        out: the attention over the slots that were read.
-        log_total: log2 of the sum that its softmax divided by.
-        tally: of the slots that were read.
+        out: the attention [heads, width] or [width] over the slots that were read.
+        log_total: log2 of the sum that the softmax divided by.
+        tally: the tally of the slots that were read.
         num_seen: how many slots the row sees.
         query: the queries in float32, scaled by 1 / sqrt(H).
         tail: the tails of the heads.
@@ -379,7 +379,8 @@ def _merge(
             tally = _Tally(score_sum_ref[b, n, split].sum(axis=0), num_read_ref[b, j, split].sum(axis=0))
             log_total = log_totals.max(axis=0) + jnp.log2(weights.sum(axis=0))
             query = plgpu.load(q_ref.at[b, n, columns], mask=columns < H, other=0).astype(jnp.float32) * H**-0.5
-            tail = _load_tail(tail_refs, b, n, n < N, columns)
+            head = jnp.full((1,), n)
+            tail = _load_tail(tail_refs, b, head, head < N, columns)
             merged = _add_tail(merged, log_total, tally, _num_seen(lengths_ref[b], window), query, tail)
         plgpu.store(merged_ref.at[b, n, columns], merged.astype(dtype), mask=columns < H)
 
