@@ -7,6 +7,7 @@ sizes are the smallest that matter.
 import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
@@ -18,6 +19,8 @@ from hshare_jax.errors import SettingError
 from hshare_jax.kernels import api
 from hshare_jax.kernels.implementations import IMPLEMENTATIONS
 from hshare_jax.kernels.labels import label_query, make_labels
+from hshare_jax.kernels.masked_softmax import MASKED
+from hshare_jax.kernels.tail import HIGH, LOW, Tail
 from hshare_jax.methods.hshare.shared_lists import SharedLists
 from hshare_jax.shapes import EMPTY
 
@@ -95,6 +98,49 @@ def test_sparse_decode_equals_the_oracle(N, K, J, H, window, min_length, impl):
     np.testing.assert_allclose(out, expected_attention(q, keys, values, reads_of), atol=F32, rtol=0)
 
 
+WITHOUT = 3  # the row whose heads have no tail
+
+
+def tail_case(seed, N, H, rank, dtype=jnp.float32):
+    """Tails that weigh about as much as what is read, with bounds that hold some of them back."""
+    rng = np.random.default_rng(seed)
+    keys, values = (jnp.asarray(rng.standard_normal((B, N, 1 + rank, H)), dtype) for _ in range(2))
+    terms = rng.standard_normal((B, N, 6 + rank)).astype(np.float32)
+    terms[..., LOW], terms[..., HIGH] = -1, 1
+    terms[WITHOUT, :, LOW : HIGH + 1] = MASKED
+    return Tail(keys, values, jnp.asarray(terms))
+
+
+@every_implementation
+@pytest.mark.parametrize(
+    ("N", "K", "J", "H", "window", "min_length", "rank"),
+    [(4, 4, 4, 16, None, 0, 0), (8, 2, 2, 32, 20, 0, 2), (4, 2, 4, 24, None, 33, 2)],
+)
+def test_a_tail_stands_for_the_slots_that_are_not_read(N, K, J, H, window, min_length, rank, impl):
+    q, keys, values, lists, source = attention_case(5, N, K, J, H)
+    tail, arrays = tail_case(6, N, H, rank), map(jnp.asarray, (q, keys, values, lists, source))
+    decode = functools.partial(
+        api.sparse_decode, *arrays, layer=1, lengths=jnp.asarray(LENGTHS), recent_start=jnp.asarray(STARTS),
+        num_sinks=NUM_SINKS, max_recent=MAX_RECENT, window=window, min_length=min_length, impl=impl,
+    )  # fmt: skip
+    out, without = np.asarray(decode(tail=tail)), np.asarray(decode())
+
+    expected, is_same = np.zeros(q.shape), np.zeros((B, N), bool)
+    q, keys, values, *of_tail = (np.asarray(x, np.float64) for x in (q, keys, values, *jax.tree.leaves(tail)))
+    for b, length in enumerate(LENGTHS):
+        seen, reads = oracle.dense_reads(int(length), window), []
+        for n in range(N):
+            unit = source[b, 1, n * J // N]
+            shared = oracle.shared_reads(lists[unit // J, b, unit % J].tolist(), NUM_SINKS, int(STARTS[b]), seen)
+            reads.append(seen if length < min_length else shared)
+            is_same[b, n] = reads[n] == seen or b == WITHOUT
+        expected[b] = oracle.attention_with_tail(q[b], keys[b], values[b], reads, seen, *(x[b] for x in of_tail))
+    np.testing.assert_allclose(out, expected, atol=F32, rtol=0)
+    np.testing.assert_array_equal(out[is_same], without[is_same])
+    assert is_same[:2].all()
+    assert (np.abs(out - without).max(axis=-1)[~is_same] > 1e-3).all(), "these heads have a tail that changes something"
+
+
 @every_implementation
 @pytest.mark.parametrize(("N", "K", "H"), [(4, 4, 64), (8, 2, 80)])
 @pytest.mark.parametrize("window", [None, 20])
@@ -107,14 +153,15 @@ def test_dense_decode_equals_the_oracle(N, K, H, window, impl):
 
 @every_other_implementation
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("min_length", [0, 40])
-def test_low_precision_equals_the_reference_also_under_the_length_gate(dtype, min_length, impl):
+@pytest.mark.parametrize(("min_length", "rank"), [(0, None), (40, None), (40, 2)])
+def test_low_precision_equals_the_reference_also_with_a_length_gate_and_a_tail(dtype, min_length, rank, impl):
     q, keys, values, lists, source = attention_case(3, 8, 2, 2, 64)
     cache = [np.where(array == JUNK, 0, array) for array in (keys, values)]
     arrays = [jnp.asarray(array, dtype) for array in (q, *cache)]
     decode = functools.partial(
         api.sparse_decode, *arrays, *map(jnp.asarray, (lists, source)), layer=1, lengths=jnp.asarray(LENGTHS),
         recent_start=jnp.asarray(STARTS), num_sinks=NUM_SINKS, max_recent=MAX_RECENT, min_length=min_length,
+        tail=None if rank is None else tail_case(6, 8, 64, rank, dtype),
     )  # fmt: skip
     got, expected = (np.asarray(decode(impl=name), np.float32) for name in (impl, "reference"))
     np.testing.assert_allclose(got, expected, atol=BF16, rtol=0)

@@ -19,6 +19,7 @@ from hshare_jax.decode_step import decode_step
 from hshare_jax.kernels import pallas_attention, pallas_selection
 from hshare_jax.kernels.choose_tokens import choose_tokens
 from hshare_jax.kernels.labels import Labels, label_query, make_labels, score_labels
+from hshare_jax.kernels.tail import HIGH, LOW, Tail, no_tail
 from hshare_jax.kernels.tiling import Tiles, attention_tiles, selection_tiles
 from hshare_jax.methods.hshare.method import HShare
 from hshare_jax.models.config import ModelConfig, RopeConfig
@@ -102,6 +103,50 @@ def test_dense_decode_equals_the_oracle(N, K, H, splits, window):
     np.testing.assert_allclose(out, expected, atol=F32, rtol=0)
 
 
+def tail_case(seed, num_rows, N, H, rank):
+    rng = np.random.default_rng(seed)
+    keys, values = (jnp.asarray(rng.standard_normal((num_rows, N, 1 + rank, H)), jnp.float32) for _ in range(2))
+    terms = rng.standard_normal((num_rows, N, 6 + rank)).astype(np.float32)
+    terms[..., LOW], terms[..., HIGH] = -1, 1
+    return Tail(keys, values, jnp.asarray(terms))
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize(("N", "K", "J", "window", "rank"), [(2, 2, 2, None, 1), (6, 2, 2, 20, 2)])
+def test_a_tail_is_added_once_however_a_list_is_split(N, K, J, window, rank, splits):
+    q, keys, values, lists, source = attention_case(7, N, K, J, 24)
+    tail = tail_case(8, len(LENGTHS), N, 24, rank)
+    out = pallas_attention.sparse_decode(
+        *map(jnp.asarray, (q, keys, values, lists, source)), layer=1, lengths=jnp.asarray(LENGTHS),
+        recent_start=jnp.asarray(STARTS), num_sinks=NUM_SINKS, max_recent=7, window=window, tail=tail,
+        tiles=Tiles(16, 4, 1, splits), interpret=True,
+    )  # fmt: skip
+    keys, values = (np.nan_to_num(x, posinf=0) for x in (keys, values))
+    for b, length in enumerate(LENGTHS):
+        seen = oracle.dense_reads(int(length), window)
+        units = [source[b, 1, n * J // N] for n in range(N)]
+        listed = [lists[unit // J, b, unit % J].tolist() for unit in units]
+        reads = [oracle.shared_reads(of_head, NUM_SINKS, int(STARTS[b]), seen) for of_head in listed]
+        q_row, keys_row, values_row = (x[b].astype(np.float64) for x in (q, keys, values))
+        of_tail = (np.asarray(x[b], np.float64) for x in jax.tree.leaves(tail))
+        expected = oracle.attention_with_tail(q_row, keys_row, values_row, reads, seen, *of_tail)
+        np.testing.assert_allclose(out[b], expected, atol=F32, rtol=0)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_a_head_that_reads_nothing_has_the_value_of_its_tail(splits):
+    q, keys, values, lists, source = attention_case(9, 2, 2, 2, 16)
+    lengths, tail = jnp.asarray(LENGTHS), tail_case(10, len(LENGTHS), 2, 16, 0)
+    arrays = [jnp.asarray(np.nan_to_num(x, posinf=0)) for x in (q, keys, values)]
+    decode = functools.partial(
+        pallas_attention.sparse_decode, *arrays, jnp.full_like(lists, EMPTY), jnp.asarray(source), 1, lengths, lengths,
+        num_sinks=0, max_recent=0, tiles=Tiles(16, 4, 1, splits), interpret=True,
+    )  # fmt: skip
+    assert (np.asarray(decode()) == 0).all()
+    is_seen = LENGTHS[:, None, None] > 0
+    np.testing.assert_allclose(decode(tail=tail), np.where(is_seen, tail.values[:, :, 0], 0), atol=F32, rtol=0)
+
+
 # --- selection
 
 
@@ -173,6 +218,7 @@ def test_selection_by_scores_breaks_ties_by_slot_and_knows_all_numbers(block):
 # --- without a GPU
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 @pytest.mark.parametrize(("B", "N", "K", "H", "slots"), [(16, 32, 32, 128, 4096), (1, 32, 8, 64, 131_072)])
 def test_attention_lowers_for_cuda(dtype, B, N, K, H, slots):
@@ -182,15 +228,17 @@ def test_attention_lowers_for_cuda(dtype, B, N, K, H, slots):
     cache = shape(B, K, slots, H, dtype=dtype)
     arrays = (shape(B, N, H, dtype=dtype), cache, cache)
     plan = (shape(32, B, K, 432), shape(B, 32, K), shape(B), shape(B))
+    tail = jax.eval_shape(lambda: no_tail(B, N, H, 2, jnp.dtype(dtype)))
 
-    def sparse(q, keys, values, lists, source, lengths, start):
+    def sparse(q, keys, values, lists, source, lengths, start, tail):
         return pallas_attention.sparse_decode(
-            q, keys, values, lists, source, 3, lengths, start, num_sinks=16, max_recent=64
+            q, keys, values, lists, source, 3, lengths, start, num_sinks=16, max_recent=64, tail=tail
         )
 
-    # Split lists are merged by a second kernel.
+    # Split lists are merged by a second kernel, and a tail needs no further one.
     splits = attention_tiles(H, jnp.dtype(dtype).itemsize, B * K, 512).splits
-    assert count_kernels(lower_for_cuda(sparse, *arrays, *plan)) == (1 if splits == 1 else 2)
+    for of_case in (None, tail):
+        assert count_kernels(lower_for_cuda(sparse, *arrays, *plan, of_case)) == (1 if splits == 1 else 2)
     assert count_kernels(lower_for_cuda(pallas_attention.dense_decode, *arrays, shape(B))) >= 1
 
 

@@ -27,6 +27,37 @@ def attention(q, keys, values, reads):
     return out
 
 
+def attention_with_tail(q, keys, values, reads, seen, tail_keys, tail_values, terms):
+    """Attention [N, H] where a tail stands for the slots that a head sees and does not read.
+
+    Args:
+        q, keys, values, reads: as `attention` takes them. A head that reads nothing must see nothing.
+        seen: the slots that the query sees. Head n does not read those of them that are not in reads[n].
+        tail_keys, tail_values: the virtual tokens [N, 1 + r, H] of each head.
+        terms: for each head constant, of_total, of_mean, low, high, follow, and r shifts [N, 6 + r].
+    """
+    N, H = q.shape
+    out = attention(q, keys, values, reads)
+    for n in range(N):
+        num_unread = len(seen - reads[n])
+        if num_unread == 0:
+            continue
+        constant, of_total, of_mean, low, high, follow, *shifts = terms[n]
+        scores = keys[n // (N // len(keys)), sorted(reads[n])] @ q[n] / np.sqrt(H)
+        total = scores.max() + np.log(np.exp(scores - scores.max()).sum())
+        tail_scores = [key @ q[n] / np.sqrt(H) for key in tail_keys[n]]
+        estimate = constant + tail_scores[0] + of_total * total + of_mean * scores.mean()
+        log_weight = np.log(num_unread) + min(max(estimate, low), high)
+        value = tail_values[n, 0] + follow * out[n]
+        for i, shift in enumerate(shifts, start=1):
+            value = value + min(max(tail_scores[i] - shift, -2.5), 2.5) * tail_values[n, i]
+        # Two groups of tokens share the softmax, by the weights exp(total) and exp(log_weight).
+        peak = max(total, log_weight)
+        weights = np.exp([total - peak, log_weight - peak])
+        out[n] = (weights[0] * out[n] + weights[1] * value) / weights.sum()
+    return out
+
+
 def dense_reads(length, window=None):
     """The slots that the query at position length - 1 sees: all slots so far, or the last `window` slots."""
     return set(range(0 if window is None else max(0, length - window), length))
