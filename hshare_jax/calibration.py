@@ -112,7 +112,7 @@ def _rank_channels(model: "Model", blocks: list[list[int]], method: HShare, bar:
 
 def _find_plan(model: "Model", blocks: list[list[int]], method: HShare, channels: np.ndarray, bar: tqdm) -> SharePlan:
     has_channels = method.settings.scoring == "labels"  # nothing else reads them
-    method = dataclasses.replace(method, channels=channels if has_channels else None)
+    method = dataclasses.replace(method, channels=channels if has_channels else None).with_settings({"tail": None})
     settings, search, config = method.settings, method.search, model.config
     total, num_probes, capacity = [], 0, max(map(len, blocks))
     for block in blocks:
@@ -120,7 +120,7 @@ def _find_plan(model: "Model", blocks: list[list[int]], method: HShare, channels
             bar.update(len(block))
             continue
         queries, cache, lists = _read_block(model, block, capacity, method, bar)
-        _, similarity = measure_prompt(lists, queries, cache, config=config, similarity=search.similarity)
+        similarity = measure_prompt(lists, queries, cache, config=config, similarity=search.similarity).similarity
         count = int((queries.positions >= 0).sum())
         arrays = [count * np.asarray(array, np.float64) for array in jax.tree.leaves(similarity)]
         total = [old + new for old, new in zip(total, arrays, strict=True)] if total else arrays

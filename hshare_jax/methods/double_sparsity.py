@@ -10,10 +10,10 @@ def double_sparsity(settings: HShareSettings = HShareSettings()) -> HShare:  # n
     """Double Sparsity: HShare at ratio 1-1-1 with a list for each query head (sections 3.1 and 3.2).
 
     Label channels are the prompt's own, unless the returned method is given `channels` from a calibration, as the paper
-    does offline.
+    does offline. The method has no tail; `.with_settings({"tail": "fitted"})` adds one.
 
     Args:
         settings: the budget, gates and labels.
     """
-    settings = dataclasses.replace(settings, lists_per="query_head", scoring="labels")
+    settings = dataclasses.replace(settings, lists_per="query_head", scoring="labels", tail=None)
     return HShare(settings).with_sharing_ratio("1-1-1")

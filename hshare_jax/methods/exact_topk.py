@@ -9,10 +9,11 @@ from hshare_jax.methods.hshare.settings import HShareSettings
 def exact_topk(settings: HShareSettings = HShareSettings()) -> HShare:  # noqa: B008 (frozen)
     """Every query head reads the tokens with the highest q . k on all channels, chosen anew on every step.
 
-    Scoring reads every key, so this is no faster than dense decoding.
+    Scoring reads every key, so this is no faster than dense decoding. The method has no tail;
+    `.with_settings({"tail": "fitted"})` adds one.
 
     Args:
         settings: the budget and gates.
     """
-    settings = dataclasses.replace(settings, lists_per="query_head", scoring="exact")
+    settings = dataclasses.replace(settings, lists_per="query_head", scoring="exact", tail=None)
     return HShare(settings).with_sharing_ratio("1-1-1")

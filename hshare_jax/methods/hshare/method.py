@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,16 +13,19 @@ from jax import Array
 from jaxtyping import Int
 
 from hshare_jax.kernels.labels import Labels, make_labels
+from hshare_jax.kernels.tail import Tail, no_tail
 from hshare_jax.kv_cache import KVCache
 from hshare_jax.methods.base import PromptQueries
 from hshare_jax.methods.hshare.channels import check_channels, choose_channels
 from hshare_jax.methods.hshare.settings import HShareSettings, PlanSearch, read_sharing_ratio
 from hshare_jax.methods.hshare.share_plan import SharePlan, find_plan, identity_plan
 from hshare_jax.methods.hshare.shared_lists import SharedLists
-from hshare_jax.methods.hshare.similarity import MEASURES, LabelledPrompt, probe_positions
+from hshare_jax.methods.hshare.similarity import MEASURES, LabelledPrompt, list_probes, probe_positions
+from hshare_jax.methods.hshare.tail_fit import fit_tail
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.shapes import EMPTY, Similarity, Source, round_up_coarsely
 
+MAX_TAIL_PROBES = 64
 PROBE_STEP = 64  # with all queries as probes their number rounds up, so that a longer prompt may compile nothing
 
 SETTING_NAMES = tuple(field.name for record in (HShareSettings, PlanSearch) for field in dataclasses.fields(record))
@@ -61,7 +64,7 @@ class HShare:
         """
         settings = HShareSettings(
             num_sinks=8, num_critical=88, num_recent=32,
-            lists_per="query_head", dilate=False, dense_layers=0, min_length=0,
+            lists_per="query_head", dilate=False, dense_layers=0, min_length=0, tail=None,
         )  # fmt: skip
         return cls(settings, PlanSearch(plan_kind="published", num_probes="all")).with_sharing_ratio("7/8-3/4-1/2")
 
@@ -138,17 +141,24 @@ class HShare:
             ),
             recent_start=jnp.zeros((B,), jnp.int32),
             age=jnp.zeros((B,), jnp.int32),
+            tails=tuple(
+                no_tail(B, config.num_heads, config.head_dim, settings.tail_rank, cache.keys[0].dtype)
+                if settings.tail is not None and layer >= settings.dense_layers
+                else None
+                for layer in range(L)
+            ),
             settings=settings,
             plan=self.plan,
             has_channels=self.channels is not None,
         )
 
     def probe_positions(self, starts: Int[Array, "B"], lengths: Int[Array, "B"], num_tokens: int) -> Int[Array, "B P"]:
-        """Positions of the probes that a plan is found from; none if the plan is known."""
+        """Positions of the probes that a plan and tails are found from; none if the plan is known and no tail asked."""
         P = self.search.num_probes
         if P == "all":
             P = round_up_coarsely(num_tokens, PROBE_STEP)
-        return probe_positions(starts, lengths, self.settings, P if self.plan is None else 0)[0]
+        is_needed = self.plan is None or self.settings.tail is not None
+        return probe_positions(starts, lengths, self.settings, P if is_needed else 0)[0]
 
     def after_prefill(
         self,
@@ -159,26 +169,33 @@ class HShare:
         *,
         memo: dict[Any, Any] | None = None,
     ) -> SharedLists:
-        """The lists with channels, labels and plan found from the prompt, unless they are known beforehand.
+        """The lists with channels, labels and plan found from the prompt, unless they are known beforehand; and tails.
 
         Args:
             state, queries, cache, config: as for `Method.after_prefill`. The state may be donated.
-            memo: keeps labels and similarity, which do not depend on how many lists are shared. It holds only the last
-                ones, because labels are large.
+            memo: keeps what does not depend on how many lists are shared: labels, similarity, the probes' lists. It
+                holds only the last ones, because labels are large.
         """
-        if memo is None or self.plan is not None or not self.search.shares_lists(self.settings, config):
-            search = self.search if self.plan is None else None
-            return _find_lists(state, queries, cache, config=config, search=search)
-        key = self.settings, self.search.similarity, self.search.num_probes, self.channels
-        if key not in memo:
+        settings, search = self.settings, self.search
+        finds_plan = self.plan is None and search.shares_lists(settings, config)
+        similarity = search.similarity if finds_plan else None
+        key = settings, similarity, search.num_probes, self.plan, self.channels
+        if memo is not None and key in memo:
+            found = memo[key]
+        else:
+            found = measure_prompt(state, queries, cache, config=config, similarity=similarity)
+        if memo is not None:
             memo.clear()
-            memo[key] = measure_prompt(state, queries, cache, config=config, similarity=self.search.similarity)
-        lists, similarity = memo[key]
-        source = plan_from(similarity, config=config, settings=self.settings, search=self.search)
-        lists = jax.tree.map(
-            lambda array: jnp.array(array, copy=True), lists
-        )  # copies, because decode steps donate the state
-        return dataclasses.replace(lists, source=source)
+            memo[key] = found
+        lists = found.lists
+        if memo is not None:  # copies, because decode steps donate the state
+            lists = jax.tree.map(lambda array: jnp.array(array, copy=True), lists)
+        if finds_plan:
+            source = plan_from(found.similarity, config=config, settings=settings, search=search)
+            lists = dataclasses.replace(lists, source=source)
+        if settings.tail is None:
+            return lists
+        return dataclasses.replace(lists, tails=_fit_tails(lists, found.listed, queries, cache, config))
 
 
 def _as_tuples(values: Any) -> Any:
@@ -221,50 +238,68 @@ def _with_labels(lists: SharedLists, queries: PromptQueries, cache: KVCache, con
     return dataclasses.replace(lists, channels=channels, labels=labels, age=jnp.zeros_like(lists.age))
 
 
-def _measure(
-    lists: SharedLists, queries: PromptQueries, cache: KVCache, config: ModelConfig, similarity: str
-) -> Similarity:
-    prompt = LabelledPrompt(queries, cache.keys, lists.labels, lists.channels)
-    return MEASURES[similarity](prompt, config=config, settings=lists.settings)
+class MeasuredPrompt(NamedTuple):
+    """What was found from a prompt before its plan."""
+
+    lists: SharedLists  # with channels and labels
+    similarity: Similarity | None  # None if no plan is to be found
+    listed: Int[Array, "P L B J C"] | None  # the lists that the probes choose; None if no tail is to be fitted
 
 
-@functools.partial(jax.jit, static_argnames=("config", "search"), donate_argnames=("lists",))
-def _find_lists(
-    lists: SharedLists,
-    queries: PromptQueries,
-    cache: KVCache,
-    *,
-    config: ModelConfig,
-    search: PlanSearch | None,
-) -> SharedLists:
-    """The lists with labels of the cache, and with a plan by `search`; None keeps the plan that the lists have."""
-    lists = _with_labels(lists, queries, cache, config)
-    if search is None:
-        return lists
-    similarity = _measure(lists, queries, cache, config, search.similarity)
-    source = find_plan(similarity, config=config, settings=lists.settings, search=search)
-    return dataclasses.replace(lists, source=source)
-
-
-@functools.partial(jax.jit, static_argnames=("config", "similarity"))
+@functools.partial(jax.jit, static_argnames=("config", "similarity"), donate_argnames=("lists",))
 def measure_prompt(
     lists: SharedLists,
     queries: PromptQueries,
     cache: KVCache,
     *,
     config: ModelConfig,
-    similarity: str,
-) -> tuple[SharedLists, Similarity]:
-    """The lists with labels of the cache, and the similarity that a plan is found from (jitted).
+    similarity: str | None,
+) -> MeasuredPrompt:
+    """The lists with labels of the cache, and what a plan and tails are found from (jitted).
 
     Args:
-        lists: from `HShare.start`.
+        lists: from `HShare.start`; donated.
         queries, cache: of the prompt.
         config: the model.
-        similarity: "overlap" or "mass" (`PlanSearch.similarity`).
+        similarity: "overlap" or "mass" (`PlanSearch.similarity`); None measures none.
     """
     lists = _with_labels(lists, queries, cache, config)
-    return lists, _measure(lists, queries, cache, config, similarity)
+    prompt, settings = LabelledPrompt(queries, cache.keys, lists.labels, lists.channels), lists.settings
+    listed = None
+    if settings.tail is not None:
+        computes = np.ones(config.num_layers, bool) if lists.plan is None else lists.plan.is_computed.any(axis=1)
+        layers = [layer for layer in range(settings.dense_layers, config.num_layers) if computes[layer]]
+        few = _tail_probes(queries)
+        listed = list_probes(prompt._replace(queries=few), config=config, settings=settings, layers=layers)
+        if few.positions.shape == queries.positions.shape:  # the plan's lists are the same; they are not chosen twice
+            prompt = prompt._replace(listed=listed)
+    found = None if similarity is None else MEASURES[similarity](prompt, config=config, settings=settings)
+    return MeasuredPrompt(lists, found, listed)
+
+
+def _tail_probes(queries: PromptQueries) -> PromptQueries:
+    """Every probe, or every n-th, so that no more than MAX_TAIL_PROBES are left: more would tell a fit no more."""
+    every = -(-queries.positions.shape[1] // MAX_TAIL_PROBES)
+    probes = tuple(of_layer[:, ::every] for of_layer in queries.probes)
+    return dataclasses.replace(queries, positions=queries.positions[:, ::every], probes=probes)
+
+
+def _fit_tails(
+    lists: SharedLists, listed: Int[Array, "P L B J C"], queries: PromptQueries, cache: KVCache, config: ModelConfig
+) -> tuple[Tail | None, ...]:
+    """Every layer's tails. The fit is compiled once and called for each layer, so that memory holds one layer's."""
+    settings, queries, tails = lists.settings, _tail_probes(queries), []
+    for layer in range(config.num_layers):
+        if layer < settings.dense_layers:
+            tails.append(None)
+            continue
+        index, (seen, window) = config.kv_index(layer), config.sees(layer, queries.positions + 1)
+        tail = fit_tail(
+            queries.probes[layer], listed, lists.source[:, layer], seen, cache.lengths,
+            cache.keys[index], cache.values[index], settings=settings, window=window, rank=settings.tail_rank,
+        )  # fmt: skip
+        tails.append(tail)
+    return tuple(tails)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "settings", "search"))

@@ -39,10 +39,15 @@ class HShareSettings:
     scoring: Literal["labels", "exact"] = setting("labels", "score a few channels of each key, or whole keys")
     label_channels: int | None = setting(None, "channels that labels keep of each head; by default 32, or all if fewer")
     label_bits: Literal[4, 8] | None = setting(4, "bits of a label channel; none: not quantised")
+    tail: Literal["fitted"] | None = setting(
+        "fitted", "fitted: virtual tokens, fitted on each prompt, stand for what a head does not read; none: nothing does"
+    )
+    tail_rank: int = setting(0, "further virtual tokens of each head")
 
     def __post_init__(self) -> None:
         for name, least in (
             ("num_sinks", 0), ("num_critical", 1), ("num_recent", 1), ("refresh_interval", 1), ("dense_layers", 0),
+            ("tail_rank", 0),
         ):  # fmt: skip
             check_whole(name, getattr(self, name), least)
         for name, least in (("min_length", 0), ("label_channels", 1)):
@@ -53,6 +58,7 @@ class HShareSettings:
         check_one_of("lists_per", self.lists_per, ("kv_head", "query_head"))
         check_one_of("scoring", self.scoring, ("labels", "exact"))
         check_one_of("label_bits", self.label_bits, (4, 8, None))
+        check_one_of("tail", self.tail, ("fitted", None))
 
     @property
     def budget(self) -> int:

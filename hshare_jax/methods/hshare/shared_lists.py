@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 
 from hshare_jax.kernels.api import dense_decode, select_by_keys, select_by_labels, sparse_decode
 from hshare_jax.kernels.labels import Labels, label_query, make_labels
+from hshare_jax.kernels.tail import Tail
 from hshare_jax.kv_cache import KVCache, append, replace_layer
 from hshare_jax.methods.base import Choices, Method, Step, count_dense, count_listed, mark_dense, mark_listed
 from hshare_jax.methods.hshare.critical_tokens import candidate_range, num_critical_in_budget
@@ -29,6 +30,7 @@ class SharedLists:
     labels: tuple[Labels | None, ...]  # of each KV layer, as in the cache; None where no label is scored
     recent_start: Array  # [B] int32, first slot of the recent range, set at the last refresh
     age: Array  # [B] int32, decode steps since the plan was found
+    tails: tuple[Tail | None, ...]  # of each layer; None in dense layers, and everywhere without tails
     settings: HShareSettings = dataclasses.field(metadata={"static": True})
     plan: SharePlan | None = dataclasses.field(metadata={"static": True})  # a constant plan; `source` holds it too
     has_channels: bool = dataclasses.field(metadata={"static": True})  # whether channels were given beforehand
@@ -79,7 +81,7 @@ class SharedLists:
         out = sparse_decode(
             q, keys, values, lists.token_indices, lists.source, layer, lengths, lists.recent_start,
             num_sinks=settings.num_sinks, max_recent=settings.max_recent, window=window, min_length=min_length,
-            impl=step.impl,
+            tail=lists.tails[layer], impl=step.impl,
         )  # fmt: skip
         return out, lists
 
@@ -117,6 +119,9 @@ class SharedLists:
         J, rows = self.source.shape[2], jnp.arange(self.source.shape[0])[:, None, None]
         listed = self.token_indices[self.source // J, rows, self.source % J]  # [B, L, J, C]
         sparse = count_listed(listed, self.recent_start, self.settings.num_sinks, cache, config)
+        # A list's heads share its tokens, but each has virtual tokens of its own.
+        virtual = [0.0 if tail is None else tail.num_tokens * config.num_heads / J for tail in self.tails]
+        sparse = sparse + jnp.asarray(virtual)[:, None]
         is_dense = jnp.arange(config.num_layers)[:, None] < self.settings.dense_layers
         is_dense = is_dense | (cache.lengths < self.settings.dense_below)[None, :]
         return jnp.where(is_dense, count_dense(cache, config), sparse).mean(axis=0)

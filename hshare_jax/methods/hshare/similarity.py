@@ -1,6 +1,6 @@
 """Similarity: how well the critical tokens of one layer or list would serve another one, measured on the prompt."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -14,7 +14,7 @@ from hshare_jax.methods.base import PromptQueries
 from hshare_jax.methods.hshare.critical_tokens import find_critical_tokens
 from hshare_jax.methods.hshare.settings import HShareSettings
 from hshare_jax.models.config import ModelConfig
-from hshare_jax.shapes import Similarity
+from hshare_jax.shapes import EMPTY, Similarity
 
 MAX_MARKS = 2**22  # marks (one for each list and slot) in memory at once; it bounds how many probes are taken together
 
@@ -27,6 +27,7 @@ class LabelledPrompt(NamedTuple):
     # KV layers: labels of the keys that sparse layers use; None elsewhere, and everywhere under exact scoring.
     labels: tuple[Labels | None, ...]
     channels: Int[Array, "B L K R"]  # label channels of every layer
+    listed: Int[Array, "P L B J C"] | None = None  # from `list_probes`; None chooses the probes' lists when asked
 
 
 def probe_positions(
@@ -109,52 +110,92 @@ def _num_probes(queries: PromptQueries) -> Int[Array, "B"]:
     return jnp.maximum((queries.positions >= 0).sum(axis=1), 1)
 
 
+def list_probes(
+    prompt: LabelledPrompt, *, config: ModelConfig, settings: HShareSettings, layers: Sequence[int]
+) -> Int[Array, "P L B J C"]:
+    """The lists that each probe chooses in these layers, EMPTY in the others. P is rounded up to groups of probes."""
+    groups = _group_probes(prompt, config, settings)
+    listed = lax.map(lambda group: _list_group(*group, prompt, config, settings, layers), groups)
+    return listed.reshape(-1, *listed.shape[2:])
+
+
 def _sum_over_probes(
     measure: Callable[[Array, tuple[Array, ...], Array], Array | tuple[Array, ...]],
     prompt: LabelledPrompt,
     config: ModelConfig,
     settings: HShareSettings,
 ):
-    """Adds up measure(marks [L, P, B, J, S], queries, lengths [P, B]) over each row\'s probes.
+    """Adds up measure(marks [L, P, B, J, S], queries, lengths [P, B]) over each row's probes.
 
     Probes are taken a group at a time. Memory then holds a mark for each list and slot of one group of probes, never
     for each pair of tokens.
     """
-    positions, keys = prompt.queries.positions, prompt.keys
-    (B, P), S, J = positions.shape, keys[0].shape[2], settings.num_lists(config)
+    B, S, J = prompt.queries.positions.shape[0], prompt.keys[0].shape[2], settings.num_lists(config)
     rows, lists = jnp.arange(B)[:, None, None], jnp.arange(J)[None, :, None]
-    windows = jnp.asarray([S if window is None else window for window in config.windows], jnp.int32)
-    is_sparse = jnp.arange(config.num_layers) >= settings.dense_layers
 
-    def mark(scores: Array, window: Array, is_sparse: Array, position: Array) -> Array:
-        tokens = find_critical_tokens(scores, position + 1, num_lists=J, settings=settings, window=window)
-        # EMPTY, and everything of a position that is no probe, is written to one more slot past the end.
-        is_marked = (tokens >= 0) & (position >= 0)[:, None, None] & is_sparse
-        return jnp.zeros((B, J, S + 1), jnp.float32).at[rows, lists, jnp.where(is_marked, tokens, S)].set(1)[..., :S]
+    def mark(tokens: Array) -> Array:
+        # EMPTY is written to one more slot past the end.
+        return jnp.zeros((B, J, S + 1), jnp.float32).at[rows, lists, jnp.where(tokens < 0, S, tokens)].set(1)[..., :S]
 
-    mark_group = jax.vmap(jax.vmap(mark, in_axes=(0, None, None, 0)), in_axes=(0, 0, 0, None))
+    def measure_group(group: tuple[tuple[Array, ...], Array, Array | None]) -> Array | tuple[Array, ...]:
+        queries, position, tokens = group
+        if tokens is None:
+            layers = range(settings.dense_layers, config.num_layers)
+            tokens = _list_group(queries, position, prompt, config, settings, layers)
+        marks = jax.vmap(jax.vmap(mark))(jnp.swapaxes(tokens, 0, 1))
+        return measure(marks, queries, position + 1)
 
-    def score(layer: int, queries: Array) -> Array:
-        index = config.kv_index(layer)
-        labels = prompt.labels[index]
-        if labels is None:
-            return jax.vmap(score_keys, in_axes=(0, None))(queries, keys[index])
-        channels = prompt.channels[:, layer]
-        return jax.vmap(lambda q: score_labels(q, labels, channels, settings.label_bits))(queries)
-
-    def measure_group(group: tuple[tuple[Array, ...], Array]) -> Array | tuple[Array, ...]:
-        queries, position = group
-        scores = jnp.stack([score(layer, q) for layer, q in enumerate(queries)])  # [L, P, B, N, S], P of one group
-        return measure(mark_group(scores, windows, is_sparse, position), queries, position + 1)
-
-    def add(total, group: tuple[tuple[Array, ...], Array]):
+    def add(total, group: tuple[tuple[Array, ...], Array, Array | None]):
         return jax.tree.map(jnp.add, total, measure_group(group)), None
 
-    size = max(1, min(P, MAX_MARKS // (config.num_layers * B * J * S)))
-    groups = jax.tree.map(lambda array: _in_groups(array, size), (prompt.queries.probes, positions))
+    queries, positions = _group_probes(prompt, config, settings)
+    tokens = None if prompt.listed is None else prompt.listed.reshape(*positions.shape[:2], *prompt.listed.shape[1:])
+    groups = queries, positions, tokens
     shapes = jax.eval_shape(measure_group, jax.tree.map(lambda array: array[0], groups))
     zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
     return lax.scan(add, zeros, groups)[0]
+
+
+def _list_group(
+    queries: tuple[Array, ...],
+    positions: Int[Array, "P B"],
+    prompt: LabelledPrompt,
+    config: ModelConfig,
+    settings: HShareSettings,
+    layers: Sequence[int],
+) -> Int[Array, "P L B J C"]:
+    """The lists that a group of probes chooses in these layers. All other lists, and those of no probe, are EMPTY."""
+    (P, B), J, C = positions.shape, settings.num_lists(config), settings.num_critical
+    tokens = jnp.full((config.num_layers, P, B, J, C), EMPTY, jnp.int32)
+    if len(layers) == 0:
+        return jnp.swapaxes(tokens, 0, 1)
+
+    def score(layer: int) -> Array:
+        index = config.kv_index(layer)
+        labels = prompt.labels[index]
+        if labels is None:
+            return jax.vmap(score_keys, in_axes=(0, None))(queries[layer], prompt.keys[index])
+        channels = prompt.channels[:, layer]
+        return jax.vmap(lambda q: score_labels(q, labels, channels, settings.label_bits))(queries[layer])
+
+    def choose(scores: Array, window: Array, position: Array) -> Array:
+        tokens = find_critical_tokens(scores, position + 1, num_lists=J, settings=settings, window=window)
+        return jnp.where((position >= 0)[:, None, None], tokens, EMPTY)
+
+    scores = jnp.stack([score(layer) for layer in layers])  # [layers, P, B, N, S]
+    windows = [config.windows[layer] for layer in layers]
+    windows = jnp.asarray([scores.shape[-1] if window is None else window for window in windows], jnp.int32)
+    chosen = jax.vmap(jax.vmap(choose, in_axes=(0, None, 0)), in_axes=(0, 0, None))(scores, windows, positions)
+    return jnp.swapaxes(tokens.at[jnp.asarray(layers)].set(chosen), 0, 1)
+
+
+def _group_probes(
+    prompt: LabelledPrompt, config: ModelConfig, settings: HShareSettings
+) -> tuple[tuple[Array, ...], Array]:
+    """The probes L x [groups, size, B, N, H] and their positions [groups, size, B]."""
+    (B, P), S, J = prompt.queries.positions.shape, prompt.keys[0].shape[2], settings.num_lists(config)
+    size = max(1, min(P, MAX_MARKS // (config.num_layers * B * J * S)))
+    return jax.tree.map(lambda array: _in_groups(array, size), (prompt.queries.probes, prompt.queries.positions))
 
 
 def _in_groups(array: Array, size: int) -> Array:

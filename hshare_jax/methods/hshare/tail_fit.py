@@ -1,0 +1,205 @@
+"""The fit of the tail: what a head's unread tokens weigh and hold, learned from the probes of a prompt."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Bool, Float, Int
+
+from hshare_jax.kernels.labels import score_keys
+from hshare_jax.kernels.masked_softmax import MASKED
+from hshare_jax.kernels.tail import MAX_FEATURE, NUM_TERMS, Tail
+from hshare_jax.methods.base import mark_listed
+from hshare_jax.methods.hshare.settings import HShareSettings
+
+SCORES_AT_ONCE = 2**22  # scores in memory at once; it bounds how many probes are taken together
+WEIGHT_RIDGE = 0.03  # pulls the coefficients of the weight, on features of unit variance, towards a half each
+VALUE_RIDGE = 0.1  # pulls the values of the further virtual tokens towards zero
+MARGIN = 0.3  # nats beyond what the probes saw that the weight may reach
+LEAST_DEVIATION = 1e-3  # nats; a feature that varies less tells nothing
+
+
+class _Reads(NamedTuple):
+    """What the probes of one layer read and did not read. P probes lie along the third axis."""
+
+    total: Array  # [B, N, P] log of the sum of the exponentiated scores that a probe reads
+    mean: Array  # [B, N, P] mean of these scores
+    out: Array  # [B, N, P, H] the attention over them
+    rest: Array  # [B, N, P] log of the sum over the slots that it sees and does not read
+    rest_out: Array  # [B, N, P, H] the attention over those
+    num_unread: Array  # [B, N, P] how many those are
+
+
+@functools.partial(jax.jit, static_argnames=("settings", "window", "rank"))
+def fit_tail(
+    queries: Float[Array, "B P N H"],
+    listed: Int[Array, "P L B J C"],
+    source: Int[Array, "B J"],
+    lengths: Int[Array, "B P"],
+    cached: Int[Array, "B"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    *,
+    settings: HShareSettings,
+    window: int | None,
+    rank: int,
+) -> Tail:
+    """One layer's tails, fitted on the probes of each row (jitted). A row without probes gets tails that weigh nothing.
+
+    Both fits are weighted least squares in closed form. A probe counts by how much its tail changes the output.
+
+    Args:
+        queries: the rotated probe queries.
+        listed: the lists that the probes choose in all layers; P may be padded at its end.
+        source: the layer's part of the plan.
+        lengths: how many slots each probe sees; 0 or less for no probe.
+        cached: tokens of each row.
+        keys, values: the layer's cache.
+        settings: what else the probes read.
+        window: the layer's sliding window.
+        rank: directions of the query along which the tail's value moves.
+    """
+    (B, K, S, H), (_, P, N, _), J = keys.shape, queries.shape, source.shape[1]
+    through_plan = listed[:P, source // J, jnp.arange(B)[:, None], source % J]  # [P, B, J, C]
+    reads = _read_probes(queries, through_plan, lengths, keys, values, settings, window)
+    q = jnp.swapaxes(queries, 1, 2).astype(jnp.float32)  # [B, N, P, H]
+    # The share of the attention that belongs to the tail.
+    is_probe = (lengths > 0)[:, None, :] & (reads.num_unread > 0)
+    share = jnp.where(is_probe, jax.nn.sigmoid(reads.rest - reads.total), 0)
+    slots, first = jnp.arange(S)[None, :], settings.num_sinks
+    middle = (slots >= first) & (slots < (cached - settings.num_recent)[:, None])
+    mean_key = jnp.einsum("BS,BKSH->BKH", middle.astype(keys.dtype), keys, preferred_element_type=jnp.float32)
+    mean_key = mean_key / jnp.maximum(middle.sum(axis=1), 1)[:, None, None]
+    mean_key = jnp.repeat(mean_key, N // K, axis=1)  # [B, N, H]
+    key, weight_terms = _fit_weight(q, mean_key, reads, share, is_probe)
+    follow, value = _fit_value(reads, share)
+    directions, shifts, moved = _fit_directions(q, reads, share, follow, value, rank)
+    has_tail = share.max(axis=-1) > 0
+    terms = jnp.concatenate([weight_terms, follow[..., None], shifts], axis=-1)
+    low_high = jnp.arange(NUM_TERMS + rank)
+    is_bound = (low_high == 3) | (low_high == 4)
+    terms = jnp.where(has_tail[..., None], terms, jnp.where(is_bound, MASKED, 0))
+    return Tail(
+        keys=jnp.concatenate([key[:, :, None], directions], axis=2).astype(keys.dtype),
+        values=jnp.concatenate([value[:, :, None], moved], axis=2).astype(values.dtype),
+        terms=terms,
+    )
+
+
+def _read_probes(
+    queries: Array, listed: Array, lengths: Array, keys: Array, values: Array, settings: HShareSettings,
+    window: int | None,
+) -> _Reads:  # fmt: skip
+    B, K, S, H = keys.shape
+    P, N, J = queries.shape[1], queries.shape[2], listed.shape[2]
+    slots = jnp.arange(S)[None, :]
+
+    def read(probe: tuple[Array, Array, Array]) -> _Reads:
+        q, of_probe, length = probe  # [B, N, H], [B, J, C], [B]
+        is_seen = slots < length[:, None]
+        if window is not None:
+            is_seen &= slots >= length[:, None] - window
+        recent_start = jnp.maximum(length - settings.num_recent, 0)
+        is_read = mark_listed(of_probe, recent_start, settings.num_sinks, S) & is_seen[:, None]
+        is_rest = jnp.repeat(is_seen[:, None] & ~is_read, N // J, axis=1)
+        is_read = jnp.repeat(is_read, N // J, axis=1)  # [B, N, S]
+        scores = score_keys(q, keys)
+        mean = jnp.where(is_read, scores, 0).sum(axis=-1) / jnp.maximum(is_read.sum(axis=-1), 1)
+        (total, out), (rest, rest_out) = (_attend(scores, mask, values) for mask in (is_read, is_rest))
+        return _Reads(total, mean, out, rest, rest_out, is_rest.sum(axis=-1))
+
+    probes = jnp.swapaxes(queries, 0, 1), listed, lengths.T
+    size = max(1, min(P, SCORES_AT_ONCE // (B * N * S)))
+    return jax.tree.map(lambda array: jnp.moveaxis(array, 0, 2), lax.map(read, probes, batch_size=size))
+
+
+def _attend(scores: Array, mask: Array, values: Array) -> tuple[Array, Array]:
+    """(log of the sum of the exponentiated scores [B, N], attention [B, N, H]) over the slots of the mask [B, N, S]."""
+    (B, N, S), (K, H) = scores.shape, values.shape[1::2]
+    scores = jnp.where(mask, scores, MASKED)
+    peak = scores.max(axis=-1, keepdims=True)
+    weights = jnp.where(mask, jnp.exp(scores - peak), 0)
+    total = weights.sum(axis=-1)
+    weights = weights.reshape(B, K, N // K, S).astype(values.dtype)
+    out = jnp.einsum("BKGS,BKSH->BKGH", weights, values, preferred_element_type=jnp.float32).reshape(B, N, H)
+    is_empty = total == 0
+    total = jnp.where(is_empty, 1, total)
+    return jnp.where(is_empty, MASKED, peak[..., 0] + jnp.log(total)), out / total[..., None]
+
+
+def _fit_weight(q: Array, mean_key: Array, reads: _Reads, share: Array, is_probe: Array) -> tuple[Array, Array]:
+    """The first virtual token's key [B, N, H], and `Tail`'s terms before `follow` [B, N, 5]."""
+    H = q.shape[-1]
+    found = reads.rest - jnp.log(jnp.maximum(reads.num_unread, 1).astype(jnp.float32))  # [B, N, P]
+    of_key = jnp.einsum("BNPH,BNH->BNP", q, mean_key) * H**-0.5
+    features = jnp.stack([of_key, reads.total, reads.mean], axis=-1)
+    # A tail that is nearly nothing or nearly everything changes little when its weight is a little wrong.
+    counts = jnp.where(is_probe, share * (1 - share) + 1e-4, 0)
+    counts = counts / jnp.maximum(counts.sum(axis=-1, keepdims=True), 1e-30)
+    features, found = (jnp.where(_like(is_probe, array), array, 0) for array in (features, found))
+    error = found - (features[..., 0] + features[..., 1]) / 2
+    centre = jnp.einsum("BNP,BNPF->BNF", counts, features)
+    error_mean = jnp.einsum("BNP,BNP->BN", counts, error)
+    centred = features - centre[:, :, None]
+    deviation = jnp.sqrt(jnp.einsum("BNP,BNPF->BNF", counts, centred**2))
+    centred = centred / jnp.maximum(deviation, LEAST_DEVIATION)[:, :, None]
+    slopes = _ridge(centred, (error - error_mean[..., None])[..., None], counts, WEIGHT_RIDGE)[..., 0]
+    slopes = slopes / jnp.maximum(deviation, LEAST_DEVIATION)
+    constant = error_mean - (slopes * centre).sum(axis=-1)
+    low = jnp.where(is_probe, found, jnp.inf).min(axis=-1) - MARGIN
+    high = jnp.where(is_probe, found, -jnp.inf).max(axis=-1) + MARGIN
+    key = (0.5 + slopes[..., :1]) * mean_key
+    return key, jnp.stack([constant, 0.5 + slopes[..., 1], slopes[..., 2], low, high], axis=-1)
+
+
+def _fit_value(reads: _Reads, share: Array) -> tuple[Array, Array]:
+    """`follow` [B, N], and the first virtual token's value [B, N, H]."""
+    counts = _value_counts(share)
+    mean, rest_mean = (jnp.einsum("BNP,BNPH->BNH", counts, array) for array in (reads.out, reads.rest_out))
+    out, rest = reads.out - mean[:, :, None], reads.rest_out - rest_mean[:, :, None]
+    together = jnp.einsum("BNP,BNPH,BNPH->BN", counts, out, rest)
+    alone = jnp.einsum("BNP,BNPH,BNPH->BN", counts, out, out)
+    follow = jnp.clip(together / jnp.maximum(alone, 1e-9), 0, 1)
+    return follow, rest_mean - follow[..., None] * mean
+
+
+def _fit_directions(
+    q: Array, reads: _Reads, share: Array, follow: Array, value: Array, rank: int
+) -> tuple[Array, Array, Array]:
+    """The keys [B, N, r, H], shifts [B, N, r] and values [B, N, r, H] of the further virtual tokens."""
+    counts, H = _value_counts(share), q.shape[-1]
+    centre = jnp.einsum("BNP,BNPH->BNH", counts, q)
+    centred = q - centre[:, :, None]
+    spread = jnp.einsum("BNP,BNPH,BNPI->BNHI", counts, centred, centred)
+    if rank == 0:
+        nothing = jnp.zeros((*value.shape[:2], 0, H), jnp.float32)
+        return nothing, nothing[..., 0], nothing
+    variances, axes = jnp.linalg.eigh(spread)  # ascending
+    variances, axes = variances[..., -rank:], jnp.swapaxes(axes[..., -rank:], 2, 3)  # [B, N, r, H]
+    is_found = variances > 1e-6
+    scales = jnp.where(is_found, lax.rsqrt(jnp.where(is_found, variances, 1)), 0)
+    directions = axes * scales[..., None]
+    shifts = jnp.einsum("BNIH,BNH->BNI", directions, centre)
+    features = jnp.clip(jnp.einsum("BNPH,BNIH->BNPI", centred, directions), -MAX_FEATURE, MAX_FEATURE)
+    error = reads.rest_out - value[:, :, None] - follow[..., None, None] * reads.out
+    moved = _ridge(features, error, counts, VALUE_RIDGE)
+    return directions * H**0.5, shifts, moved
+
+
+def _value_counts(share: Array) -> Array:
+    """How much each probe counts in the fit of the value: by the square of its tail's share; the sum is 1 or 0."""
+    counts = (share / jnp.maximum(share.max(axis=-1, keepdims=True), 1e-30)) ** 2
+    return counts / jnp.maximum(counts.sum(axis=-1, keepdims=True), 1e-30)
+
+
+def _ridge(features: Array, target: Array, counts: Array, ridge: float) -> Array:
+    """The coefficients [B, N, F, M] of features [B, N, P, F] that give the target [B, N, P, M]; counts sum to 1."""
+    weighted = counts[..., None] * features
+    square = jnp.einsum("BNPF,BNPI->BNFI", weighted, features) + ridge * jnp.eye(features.shape[-1])
+    return jnp.linalg.solve(square, jnp.einsum("BNPF,BNPM->BNFM", weighted, target))
+
+
+def _like(mask: Array, array: Array) -> Array:
+    return mask.reshape(*mask.shape, *[1] * (array.ndim - mask.ndim))
