@@ -267,7 +267,9 @@ def measure_prompt(
     prompt, settings = LabelledPrompt(queries, cache.keys, lists.labels, lists.channels), lists.settings
     listed = None
     if settings.tail is not None:
-        computes = np.ones(config.num_layers, bool) if lists.plan is None else lists.plan.is_computed.any(axis=1)
+        computes = np.ones(config.num_layers, bool)
+        if lists.plan is not None:
+            computes = np.asarray(lists.plan.is_computed.any(axis=1))
         layers = [layer for layer in range(settings.dense_layers, config.num_layers) if computes[layer]]
         few = _tail_probes(queries)
         listed = list_probes(prompt._replace(queries=few), config=config, settings=settings, layers=layers)
@@ -295,7 +297,7 @@ def _fit_tails(
             continue
         index, (seen, window) = config.kv_index(layer), config.sees(layer, queries.positions + 1)
         tail = fit_tail(
-            queries.probes[layer], listed, lists.source[:, layer], seen, cache.lengths,
+            queries.probes[layer], listed, lists.source[:, layer], queries.positions, seen, cache.lengths,
             cache.keys[index], cache.values[index], settings=settings, window=window, rank=settings.tail_rank,
         )  # fmt: skip
         tails.append(tail)

@@ -40,7 +40,8 @@ class HShareSettings:
     label_channels: int | None = setting(None, "channels that labels keep of each head; by default 32, or all if fewer")
     label_bits: Literal[4, 8] | None = setting(4, "bits of a label channel; none: not quantised")
     tail: Literal["fitted"] | None = setting(
-        "fitted", "fitted: virtual tokens, fitted on each prompt, stand for what a head does not read; none: nothing does"
+        "fitted",
+        "fitted: virtual tokens, fitted on each prompt, stand for what a head does not read; none: nothing does",
     )
     tail_rank: int = setting(0, "further virtual tokens of each head")
 

@@ -114,8 +114,12 @@ def list_probes(
     prompt: LabelledPrompt, *, config: ModelConfig, settings: HShareSettings, layers: Sequence[int]
 ) -> Int[Array, "P L B J C"]:
     """The lists that each probe chooses in these layers, EMPTY in the others. P is rounded up to groups of probes."""
-    groups = _group_probes(prompt, config, settings)
-    listed = lax.map(lambda group: _list_group(*group, prompt, config, settings, layers), groups)
+
+    def list_group(group: tuple[tuple[Array, ...], Array]) -> Array:
+        queries, positions = group
+        return _list_group(queries, positions, prompt, config, settings, layers)
+
+    listed = lax.map(list_group, _group_probes(prompt, config, settings))
     return listed.reshape(-1, *listed.shape[2:])
 
 

@@ -6,11 +6,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from hshare_jax.kernels.labels import score_keys
 from hshare_jax.kernels.masked_softmax import MASKED
-from hshare_jax.kernels.tail import MAX_FEATURE, NUM_TERMS, Tail
+from hshare_jax.kernels.tail import HIGH, LOW, MAX_FEATURE, NUM_TERMS, Tail
 from hshare_jax.methods.base import mark_listed
 from hshare_jax.methods.hshare.settings import HShareSettings
 
@@ -37,7 +37,8 @@ def fit_tail(
     queries: Float[Array, "B P N H"],
     listed: Int[Array, "P L B J C"],
     source: Int[Array, "B J"],
-    lengths: Int[Array, "B P"],
+    positions: Int[Array, "B P"],
+    seen: Int[Array, "B P"],
     cached: Int[Array, "B"],
     keys: Float[Array, "B K S H"],
     values: Float[Array, "B K S H"],
@@ -54,19 +55,20 @@ def fit_tail(
         queries: the rotated probe queries.
         listed: the lists that the probes choose in all layers; P may be padded at its end.
         source: the layer's part of the plan.
-        lengths: how many slots each probe sees; 0 or less for no probe.
+        positions: where the probes stand; -1 for no probe.
+        seen: where the slots that each probe sees end (`ModelConfig.sees`).
         cached: tokens of each row.
         keys, values: the layer's cache.
         settings: what else the probes read.
         window: the layer's sliding window.
         rank: directions of the query along which the tail's value moves.
     """
-    (B, K, S, H), (_, P, N, _), J = keys.shape, queries.shape, source.shape[1]
+    (B, K, S, _), (_, P, N, _), J = keys.shape, queries.shape, source.shape[1]
     through_plan = listed[:P, source // J, jnp.arange(B)[:, None], source % J]  # [P, B, J, C]
-    reads = _read_probes(queries, through_plan, lengths, keys, values, settings, window)
+    reads = _read_probes(queries, through_plan, positions, seen, keys, values, settings, window)
     q = jnp.swapaxes(queries, 1, 2).astype(jnp.float32)  # [B, N, P, H]
     # The share of the attention that belongs to the tail.
-    is_probe = (lengths > 0)[:, None, :] & (reads.num_unread > 0)
+    is_probe = (positions >= 0)[:, None, :] & (reads.num_unread > 0) & (reads.total > MASKED)
     share = jnp.where(is_probe, jax.nn.sigmoid(reads.rest - reads.total), 0)
     slots, first = jnp.arange(S)[None, :], settings.num_sinks
     middle = (slots >= first) & (slots < (cached - settings.num_recent)[:, None])
@@ -78,9 +80,8 @@ def fit_tail(
     directions, shifts, moved = _fit_directions(q, reads, share, follow, value, rank)
     has_tail = share.max(axis=-1) > 0
     terms = jnp.concatenate([weight_terms, follow[..., None], shifts], axis=-1)
-    low_high = jnp.arange(NUM_TERMS + rank)
-    is_bound = (low_high == 3) | (low_high == 4)
-    terms = jnp.where(has_tail[..., None], terms, jnp.where(is_bound, MASKED, 0))
+    nothing = jnp.zeros((1, 1, NUM_TERMS + rank)).at[..., LOW : HIGH + 1].set(MASKED)
+    terms = jnp.where(has_tail[..., None], terms, nothing)
     return Tail(
         keys=jnp.concatenate([key[:, :, None], directions], axis=2).astype(keys.dtype),
         values=jnp.concatenate([value[:, :, None], moved], axis=2).astype(values.dtype),
@@ -89,19 +90,20 @@ def fit_tail(
 
 
 def _read_probes(
-    queries: Array, listed: Array, lengths: Array, keys: Array, values: Array, settings: HShareSettings,
-    window: int | None,
+    queries: Array, listed: Array, positions: Array, seen: Array, keys: Array, values: Array,
+    settings: HShareSettings, window: int | None,
 ) -> _Reads:  # fmt: skip
     B, K, S, H = keys.shape
     P, N, J = queries.shape[1], queries.shape[2], listed.shape[2]
     slots = jnp.arange(S)[None, :]
 
-    def read(probe: tuple[Array, Array, Array]) -> _Reads:
-        q, of_probe, length = probe  # [B, N, H], [B, J, C], [B]
-        is_seen = slots < length[:, None]
+    def read(probe: tuple[Array, Array, Array, Array]) -> _Reads:
+        q, of_probe, position, end = probe  # [B, N, H], [B, J, C], [B], [B]
+        is_seen = slots < end[:, None]
         if window is not None:
-            is_seen &= slots >= length[:, None] - window
-        recent_start = jnp.maximum(length - settings.num_recent, 0)
+            is_seen &= slots >= end[:, None] - window
+        # A layer that looks up does not see the probe's own token, but that token is one of the recent tokens.
+        recent_start = jnp.maximum(position + 1 - settings.num_recent, 0)
         is_read = mark_listed(of_probe, recent_start, settings.num_sinks, S) & is_seen[:, None]
         is_rest = jnp.repeat(is_seen[:, None] & ~is_read, N // J, axis=1)
         is_read = jnp.repeat(is_read, N // J, axis=1)  # [B, N, S]
@@ -110,7 +112,7 @@ def _read_probes(
         (total, out), (rest, rest_out) = (_attend(scores, mask, values) for mask in (is_read, is_rest))
         return _Reads(total, mean, out, rest, rest_out, is_rest.sum(axis=-1))
 
-    probes = jnp.swapaxes(queries, 0, 1), listed, lengths.T
+    probes = jnp.swapaxes(queries, 0, 1), listed, positions.T, seen.T
     size = max(1, min(P, SCORES_AT_ONCE // (B * N * S)))
     return jax.tree.map(lambda array: jnp.moveaxis(array, 0, 2), lax.map(read, probes, batch_size=size))
 
@@ -197,7 +199,7 @@ def _value_counts(share: Array) -> Array:
 def _ridge(features: Array, target: Array, counts: Array, ridge: float) -> Array:
     """The coefficients [B, N, F, M] of features [B, N, P, F] that give the target [B, N, P, M]; counts sum to 1."""
     weighted = counts[..., None] * features
-    square = jnp.einsum("BNPF,BNPI->BNFI", weighted, features) + ridge * jnp.eye(features.shape[-1])
+    square = jnp.einsum("BNPF,BNPI->BNFI", weighted, features) + ridge * jnp.eye(features.shape[-1])[None, None]
     return jnp.linalg.solve(square, jnp.einsum("BNPF,BNPM->BNFM", weighted, target))
 
 
