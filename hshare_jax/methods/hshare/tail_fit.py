@@ -19,6 +19,8 @@ WEIGHT_RIDGE = 0.03  # pulls the coefficients of the weight, on features of unit
 VALUE_RIDGE = 0.1  # pulls the values of the further virtual tokens towards zero
 MARGIN = 0.3  # nats beyond what the probes saw that the weight may reach
 LEAST_DEVIATION = 1e-3  # nats; a feature that varies less tells nothing
+LEAST_VARIANCE = 1e-6  # of the queries along a direction; the value does not move along a direction of less
+LEAST_RATIO = 1e-5  # of the variance along a direction to the greatest; float32 tells no smaller one from rounding
 
 
 class _Reads(NamedTuple):
@@ -35,7 +37,7 @@ class _Reads(NamedTuple):
 @functools.partial(jax.jit, static_argnames=("settings", "window", "rank"))
 def fit_tail(
     queries: Float[Array, "B P N H"],
-    listed: Int[Array, "P L B J C"],
+    listed: Int[Array, "padded L B J C"],
     source: Int[Array, "B J"],
     positions: Int[Array, "B P"],
     seen: Int[Array, "B P"],
@@ -53,7 +55,7 @@ def fit_tail(
 
     Args:
         queries: the rotated probe queries.
-        listed: the lists that the probes choose in all layers; P may be padded at its end.
+        listed: the lists that the probes choose in all layers, padded past the last probe.
         source: the layer's part of the plan.
         positions: where the probes stand; -1 for no probe.
         seen: where the slots that each probe sees end (`ModelConfig.sees`).
@@ -180,7 +182,8 @@ def _fit_directions(
         return nothing, nothing[..., 0], nothing
     variances, axes = jnp.linalg.eigh(spread)  # ascending
     variances, axes = variances[..., -rank:], jnp.swapaxes(axes[..., -rank:], 2, 3)  # [B, N, r, H]
-    is_found = variances > 1e-6
+    # What is left beside the greatest variance is rounding: of few probes, or of probes of which few count.
+    is_found = variances > jnp.maximum(LEAST_VARIANCE, LEAST_RATIO * variances[..., -1:])
     scales = jnp.where(is_found, lax.rsqrt(jnp.where(is_found, variances, 1)), 0)
     directions = axes * scales[..., None]
     shifts = jnp.einsum("BNIH,BNH->BNI", directions, centre)
