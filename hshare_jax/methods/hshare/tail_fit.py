@@ -77,15 +77,15 @@ def fit_tail(
     mean_key = jnp.einsum("BS,BKSH->BKH", middle.astype(keys.dtype), keys, preferred_element_type=jnp.float32)
     mean_key = mean_key / jnp.maximum(middle.sum(axis=1), 1)[:, None, None]
     mean_key = jnp.repeat(mean_key, N // K, axis=1)  # [B, N, H]
-    key, weight_terms = _fit_weight(q, mean_key, reads, share, is_probe)
+    key, weight_terms = _fit_weight(q, mean_key, reads, share, is_probe, keys.dtype)
     follow, value = _fit_value(reads, share)
-    directions, shifts, moved = _fit_directions(q, reads, share, follow, value, rank)
+    directions, shifts, moved = _fit_directions(q, reads, share, follow, value, rank, keys.dtype)
     has_tail = share.max(axis=-1) > 0
     terms = jnp.concatenate([weight_terms, follow[..., None], shifts], axis=-1)
     nothing = jnp.zeros((1, 1, NUM_TERMS + rank)).at[..., LOW : HIGH + 1].set(MASKED)
     terms = jnp.where(has_tail[..., None], terms, nothing)
     return Tail(
-        keys=jnp.concatenate([key[:, :, None], directions], axis=2).astype(keys.dtype),
+        keys=jnp.concatenate([key[:, :, None], directions], axis=2),
         values=jnp.concatenate([value[:, :, None], moved], axis=2).astype(values.dtype),
         terms=terms,
     )
@@ -133,8 +133,10 @@ def _attend(scores: Array, mask: Array, values: Array) -> tuple[Array, Array]:
     return jnp.where(is_empty, MASKED, peak[..., 0] + jnp.log(total)), out / total[..., None]
 
 
-def _fit_weight(q: Array, mean_key: Array, reads: _Reads, share: Array, is_probe: Array) -> tuple[Array, Array]:
-    """The first virtual token's key [B, N, H], and `Tail`'s terms before `follow` [B, N, 5]."""
+def _fit_weight(
+    q: Array, mean_key: Array, reads: _Reads, share: Array, is_probe: Array, dtype: jnp.dtype
+) -> tuple[Array, Array]:
+    """The first virtual token's key [B, N, H] in this dtype, and `Tail`'s terms before `follow` [B, N, 5]."""
     H = q.shape[-1]
     found = reads.rest - jnp.log(jnp.maximum(reads.num_unread, 1).astype(jnp.float32))  # [B, N, P]
     of_key = jnp.einsum("BNPH,BNH->BNP", q, mean_key) * H**-0.5
@@ -154,7 +156,10 @@ def _fit_weight(q: Array, mean_key: Array, reads: _Reads, share: Array, is_probe
     constant = error_mean - (slopes * centre).sum(axis=-1)
     low = jnp.where(is_probe, found, jnp.inf).min(axis=-1) - MARGIN
     high = jnp.where(is_probe, found, -jnp.inf).max(axis=-1) + MARGIN
-    key = (0.5 + slopes[..., :1]) * mean_key
+    exact = (0.5 + slopes[..., :1]) * mean_key
+    key = exact.astype(dtype)
+    # The mean error stays zero with the key as it is stored.
+    constant += jnp.einsum("BNP,BNPH,BNH->BN", counts, q, exact - key.astype(jnp.float32)) * H**-0.5
     return key, jnp.stack([constant, 0.5 + slopes[..., 1], slopes[..., 2], low, high], axis=-1)
 
 
@@ -170,27 +175,28 @@ def _fit_value(reads: _Reads, share: Array) -> tuple[Array, Array]:
 
 
 def _fit_directions(
-    q: Array, reads: _Reads, share: Array, follow: Array, value: Array, rank: int
+    q: Array, reads: _Reads, share: Array, follow: Array, value: Array, rank: int, dtype: jnp.dtype
 ) -> tuple[Array, Array, Array]:
-    """The keys [B, N, r, H], shifts [B, N, r] and values [B, N, r, H] of the further virtual tokens."""
+    """The keys [B, N, r, H] in this dtype, shifts [B, N, r] and values [B, N, r, H] of the further virtual tokens."""
     counts, H = _value_counts(share), q.shape[-1]
     centre = jnp.einsum("BNP,BNPH->BNH", counts, q)
     centred = q - centre[:, :, None]
     spread = jnp.einsum("BNP,BNPH,BNPI->BNHI", counts, centred, centred)
     if rank == 0:
         nothing = jnp.zeros((*value.shape[:2], 0, H), jnp.float32)
-        return nothing, nothing[..., 0], nothing
+        return nothing.astype(dtype), nothing[..., 0], nothing
     variances, axes = jnp.linalg.eigh(spread)  # ascending
     variances, axes = variances[..., -rank:], jnp.swapaxes(axes[..., -rank:], 2, 3)  # [B, N, r, H]
     # What is left beside the greatest variance is rounding: of few probes, or of probes of which few count.
     is_found = variances > jnp.maximum(LEAST_VARIANCE, LEAST_RATIO * variances[..., -1:])
     scales = jnp.where(is_found, lax.rsqrt(jnp.where(is_found, variances, 1)), 0)
-    directions = axes * scales[..., None]
+    keys = (axes * scales[..., None] * H**0.5).astype(dtype)
+    directions = keys.astype(jnp.float32) * H**-0.5  # as they are stored
     shifts = jnp.einsum("BNIH,BNH->BNI", directions, centre)
     features = jnp.clip(jnp.einsum("BNPH,BNIH->BNPI", centred, directions), -MAX_FEATURE, MAX_FEATURE)
     error = reads.rest_out - value[:, :, None] - follow[..., None, None] * reads.out
     moved = _ridge(features, error, counts, VALUE_RIDGE)
-    return directions * H**0.5, shifts, moved
+    return keys, shifts, moved
 
 
 def _value_counts(share: Array) -> Array:
