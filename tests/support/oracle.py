@@ -189,6 +189,9 @@ class Budget:
     plan: str | None = None  # "units", "published" or "anchors"; None shares nothing
     layer_ratio: Fraction = Fraction(1)
     head_ratio: Fraction = Fraction(1)
+    tail: bool = False
+    tail_rank: int = 0
+    num_places: int | None = None  # places for probes in each row; None: as many as num_probes
 
     @property
     def size(self):
@@ -227,6 +230,12 @@ def probe_positions(start, length, budget):
     if used < 2:
         return [first] * used
     return [first + i * (count - 1) // (used - 1) for i in range(used)]
+
+
+def tail_probe_positions(positions, budget):
+    """Every probe, or if there are more than 64 places for probes, the probes at every so manieth place."""
+    places = budget.num_places or budget.num_probes
+    return positions[:: math.ceil(places / 64)]
 
 
 def overlaps(lists, num_critical):

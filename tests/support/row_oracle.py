@@ -1,9 +1,11 @@
 """Sequences in a decoder of the LLaMA family, token by token in float64, dense or with HShare, in plain NumPy."""
 
 import dataclasses
+import functools
 
 import numpy as np
 import oracle
+import tail_oracle
 
 
 def rms_norm(x, scale, eps):
@@ -58,11 +60,11 @@ class Row:
         """The layers that read the same keys as this layer."""
         return [other for other, shared in enumerate(self.kv_map) if shared == self.kv_map[layer]]
 
-    def step(self, token, reads_of):
+    def step(self, token, reads_of, tail_of=None):
         """The logits [V] after `token`.
 
         `reads_of(layer, length)` gives the slots that each head of a layer reads. It is called after the layer's key of
-        the token is stored.
+        the token is stored. `tail_of(layer, length)` gives the layer's tail, or None if what is not read is left out.
         """
         N, K, H, position = self.num_heads, self.num_kv_heads, self.head_dim, self.length  # before any key is stored
         x = self.params["embedding"][token].astype(np.float64)
@@ -76,7 +78,12 @@ class Row:
                 self.keys[layer].append(rotate(fused[N : N + K], position, self.theta))
                 self.values[layer].append(fused[N + K :])
             keys, values = self.cached_keys(layer), self.cached(self.values, layer)
-            out = oracle.attention(self.queries[layer][-1], keys, values, reads_of(layer, position + 1))
+            q, reads = self.queries[layer][-1], reads_of(layer, position + 1)
+            tail = None if tail_of is None else tail_of(layer, position + 1)
+            if tail is None:
+                out = oracle.attention(q, keys, values, reads)
+            else:
+                out = oracle.attention_with_tail(q, keys, values, reads, self.sees(layer, position + 1), *tail)
             x = x + weights["out"]["weight"].astype(np.float64) @ out.reshape(-1)
             normed = rms_norm(x, weights["mlp_norm"]["scale"], self.eps)
             gate, up = np.split(weights["mlp"]["gate_up"]["weight"].astype(np.float64) @ normed, 2)
@@ -90,7 +97,7 @@ class Row:
 
 
 class SharedRow:
-    """One sequence decoded with HShare: dense prefill, then the plan, then steps that refresh or reuse."""
+    """One sequence decoded with HShare: dense prefill, then plan and tails, then steps that refresh or reuse."""
 
     def __init__(self, row, budget):
         self.row, self.budget = row, budget
@@ -99,7 +106,7 @@ class SharedRow:
         self.num_read = 0.0  # tokens that the last step read, as the mean over layers and heads
 
     def prefill(self, tokens):
-        """The logits [V] after the last token. Channels and the plan are found as well."""
+        """The logits [V] after the last token. Channels, the plan and the tails are found as well."""
         row, budget = self.row, self.budget
         start = row.length
         logits = [row.dense_step(token) for token in tokens][-1]
@@ -113,9 +120,36 @@ class SharedRow:
             )
             for layer in range(L)
         ]
-        self.similarity = self.find_similarity(oracle.probe_positions(start, row.length, budget))
-        self.source = self.find_plan(self.similarity)
+        self.probes = oracle.probe_positions(start, row.length, budget)
+        self.similarity = self.find_similarity(self.probes)
+        self.take_plan(self.find_plan(self.similarity))
         return logits
+
+    def take_plan(self, source):
+        """Reads through this plan from now on, with tails that are fitted to it."""
+        self.source, L = source, len(self.row.windows)
+        has_tail = [self.budget.tail and layer >= self.budget.dense_layers for layer in range(L)]
+        self.tails = [self.fit_tail(layer) if has_tail[layer] else None for layer in range(L)]
+
+    def fit_tail(self, layer):
+        """The keys [N, 1 + r, H], values [N, 1 + r, H] and terms [N, 6 + r] of a layer's tails."""
+        row, budget = self.row, self.budget
+        positions = oracle.tail_probe_positions(self.probes, budget)
+        choose = functools.cache(self.choose)
+        keys, values = row.cached_keys(layer), row.cached(row.values, layer)
+        tails = []
+        for n in range(row.num_heads):
+            k = n // (row.num_heads // row.num_kv_heads)
+            probes = []
+            for position in positions:
+                # What a decode step that chooses anew would read with this query.
+                length, (a, j) = position + 1, self.source[layer][n // (row.num_heads // budget.num_lists)]
+                seen, recent_start = row.sees(layer, length), length - budget.num_recent
+                reads = oracle.shared_reads(choose(a, position)[j], budget.num_sinks, recent_start, seen)
+                probes.append(tail_oracle.probe(row.queries[layer][position][n], keys[k], values[k], reads, seen))
+            mean_key = tail_oracle.mean_middle_key(keys[k], budget.num_sinks, budget.num_recent)
+            tails.append(tail_oracle.fit(probes, mean_key, budget.tail_rank))
+        return tuple(np.stack(arrays) for arrays in zip(*tails, strict=True))
 
     def find_similarity(self, probes):
         """The similarities from which the plan is found. None without probes, or if nothing is shared."""
@@ -161,6 +195,12 @@ class SharedRow:
             scores = oracle.label_scores(q, keys, self.channels[layer], budget.bits)
         return oracle.critical_tokens(scores, position + 1, budget, row.windows[layer])
 
+    @property
+    def tail_size(self):
+        """How many cached tokens weigh as much as one head's tail, where all numbers have the same size."""
+        rank, H = self.budget.tail_rank, self.row.head_dim
+        return 1 + rank + (6 + rank) / (2 * H)
+
     def decode(self, token, is_refresh=None):
         """The logits [V] after `token`. By default the first and every `interval`-th later step refreshes."""
         row, budget = self.row, self.budget
@@ -187,11 +227,16 @@ class SharedRow:
                 else oracle.shared_reads(self.lists[a][j], budget.num_sinks, self.recent_start, row.sees(layer, length))
                 for a, j in sources
             ]
-            counts.extend(map(len, reads))
+            # Heads of a list share its tokens, but each has virtual tokens of its own.
+            virtual = 0 if tail_of(layer, length) is None else self.tail_size * group
+            counts.extend(len(of_head) + virtual for of_head in reads)
             return reads
 
+        def tail_of(layer, length):
+            return None if length < budget.min_length else self.tails[layer]
+
         self.age += 1
-        logits = row.step(token, reads_of)
+        logits = row.step(token, reads_of, tail_of)
         self.num_read = float(np.mean(counts))
         return logits
 
@@ -205,4 +250,4 @@ def share_batch_plan(rows):
     elif known:
         mean = np.mean(known, axis=0)
     for row in rows:
-        row.source = row.find_plan(mean)
+        row.take_plan(row.find_plan(mean))

@@ -115,6 +115,8 @@ def oracle_budget(method: HShare, config: ModelConfig = MODEL) -> oracle.Budget:
         plan=search.plan_kind,
         layer_ratio=search.layer_ratio,
         head_ratio=search.head_ratio,
+        tail=settings.tail is not None,
+        tail_rank=settings.tail_rank,
     )
 
 
