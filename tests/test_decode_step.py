@@ -113,12 +113,13 @@ WHOLE = {
             head_ratio=Fraction(1),
             scoring="exact",
             dense_layers=0,
+            tail_rank=2,
         ),
         LENGTHS,
     ),
     "units, windows, 8 bits, budget ratio": (
         WINDOWED,
-        vary(HSHARE, label_bits=8, budget_ratio=Fraction(1, 6), dense_layers=0),
+        vary(HSHARE, label_bits=8, budget_ratio=Fraction(1, 6), dense_layers=0, tail_rank=1),
         LENGTHS,
     ),
     "units of a batch, query heads, not quantised, gate": (
@@ -136,6 +137,12 @@ WHOLE = {
         vary(PUBLISHED, scoring="exact", dense_layers=1, plan_scope="batch", dilate=True),
         (3, 24, 13, 60),
     ),
+    "units, shared KV, exact, one recent token, no sinks": (
+        SHARED_KV,
+        vary(HSHARE, scoring="exact", num_sinks=0, num_recent=1, tail_rank=2),
+        LENGTHS,
+    ),
+    "units, no tail": (MODEL, vary(HSHARE, tail=None), LENGTHS),
     "exact top-k": (MODEL, exact_topk(BUDGET), LENGTHS),
     "double sparsity, windows": (WINDOWED, double_sparsity(BUDGET), LENGTHS),
 }
@@ -173,10 +180,9 @@ def test_where_nothing_is_shared_every_step_chooses_its_own_lists():
     rows, steps = random_rows(20, more=6), 6
     single = HSHARE.with_sharing_ratio("1-1-1")
     own, state = decode(rows, start(rows, method=single), steps)
-    forced = vary(HSHARE, dilate=False)
-    begun = start(rows, method=forced)
+    begun = start(rows, method=vary(HSHARE, dilate=False, layer_ratio=Fraction(1), head_ratio=Fraction(1)))
     identity = identity_plan(len(rows), MODEL.num_layers, MODEL.num_kv_heads)
-    begun = dataclasses.replace(begun, method_state=dataclasses.replace(shared_of(begun), source=identity))
+    np.testing.assert_array_equal(shared_of(begun).source, identity)
     others, same = decode(rows, begun, steps, refresh=lambda step: True)
     np.testing.assert_array_equal(shared_of(state).token_indices, shared_of(same).token_indices)
     np.testing.assert_allclose(own, others, atol=SAME, rtol=0)
@@ -215,14 +221,38 @@ def test_a_constant_plan_decodes_as_the_same_plan_as_data():
     prompts = [row[:n] for row, n in zip(rows, LENGTHS, strict=True)]
     planned = dataclasses.replace(HSHARE, plan=PLAN)
     constant, of_constant = decode(rows, prefill_rows(prompts, method=planned)[1], steps)
-    state = start(rows, method=HSHARE)
+    state, tails = start(rows, method=HSHARE), shared_of(start(rows, method=planned)).tails
     source = np.tile(np.asarray(PLAN.source, np.int32), (len(rows), 1, 1))
-    state = dataclasses.replace(state, method_state=dataclasses.replace(shared_of(state), source=jnp.asarray(source)))
-    data, of_data = decode(rows, state, steps)
+    shared = dataclasses.replace(shared_of(state), source=jnp.asarray(source), tails=tails)
+    data, of_data = decode(rows, dataclasses.replace(state, method_state=shared), steps)
     np.testing.assert_array_equal(constant.argmax(axis=-1), data.argmax(axis=-1))
     np.testing.assert_allclose(constant, data, atol=SAME, rtol=0)
     np.testing.assert_array_equal(shared_of(of_constant).token_indices, shared_of(of_data).token_indices)
     np.testing.assert_array_equal(shared_of(of_constant).source, source)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_tails_are_fitted_to_a_constant_plan(rank):
+    rows, steps, method = random_rows(26, more=4), 4, vary(HSHARE, tail_rank=rank)
+    logits, _ = decode(rows, start(rows, method=dataclasses.replace(method, plan=PLAN)), steps)
+    shared_rows = oracle_rows([row[:n] for row, n in zip(rows, LENGTHS, strict=True)], method, plan=None)
+    for shared_row in shared_rows:
+        shared_row.take_plan([[divmod(unit, MODEL.num_kv_heads) for unit in of_layer] for of_layer in PLAN.source])
+    for step in range(steps):
+        expected = [row.decode(rows[b][LENGTHS[b] + step]) for b, row in enumerate(shared_rows)]
+        np.testing.assert_allclose(logits[step], np.stack(expected), atol=F32, rtol=0)
+
+
+@pytest.mark.parametrize(("num_probes", "num_places"), [("all", 128), (70, None)])
+def test_tails_are_fitted_on_every_second_probe_where_there_are_more_than_64(num_probes, num_places):
+    lengths, steps = (100, 30), 2
+    rows, method = random_rows(27, lengths, more=steps), vary(HSHARE, num_probes=num_probes)
+    logits, _ = decode(rows, start(rows, lengths, method=method), steps, lengths=lengths)
+    prompts = [row[:n] for row, n in zip(rows, lengths, strict=True)]
+    shared_rows = oracle_rows(prompts, method, num_places=num_places)
+    for step in range(steps):
+        expected = [row.decode(rows[b][lengths[b] + step]) for b, row in enumerate(shared_rows)]
+        np.testing.assert_allclose(logits[step], np.stack(expected), atol=F32, rtol=0)
 
 
 def test_layers_that_share_keys_and_values_share_lists_under_their_plan():
@@ -235,7 +265,7 @@ def test_layers_that_share_keys_and_values_share_lists_under_their_plan():
     logits, _ = decode(rows, prefill_rows(prompts, method=method, config=SHARED_KV)[1], steps, config=SHARED_KV)
     shared_rows = oracle_rows(prompts, HSHARE, SHARED_KV, plan=None)
     for shared_row in shared_rows:
-        shared_row.source = [[divmod(unit, MODEL.num_kv_heads) for unit in of_layer] for of_layer in plan.source]
+        shared_row.take_plan([[divmod(unit, MODEL.num_kv_heads) for unit in of_layer] for of_layer in plan.source])
     for step in range(steps):
         expected = [row.decode(rows[b][LENGTHS[b] + step]) for b, row in enumerate(shared_rows)]
         np.testing.assert_allclose(logits[step], np.stack(expected), atol=F32, rtol=0)
