@@ -30,6 +30,7 @@ VARIANTS = {
     "refresh": (STEP, True),
     "reuse": (STEP, False),
     "by age": (STEP, None),
+    "no tail": (vary(STEP, tail=None), True),
     "8 bits": (vary(STEP, label_bits=8), True),
     "not quantised": (vary(STEP, label_bits=None), True),
     "dense layer, gate": (vary(HSHARE, min_length=30), None),

@@ -11,6 +11,8 @@ import pytest
 from tiny_decoder import HSHARE, MODEL, vary
 
 from hshare_jax.decode_state import DecodeState, count_reads, init_state
+from hshare_jax.kernels.masked_softmax import MASKED
+from hshare_jax.kernels.tail import HIGH, LOW
 from hshare_jax.methods.hshare.channels import check_channels
 from hshare_jax.methods.hshare.method import HShare
 from hshare_jax.methods.hshare.share_plan import SharePlan, identity_plan
@@ -98,6 +100,23 @@ def test_an_empty_state_shares_nothing_and_lists_nothing():
     np.testing.assert_array_equal(shared.source, identity_plan(2, L, K))
     assert shared.token_indices.shape == (L, 2, K, HSHARE.settings.num_critical)
     assert (np.asarray(shared.token_indices) == EMPTY).all()
+    assert shared.tails[0] is None  # layer 0 is dense
+    for tail in shared.tails[1:]:
+        assert tail is not None
+        np.testing.assert_array_equal(tail.terms[..., [LOW, HIGH]], np.float32(MASKED))
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_tails_have_as_many_virtual_tokens_as_the_setting_says(rank):
+    for tail in shared_of(vary(HSHARE, tail_rank=rank), dtype=jnp.bfloat16).tails[1:]:
+        assert tail is not None
+        assert tail.keys.shape == tail.values.shape == (2, MODEL.num_heads, 1 + rank, H)
+        assert tail.keys.dtype == tail.values.dtype == jnp.bfloat16
+        assert (tail.terms.shape, tail.terms.dtype) == ((2, MODEL.num_heads, 6 + rank), jnp.float32)
+
+
+def test_without_the_setting_no_layer_has_a_tail():
+    assert shared_of(vary(HSHARE, tail=None)).tails == (None,) * L
 
 
 @pytest.mark.parametrize(
@@ -132,16 +151,21 @@ WINDOWED = dataclasses.replace(MODEL, windows=(None, 20, 9, 3))
         {"dense_layers": 2, "min_length": 30, "lists_per": "query_head"},
         {"min_length": 1000},
         {"budget_ratio": Fraction(1, 4)},
+        {"tail": None},
+        {"tail_rank": 2, "lists_per": "query_head"},
     ],
 )
 @pytest.mark.parametrize("config", [MODEL, WINDOWED], ids=["no windows", "windows"])
 def test_reads_equal_the_definition(config, changes):
-    # Lists are empty, partly filled or full. Recent ranges overlap the sinks, or have grown as long as they may be.
+    # Lists are empty, partly filled or full. Recent ranges overlap the sinks, or have grown as long as they may be. The
+    # heads of a list share its tokens, but each has a tail of its own.
     method: HShare = vary(HSHARE, **changes)
     settings = method.settings
     rng = np.random.default_rng(2)
     lengths, starts = [1, 5, 8, 14, 60, 200], [0, 1, 3, 10, 54, 196]
     B, J, C = len(lengths), settings.num_lists(MODEL), settings.num_critical
+    rank = settings.tail_rank
+    tail_size = 0 if settings.tail is None else 1 + rank + (6 + rank) / (2 * H)  # in tokens of 2 * H numbers
     lists = np.full((L, B, J, C), EMPTY, np.int32)
     source = np.tile(np.arange(L * J).reshape(1, L, J), (B, 1, 1))
     for b, first in enumerate(starts):
@@ -170,7 +194,7 @@ def test_reads_equal_the_definition(config, changes):
             else:
                 seen = oracle.dense_reads(length, window)
                 reads = oracle.shared_reads(lists[a, b, i].tolist(), settings.num_sinks, starts[b], seen)
-                counts.append(len(reads))
+                counts.append(len(reads) + tail_size * MODEL.num_heads / J)
         np.testing.assert_allclose(found[b], np.mean(counts), rtol=F32)
 
 

@@ -90,7 +90,7 @@ def test_the_published_method_shares_layers_then_heads_and_is_never_dense():
     assert (search.plan_kind, settings.lists_per, search.plan_scope) == ("published", "query_head", "sequence")
     assert (settings.dense_layers, settings.min_length, settings.refresh_interval) == (0, 0, 2)
     assert (settings.dilate, search.num_probes, settings.scoring, settings.label_bits) == (False, "all", "labels", 4)
-    assert (method.sharing_ratio, settings.budget_ratio) == ("7/8-3/4-1/2", None)
+    assert (method.sharing_ratio, settings.budget_ratio, settings.tail) == ("7/8-3/4-1/2", None, None)
 
 
 def test_a_method_with_a_plan_and_channels_is_hashable_and_equal_by_value():
@@ -147,6 +147,8 @@ def test_a_query_ratio_is_one_over_a_whole_number(ratio):
         ({"dense_layers": -1}, "dense_layers=-1 must be at least 0"),
         ({"min_length": -1}, "min_length=-1 must be at least 0"),
         ({"label_bits": 2}, "label_bits=2 must be one of 4, 8, None"),
+        ({"tail": "learned"}, "tail='learned' must be one of 'fitted', None"),
+        ({"tail_rank": -1}, "tail_rank=-1 must be at least 0"),
         ({"scoring": "guess"}, "scoring='guess' must be one of 'labels', 'exact'"),
         ({"lists_per": "layer"}, "lists_per='layer' must be one of 'kv_head', 'query_head'"),
         ({"plan_kind": "none"}, "plan_kind='none' must be one of 'units', 'published', 'anchors'"),
