@@ -28,6 +28,7 @@ from hshare_jax.decode_step import decode_step
 from hshare_jax.kernels import api
 from hshare_jax.kernels.choose_tokens import weigh_tokens
 from hshare_jax.kernels.labels import label_query, make_labels, score_label_query
+from hshare_jax.kernels.tail import HIGH, LOW, NUM_TERMS, Tail
 from hshare_jax.methods.hshare.method import HShare
 from hshare_jax.methods.hshare.settings import HShareSettings, PlanSearch
 from hshare_jax.methods.hshare.shared_lists import SharedLists
@@ -66,6 +67,7 @@ def cases(*, toy: bool) -> Iterator[Case]:
         yield _attention("sparse", (4, 2, 2, 64), "float32", window=None, **small)
         yield _attention("dense", (4, 2, 2, 64), "bfloat16", window=20, **small)
         yield _selection((4, 2, 2), 256, bits=4, dilate=False)
+        yield _attention("sparse", (4, 2, 2, 64), "float32", window=20, rank=2, **small)
         yield _prefill((4, 2, 16), 256, "float32", window=None)
         yield _decode("labels", BUDGET)
         return
@@ -73,6 +75,8 @@ def cases(*, toy: bool) -> Iterator[Case]:
     ragged = (4096, 4095, 3001, 1, 64, 129, 0, 2048, *range(500, 4100, 450))
     for kind, sizes in itertools.product(("sparse", "dense"), (llama2, llama3)):
         yield _attention(kind, sizes, "bfloat16", window=None, S=4096, lengths=ragged)
+    for sizes in (llama2, llama3):
+        yield _attention("sparse", sizes, "bfloat16", window=None, rank=2, S=4096, lengths=ragged)
     for sizes, S in itertools.product(((4, 4, 4), (8, 2, 2)), (4096, 32_768)):
         yield _selection(sizes, S, bits=4, dilate=False)
     yield _decode("labels", BUDGET)
@@ -90,6 +94,10 @@ def cases(*, toy: bool) -> Iterator[Case]:
         yield _attention(kind, sizes, "float32", window=20, **small)
     for kind in ("sparse", "dense"):
         yield _attention(kind, (8, 2, 2, 128), "float16", window=None, **small)
+    for sizes, rank in (((4, 2, 4, 80), 0), ((6, 1, 1, 96), 2)):
+        yield _attention("sparse", sizes, "float32", window=20, rank=rank, **small)
+    for S, lengths in ((32_768, (32_768, 20_001)), (131_072, (131_072,))):
+        yield _attention("sparse", llama3, "bfloat16", window=None, rank=2, S=S, lengths=lengths)
     for sizes, S, bits in (((4, 2, 4), 256, 8), ((4, 2, 2), 4096, 8), ((4, 2, 2), 32_768, None)):
         yield _selection(sizes, S, bits=bits, dilate=True)
     for dtype, S, window in (("float32", 1024, None), ("bfloat16", 1024, 100), ("bfloat16", 32_768, None)):
@@ -100,8 +108,10 @@ def cases(*, toy: bool) -> Iterator[Case]:
 
 
 def _attention(
-    kind: str, heads: tuple[int, int, int, int], dtype: str, *, window: int | None, S: int, lengths: tuple[int, ...]
-) -> Case:
+    kind: str, heads: tuple[int, int, int, int], dtype: str, *, window: int | None, S: int, lengths: tuple[int, ...],
+    rank: int | None = None,
+) -> Case:  # fmt: skip
+    """A case of attention, with a tail of this rank unless it is None."""
     (N, K, J, H), B = heads, len(lengths)
     num_critical = NUM_CRITICAL if S < 4096 else S // 8 - NUM_SINKS - NUM_RECENT
     starts = np.maximum(np.array(lengths) - NUM_RECENT, 0)
@@ -109,10 +119,17 @@ def _attention(
     def make() -> Arrays:
         rng = np.random.default_rng(1)
         shapes = {"q": (B, N, H), "keys": (B, K, S, H), "values": (B, K, S, H)}
+        if rank is not None:
+            shapes |= {"tail_keys": (B, N, 1 + rank, H), "tail_values": (B, N, 1 + rank, H)}
         arrays: Arrays = {
             name: timing.random_array(i, shape=shape, dtype=jnp.dtype(dtype))
             for i, (name, shape) in enumerate(shapes.items())
         }
+        if rank is not None:
+            # Bounds that hold some tails back, and keep all tails from weighing nothing or everything.
+            terms = rng.standard_normal((B, N, NUM_TERMS + rank))
+            terms[..., LOW], terms[..., HIGH] = -1, 1
+            arrays["tail_terms"] = jnp.asarray(terms, jnp.float32)
         lists = np.full((2, B, J, num_critical), EMPTY, np.int32)
         for layer, b, j in np.ndindex(2, B, J):
             listed = rng.permutation(np.arange(NUM_SINKS, max(NUM_SINKS, int(starts[b]))))[
@@ -134,7 +151,10 @@ def _attention(
             api.sparse_decode, layer=1, num_sinks=NUM_SINKS, max_recent=NUM_RECENT, window=window, impl=impl
         )
         plan = {"lists": a["lists"], "source": a["source"], "recent_start": a["starts"]}
-        out = jax.jit(sparse)(q, keys, values, lengths=lengths, **plan)
+        tail = None
+        if rank is not None:
+            tail = Tail(a["tail_keys"].astype(keys.dtype), a["tail_values"].astype(keys.dtype), a["tail_terms"])
+        out = jax.jit(sparse)(q, keys, values, lengths=lengths, tail=tail, **plan)
         return np.asarray(out.astype(jnp.float32))
 
     def judge(a: Arrays, impl: str) -> Outcome:
@@ -150,6 +170,7 @@ def _attention(
         return _within(found, exact, most)
 
     gate = "" if window is None else f", window {window}"
+    gate += "" if rank is None else f", tail of rank {rank}"
     return Case(f"{kind} attention, heads {N}/{K}/{J} of {H}, {B} rows of {S}, {dtype}{gate}", make, judge)
 
 
