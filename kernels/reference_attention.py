@@ -56,7 +56,7 @@ def sparse_decode(
             listed, lengths, recent_start, num_sinks=num_sinks, max_recent=max_recent, window=window
         )  # [B, J, W]
         picked_keys, picked_values = (take_rows(cache, slots) for cache in (keys, values))
-        num_seen = jnp.minimum(lengths, keys.shape[2] if window is None else window)
+        num_seen = jnp.minimum(lengths, min(keys.shape[2], window or keys.shape[2]))
         return _attend_one_query(q, picked_keys, picked_values, slots != EMPTY, tail, num_seen)
 
     if min_length <= 0:

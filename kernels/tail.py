@@ -70,7 +70,8 @@ def add_tail(
     scores = jnp.einsum("BNH,BNIH->BNI", q, tail.keys, preferred_element_type=jnp.float32) * H**-0.5
     weight = terms[..., CONSTANT] + scores[..., 0] + terms[..., OF_TOTAL] * total + terms[..., OF_MEAN] * mean
     weight = jnp.clip(weight, terms[..., LOW], terms[..., HIGH]) + jnp.log(jnp.maximum(num_unread, 1))
-    share = jnp.where(num_unread > 0, jax.nn.sigmoid(weight - total), 0)
+    has_tail = (num_unread > 0) & (terms[..., HIGH] > MASKED)
+    share = jnp.where(has_tail, jax.nn.sigmoid(weight - total), 0)
     features = jnp.clip(scores[..., 1:] - terms[..., NUM_TERMS:], -MAX_FEATURE, MAX_FEATURE)
     values = tail.values.astype(jnp.float32)
     value = values[..., 0, :] + terms[..., FOLLOW, None] * out

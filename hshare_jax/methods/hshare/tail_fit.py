@@ -15,6 +15,7 @@ from hshare_jax.methods.base import mark_listed
 from hshare_jax.methods.hshare.settings import HShareSettings
 
 SCORES_AT_ONCE = 2**22  # scores in memory at once; it bounds how many probes are taken together
+RECENT_PROBES = 16  # a probe counts 1 / e of what the probe so many places after it counts
 WEIGHT_RIDGE = 0.03  # pulls the coefficients of the weight, on features of unit variance, towards a half each
 VALUE_RIDGE = 0.1  # pulls the values of the further virtual tokens towards zero
 MARGIN = 0.3  # nats beyond what the probes saw that the weight may reach
@@ -77,9 +78,15 @@ def fit_tail(
     mean_key = jnp.einsum("BS,BKSH->BKH", middle.astype(keys.dtype), keys, preferred_element_type=jnp.float32)
     mean_key = mean_key / jnp.maximum(middle.sum(axis=1), 1)[:, None, None]
     mean_key = jnp.repeat(mean_key, N // K, axis=1)  # [B, N, H]
-    key, weight_terms = _fit_weight(q, mean_key, reads, share, is_probe, keys.dtype)
-    follow, value = _fit_value(reads, share)
-    directions, shifts, moved = _fit_directions(q, reads, share, follow, value, rank, keys.dtype)
+    # Later probes count for more, because decoding goes on where they end.
+    num_after = jnp.cumsum((positions >= 0)[:, ::-1], axis=1)[:, ::-1] - 1  # the probes after each probe
+    recency = jnp.exp(-num_after / RECENT_PROBES)[:, None, :]
+    # A tail that is nearly nothing or nearly everything changes little when its weight is a little wrong.
+    of_weight = _sum_to_one(jnp.where(is_probe, (share * (1 - share) + 1e-4) * recency, 0))
+    of_value = _sum_to_one(share * recency)
+    key, weight_terms = _fit_weight(q, mean_key, reads, of_weight, is_probe, keys.dtype)
+    follow, value = _fit_value(reads, of_value)
+    directions, shifts, moved = _fit_directions(q, reads, of_value, follow, value, rank, keys.dtype)
     has_tail = share.max(axis=-1) > 0
     terms = jnp.concatenate([weight_terms, follow[..., None], shifts], axis=-1)
     nothing = jnp.zeros((1, 1, NUM_TERMS + rank)).at[..., LOW : HIGH + 1].set(MASKED)
@@ -134,16 +141,13 @@ def _attend(scores: Array, mask: Array, values: Array) -> tuple[Array, Array]:
 
 
 def _fit_weight(
-    q: Array, mean_key: Array, reads: _Reads, share: Array, is_probe: Array, dtype: jnp.dtype
+    q: Array, mean_key: Array, reads: _Reads, counts: Array, is_probe: Array, dtype: jnp.dtype
 ) -> tuple[Array, Array]:
     """The first virtual token's key [B, N, H] in this dtype, and `Tail`'s terms before `follow` [B, N, 5]."""
     H = q.shape[-1]
     found = reads.rest - jnp.log(jnp.maximum(reads.num_unread, 1).astype(jnp.float32))  # [B, N, P]
     of_key = jnp.einsum("BNPH,BNH->BNP", q, mean_key) * H**-0.5
     features = jnp.stack([of_key, reads.total, reads.mean], axis=-1)
-    # A tail that is nearly nothing or nearly everything changes little when its weight is a little wrong.
-    counts = jnp.where(is_probe, share * (1 - share) + 1e-4, 0)
-    counts = counts / jnp.maximum(counts.sum(axis=-1, keepdims=True), 1e-30)
     features, found = (jnp.where(_like(is_probe, array), array, 0) for array in (features, found))
     error = found - (features[..., 0] + features[..., 1]) / 2
     centre = jnp.einsum("BNP,BNPF->BNF", counts, features)
@@ -163,9 +167,8 @@ def _fit_weight(
     return key, jnp.stack([constant, 0.5 + slopes[..., 1], slopes[..., 2], low, high], axis=-1)
 
 
-def _fit_value(reads: _Reads, share: Array) -> tuple[Array, Array]:
+def _fit_value(reads: _Reads, counts: Array) -> tuple[Array, Array]:
     """`follow` [B, N], and the first virtual token's value [B, N, H]."""
-    counts = _value_counts(share)
     mean, rest_mean = (jnp.einsum("BNP,BNPH->BNH", counts, array) for array in (reads.out, reads.rest_out))
     out, rest = reads.out - mean[:, :, None], reads.rest_out - rest_mean[:, :, None]
     together = jnp.einsum("BNP,BNPH,BNPH->BN", counts, out, rest)
@@ -175,10 +178,10 @@ def _fit_value(reads: _Reads, share: Array) -> tuple[Array, Array]:
 
 
 def _fit_directions(
-    q: Array, reads: _Reads, share: Array, follow: Array, value: Array, rank: int, dtype: jnp.dtype
+    q: Array, reads: _Reads, counts: Array, follow: Array, value: Array, rank: int, dtype: jnp.dtype
 ) -> tuple[Array, Array, Array]:
     """The keys [B, N, r, H] in this dtype, shifts [B, N, r] and values [B, N, r, H] of the further virtual tokens."""
-    counts, H = _value_counts(share), q.shape[-1]
+    H = q.shape[-1]
     centre = jnp.einsum("BNP,BNPH->BNH", counts, q)
     centred = q - centre[:, :, None]
     spread = jnp.einsum("BNP,BNPH,BNPI->BNHI", counts, centred, centred)
@@ -199,9 +202,9 @@ def _fit_directions(
     return keys, shifts, moved
 
 
-def _value_counts(share: Array) -> Array:
-    """How much each probe counts in the fit of the value: by the square of its tail's share; the sum is 1 or 0."""
-    counts = (share / jnp.maximum(share.max(axis=-1, keepdims=True), 1e-30)) ** 2
+def _sum_to_one(counts: Array) -> Array:
+    """The counts of the probes of each head, scaled so that they add up to 1; zeros stay zeros."""
+    counts = counts / jnp.maximum(counts.max(axis=-1, keepdims=True), 1e-30)
     return counts / jnp.maximum(counts.sum(axis=-1, keepdims=True), 1e-30)
 
 
