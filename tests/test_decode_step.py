@@ -24,6 +24,7 @@ from tiny_decoder import (
 
 from hshare_jax.decode_state import DecodeState, count_reads, init_state
 from hshare_jax.decode_step import decode_step
+from hshare_jax.kernels.tail import LOW
 from hshare_jax.methods import double_sparsity, exact_topk
 from hshare_jax.methods.hshare.settings import HShareSettings
 from hshare_jax.methods.hshare.share_plan import SharePlan, identity_plan, kv_layer_plan
@@ -334,6 +335,18 @@ def test_a_budget_that_covers_the_row_equals_dense(config, method):
     dense, _ = decode(rows, start(rows, method=None, config=config), 8, config=config)
     shared, _ = decode(rows, start(rows, method=method, config=config), 8, config=config)
     np.testing.assert_allclose(shared, dense, atol=SAME, rtol=0)
+
+
+def test_a_tail_changes_nothing_where_everything_is_read():
+    # A budget as wide as the row leaves no probe to fit a tail on, so the tails are those of a narrow budget.
+    rows = random_rows(28, more=4)
+    tails = shared_of(start(rows, method=HSHARE)).tails
+    assert all(tail is not None and (tail.terms[3, :, LOW] > -100).all() for tail in tails[1:])
+    without, _ = decode(rows, start(rows, method=WIDE), 4)
+    state = start(rows, method=WIDE)
+    state = dataclasses.replace(state, method_state=dataclasses.replace(shared_of(state), tails=tails))
+    found, _ = decode(rows, state, 4)
+    np.testing.assert_array_equal(found, without)
 
 
 def test_rows_that_refresh_by_age_equal_the_static_schedule():

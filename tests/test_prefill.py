@@ -25,6 +25,7 @@ from tiny_decoder import (
 from hshare_jax.attend import prefill_attend
 from hshare_jax.compile_clock import compile_clock
 from hshare_jax.decode_state import init_state
+from hshare_jax.decode_step import decode_step
 from hshare_jax.kernels.labels import make_labels
 from hshare_jax.kv_cache import init_cache
 from hshare_jax.methods import H2O
@@ -148,6 +149,15 @@ def test_channels_of_a_prompt_in_chunks_count_all_queries():
             )
             best = np.argsort(-keys * queries, axis=-1, kind="stable")[:, :3]
             np.testing.assert_array_equal(state.method_state.channels[b, layer], np.sort(best, axis=-1))
+
+
+def test_tails_of_a_prompt_in_chunks_are_fitted_on_the_probes_of_all_chunks():
+    (row,), capacity = random_rows(5, [LONGEST], more=2), 640
+    logits, state = prefill_rows([row[:LONGEST]], method=HSHARE, capacity=capacity)
+    shared_row = oracle_rows([row[:LONGEST]], HSHARE)[0]
+    for token in row[LONGEST:]:
+        logits, state = decode_step(params(), jnp.asarray([token]), state, config=MODEL)
+        np.testing.assert_allclose(logits[0], shared_row.decode(token), atol=F32, rtol=0)
 
 
 @pytest.mark.parametrize("bits", [4, 8, None])
