@@ -15,8 +15,8 @@ def find_critical_tokens(
     num_lists: int,
     settings: HShareSettings,
     window: int | Int[Array, ""] | None = None,
-) -> Int[Array, "B J C"]:
-    """The lists that these scores choose: the best slots between the sinks and the recent tokens, ascending.
+) -> Int[Array, "B J W"]:
+    """The lists, or with `pool` the pools, that these scores choose: the best slots between the sinks and the recent tokens, ascending.
 
         # length 8, 1 sink, 2 recent:  slots 0 | 1 2 3 4 5 | 6 7  -> only 1 to 5 compete
 
@@ -29,8 +29,8 @@ def find_critical_tokens(
     """
     first, last = candidate_range(lengths, settings, window)
     return choose_tokens(
-        scores, first, last, num_critical_in_budget(lengths, settings),
-        num_lists=num_lists, num_critical=settings.num_critical, dilate=settings.dilates,
+        scores, first, last, num_in_pool(lengths, settings),
+        num_lists=num_lists, num_critical=settings.pool_size, dilate=settings.dilates,
     )  # fmt: skip
 
 
@@ -42,6 +42,12 @@ def candidate_range(
     if window is not None:
         first = jnp.maximum(first, lengths - window)
     return first, lengths - settings.num_recent
+
+
+def num_in_pool(lengths: Int[Array, "B"], settings: HShareSettings) -> Int[Array, "B"] | None:
+    """How many tokens each row may keep in a pool under `budget_ratio`; None where no ratio is set."""
+    allowed = num_critical_in_budget(lengths, settings)
+    return None if allowed is None else allowed * settings.pool
 
 
 def num_critical_in_budget(lengths: Int[Array, "B"], settings: HShareSettings) -> Int[Array, "B"] | None:

@@ -130,9 +130,11 @@ class HShare:
             channels = check_channels(np.asarray(self.channels), config, R)[of_kv_layer]
         labelled = set()
         if settings.scoring == "labels":
-            labelled = {config.kv_layer(layer) for layer in range(settings.dense_layers, L) if computes[layer]}
+            chooses = computes if settings.pool == 1 else np.ones(L, bool)
+            labelled = {config.kv_layer(layer) for layer in range(settings.dense_layers, L) if chooses[layer]}
         return SharedLists(
             token_indices=jnp.full((L, B, J, settings.num_critical), EMPTY, jnp.int32),
+            pools=None if settings.pool == 1 else jnp.full((L, B, J, settings.pool_size), EMPTY, jnp.int32),
             source=source,
             channels=jnp.tile(jnp.asarray(channels), (B, 1, 1, 1)),
             labels=tuple(
@@ -298,7 +300,8 @@ def _fit_tails(
         index, (seen, window) = config.kv_index(layer), config.sees(layer, queries.positions + 1)
         tail = fit_tail(
             queries.probes[layer], listed, lists.source[:, layer], queries.positions, seen, cache.lengths,
-            cache.keys[index], cache.values[index], settings=settings, window=window, rank=settings.tail_rank,
+            cache.keys[index], cache.values[index], lists.labels[index], lists.channels[:, layer],
+            settings=settings, window=window, rank=settings.tail_rank,
         )  # fmt: skip
         tails.append(tail)
     return tuple(tails)

@@ -44,11 +44,12 @@ class HShareSettings:
         "fitted: virtual tokens, fitted on each prompt, stand for what a head does not read; none: nothing does",
     )
     tail_rank: int = setting(0, "further virtual tokens of each head")
+    pool: int = setting(1, "a computed list keeps so many times its tokens, among which copies choose their own")
 
     def __post_init__(self) -> None:
         for name, least in (
             ("num_sinks", 0), ("num_critical", 1), ("num_recent", 1), ("refresh_interval", 1), ("dense_layers", 0),
-            ("tail_rank", 0),
+            ("tail_rank", 0), ("pool", 1),
         ):  # fmt: skip
             check_whole(name, getattr(self, name), least)
         for name, least in (("min_length", 0), ("label_channels", 1)):
@@ -65,6 +66,11 @@ class HShareSettings:
     def budget(self) -> int:
         """The most tokens that a head reads right after a refresh."""
         return self.num_sinks + self.num_critical + self.num_recent
+
+    @property
+    def pool_size(self) -> int:
+        """The tokens that a computed list keeps: a list, or with `pool` several times as many."""
+        return self.pool * self.num_critical
 
     @property
     def dense_below(self) -> int:

@@ -13,9 +13,10 @@ from hshare_jax.kernels.labels import Labels, label_query, make_labels
 from hshare_jax.kernels.tail import Tail
 from hshare_jax.kv_cache import KVCache, append, replace_layer
 from hshare_jax.methods.base import Choices, Method, Step, count_dense, count_listed, mark_dense, mark_listed
-from hshare_jax.methods.hshare.critical_tokens import candidate_range, num_critical_in_budget
+from hshare_jax.methods.hshare.critical_tokens import candidate_range, num_in_pool
+from hshare_jax.methods.hshare.pools import choose_in_pools
 from hshare_jax.methods.hshare.settings import HShareSettings
-from hshare_jax.methods.hshare.share_plan import SharePlan, mark_computed
+from hshare_jax.methods.hshare.share_plan import SharePlan, identity_plan, mark_computed
 from hshare_jax.models.config import ModelConfig
 
 
@@ -24,7 +25,8 @@ from hshare_jax.models.config import ModelConfig
 class SharedLists:
     """HShare's `MethodState`: the critical tokens of every layer in one buffer, and what choosing them anew needs."""
 
-    token_indices: Array  # [L, B, J, C] int32 slots, ascending, padded with EMPTY
+    token_indices: Array  # [L, B, J, C] int32 slots, ascending, padded with EMPTY; with pools, what each list chose
+    pools: Array | None  # [L, B, J, pool * C] likewise, what the computed lists keep; None without pools
     source: Array  # [B, L, J] int32, the share plan
     channels: Array  # [B, L, K, R] int32, label channels
     labels: tuple[Labels | None, ...]  # of each KV layer, as in the cache; None where no label is scored
@@ -76,10 +78,12 @@ class SharedLists:
             return dense_decode(q, keys, values, lengths, window=window, impl=step.impl), lists
         if step.refresh is not False:
             lists = lists._choose(layer, q, keys, step)
+        if lists.pools is not None:
+            lists = lists._choose_in_pools(layer, q, keys, step)
         # A layer that looks up sees one token less. Its limit is one lower, so that all layers turn sparse on one step.
         min_length = max(settings.dense_below - step.config.looks_up(layer), 0)
         out = sparse_decode(
-            q, keys, values, lists.token_indices, lists.source, layer, lengths, lists.recent_start,
+            q, keys, values, lists.token_indices, lists.read_source, layer, lengths, lists.recent_start,
             num_sinks=settings.num_sinks, max_recent=settings.max_recent, window=window, min_length=min_length,
             tail=lists.tails[layer], impl=step.impl,
         )  # fmt: skip
@@ -104,20 +108,37 @@ class SharedLists:
             return self
         settings, lengths = self.settings, step.lengths
         first, last = candidate_range(lengths, settings, step.config.windows[layer])
-        competing = self.source, self._is_due(step), first, last, num_critical_in_budget(lengths, settings)
+        competing = self.source, self._is_due(step), first, last, num_in_pool(lengths, settings)
+        old = self.token_indices if self.pools is None else self.pools
         how = {"dilate": settings.dilates, "impl": step.impl}
         labels = self.labels[step.config.kv_index(layer)]
         if labels is None:
-            lists = select_by_keys(self.token_indices, layer, q, keys, *competing, **how)
+            lists = select_by_keys(old, layer, q, keys, *competing, **how)
         else:
             query = label_query(q, self.channels[:, layer], settings.label_bits)
-            lists = select_by_labels(self.token_indices, layer, query, labels, *competing, **how)
-        return dataclasses.replace(self, token_indices=lists)
+            lists = select_by_labels(old, layer, query, labels, *competing, **how)
+        return dataclasses.replace(self, **{"token_indices" if self.pools is None else "pools": lists})
+
+    def _choose_in_pools(self, layer: int, q: Float[Array, "B N H"], keys: Array, step: Step) -> "SharedLists":
+        """Chooses all lists of this layer anew, each in the pool that the plan gives it."""
+        assert self.pools is not None
+        pools = _through_plan(self.pools, self.source[:, layer])
+        labels, window = self.labels[step.config.kv_index(layer)], step.config.windows[layer]
+        lists = choose_in_pools(
+            q, pools, keys, labels, self.channels[:, layer], step.lengths,
+            settings=self.settings, window=window, impl=step.impl,
+        )  # fmt: skip
+        return dataclasses.replace(self, token_indices=self.token_indices.at[layer].set(lists))
+
+    @property
+    def read_source(self) -> Int[Array, "B L J"]:
+        """The plan through which `token_indices` are read: the share plan, or with pools each list itself."""
+        return self.source if self.pools is None else identity_plan(*self.source.shape)
 
     def count_reads(self, cache: KVCache, config: ModelConfig) -> Float[Array, "B"]:
         """Tokens that the last step read, the mean over layers and heads."""
-        J, rows = self.source.shape[2], jnp.arange(self.source.shape[0])[:, None, None]
-        listed = self.token_indices[self.source // J, rows, self.source % J]  # [B, L, J, C]
+        J, rows, source = self.source.shape[2], jnp.arange(self.source.shape[0])[:, None, None], self.read_source
+        listed = self.token_indices[source // J, rows, source % J]  # [B, L, J, C]
         sparse = count_listed(listed, self.recent_start, self.settings.num_sinks, cache, config)
         # A list's heads share its tokens, but each has virtual tokens of its own.
         virtual = [0.0 if tail is None else tail.num_tokens * config.num_heads / J for tail in self.tails]
@@ -128,9 +149,8 @@ class SharedLists:
 
     def mark_reads(self, layer: int, cache: KVCache, config: ModelConfig) -> Bool[Array, "B J S"]:
         """The slots that the last step read in this layer, for each list."""
-        unit, rows, J = self.source[:, layer], jnp.arange(self.source.shape[0])[:, None], self.source.shape[2]
         dense = mark_dense(layer, cache.lengths, cache.capacity, config)[:, None, :]
-        listed = self.token_indices[unit // J, rows, unit % J]
+        listed = _through_plan(self.token_indices, self.read_source[:, layer])
         marks = mark_listed(listed, self.recent_start, self.settings.num_sinks, cache.capacity)
         is_dense = (cache.lengths < self.settings.dense_below) | (layer < self.settings.dense_layers)
         return dense & (marks | is_dense[:, None, None])
@@ -142,3 +162,9 @@ class SharedLists:
         computed = mark_computed(np.asarray(self.source))[:, first:].sum(axis=(1, 2))
         possible = self.settings.num_sparse_layers(config) * J * int(steps.sum())
         return Choices(int(refreshes.sum()), int((refreshes * computed).sum()), possible)
+
+
+def _through_plan(lists: Int[Array, "L B J W"], source: Int[Array, "B J"]) -> Int[Array, "B J W"]:
+    """What the lists of a layer read, by the layer's part of a plan."""
+    J = source.shape[1]
+    return lists[source // J, jnp.arange(source.shape[0])[:, None], source % J]

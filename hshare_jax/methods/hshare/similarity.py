@@ -65,7 +65,7 @@ def measure_overlap(
 
     of_layers, of_lists = _sum_over_probes(overlap, prompt, config, settings)
     # Divided only now: sums of whole numbers are exact, so equal overlaps are equal numbers and ties break by order.
-    most = settings.num_critical * _num_probes(prompt.queries)
+    most = settings.pool_size * _num_probes(prompt.queries)
     J = settings.num_lists(config)
     return of_layers / (most * J)[:, None, None], of_lists / most[:, None, None, None]
 
@@ -169,7 +169,7 @@ def _list_group(
     layers: Sequence[int],
 ) -> Int[Array, "P L B J C"]:
     """The lists that a group of probes chooses in these layers. All other lists, and those of no probe, are EMPTY."""
-    (P, B), J, C = positions.shape, settings.num_lists(config), settings.num_critical
+    (P, B), J, C = positions.shape, settings.num_lists(config), settings.pool_size
     tokens = jnp.full((config.num_layers, P, B, J, C), EMPTY, jnp.int32)
     if len(layers) == 0:
         return jnp.swapaxes(tokens, 0, 1)

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 
-from hshare_jax.kernels.labels import score_keys
+from hshare_jax.kernels.labels import Labels, score_keys
 from hshare_jax.kernels.masked_softmax import MASKED
 from hshare_jax.kernels.tail import HIGH, LOW, MAX_FEATURE, NUM_TERMS, Tail
 from hshare_jax.methods.base import mark_listed
+from hshare_jax.methods.hshare.pools import choose_in_pools
 from hshare_jax.methods.hshare.settings import HShareSettings
 
 SCORES_AT_ONCE = 2**22  # scores in memory at once; it bounds how many probes are taken together
@@ -45,6 +46,8 @@ def fit_tail(
     cached: Int[Array, "B"],
     keys: Float[Array, "B K S H"],
     values: Float[Array, "B K S H"],
+    labels: Labels | None,
+    channels: Int[Array, "B K R"],
     *,
     settings: HShareSettings,
     window: int | None,
@@ -62,12 +65,17 @@ def fit_tail(
         seen: where the slots that each probe sees end (`ModelConfig.sees`).
         cached: tokens of each row.
         keys, values: the layer's cache.
+        labels, channels: what lists are chosen by in pools.
         settings: what else the probes read.
         window: the layer's sliding window.
         rank: directions of the query along which the tail's value moves.
     """
     (B, K, S, _), (_, P, N, _), J = keys.shape, queries.shape, source.shape[1]
     through_plan = listed[:P, source // J, jnp.arange(B)[:, None], source % J]  # [P, B, J, C]
+    if settings.pool > 1:
+        choose = functools.partial(choose_in_pools, settings=settings, window=window)
+        probes = jnp.swapaxes(queries, 0, 1), through_plan, positions.T + 1
+        through_plan = lax.map(lambda probe: choose(*probe[:2], keys, labels, channels, probe[2]), probes)
     reads = _read_probes(queries, through_plan, positions, seen, keys, values, settings, window)
     q = jnp.swapaxes(queries, 1, 2).astype(jnp.float32)  # [B, N, P, H]
     # The share of the attention that belongs to the tail.
