@@ -16,7 +16,9 @@ def find_critical_tokens(
     settings: HShareSettings,
     window: int | Int[Array, ""] | None = None,
 ) -> Int[Array, "B J W"]:
-    """The lists, or with `pool` the pools, that these scores choose: the best slots between the sinks and the recent tokens, ascending.
+    """The lists that these scores choose: the best slots between the sinks and the recent tokens, ascending.
+
+    With `HShareSettings.pool` they are pools, which are longer.
 
         # length 8, 1 sink, 2 recent:  slots 0 | 1 2 3 4 5 | 6 7  -> only 1 to 5 compete
 

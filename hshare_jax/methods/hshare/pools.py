@@ -1,4 +1,4 @@
-"""Pools: a list that copies chooses anew, by its own queries, among the tokens that its source put into a larger list."""
+"""Pools: a list that copies chooses by its own queries among the tokens of a larger list, which its source chose."""
 
 import jax.numpy as jnp
 from jax import Array
@@ -61,7 +61,10 @@ def choose_in_pools(
 
 
 def _take_labels(labels: Labels, slots: Int[Array, "B J W"]) -> Labels:
-    """The labels of these slots: a cache of one kv head and W slots for each list. For EMPTY they are those of slot 0."""
+    """The labels of these slots, as those of a cache of one kv head and W slots for each list.
+
+    For EMPTY they are the labels of slot 0.
+    """
     B, J, W = slots.shape
 
     def take(array: Array) -> Array:
