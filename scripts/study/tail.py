@@ -1,0 +1,176 @@
+"""Measures what the tail gains on real text, beside exact top-k and at equal reads; writes docs/tail-tables.md.
+
+Methods are compared with dense decoding, step by step, as in scripts/study/quality.py, but on other windows: the tail's
+form was chosen on the first window of each text, so the study takes two later ones. Lists are shortened by what the
+virtual tokens weigh, so that all methods of a table read as many tokens. Each finished row is a line of the results
+file and is not measured again.
+
+    python -m scripts.study.tail --text A.txt B.txt C.txt D.txt --results tail.jsonl --report docs/tail-tables.md
+"""
+
+import argparse
+import itertools
+import math
+import platform
+from collections.abc import Callable, Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from hshare_jax.evaluation.bootstrap import interval, mean_ratio
+from hshare_jax.evaluation.text_windows import Scorer, Window, cut_windows
+from hshare_jax.files.records import Records
+from hshare_jax.methods.hshare.method import HShare
+from hshare_jax.models.config import ModelConfig
+from hshare_jax.models.pretrained import Model, load_model
+from scripts.study.cells import BUDGETS, SKIP, hash_text, hide_passkeys, ours, read_texts
+from scripts.study.quality import count_found
+from scripts.study.reports import command, write_report
+
+MARK = "<!-- The text below is written by scripts/study/tail.py. -->"
+CELLS = ((512, 4096), (128, 4096), (512, 8192))  # (budget, context)
+PER_TEXT = 2  # windows
+BASE = "no tail, layer 0 dense"
+
+
+def methods(budget: int, config: ModelConfig) -> Iterator[tuple[str, HShare]]:
+    """Yields (name, method) at a budget, the most important first; virtual tokens are part of the budget."""
+    listed, heads = BUDGETS[budget][1], config.num_heads // config.num_kv_heads
+
+    def method(ratio: str = "1/2-1-1", **settings: Any) -> HShare:
+        virtual = 0
+        if settings.get("tail", "fitted") is not None:
+            per_list = heads if settings.get("lists_per", "kv_head") == "kv_head" else 1
+            virtual = math.ceil(per_list * (1 + 6 / (2 * config.head_dim)))
+        return ours(budget, ratio, **{"num_critical": listed - virtual} | settings)
+
+    per_head = {"lists_per": "query_head", "dense_layers": 1}
+    before = {"tail": None, "dense_layers": 1}
+    yield BASE, method(**before)
+    yield "tail, layer 0 dense", method(dense_layers=1)
+    yield "the default: tail, layer 0 sparse", method()
+    yield "exact top-k", method("1-1-1", scoring="exact", **per_head, tail=None)
+    yield "exact top-k, tail", method("1-1-1", scoring="exact", **per_head)
+    yield "Double Sparsity", method("1-1-1", **per_head, tail=None)
+    yield "Double Sparsity, tail", method("1-1-1", **per_head)
+    yield "all lists computed, tail", method("1-1-1", dense_layers=1)
+    yield "pools of 2, tail, layer 0 dense", method(dense_layers=1, pool=2)
+    yield "1/8 of the lists", method("1/8-1-1", **before)
+    yield "1/8 of the lists, tail, layer 0 dense", method("1/8-1-1", dense_layers=1)
+    yield "1/8 of the lists, pools of 4, tail, layer 0 dense", method("1/8-1-1", dense_layers=1, pool=4)
+    yield "a list for each query head, half of them, tail", method(**per_head)
+
+
+def windows_of(model: Model, texts: dict[str, str], context: int, per_text: int) -> list[Window]:
+    """The last `per_text` of one more windows of each text."""
+    by_text = (cut_windows(model, *text, context=context, count=per_text + 1, skip=SKIP) for text in texts.items())
+    return list(itertools.chain.from_iterable(windows[1:] for windows in by_text))
+
+
+def measure(scorer: Scorer, method: HShare) -> dict[str, Any]:
+    """The scores of a method on the scorer's windows."""
+    scores = scorer.score(method, recall_every=None)
+    return {
+        "reads": round(float(scores["reads"].mean()), 1),
+        "divergence": scores["divergence"].round(7).tolist(),
+        "agrees": scores["agrees"].astype(int).tolist(),
+    }
+
+
+def report(lines: list[dict[str, Any]], header: str) -> str:
+    """The tables in Markdown."""
+    text = [header]
+    for budget, context in CELLS:
+        rows = {line["name"]: line for line in lines if (line["budget"], line["context"]) == (budget, context)}
+        if BASE not in rows:
+            continue
+        text += [
+            f"\n### {budget} of {context} tokens\n",
+            f"| method | KL to dense, mean | over {BASE} (95 %) | median | 99th percentile | top-1 agreement (95 %) "
+            "| tokens read |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        base = np.array(rows[BASE]["divergence"])
+        for name, row in rows.items():
+            kl, agrees, ratio = np.array(row["divergence"]), np.array(row["agrees"]), "-"
+            if name != BASE:
+                low, high = interval(mean_ratio, kl, base)
+                ratio = f"{mean_ratio(kl, base):.2f} ({low:.2f}-{high:.2f})"
+            low, high = interval(np.mean, agrees)
+            text.append(
+                f"| {name} | {kl.mean():.5f} | {ratio} | {np.median(kl):.5f} | {np.percentile(kl, 99):.4f} "
+                f"| {agrees.mean():.1%} ({low:.1%}-{high:.1%}) | {row['reads']:.0f} |"
+            )
+    if found := [line for line in lines if "found" in line]:
+        text += ["\n### Passkey, 1k, 128 tokens, question decoded sparsely\n", "| method | found |", "|---|---|"]
+        text += [f"| {line['name']} | {line['found']} of {line['seeds']} |" for line in found]
+    return "\n".join(text) + "\n"
+
+
+def main() -> None:
+    """Measures the rows that the results lack, and writes the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, nargs="+", required=True, help="text files; of a .jsonl, `prompt`")
+    parser.add_argument("--results", type=Path, required=True, help="JSONL file to write, and to resume from")
+    parser.add_argument("--report", type=Path, help="Markdown file to write; default: standard output")
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--steps", type=int, default=256, help="positions scored of each window")
+    parser.add_argument("--windows", type=int, default=PER_TEXT, help="windows of each text")
+    parser.add_argument("--seeds", type=int, default=50, help="number of passkey prompts; 0 for none")
+    parser.add_argument("--names", nargs="+", help="measure only methods whose names begin so")
+    parser.add_argument("--cells", nargs="+", default=["512/4096", "128/4096", "512/8192"], help="budget/context")
+    options = parser.parse_args()
+    texts = read_texts(parser, options.text)
+    study = {
+        "model": options.model, "texts": {name: hash_text(text) for name, text in texts.items()},
+        "steps": options.steps, "windows": options.windows,
+    }  # fmt: skip
+    keys = ("name", "budget", "context")
+    records = Records(options.results, study, keys=keys, later=("identity",))
+    model = load_model(options.model)
+    records.settle(identity=model.identity)
+
+    def todo(budget: int, context: int) -> dict[str, HShare]:
+        wanted = tuple(options.names or [""])
+        named = (pair for pair in methods(budget, model.config) if pair[0].startswith((BASE, *wanted)))
+        done = {"budget": budget, "context": context}
+        return {name: method for name, method in named if {"name": name} | done not in records}
+
+    def run(left: dict[str, HShare], budget: int, context: int, measure: Callable[[HShare], dict[str, Any]]) -> None:
+        for name, method in tqdm(left.items(), desc=f"{budget} of {context}", disable=None):
+            records.append({"name": name, "budget": budget, "context": context} | measure(method))
+            jax.clear_caches()  # other settings have other programs, and programs are large
+
+    by_context = itertools.groupby(
+        sorted((tuple(map(int, cell.split("/"))) for cell in options.cells), key=lambda cell: cell[1]),
+        key=lambda cell: cell[1],
+    )
+    for context, cells in by_context:
+        left = {(budget, context): todo(budget, context) for budget, _ in cells}
+        if not any(left.values()):
+            continue
+        windows = windows_of(model, texts, context, options.windows)
+        asked = [method for of_cell in left.values() for method in of_cell.values()]
+        scorer = Scorer(model, windows, options.steps, asked)
+        for (budget, _), of_cell in left.items():
+            run(of_cell, budget, context, lambda method, scorer=scorer: measure(scorer, method))
+        del scorer
+    if options.seeds:
+        passkeys = hide_passkeys(model, next(iter(texts.values())), options.seeds)
+        found = lambda method: {"found": count_found(model, passkeys, method), "seeds": options.seeds}  # noqa: E731
+        run(todo(128, 1024), 128, 1024, found)
+    header = (
+        f"{date.today()}, {model.name}, float32, jax {jax.__version__}, Python {platform.python_version()}, "
+        f"{jax.devices()[0].device_kind}. {options.windows * len(texts)} windows from "
+        f"{', '.join(path.name for path in options.text)}; the last {options.steps} positions of each scored. Intervals: "
+        f"bootstrap over blocks of neighbouring positions.\n\n    {command(options)}"
+    )
+    write_report(options.report, MARK, report(records.lines, header))
+
+
+if __name__ == "__main__":
+    main()
