@@ -112,7 +112,8 @@ def _rank_channels(model: "Model", blocks: list[list[int]], method: HShare, bar:
 
 def _find_plan(model: "Model", blocks: list[list[int]], method: HShare, channels: np.ndarray, bar: tqdm) -> SharePlan:
     has_channels = method.settings.scoring == "labels"  # nothing else reads them
-    method = dataclasses.replace(method, channels=channels if has_channels else None).with_settings({"tail": None})
+    method = dataclasses.replace(method, channels=channels if has_channels else None)
+    method = method.with_settings({"tail": None, "dense_layers": method.settings.num_dense})
     settings, search, config = method.settings, method.search, model.config
     total, num_probes, capacity = [], 0, max(map(len, blocks))
     for block in blocks:

@@ -189,7 +189,7 @@ def test_reads_equal_the_definition(config, changes):
         for layer, j in np.ndindex(L, J):
             a, i = divmod(int(source[b, layer, j]), J)
             window = config.windows[layer]
-            if layer < settings.dense_layers or length < settings.dense_below:
+            if layer < settings.num_dense or length < settings.dense_below:
                 counts.append(len(oracle.dense_reads(length, window)))
             else:
                 seen = oracle.dense_reads(length, window)

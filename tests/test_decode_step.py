@@ -244,13 +244,13 @@ def test_tails_are_fitted_to_a_constant_plan(rank):
         np.testing.assert_allclose(logits[step], np.stack(expected), atol=F32, rtol=0)
 
 
-@pytest.mark.parametrize(("num_probes", "num_places"), [("all", 128), (70, None)])
-def test_tails_are_fitted_on_every_second_probe_where_there_are_more_than_64(num_probes, num_places):
+@pytest.mark.parametrize("num_probes", ["all", 70])
+def test_tails_are_fitted_on_every_second_probe_of_a_row_that_has_more_than_64(num_probes):
     lengths, steps = (100, 30), 2
     rows, method = random_rows(27, lengths, more=steps), vary(HSHARE, num_probes=num_probes)
     logits, _ = decode(rows, start(rows, lengths, method=method), steps, lengths=lengths)
     prompts = [row[:n] for row, n in zip(rows, lengths, strict=True)]
-    shared_rows = oracle_rows(prompts, method, num_places=num_places)
+    shared_rows = oracle_rows(prompts, method)
     for step in range(steps):
         expected = [row.decode(rows[b][lengths[b] + step]) for b, row in enumerate(shared_rows)]
         np.testing.assert_allclose(logits[step], np.stack(expected), atol=F32, rtol=0)

@@ -124,7 +124,7 @@ def _show_plans(options: argparse.Namespace) -> int:
             {"prompt_tokens": len(prompt), "has_probes": probed, "source": plan.source}
             for prompt, probed, plan in zip(prompts, has_probes, plans, strict=True)
         ]
-        print(json.dumps({"model": model.name, "dense_layers": settings.dense_layers, "plans": found}))
+        print(json.dumps({"model": model.name, "dense_layers": settings.num_dense, "plans": found}))
         return 0
     print("own: computed there; 4.1: copied from layer 4, list 1; dense: reads everything")
     for row, (prompt, probed, plan) in enumerate(zip(prompts, has_probes, plans, strict=True), start=1):
@@ -144,13 +144,13 @@ def _draw_plan(plan: "SharePlan", settings: "HShareSettings") -> list[str]:
     for layer, (sources, computed) in enumerate(zip(plan.source, plan.is_computed, strict=True)):
         J = len(sources)
         cells = ["own" if own else f"{unit // J}.{unit % J}" for unit, own in zip(sources, computed, strict=True)]
-        cells = cells if layer >= settings.dense_layers else ["dense"]
+        cells = cells if layer >= settings.num_dense else ["dense"]
         lines.append(f"layer {layer:3}" + "".join(f"{cell:>7}" for cell in cells))
     return lines
 
 
 def count_lists(plan: "SharePlan", settings: "HShareSettings") -> str:
     """Says how many lists, and how many layers, of the sparse layers a plan computes."""
-    computed = plan.is_computed[settings.dense_layers :]
+    computed = plan.is_computed[settings.num_dense :]
     num_idle = int((~computed.any(axis=1)).sum())
     return f"computes {computed.sum()} of {computed.size} lists; {num_idle} of {len(computed)} layers compute none"

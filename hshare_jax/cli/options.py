@@ -264,6 +264,7 @@ def _check_effect(options: argparse.Namespace, settings: HShareSettings) -> None
     reasons = {
         ("label_channels", "label_bits"): (not has_labels, "--scoring exact reads keys and has no labels"),
         ("dilate",): (settings.refresh_interval == 1, "dilation is for lists that later steps reuse; here none is"),
+        ("tail_rank",): (settings.tail is None, "it is for tails, and there are none without --tail fitted"),
     }
     for names, (is_idle, reason) in reasons.items():
         if given := [name for name in names if is_idle and getattr(options, name, False) is not False]:

@@ -127,7 +127,7 @@ def _draw_text(options: argparse.Namespace) -> "Figure":
         return overlap.plot_layer_similarity(found.layer_overlap, subject=subject)
     if options.figure == "steps":
         return overlap.plot_step_similarity(found.step_overlap, subject=f"{subject}, the last {2 * steps} decoded")
-    dense_layers = method.settings.dense_layers
+    dense_layers = method.settings.num_dense
     return overlap.plot_plan(found.plan, dense_layers, subject=f"{subject}, {method.sharing_ratio}")
 
 

@@ -95,7 +95,7 @@ def check_prompt(config: ModelConfig, num_tokens: int, *, settings: HShareSettin
     check_whole("steps", steps, 0)
     if settings.num_sparse_layers(config) == 0:
         rule = f"leaves none of the model's {config.num_layers} layers a list"
-        raise SettingError("dense_layers", settings.dense_layers, rule)
+        raise SettingError("dense_layers", settings.num_dense, rule)
     least = settings.first_probe + 1 + 2 * steps
     if num_tokens < least:
         decoded = f", and 2 * {steps} that are decoded" if steps else ""

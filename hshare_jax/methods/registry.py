@@ -40,7 +40,8 @@ def method_named(name: str, hshare: HShare, *, max_new_tokens: int | None = None
     """
     check_one_of("method", name, METHODS)
     settings = hshare.settings
-    budget, dense = settings.budget, settings.dense_layers
+    budget = settings.budget
+    dense = 1 if settings.dense_layers is None else settings.dense_layers  # of methods without a tail
     page = Quest().page_size
     observed = min(SnapKV().num_observed, budget // 2)
     sinks_and_recent = settings.num_sinks + settings.num_recent

@@ -81,7 +81,7 @@ def random_params(config: ModelConfig) -> dict:
 def random_plan(config: ModelConfig, method: HShare, batch: int) -> Array:
     """Plans [B, L, J] that compute the method's number of lists; every other list copies a lower computed one."""
     L, J = config.num_layers, method.settings.num_lists(config)
-    first, size = method.settings.dense_layers * J, L * J
+    first, size = method.settings.num_dense * J, L * J
     num_computed = method.search.num_computed_lists(method.settings, config)
     rng, source = np.random.default_rng(0), np.tile(np.arange(size), (batch, 1))
     for row in source:

@@ -98,7 +98,7 @@ def bytes_of_step(model: Model, state: DecodeState) -> tuple[float, float, float
     lists = state.method_state
     if not isinstance(lists, SharedLists):
         return 0, size, reads
-    is_computed = np.asarray(mark_computed(np.asarray(lists.source)))[:, lists.settings.dense_layers :]
+    is_computed = np.asarray(mark_computed(np.asarray(lists.source)))[:, lists.settings.num_dense :]
     computed = float(is_computed.sum(axis=(1, 2)).mean()) / lists.refresh_interval
     labels = jax.tree.leaves(lists.labels[-1])
     per_token = sum(leaf.nbytes for leaf in labels) / (B * config.num_kv_heads * state.cache.capacity)

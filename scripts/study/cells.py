@@ -45,7 +45,7 @@ def ours(budget: int, ratio: str = "1-1-1", **settings: object) -> HShare:
 def published(budget: int, ratio: str, **settings: object) -> HShare:
     """The published method at a budget and ratio, with layer 0 dense and bounded probes unless told otherwise."""
     default = HShare()
-    alike = {"num_probes": default.search.num_probes, "dense_layers": default.settings.dense_layers}
+    alike = {"num_probes": default.search.num_probes, "dense_layers": 1}
     return _spend(budget, ratio, HShare.paper(), **alike | settings)
 
 

@@ -151,7 +151,7 @@ def measure(scorer: Scorer, cell: Cell, ranked: np.ndarray | None) -> dict[str, 
     state = scorer.prefilled.start(method)
     assert isinstance(state.method_state, SharedLists)
     is_computed = np.asarray(mark_computed(np.asarray(state.method_state.source)))
-    per_refresh = float(is_computed[:, settings.dense_layers :].sum(axis=(1, 2)).mean())
+    per_refresh = float(is_computed[:, settings.num_dense :].sum(axis=(1, 2)).mean())
     scores = scorer.score_state(state)
     return {
         "key": cell.key,

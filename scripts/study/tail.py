@@ -42,11 +42,12 @@ def methods(budget: int, config: ModelConfig) -> Iterator[tuple[str, HShare]]:
     listed, heads = BUDGETS[budget][1], config.num_heads // config.num_kv_heads
 
     def method(ratio: str = "1/2-1-1", **settings: Any) -> HShare:
-        virtual = 0
-        if settings.get("tail", "fitted") is not None:
-            per_list = heads if settings.get("lists_per", "kv_head") == "kv_head" else 1
-            virtual = math.ceil(per_list * (1 + 6 / (2 * config.head_dim)))
-        return ours(budget, ratio, **{"num_critical": listed - virtual} | settings)
+        whole = ours(budget, ratio, **settings)
+        if whole.settings.tail is None:
+            return whole
+        rank, per_list = whole.settings.tail_rank, heads if whole.settings.lists_per == "kv_head" else 1
+        virtual = math.ceil(per_list * (1 + rank + (6 + rank) / (2 * config.head_dim)))
+        return whole.with_settings({"num_critical": listed - virtual})
 
     per_head = {"lists_per": "query_head", "dense_layers": 1}
     before = {"tail": None, "dense_layers": 1}
@@ -166,8 +167,8 @@ def main() -> None:
     header = (
         f"{date.today()}, {model.name}, float32, jax {jax.__version__}, Python {platform.python_version()}, "
         f"{jax.devices()[0].device_kind}. {options.windows * len(texts)} windows from "
-        f"{', '.join(path.name for path in options.text)}; the last {options.steps} positions of each scored. Intervals: "
-        f"bootstrap over blocks of neighbouring positions.\n\n    {command(options)}"
+        f"{', '.join(path.name for path in options.text)}; the last {options.steps} positions of each scored. "
+        f"Intervals: bootstrap over blocks of neighbouring positions.\n\n    {command(options)}"
     )
     write_report(options.report, MARK, report(records.lines, header))
 

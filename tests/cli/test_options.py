@@ -39,13 +39,13 @@ def test_every_setting_has_an_option() -> None:
     given = (
         "--num-sinks 1 --num-critical 2 --num-recent 3 --budget-ratio 1/8 --num-probes all --sharing-ratio 2/3-1/3-1/4 "
         "--lists-per query_head --plan-kind published --plan-scope batch --no-dilate --dense-layers 6 --min-length 7 "
-        "--label-channels 8 --label-bits 8 --tail none --tail-rank 2"
+        "--label-channels 8 --label-bits 8 --tail none --pool 2"
     )
     found, default = method(*given.split()), HShare()
     assert found.settings == HShareSettings(
         num_sinks=1, num_critical=2, num_recent=3, budget_ratio=Fraction(1, 8), refresh_interval=4,
         lists_per="query_head", dilate=False, dense_layers=6, min_length=7, label_channels=8, label_bits=8,
-        tail=None, tail_rank=2,
+        tail=None, pool=2,
     )  # fmt: skip
     assert found.search == PlanSearch(
         layer_ratio=Fraction(2, 3), head_ratio=Fraction(1, 3), plan_kind="published", plan_scope="batch",
@@ -56,7 +56,9 @@ def test_every_setting_has_an_option() -> None:
         ours, theirs = getattr(found, record), getattr(default, record)
         fields = [field.name for field in dataclasses.fields(ours)]
         same |= {name for name in fields if getattr(ours, name) == getattr(theirs, name)}
-    assert same == {"scoring"}  # exact scoring leaves no use for the options of labels
+    # Exact scoring leaves no use for the options of labels, and without a tail its rank has none.
+    assert same == {"scoring", "tail_rank"}
+    assert method("--tail-rank", "4").settings.tail_rank == 4
     exact = method("--scoring", "exact", "--refresh-interval", "4", "--budget-ratio", "none")
     assert (exact.settings.scoring, exact.settings.refresh_interval, exact.settings.budget_ratio) == ("exact", 4, None)
 

@@ -44,7 +44,7 @@ def test_steps_overlap_as_counted_while_decoding_alone(found: Patterns) -> None:
         alone.decode(token)
         lists.append([[set(tokens) for tokens in of_layer] for of_layer in alone.lists])
     expected = np.zeros((STEPS, MODEL.num_layers))
-    for layer in range(HSHARE.settings.dense_layers, MODEL.num_layers):
+    for layer in range(HSHARE.settings.num_dense, MODEL.num_layers):
         pairs = range(MODEL.num_kv_heads)
         listed = sum(len(lists[t][layer][j]) for t in range(STEPS) for j in pairs)
         for d in range(1, STEPS + 1):

@@ -191,7 +191,6 @@ class Budget:
     head_ratio: Fraction = Fraction(1)
     tail: bool = False
     tail_rank: int = 0
-    num_places: int | None = None  # places for probes in each row; None: as many as num_probes
 
     @property
     def size(self):
@@ -232,10 +231,9 @@ def probe_positions(start, length, budget):
     return [first + i * (count - 1) // (used - 1) for i in range(used)]
 
 
-def tail_probe_positions(positions, budget):
-    """Every probe, or if there are more than 64 places for probes, the probes at every so manieth place."""
-    places = budget.num_places or budget.num_probes
-    return positions[:: math.ceil(places / 64)]
+def tail_probe_positions(positions):
+    """Every probe of a row, or every so manieth one, so that there are 64 at most."""
+    return positions[:: max(math.ceil(len(positions) / 64), 1)]
 
 
 def overlaps(lists, num_critical):

@@ -134,7 +134,7 @@ class SharedRow:
     def fit_tail(self, layer):
         """The keys [N, 1 + r, H], values [N, 1 + r, H] and terms [N, 6 + r] of a layer's tails."""
         row, budget = self.row, self.budget
-        positions = oracle.tail_probe_positions(self.probes, budget)
+        positions = oracle.tail_probe_positions(self.probes)
         choose = functools.cache(self.choose)
         keys, values = row.cached_keys(layer), row.cached(row.values, layer)
         tails = []

@@ -106,7 +106,7 @@ def fit_weight(probes, weights, mean_key):
     density = np.array([one.density for one in probes])
     x = np.array([[one.query @ mean_key / np.sqrt(H), one.total, one.mean] for one in probes])
     centred = x - weights @ x
-    scale = np.maximum(np.sqrt(weights @ centred**2), 1e-3)
+    scale = np.maximum(np.sqrt(weights @ centred**2), 0.03)
     guess = (x[:, 0] + x[:, 1]) / 2
     slopes, _ = ridge(centred / scale, density - guess, weights, 0.03, has_constant=True)
     c1, c2, c3 = slopes / scale + [0.5, 0.5, 0]

@@ -25,7 +25,16 @@ MODEL = ModelConfig(
 )  # fmt: skip
 # Five of the nine lists of the sparse layers copy. A list may copy any lower list, of the same layer or of another.
 HSHARE = HShare(
-    HShareSettings(num_sinks=2, num_critical=6, num_recent=4, refresh_interval=3, label_channels=3, min_length=0),
+    HShareSettings(
+        num_sinks=2,
+        num_critical=6,
+        num_recent=4,
+        refresh_interval=3,
+        label_channels=3,
+        min_length=0,
+        dense_layers=1,
+        tail_rank=0,
+    ),
     PlanSearch(num_probes=4, layer_ratio=Fraction(3, 4), head_ratio=Fraction(2, 3)),
 )
 
@@ -110,7 +119,7 @@ def oracle_budget(method: HShare, config: ModelConfig = MODEL) -> oracle.Budget:
         interval=settings.refresh_interval,
         is_dilated=settings.dilate,
         ratio=settings.budget_ratio,
-        dense_layers=settings.dense_layers,
+        dense_layers=settings.num_dense,
         min_length=settings.dense_below,
         plan=search.plan_kind,
         layer_ratio=search.layer_ratio,

@@ -131,7 +131,7 @@ class HShare:
         labelled = set()
         if settings.scoring == "labels":
             chooses = computes if settings.pool == 1 else np.ones(L, bool)
-            labelled = {config.kv_layer(layer) for layer in range(settings.dense_layers, L) if chooses[layer]}
+            labelled = {config.kv_layer(layer) for layer in range(settings.num_dense, L) if chooses[layer]}
         return SharedLists(
             token_indices=jnp.full((L, B, J, settings.num_critical), EMPTY, jnp.int32),
             pools=None if settings.pool == 1 else jnp.full((L, B, J, settings.pool_size), EMPTY, jnp.int32),
@@ -145,7 +145,7 @@ class HShare:
             age=jnp.zeros((B,), jnp.int32),
             tails=tuple(
                 no_tail(B, config.num_heads, config.head_dim, settings.tail_rank, cache.keys[0].dtype)
-                if settings.tail is not None and layer >= settings.dense_layers
+                if settings.tail is not None and layer >= settings.num_dense
                 else None
                 for layer in range(L)
             ),
@@ -272,7 +272,7 @@ def measure_prompt(
         computes = np.ones(config.num_layers, bool)
         if lists.plan is not None:
             computes = np.asarray(lists.plan.is_computed.any(axis=1))
-        layers = [layer for layer in range(settings.dense_layers, config.num_layers) if computes[layer]]
+        layers = [layer for layer in range(settings.num_dense, config.num_layers) if computes[layer]]
         few = _tail_probes(queries)
         listed = list_probes(prompt._replace(queries=few), config=config, settings=settings, layers=layers)
         if few.positions.shape == queries.positions.shape:  # the plan's lists are the same; they are not chosen twice
@@ -282,10 +282,15 @@ def measure_prompt(
 
 
 def _tail_probes(queries: PromptQueries) -> PromptQueries:
-    """Every probe, or every n-th, so that no more than MAX_TAIL_PROBES are left: more would tell a fit no more."""
-    every = -(-queries.positions.shape[1] // MAX_TAIL_PROBES)
-    probes = tuple(of_layer[:, ::every] for of_layer in queries.probes)
-    return dataclasses.replace(queries, positions=queries.positions[:, ::every], probes=probes)
+    """Every probe of a row, or every n-th, so that MAX_TAIL_PROBES are left at most: more would tell a fit no more."""
+    P = queries.positions.shape[1]
+    if P <= MAX_TAIL_PROBES:
+        return queries
+    every = -(-(queries.positions >= 0).sum(axis=1) // MAX_TAIL_PROBES)  # of each row, whatever rows lie beside it
+    places = jnp.arange(MAX_TAIL_PROBES)[None, :] * jnp.maximum(every, 1)[:, None]
+    positions = jnp.take_along_axis(queries.positions, places, axis=1, mode="fill", fill_value=-1)
+    take = functools.partial(jnp.take_along_axis, indices=places[..., None, None], axis=1, mode="fill", fill_value=0)
+    return dataclasses.replace(queries, positions=positions, probes=tuple(map(take, queries.probes)))
 
 
 def _fit_tails(
@@ -294,7 +299,7 @@ def _fit_tails(
     """Every layer's tails. The fit is compiled once and called for each layer, so that memory holds one layer's."""
     settings, queries, tails = lists.settings, _tail_probes(queries), []
     for layer in range(config.num_layers):
-        if layer < settings.dense_layers:
+        if layer < settings.num_dense:
             tails.append(None)
             continue
         index, (seen, window) = config.kv_index(layer), config.sees(layer, queries.positions + 1)

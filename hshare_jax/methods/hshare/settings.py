@@ -32,7 +32,9 @@ class HShareSettings:
     refresh_interval: int = setting(1, "decode steps that one choice of tokens serves")
     lists_per: Literal["kv_head", "query_head"] = setting("kv_head", "who chooses: a group of query heads or each head")
     dilate: bool = setting(True, "lists that later steps reuse also favour the token after a good one")
-    dense_layers: int = setting(1, "first layers that read everything")
+    dense_layers: int | None = setting(
+        None, "first layers that read everything; by default none with a tail, and one without"
+    )
     min_length: int | None = setting(
         None, "shorter texts read everything; by default twice the budget, with a budget ratio 0"
     )
@@ -43,16 +45,16 @@ class HShareSettings:
         "fitted",
         "fitted: virtual tokens, fitted on each prompt, stand for what a head does not read; none: nothing does",
     )
-    tail_rank: int = setting(0, "further virtual tokens of each head")
+    tail_rank: int = setting(2, "virtual tokens of each head beside the first, which let the tail follow the query")
     pool: int = setting(1, "a computed list keeps so many times its tokens, among which copies choose their own")
 
     def __post_init__(self) -> None:
         for name, least in (
-            ("num_sinks", 0), ("num_critical", 1), ("num_recent", 1), ("refresh_interval", 1), ("dense_layers", 0),
-            ("tail_rank", 0), ("pool", 1),
+            ("num_sinks", 0), ("num_critical", 1), ("num_recent", 1), ("refresh_interval", 1), ("tail_rank", 0),
+            ("pool", 1),
         ):  # fmt: skip
             check_whole(name, getattr(self, name), least)
-        for name, least in (("min_length", 0), ("label_channels", 1)):
+        for name, least in (("dense_layers", 0), ("min_length", 0), ("label_channels", 1)):
             if getattr(self, name) is not None:
                 check_whole(name, getattr(self, name), least)
         if self.budget_ratio is not None:
@@ -66,6 +68,16 @@ class HShareSettings:
     def budget(self) -> int:
         """The most tokens that a head reads right after a refresh."""
         return self.num_sinks + self.num_critical + self.num_recent
+
+    @property
+    def num_dense(self) -> int:
+        """How many first layers read everything: `dense_layers`, or none with a tail and one without.
+
+        Attention is spread widest in the first layer. Without a tail a list loses much of it.
+        """
+        if self.dense_layers is not None:
+            return self.dense_layers
+        return int(self.tail is None)
 
     @property
     def pool_size(self) -> int:
@@ -122,7 +134,7 @@ class HShareSettings:
 
     def num_sparse_layers(self, config: ModelConfig) -> int:
         """How many layers read through lists: those after the dense first layers."""
-        return max(config.num_layers - self.dense_layers, 0)
+        return max(config.num_layers - self.num_dense, 0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -54,11 +54,11 @@ class SharePlan:
                 f"the plan is for {L} layers of {J} lists; this model with lists_per={settings.lists_per!r} has "
                 f"{config.num_layers} layers of {settings.num_lists(config)}"
             )
-        dense = [target for layer in self.source[settings.dense_layers :] for target in layer]
-        if dense and min(dense) < settings.dense_layers * J:
+        dense = [target for layer in self.source[settings.num_dense :] for target in layer]
+        if dense and min(dense) < settings.num_dense * J:
             raise ValueError(
-                f"the plan copies from the first {settings.dense_layers} layers, which are dense and have no lists; "
-                f"calibrate with dense_layers={settings.dense_layers}, or decode with fewer"
+                f"the plan copies from the first {settings.num_dense} layers, which are dense and have no lists; "
+                f"calibrate with dense_layers={settings.num_dense}, or decode with fewer"
             )
 
 
@@ -83,7 +83,7 @@ def kv_layer_plan(config: ModelConfig, settings: HShareSettings) -> SharePlan:
     """
     J, lowest, source = settings.num_lists(config), {}, []
     for layer in range(config.num_layers):
-        group = (config.kv_layer(layer), layer < settings.dense_layers)
+        group = (config.kv_layer(layer), layer < settings.num_dense)
         first = lowest.setdefault(group, layer)
         source.append(tuple(first * J + j for j in range(J)))
     return SharePlan(tuple(source))
@@ -158,7 +158,7 @@ def find_published_plan(
 
     A row without probes has similarity 0 everywhere, and gets the identity plan.
     """
-    dense, num_layers = settings.dense_layers, search.num_shared_layers(settings, config)
+    dense, num_layers = settings.num_dense, search.num_shared_layers(settings, config)
     num_lists = search.num_shared_lists(settings, config)
 
     def plan_row(layers: Array, lists: Array) -> Array:
@@ -207,7 +207,7 @@ def find_units_plan(
     """
     L, J = config.num_layers, settings.num_lists(config)
     identity = identity_plan(1, L, J)[0]
-    first, num_sources = settings.dense_layers * J, search.num_computed_lists(settings, config)
+    first, num_sources = settings.num_dense * J, search.num_computed_lists(settings, config)
     if not search.shares_lists(settings, config):
         return jnp.tile(identity, (caught.shape[0], 1, 1))
 
@@ -260,7 +260,7 @@ def find_anchor_plan(
 
     A row without probes has zeros everywhere, and gets the identity plan.
     """
-    L, J, dense = config.num_layers, settings.num_lists(config), settings.dense_layers
+    L, J, dense = config.num_layers, settings.num_lists(config), settings.num_dense
     identity = identity_plan(1, L, J)[0]
     num_anchors = settings.num_sparse_layers(config) - search.num_shared_layers(settings, config)
 

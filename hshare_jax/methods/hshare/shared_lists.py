@@ -74,7 +74,7 @@ class SharedLists:
         settings = self.settings
         lists = self if k is None else self._append_labels(layer, k, step)
         lengths, window = step.sees(layer)
-        if layer < settings.dense_layers:
+        if layer < settings.num_dense:
             return dense_decode(q, keys, values, lengths, window=window, impl=step.impl), lists
         if step.refresh is not False:
             lists = lists._choose(layer, q, keys, step)
@@ -143,7 +143,7 @@ class SharedLists:
         # A list's heads share its tokens, but each has virtual tokens of its own.
         virtual = [0.0 if tail is None else tail.num_tokens * config.num_heads / J for tail in self.tails]
         sparse = sparse + jnp.asarray(virtual)[:, None]
-        is_dense = jnp.arange(config.num_layers)[:, None] < self.settings.dense_layers
+        is_dense = jnp.arange(config.num_layers)[:, None] < self.settings.num_dense
         is_dense = is_dense | (cache.lengths < self.settings.dense_below)[None, :]
         return jnp.where(is_dense, count_dense(cache, config), sparse).mean(axis=0)
 
@@ -152,12 +152,12 @@ class SharedLists:
         dense = mark_dense(layer, cache.lengths, cache.capacity, config)[:, None, :]
         listed = _through_plan(self.token_indices, self.read_source[:, layer])
         marks = mark_listed(listed, self.recent_start, self.settings.num_sinks, cache.capacity)
-        is_dense = (cache.lengths < self.settings.dense_below) | (layer < self.settings.dense_layers)
+        is_dense = (cache.lengths < self.settings.dense_below) | (layer < self.settings.num_dense)
         return dense & (marks | is_dense[:, None, None])
 
     def count_choices(self, steps: Int[np.ndarray, "B"], config: ModelConfig) -> Choices:
         """How often lists were chosen by rows that made so many decode steps since their prefill."""
-        first, J = self.settings.dense_layers, self.source.shape[2]
+        first, J = self.settings.num_dense, self.source.shape[2]
         refreshes = -(-steps // self.refresh_interval)
         computed = mark_computed(np.asarray(self.source))[:, first:].sum(axis=(1, 2))
         possible = self.settings.num_sparse_layers(config) * J * int(steps.sum())

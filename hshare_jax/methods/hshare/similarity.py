@@ -94,7 +94,7 @@ def measure_mass(prompt: LabelledPrompt, *, config: ModelConfig, settings: HShar
     def caught(marks: Array, queries: tuple[Array, ...], lengths: Array) -> Array:
         of_probes = jax.vmap(mass_of, in_axes=(None, 0, 0))
         mass = jnp.stack([of_probes(layer, q, lengths) for layer, q in enumerate(queries)])
-        is_sparse = jnp.arange(L) >= settings.dense_layers
+        is_sparse = jnp.arange(L) >= settings.num_dense
         mass = jnp.where(is_sparse[:, None, None, None, None], mass, 0)
         mass, marks = (jnp.moveaxis(array, 0, 2).reshape(-1, B, L * J, S) for array in (mass, marks))
         return jnp.einsum("PBIS,PBJS->PBIJ", mass, marks).sum(axis=0)
@@ -144,7 +144,7 @@ def _sum_over_probes(
     def measure_group(group: tuple[tuple[Array, ...], Array, Array | None]) -> Array | tuple[Array, ...]:
         queries, position, tokens = group
         if tokens is None:
-            layers = range(settings.dense_layers, config.num_layers)
+            layers = range(settings.num_dense, config.num_layers)
             tokens = _list_group(queries, position, prompt, config, settings, layers)
         marks = jax.vmap(jax.vmap(mark))(jnp.swapaxes(tokens, 0, 1))
         return measure(marks, queries, position + 1)

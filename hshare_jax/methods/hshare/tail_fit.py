@@ -20,7 +20,7 @@ RECENT_PROBES = 16  # a probe counts 1 / e of what the probe so many places afte
 WEIGHT_RIDGE = 0.03  # pulls the coefficients of the weight, on features of unit variance, towards a half each
 VALUE_RIDGE = 0.1  # pulls the values of the further virtual tokens towards zero
 MARGIN = 0.3  # nats beyond what the probes saw that the weight may reach
-LEAST_DEVIATION = 1e-3  # nats; a feature that varies less tells nothing
+LEAST_DEVIATION = 0.03  # nats; a feature that varies less tells nothing
 LEAST_VARIANCE = 1e-6  # of the queries along a direction; the value does not move along a direction of less
 LEAST_RATIO = 1e-5  # of the variance along a direction to the greatest; float32 tells no smaller one from rounding
 
@@ -46,8 +46,8 @@ def fit_tail(
     cached: Int[Array, "B"],
     keys: Float[Array, "B K S H"],
     values: Float[Array, "B K S H"],
-    labels: Labels | None,
-    channels: Int[Array, "B K R"],
+    labels: Labels | None = None,
+    channels: Int[Array, "B K R"] | None = None,
     *,
     settings: HShareSettings,
     window: int | None,
@@ -65,14 +65,14 @@ def fit_tail(
         seen: where the slots that each probe sees end (`ModelConfig.sees`).
         cached: tokens of each row.
         keys, values: the layer's cache.
-        labels, channels: what lists are chosen by in pools.
+        labels, channels: the layer's, by which lists are chosen in pools; without pools they are not used.
         settings: what else the probes read.
         window: the layer's sliding window.
         rank: directions of the query along which the tail's value moves.
     """
     (B, K, S, _), (_, P, N, _), J = keys.shape, queries.shape, source.shape[1]
     through_plan = listed[:P, source // J, jnp.arange(B)[:, None], source % J]  # [P, B, J, C]
-    if settings.pool > 1:
+    if settings.pool > 1 and channels is not None:
         choose = functools.partial(choose_in_pools, settings=settings, window=window)
         probes = jnp.swapaxes(queries, 0, 1), through_plan, positions.T + 1
         through_plan = lax.map(lambda probe: choose(*probe[:2], keys, labels, channels, probe[2]), probes)
@@ -92,9 +92,10 @@ def fit_tail(
     # A tail that is nearly nothing or nearly everything changes little when its weight is a little wrong.
     of_weight = _sum_to_one(jnp.where(is_probe, (share * (1 - share) + 1e-4) * recency, 0))
     of_value = _sum_to_one(share * recency)
-    key, weight_terms = _fit_weight(q, mean_key, reads, of_weight, is_probe, keys.dtype)
-    follow, value = _fit_value(reads, of_value)
-    directions, shifts, moved = _fit_directions(q, reads, of_value, follow, value, rank, keys.dtype)
+    with jax.default_matmul_precision("highest"):  # TensorFloat-32 would lose what few probes tell
+        key, weight_terms = _fit_weight(q, mean_key, reads, of_weight, is_probe, keys.dtype)
+        follow, value = _fit_value(reads, of_value)
+        directions, shifts, moved = _fit_directions(q, reads, of_value, follow, value, rank, keys.dtype)
     has_tail = share.max(axis=-1) > 0
     terms = jnp.concatenate([weight_terms, follow[..., None], shifts], axis=-1)
     nothing = jnp.zeros((1, 1, NUM_TERMS + rank)).at[..., LOW : HIGH + 1].set(MASKED)

@@ -44,7 +44,7 @@ def test_copies_in_a_pool_of_everything_choose_as_if_they_were_computed(changes,
     most = -(-CAPACITY // method.settings.num_critical)
     pooled, logits = lists_after(vary(method, pool=most), config)
     alone, expected = lists_after(method.with_sharing_ratio("1-1-1"), config)
-    dense = method.settings.dense_layers
+    dense = method.settings.num_dense
     np.testing.assert_array_equal(pooled[dense:], alone[dense:])
     np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
 
@@ -59,7 +59,7 @@ def test_a_pool_is_what_its_source_chose_and_lists_are_the_best_of_it():
     _, B, J, _ = chosen.shape
     copies = 0
     for layer, b, j in np.ndindex(MODEL.num_layers, B, J):
-        if layer < method.settings.dense_layers:
+        if layer < method.settings.num_dense:
             continue
         unit = source[b, layer, j]
         pool = set(pools[unit // J, b, unit % J].tolist()) - {EMPTY}

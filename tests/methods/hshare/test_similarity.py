@@ -106,7 +106,7 @@ def test_similarities_equal_the_definition(measure, settings):
     queries = (rng.standard_normal((L, B, NUM_PROBES, N, H)) * 2).astype(np.float32)
     channels = np.sort([[[rng.permutation(H)[:R] for _ in range(K)] for _ in range(L)] for _ in range(B)], axis=-1)
     positions, _ = probe_positions(jnp.zeros((B,), jnp.int32), jnp.asarray(LENGTHS), settings, NUM_PROBES)
-    is_exact, dense = settings.scoring == "exact", settings.dense_layers
+    is_exact, dense = settings.scoring == "exact", settings.num_dense
     labels = tuple(
         None
         if is_exact or layer < dense
