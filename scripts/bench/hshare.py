@@ -19,7 +19,7 @@ import numpy as np
 from hshare_jax.decode_state import DecodeState, count_reads, init_state
 from hshare_jax.decode_step import decode_step
 from hshare_jax.methods.hshare.method import HShare
-from hshare_jax.methods.hshare.settings import HShareSettings, PlanSearch
+from hshare_jax.methods.hshare.settings import HShareSettings
 from hshare_jax.methods.hshare.share_plan import mark_computed
 from hshare_jax.methods.hshare.shared_lists import SharedLists
 from hshare_jax.models.pretrained import Model, load_model
@@ -36,8 +36,14 @@ def methods() -> dict[str, HShare | None]:
     base = HShare().with_settings(
         {"num_sinks": 16, "num_critical": 432, "num_recent": 64, "min_length": 0, "plan_scope": "batch"}
     )
-    published = base.with_settings({"plan_kind": "published", "dilate": False})
-    sides: dict[str, HShare | None] = {"dense": None}
+    published = base.with_settings({"plan_kind": "published", "dilate": False, "tail": None})
+    half = base.with_sharing_ratio("1/2-1-1")
+    sides: dict[str, HShare | None] = {
+        "dense": None,
+        "units 1/2-1-1, no tail, layer 0 dense": half.with_settings({"tail": None}),
+        "units 1/2-1-1, layer 0 dense": half.with_settings({"dense_layers": 1}),
+        "units 1/2-1-1, pools of 2": half.with_settings({"pool": 2}),
+    }
     for ratio in ("1-1-1", "1/2-1-1", "1/3-1-1", "1/8-1-1", "2/3-1-1/2"):
         sides[f"units {ratio}"] = base.with_sharing_ratio(ratio)
     for ratio in ("7/8-3/4-1/2", "1/2-1/2-1/2"):
@@ -106,13 +112,15 @@ def bytes_of_step(model: Model, state: DecodeState) -> tuple[float, float, float
 
 
 def bench_plan(model: Model, contexts: list[int]) -> None:
-    """Prints the time that finding channels, labels and a plan takes, beside the dense prefill of one prompt."""
-    print("\n| prompt | plan | prefill | channels, labels and plan | share |")
+    """Prints the time that finding channels, labels, plan and tails takes, beside the dense prefill of one prompt."""
+    print("\n| prompt | plan | prefill | channels, labels, plan and tails | share |")
     print("|---|---|---|---|---|")
     for context in contexts:
         tokens = jax.random.randint(jax.random.key(1), (1, context), 0, model.config.vocab_size)
-        for kind in ("units", "published"):
-            method = HShare(PLAN_SETTINGS, PlanSearch(plan_kind=kind))
+        units = HShare(PLAN_SETTINGS)
+        plain = units.with_settings({"tail": None})
+        published = plain.with_settings({"plan_kind": "published"})
+        for kind, method in {"units": units, "units, no tails": plain, "published, no tails": published}.items():
             # The first of three runs compiles.
             times = zip(*(_time_plan(model, tokens, method) for _ in range(3)), strict=True)
             read, share = (min(seconds) for seconds in times)
@@ -120,7 +128,7 @@ def bench_plan(model: Model, contexts: list[int]) -> None:
 
 
 def _time_plan(model: Model, tokens: jax.Array, method: HShare) -> tuple[float, float]:
-    """Seconds of (the prefill, the search for channels, labels and plan)."""
+    """Seconds of (the prefill, the search for channels, labels, plan and tails)."""
     config, lengths = model.config, jnp.array([tokens.shape[1]])
     state = init_state(config, 1, tokens.shape[1], method=method)
     assert isinstance(state.method_state, SharedLists)

@@ -26,6 +26,7 @@ from hshare_jax.evaluation.bootstrap import interval, mean_ratio
 from hshare_jax.evaluation.passkeys import Passkey, answer, is_found, read_passkeys
 from hshare_jax.evaluation.text_windows import Scorer
 from hshare_jax.files.records import Records
+from hshare_jax.methods.base import Method
 from hshare_jax.methods.hshare.method import HShare
 from hshare_jax.methods.hshare.share_plan import mark_computed
 from hshare_jax.methods.hshare.shared_lists import SharedLists
@@ -165,7 +166,7 @@ def measure(scorer: Scorer, cell: Cell, ranked: np.ndarray | None) -> dict[str, 
     }
 
 
-def count_found(model: Model, passkeys: list[Passkey], method: HShare | None) -> int:
+def count_found(model: Model, passkeys: list[Passkey], method: Method | None) -> int:
     """How many of the numbers a method finds; the question is decoded sparsely."""
     found = 0
     for start in range(0, len(passkeys), PASSKEY_BATCH):

@@ -9,6 +9,7 @@ file and is not measured again.
 """
 
 import argparse
+import functools
 import itertools
 import math
 import platform
@@ -22,22 +23,26 @@ import numpy as np
 from tqdm import tqdm
 
 from hshare_jax.evaluation.bootstrap import interval, mean_ratio
+from hshare_jax.evaluation.passkeys import NEEDLE, QUESTION
 from hshare_jax.evaluation.text_windows import Scorer, Window, cut_windows
 from hshare_jax.files.records import Records
+from hshare_jax.methods.base import Method
 from hshare_jax.methods.hshare.method import HShare
+from hshare_jax.methods.registry import method_named
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.pretrained import Model, load_model
-from scripts.study.cells import BUDGETS, SKIP, hash_text, hide_passkeys, ours, read_texts
+from scripts.study.cells import BUDGETS, SKIP, hash_text, hide_passkeys, ours, published, read_texts
 from scripts.study.quality import count_found
 from scripts.study.reports import command, write_report
 
 MARK = "<!-- The text below is written by scripts/study/tail.py. -->"
-CELLS = ((512, 4096), (128, 4096), (512, 8192))  # (budget, context)
+CELLS = ("512/4096", "128/4096", "512/8192", "512/hard")  # budget/context
+HARD_CONTEXT = 4096  # tokens of the windows of "hard", which a tail was not made for
 PER_TEXT = 2  # windows
 BASE = "no tail, layer 0 dense"
 
 
-def methods(budget: int, config: ModelConfig) -> Iterator[tuple[str, HShare]]:
+def methods(budget: int, config: ModelConfig) -> Iterator[tuple[str, Method]]:
     """Yields (name, method) at a budget, the most important first; virtual tokens are part of the budget."""
     listed, heads = BUDGETS[budget][1], config.num_heads // config.num_kv_heads
 
@@ -64,6 +69,11 @@ def methods(budget: int, config: ModelConfig) -> Iterator[tuple[str, HShare]]:
     yield "1/8 of the lists, tail, layer 0 dense", method("1/8-1-1", dense_layers=1)
     yield "1/8 of the lists, pools of 4, tail, layer 0 dense", method("1/8-1-1", dense_layers=1, pool=4)
     yield "a list for each query head, half of them, tail", method(**per_head)
+    yield "published 7/8-3/4-1/2", published(budget, "7/8-3/4-1/2")
+    for name in ("quest_window", "streaming_llm"):
+        other = method_named(name, ours(budget))
+        assert other is not None
+        yield name, other
 
 
 def windows_of(model: Model, texts: dict[str, str], context: int, per_text: int) -> list[Window]:
@@ -72,10 +82,29 @@ def windows_of(model: Model, texts: dict[str, str], context: int, per_text: int)
     return list(itertools.chain.from_iterable(windows[1:] for windows in by_text))
 
 
-def measure(scorer: Scorer, method: HShare) -> dict[str, Any]:
+def hard_windows(model: Model, texts: dict[str, str], steps: int) -> list[Window]:
+    """Windows on which what the probes saw says little about the positions that are scored."""
+    rng, prompt = np.random.default_rng(0), HARD_CONTEXT - steps  # tokens before the scored positions
+    book, other = (window.tokens for window in windows_of(model, dict(list(texts.items())[:2]), HARD_CONTEXT, 1))
+    assert model.tokenizer is not None
+    needle, question = (
+        tuple(model.tokenizer(text, add_special_tokens=False)["input_ids"])
+        for text in (NEEDLE.format(key=51_342), f"{QUESTION} 51342. ")
+    )
+    kinds = {
+        "one passage, repeated": book[:64] * (HARD_CONTEXT // 64 + 1),
+        "random tokens": tuple(rng.integers(0, model.config.vocab_size, HARD_CONTEXT + 1).tolist()),
+        "another text after the prompt": book[:prompt] + other,
+        "a passkey at the prompt's end, asked for": book[: prompt - len(needle)] + needle + question + book,
+    }
+    return [Window(name, tokens[: HARD_CONTEXT + 1]) for name, tokens in kinds.items()]
+
+
+def measure(scorer: Scorer, method: Method) -> dict[str, Any]:
     """The scores of a method on the scorer's windows."""
     scores = scorer.score(method, recall_every=None)
     return {
+        "windows": [window.id for window in scorer.windows],
         "reads": round(float(scores["reads"].mean()), 1),
         "divergence": scores["divergence"].round(7).tolist(),
         "agrees": scores["agrees"].astype(int).tolist(),
@@ -85,9 +114,20 @@ def measure(scorer: Scorer, method: HShare) -> dict[str, Any]:
 def report(lines: list[dict[str, Any]], header: str) -> str:
     """The tables in Markdown."""
     text = [header]
-    for budget, context in CELLS:
-        rows = {line["name"]: line for line in lines if (line["budget"], line["context"]) == (budget, context)}
+    for cell in CELLS:
+        rows = {line["name"]: line for line in lines if line["cell"] == cell}
         if BASE not in rows:
+            continue
+        budget, _, context = cell.partition("/")
+        if context == "hard":
+            text += [f"\n### {budget} of {HARD_CONTEXT} tokens, on hard windows: mean KL, and 99th percentile\n"]
+            text += [
+                f"| method | {' | '.join(rows[BASE]['windows'])} |",
+                "|---" * (len(rows[BASE]["windows"]) + 1) + "|",
+            ]
+            for name, row in rows.items():
+                found = (f"{np.mean(kl):.4f}, {np.percentile(kl, 99):.3f}" for kl in row["divergence"])
+                text.append(f"| {name} | {' | '.join(found)} |")
             continue
         text += [
             f"\n### {budget} of {context} tokens\n",
@@ -123,47 +163,47 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=PER_TEXT, help="windows of each text")
     parser.add_argument("--seeds", type=int, default=50, help="number of passkey prompts; 0 for none")
     parser.add_argument("--names", nargs="+", help="measure only methods whose names begin so")
-    parser.add_argument("--cells", nargs="+", default=["512/4096", "128/4096", "512/8192"], help="budget/context")
+    parser.add_argument("--cells", nargs="*", choices=CELLS, default=CELLS, help="budget/context (default: all)")
     options = parser.parse_args()
     texts = read_texts(parser, options.text)
     study = {
         "model": options.model, "texts": {name: hash_text(text) for name, text in texts.items()},
         "steps": options.steps, "windows": options.windows,
     }  # fmt: skip
-    keys = ("name", "budget", "context")
-    records = Records(options.results, study, keys=keys, later=("identity",))
+    records = Records(options.results, study, keys=("name", "cell"), later=("identity",))
     model = load_model(options.model)
     records.settle(identity=model.identity)
 
-    def todo(budget: int, context: int) -> dict[str, HShare]:
-        wanted = tuple(options.names or [""])
-        named = (pair for pair in methods(budget, model.config) if pair[0].startswith((BASE, *wanted)))
-        done = {"budget": budget, "context": context}
-        return {name: method for name, method in named if {"name": name} | done not in records}
+    def todo(cell: str) -> dict[str, Method]:
+        named = methods(int(cell.partition("/")[0]), model.config)
+        wanted = (BASE, *(options.names or [""]))
+        return {
+            name: method
+            for name, method in named
+            if name.startswith(wanted) and {"name": name, "cell": cell} not in records
+        }
 
-    def run(left: dict[str, HShare], budget: int, context: int, measure: Callable[[HShare], dict[str, Any]]) -> None:
-        for name, method in tqdm(left.items(), desc=f"{budget} of {context}", disable=None):
-            records.append({"name": name, "budget": budget, "context": context} | measure(method))
+    def run(cell: str, measure: Callable[[Method], dict[str, Any]]) -> None:
+        for name, method in tqdm(todo(cell).items(), desc=cell, disable=None):
+            records.append({"name": name, "cell": cell} | measure(method))
             jax.clear_caches()  # other settings have other programs, and programs are large
 
-    by_context = itertools.groupby(
-        sorted((tuple(map(int, cell.split("/"))) for cell in options.cells), key=lambda cell: cell[1]),
-        key=lambda cell: cell[1],
-    )
-    for context, cells in by_context:
-        left = {(budget, context): todo(budget, context) for budget, _ in cells}
-        if not any(left.values()):
+    for context in dict.fromkeys(cell.partition("/")[2] for cell in options.cells):
+        cells = [cell for cell in options.cells if cell.endswith(f"/{context}") and todo(cell)]
+        if not cells:
             continue
-        windows = windows_of(model, texts, context, options.windows)
-        asked = [method for of_cell in left.values() for method in of_cell.values()]
+        if context == "hard":
+            windows = hard_windows(model, texts, options.steps)
+        else:
+            windows = windows_of(model, texts, int(context), options.windows)
+        asked = [method for cell in cells for method in todo(cell).values()]
         scorer = Scorer(model, windows, options.steps, asked)
-        for (budget, _), of_cell in left.items():
-            run(of_cell, budget, context, lambda method, scorer=scorer: measure(scorer, method))
+        for cell in cells:
+            run(cell, functools.partial(measure, scorer))
         del scorer
     if options.seeds:
         passkeys = hide_passkeys(model, next(iter(texts.values())), options.seeds)
-        found = lambda method: {"found": count_found(model, passkeys, method), "seeds": options.seeds}  # noqa: E731
-        run(todo(128, 1024), 128, 1024, found)
+        run("128/passkey", lambda method: {"found": count_found(model, passkeys, method), "seeds": options.seeds})
     header = (
         f"{date.today()}, {model.name}, float32, jax {jax.__version__}, Python {platform.python_version()}, "
         f"{jax.devices()[0].device_kind}. {options.windows * len(texts)} windows from "
