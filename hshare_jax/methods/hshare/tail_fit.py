@@ -70,7 +70,7 @@ def fit_tail(
         window: the layer's sliding window.
         rank: directions of the query along which the tail's value moves.
     """
-    (B, K, S, _), (_, P, N, _), J = keys.shape, queries.shape, source.shape[1]
+    B, P, J = *queries.shape[:2], source.shape[1]
     through_plan = listed[:P, source // J, jnp.arange(B)[:, None], source % J]  # [P, B, J, C]
     if settings.pool > 1 and channels is not None:
         choose = functools.partial(choose_in_pools, settings=settings, window=window)
@@ -81,11 +81,7 @@ def fit_tail(
     # The share of the attention that belongs to the tail.
     is_probe = (positions >= 0)[:, None, :] & (reads.num_unread > 0) & (reads.total > MASKED)
     share = jnp.where(is_probe, jax.nn.sigmoid(reads.rest - reads.total), 0)
-    slots, first = jnp.arange(S)[None, :], settings.num_sinks
-    middle = (slots >= first) & (slots < (cached - settings.num_recent)[:, None])
-    mean_key = jnp.einsum("BS,BKSH->BKH", middle.astype(keys.dtype), keys, preferred_element_type=jnp.float32)
-    mean_key = mean_key / jnp.maximum(middle.sum(axis=1), 1)[:, None, None]
-    mean_key = jnp.repeat(mean_key, N // K, axis=1)  # [B, N, H]
+    mean_key = _mean_middle_key(keys, cached, settings)
     # Later probes count for more, because decoding goes on where they end.
     num_after = jnp.cumsum((positions >= 0)[:, ::-1], axis=1)[:, ::-1] - 1  # the probes after each probe
     recency = jnp.exp(-num_after / RECENT_PROBES)[:, None, :]
@@ -149,11 +145,20 @@ def _attend(scores: Array, mask: Array, values: Array) -> tuple[Array, Array]:
     return jnp.where(is_empty, MASKED, peak[..., 0] + jnp.log(total)), out / total[..., None]
 
 
+def _mean_middle_key(keys: Array, cached: Array, settings: HShareSettings) -> Float[Array, "B K H"]:
+    """The mean key of each row between its sinks and its recent tokens."""
+    slots = jnp.arange(keys.shape[2])[None, :]
+    is_middle = (slots >= settings.num_sinks) & (slots < (cached - settings.num_recent)[:, None])
+    total = jnp.einsum("BS,BKSH->BKH", is_middle.astype(keys.dtype), keys, preferred_element_type=jnp.float32)
+    return total / jnp.maximum(is_middle.sum(axis=1), 1)[:, None, None]
+
+
 def _fit_weight(
     q: Array, mean_key: Array, reads: _Reads, counts: Array, is_probe: Array, dtype: jnp.dtype
 ) -> tuple[Array, Array]:
     """The first virtual token's key [B, N, H] in this dtype, and `Tail`'s terms before `follow` [B, N, 5]."""
-    H = q.shape[-1]
+    N, H = q.shape[1], q.shape[3]
+    mean_key = jnp.repeat(mean_key, N // mean_key.shape[1], axis=1)  # [B, N, H]
     found = reads.rest - jnp.log(jnp.maximum(reads.num_unread, 1).astype(jnp.float32))  # [B, N, P]
     of_key = jnp.einsum("BNPH,BNH->BNP", q, mean_key) * H**-0.5
     features = jnp.stack([of_key, reads.total, reads.mean], axis=-1)
