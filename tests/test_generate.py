@@ -162,7 +162,14 @@ def test_the_number_of_new_tokens_is_exact(greedy, max_new_tokens):
 
 
 BUDGET = HShareSettings(
-    num_sinks=2, num_critical=6, num_recent=4, refresh_interval=3, label_channels=3, dense_layers=1, min_length=0
+    num_sinks=2,
+    num_critical=6,
+    num_recent=4,
+    refresh_interval=3,
+    label_channels=3,
+    dense_layers=1,
+    min_length=0,
+    tail=None,
 )
 # The sparse layer has three lists, and the second copies the first.
 COPYING = SharePlan(((0, 1, 2), (3, 3, 5)))

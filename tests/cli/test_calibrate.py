@@ -18,9 +18,9 @@ def test_what_calibrate_writes_generate_reads_once(
     files = ["--channels-file", str(tmp_path / "channels.json"), "--plan-file", str(tmp_path / "plan.json")]
     status, out, err = call(["calibrate", text_file, "--model", tiny, *files, *SMALL], capsys)
     assert (status, out) == (0, "")
-    # Of the two sparse layers one list: half of the layers times half of the lists.
+    # Of the three layers one list: an eighth of the six lists, but at least one.
     assert (
-        f"calibrated tiny on {len(byte_tokenizer(LETTERS)(TEXT)['input_ids'])} tokens: computes 1 of 4 lists; " in err
+        f"calibrated tiny on {len(byte_tokenizer(LETTERS)(TEXT)['input_ids'])} tokens: computes 1 of 6 lists; " in err
     )
     assert f"wrote {tmp_path / 'channels.json'} and {tmp_path / 'plan.json'}\n" in err
     status, out, err = call(

@@ -18,7 +18,7 @@ def test_text_goes_to_stdout_and_statistics_to_stderr(capsys: pytest.CaptureFixt
     status, out, err = call(["generate", "What is the capital of France?", "-n", "16"], capsys)
     assert (status, out) == (0, "The capital of France is Paris.\n")
     assert err.startswith(
-        "hshare 1/2-1-1 budget 512 | computes 87 of 87 lists every step | reads 41.0 of 41.0 tokens | "
+        "hshare 1/2-1-1 budget 512 | computes 90 of 90 lists every step | reads 41.0 of 41.0 tokens | "
     )
     assert " | prompt 37 tokens, " in err
     assert err.count("\n") == 1
@@ -44,7 +44,7 @@ def test_comparing_tells_both_speeds_and_what_dense_decoding_reads(
     status, out, err = call(["generate", TEXT, "--model", tiny, *SMALL, "--compare-dense", "--json"], capsys)
     found = json.loads(out)["statistics"]
     assert status == 0
-    assert (found["computed_lists"], found["lists"], found["refresh_interval"]) == (1, 4, 2)
+    assert (found["computed_lists"], found["lists"], found["refresh_interval"]) == (1, 6, 2)
     assert found["times_dense"] == round(found["decode_tokens_per_second"] / found["dense_decode_tokens_per_second"], 2)
     assert found["mean_tokens_read"] < found["mean_length"]
     assert f"{found['times_dense']} times dense (" in err

@@ -33,7 +33,7 @@ def plan_call(tiny: str, tmp_path: Path, prompts: list[str], *more: str) -> list
 
 
 def test_info_shows_which_list_copies_which(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status, out, err = call(plan_call(tiny, tmp_path, [TEXT]), capsys)
+    status, out, err = call(plan_call(tiny, tmp_path, [TEXT], "--dense-layers", "1"), capsys)
     assert (status, err) == (0, "")
     legend, *layers, count = out.splitlines()
     assert legend == "own: computed there; 4.1: copied from layer 4, list 1; dense: reads everything"
@@ -52,7 +52,7 @@ def test_info_tells_that_a_short_prompt_shares_nothing(
     assert status == 0
     assert "the prompt has 3 tokens; below 18 there is no plan: nothing is shared" in out
     assert out.count("nothing is shared") == 1
-    status, out, _ = call(plan_call(tiny, tmp_path, ["there", TEXT], "--json"), capsys)
+    status, out, _ = call(plan_call(tiny, tmp_path, ["there", TEXT], "--json", "--dense-layers", "1"), capsys)
     found = json.loads(out)
     assert [plan["has_probes"] for plan in found["plans"]] == [False, True]
     assert [plan["source"] for plan in found["plans"]] == [[[0, 1], [2, 3], [4, 5]], [[0, 1], [2, 2], [2, 2]]]

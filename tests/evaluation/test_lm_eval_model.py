@@ -38,7 +38,8 @@ TINY = Model(SHALLOW, params(SHALLOW), TOKENIZER, (END,), "some/tiny", "0" * 16)
 # The model arguments of a command line, and the method that they mean.
 ARGUMENTS = (
     "num_sinks=2,num_critical=6,num_recent=4,num_probes=4,label_channels=3,sharing_ratio=3/4-2/3-1/3,label_bits=8,"
-    "dilate=false,lists_per=query_head,budget_ratio=1/2,min_length=0"
+    "dilate=false,lists_per=query_head,budget_ratio=1/2,min_length=0,"
+    "dense_layers=1,tail_rank=0"
 )
 METHOD = vary(HSHARE, label_bits=8, dilate=False, lists_per="query_head", budget_ratio=Fraction(1, 2))
 TASKS = {
@@ -171,7 +172,7 @@ def test_calibrated_files_take_the_place_of_what_prompts_are_read_for(tmp_path):
     plan, channels = str(tmp_path / "plan.json"), str(tmp_path / "channels.json")
     save_plan(plan, found.plan, TINY, HSHARE)
     save_channels(channels, found.channels, TINY)
-    names = ("num_sinks", "num_critical", "num_recent", "label_channels", "min_length")
+    names = ("num_sinks", "num_critical", "num_recent", "label_channels", "min_length", "dense_layers", "tail_rank")
     arguments: dict[str, Any] = {name: getattr(HSHARE.settings, name) for name in names} | {"num_probes": 4}
     made = HShareLM(TINY, plan_file=plan, channels_file=channels, **arguments, sharing_ratio="3/4-2/3-1/3")
     known = dataclasses.replace(HSHARE, plan=found.plan, channels=found.channels)

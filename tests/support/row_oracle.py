@@ -227,8 +227,10 @@ class SharedRow:
                 else oracle.shared_reads(self.lists[a][j], budget.num_sinks, self.recent_start, row.sees(layer, length))
                 for a, j in sources
             ]
-            # Heads of a list share its tokens, but each has virtual tokens of its own.
-            virtual = 0 if tail_of(layer, length) is None else self.tail_size * group
+            # Heads of a list share its tokens, but each has virtual tokens of its own, if it has a tail at all.
+            virtual, tails = 0, tail_of(layer, length)
+            if tails is not None and np.mean([*map(len, reads)]) < len(row.sees(layer, length)):
+                virtual = self.tail_size * group * np.mean(tails[2][:, 4] > tail_oracle.NOTHING)
             counts.extend(len(of_head) + virtual for of_head in reads)
             return reads
 

@@ -10,7 +10,8 @@ from jaxtyping import Bool, Float, Int
 
 from hshare_jax.kernels.api import dense_decode, select_by_keys, select_by_labels, sparse_decode
 from hshare_jax.kernels.labels import Labels, label_query, make_labels
-from hshare_jax.kernels.tail import Tail
+from hshare_jax.kernels.masked_softmax import MASKED
+from hshare_jax.kernels.tail import HIGH, Tail
 from hshare_jax.kv_cache import KVCache, append, replace_layer
 from hshare_jax.methods.base import Choices, Method, Step, count_dense, count_listed, mark_dense, mark_listed
 from hshare_jax.methods.hshare.critical_tokens import candidate_range, num_in_pool
@@ -140,12 +141,22 @@ class SharedLists:
         J, rows, source = self.source.shape[2], jnp.arange(self.source.shape[0])[:, None, None], self.read_source
         listed = self.token_indices[source // J, rows, source % J]  # [B, L, J, C]
         sparse = count_listed(listed, self.recent_start, self.settings.num_sinks, cache, config)
-        # A list's heads share its tokens, but each has virtual tokens of its own.
-        virtual = [0.0 if tail is None else tail.num_tokens * config.num_heads / J for tail in self.tails]
-        sparse = sparse + jnp.asarray(virtual)[:, None]
+        dense = count_dense(cache, config)
+        sparse = sparse + jnp.where(sparse < dense, self._count_virtual(config), 0)
         is_dense = jnp.arange(config.num_layers)[:, None] < self.settings.num_dense
         is_dense = is_dense | (cache.lengths < self.settings.dense_below)[None, :]
-        return jnp.where(is_dense, count_dense(cache, config), sparse).mean(axis=0)
+        return jnp.where(is_dense, dense, sparse).mean(axis=0)
+
+    def _count_virtual(self, config: ModelConfig) -> Float[Array, "L B"]:
+        """What a list's virtual tokens weigh, in cached tokens. Its heads share its tokens, but not their tails."""
+        per_list = config.num_heads / self.source.shape[2]
+        of_layers = [
+            jnp.zeros(self.age.shape)
+            if tail is None
+            else tail.num_tokens * per_list * (tail.terms[..., HIGH] > MASKED).mean(axis=1)
+            for tail in self.tails
+        ]
+        return jnp.stack(of_layers)
 
     def mark_reads(self, layer: int, cache: KVCache, config: ModelConfig) -> Bool[Array, "B J S"]:
         """The slots that the last step read in this layer, for each list."""
