@@ -29,9 +29,9 @@ def test_what_calibrate_writes_generate_reads_once(
     assert status == 0
     assert sorted(name for name in reads if name in ("channels.json", "plan.json")) == ["channels.json", "plan.json"]
     found = json.loads(out)["statistics"]
-    assert (found["refreshes"], found["selections"], found["possible_selections"]) == (3, 3, 24)
-    assert (found["computed_lists"], found["lists"]) == (1, 4)
-    assert "hshare plan from a file budget 12 | computes 1 of 4 lists every 2 steps | " in err
+    assert (found["refreshes"], found["selections"], found["possible_selections"]) == (3, 3, 36)
+    assert (found["computed_lists"], found["lists"]) == (1, 6)
+    assert "hshare plan from a file budget 12 | computes 1 of 6 lists every 2 steps | " in err
 
     for option, value, name, ours, made_with in (
         ("--sharing-ratio", "1/8-1-1/2", "the layer ratio of --sharing-ratio, {}", "1/8", "1/2"),

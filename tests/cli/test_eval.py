@@ -351,8 +351,8 @@ def test_the_first_line_says_what_is_measured(tiny: str, data: Path, capsys: pyt
     assert settings == {
         "num_sinks": "4", "num_critical": "24", "num_recent": "8", "budget_ratio": "None", "refresh_interval": "1",
         "lists_per": "kv_head", "dilate": "True", "dense_layers": "None", "min_length": "0", "scoring": "labels",
-        "label_channels": "4", "label_bits": "4", "tail": "fitted", "tail_rank": "2", "pool": "1", "layer_ratio": "1/2", "head_ratio": "1", "plan_kind": "published",
-        "plan_scope": "sequence", "num_probes": "64",
+        "label_channels": "4", "label_bits": "4", "tail": "fitted", "tail_rank": "2", "pool": "1",
+        "layer_ratio": "1/2", "head_ratio": "1", "plan_kind": "published", "plan_scope": "sequence", "num_probes": "64",
     }  # fmt: skip
 
 
