@@ -22,7 +22,7 @@ def test_methods_by_name_read_no_more_than_the_budget(name):
         return
     for layer in range(MODEL.num_layers):
         reads = np.asarray(state.method_state.mark_reads(layer, state.cache, MODEL))[0].sum(axis=-1)
-        most = 201 if layer < hshare.settings.dense_layers else hshare.settings.budget + (name == "snapkv")
+        most = 201 if layer < hshare.settings.num_dense else hshare.settings.budget + (name == "snapkv")
         assert (reads <= most).all()
         assert (reads >= most - 16).all()
 

@@ -73,9 +73,12 @@ def fit_tail(
     B, P, J = *queries.shape[:2], source.shape[1]
     through_plan = listed[:P, source // J, jnp.arange(B)[:, None], source % J]  # [P, B, J, C]
     if settings.pool > 1 and channels is not None:
-        choose = functools.partial(choose_in_pools, settings=settings, window=window)
-        probes = jnp.swapaxes(queries, 0, 1), through_plan, positions.T + 1
-        through_plan = lax.map(lambda probe: choose(*probe[:2], keys, labels, channels, probe[2]), probes)
+
+        def choose(probe: tuple[Array, Array, Array]) -> Array:
+            q, pools, length = probe
+            return choose_in_pools(q, pools, keys, labels, channels, length, settings=settings, window=window)
+
+        through_plan = lax.map(choose, (jnp.swapaxes(queries, 0, 1), through_plan, positions.T + 1))
     reads = _read_probes(queries, through_plan, positions, seen, keys, values, settings, window)
     q = jnp.swapaxes(queries, 1, 2).astype(jnp.float32)  # [B, N, P, H]
     # The share of the attention that belongs to the tail.

@@ -13,6 +13,7 @@ from hshare_jax.decode_step import decode_step
 from hshare_jax.kernels.labels import make_labels
 from hshare_jax.methods.hshare.pools import choose_in_pools
 from hshare_jax.methods.hshare.settings import HShareSettings
+from hshare_jax.methods.hshare.shared_lists import SharedLists
 from hshare_jax.shapes import EMPTY
 
 EVERY_STEP = vary(HSHARE, refresh_interval=1)
@@ -22,10 +23,11 @@ WINDOWED = dataclasses.replace(MODEL, windows=(None, 20, 9, None))
 def lists_after(method, config=MODEL, steps=3, impl="auto"):
     """What every list chose after some steps, and the logits of the last step."""
     rows = random_rows(5, more=steps)
-    _, state = prefill_rows([row[:-steps] for row in rows], method=method, config=config)
+    logits, state = prefill_rows([row[:-steps] for row in rows], method=method, config=config)
     for step in range(steps):
         tokens = jnp.asarray([row[step - steps] for row in rows])
         logits, state = decode_step(params(config), tokens, state, config=config, impl=impl)
+    assert isinstance(state.method_state, SharedLists)
     return np.asarray(state.method_state.token_indices), np.asarray(logits)
 
 
@@ -55,6 +57,7 @@ def test_a_pool_is_what_its_source_chose_and_lists_are_the_best_of_it():
     _, state = prefill_rows([row[:-1] for row in rows], method=method)
     _, state = decode_step(params(MODEL), jnp.asarray([row[-1] for row in rows]), state, config=MODEL)
     lists = state.method_state
+    assert isinstance(lists, SharedLists)
     source, pools, chosen = (np.asarray(array) for array in (lists.source, lists.pools, lists.token_indices))
     _, B, J, _ = chosen.shape
     copies = 0
@@ -85,7 +88,7 @@ def test_the_best_of_a_pool_equal_the_oracle(J, window, bits):
     )  # fmt: skip
     labels = None if bits == "exact" else make_labels(jnp.asarray(keys), jnp.asarray(channels), bits)
     found = choose_in_pools(
-        *map(jnp.asarray, (q, pools, keys)), labels, jnp.asarray(channels), jnp.asarray(lengths),
+        jnp.asarray(q), jnp.asarray(pools), jnp.asarray(keys), labels, jnp.asarray(channels), jnp.asarray(lengths),
         settings=settings, window=window,
     )  # fmt: skip
     for b, j in np.ndindex(B, J):
