@@ -14,7 +14,7 @@ from hshare_jax.methods import Quest, StreamingLLM
 
 # Each method reads 128 tokens in a head and step, and everything in layer 0.
 methods = {
-    "HShare": hshare_jax.HShare(hshare_jax.HShareSettings(num_sinks=8, num_critical=88, num_recent=32)),
+    "HShare": hshare_jax.HShare(hshare_jax.HShareSettings(num_sinks=8, num_critical=88, num_recent=32, dense_layers=1)),
     "Quest": Quest(num_pages=7, page_size=16, dense_layers=1),
     "StreamingLLM": StreamingLLM(num_sinks=4, num_recent=124, dense_layers=1),
 }

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from tiny_decoder import HSHARE, MODEL, vary
+from tiny_decoder import MODEL, vary
+from tiny_decoder import TAILED as HSHARE
 
 from hshare_jax.decode_state import DecodeState, count_reads, init_state
 from hshare_jax.kernels.masked_softmax import MASKED

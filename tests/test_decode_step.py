@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from tiny_decoder import (
     CAPACITY,
-    HSHARE,
     LENGTHS,
     MODEL,
     PUBLISHED,
@@ -21,6 +20,7 @@ from tiny_decoder import (
     random_rows,
     vary,
 )
+from tiny_decoder import TAILED as HSHARE
 
 from hshare_jax.decode_state import DecodeState, count_reads, init_state
 from hshare_jax.decode_step import decode_step

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from tiny_decoder import (
     CAPACITY,
-    HSHARE,
     LENGTHS,
     MODEL,
     PUBLISHED,
@@ -21,6 +20,7 @@ from tiny_decoder import (
     random_rows,
     vary,
 )
+from tiny_decoder import TAILED as HSHARE
 
 from hshare_jax.attend import prefill_attend
 from hshare_jax.compile_clock import compile_clock

@@ -15,7 +15,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.utils import simple_parse_args_string
-from tiny_decoder import HSHARE, MODEL, params, vary
+from tiny_decoder import MODEL, params, vary
+from tiny_decoder import TAILED as HSHARE
 from tiny_tokenizer import LETTERS, byte_tokenizer
 
 from hshare_jax.calibration import calibrate

@@ -33,6 +33,7 @@ HSHARE = HShare(
         label_channels=3,
         min_length=0,
         dense_layers=1,
+        tail=None,
         tail_rank=0,
     ),
     PlanSearch(num_probes=4, layer_ratio=Fraction(3, 4), head_ratio=Fraction(2, 3)),
@@ -44,6 +45,8 @@ def vary(method: HShare, **changes: object) -> HShare:
     return method.with_settings(changes)
 
 
+# The same with tails. Their fit takes long to compile, so only tests that are about tails have them.
+TAILED = vary(HSHARE, tail="fitted")
 # The method as published, at the same sizes.
 PUBLISHED = vary(
     HShare.paper(), num_sinks=2, num_critical=6, num_recent=4, refresh_interval=3,

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from tiny_decoder import CAPACITY, HSHARE, MODEL, params, prefill_rows, random_rows, vary
+from tiny_decoder import CAPACITY, MODEL, params, prefill_rows, random_rows, vary
+from tiny_decoder import TAILED as HSHARE
 
 from hshare_jax.decode_step import decode_step
 from hshare_jax.kernels.labels import make_labels
