@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from program_text import count_copies
-from tiny_decoder import CAPACITY, HSHARE, MODEL, SHARED_KV, params, prefill_rows, random_rows, vary
+from tiny_decoder import CAPACITY, MODEL, SHARED_KV, params, prefill_rows, random_rows, vary
+from tiny_decoder import TAILED as HSHARE
 
 from hshare_jax.decode_state import DecodeState, init_state
 from hshare_jax.decode_step import decode_step
