@@ -28,7 +28,7 @@ quick_tests=(
   tests/methods/hshare/test_share_plan.py
   tests/methods/hshare/test_settings.py
   tests/test_decode_step.py::test_a_whole_shared_decode_equals_the_oracle
-  tests/test_decode_step.py::test_a_budget_that_covers_the_row_equals_dense
+  tests/test_decode_rows.py::test_a_budget_that_covers_the_row_equals_dense
   tests/test_prefill.py
   tests/test_generate.py
   tests/models/test_logits.py

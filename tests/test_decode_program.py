@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from program_text import count_copies
-from tiny_decoder import CAPACITY, MODEL, SHARED_KV, params, prefill_rows, random_rows, vary
-from tiny_decoder import TAILED as HSHARE
+from tiny_decoder import CAPACITY, MODEL, SHARED_KV, TAILED, params, prefill_rows, random_rows, vary
 
 from hshare_jax.decode_state import DecodeState, init_state
 from hshare_jax.decode_step import decode_step
@@ -25,7 +24,7 @@ from hshare_jax.methods.hshare.shared_lists import SharedLists
 SHALLOW = dataclasses.replace(MODEL, num_layers=2, num_heads=12, windows=(None,) * 2)
 # The same, but layer 1 looks up at the keys and values of layer 2, so it reads a buffer that a later layer writes.
 LOOKS_UP = dataclasses.replace(SHALLOW, num_layers=3, windows=(None,) * 3, kv_layer_map=(0, 2, 2))
-STEP = vary(HSHARE, dense_layers=0)
+STEP = vary(TAILED, dense_layers=0)
 VARIANTS = {
     "dense": (None, False),
     "refresh": (STEP, True),
@@ -34,7 +33,7 @@ VARIANTS = {
     "no tail": (vary(STEP, tail=None), True),
     "8 bits": (vary(STEP, label_bits=8), True),
     "not quantised": (vary(STEP, label_bits=None), True),
-    "dense layer, gate": (vary(HSHARE, min_length=30), None),
+    "dense layer, gate": (vary(TAILED, min_length=30), None),
 }
 variants = pytest.mark.parametrize(("method", "refresh"), VARIANTS.values(), ids=VARIANTS)
 
@@ -163,13 +162,13 @@ def test_a_step_lowers_for_cuda_with_its_state_donated(method, refresh):
         (MODEL, None, 3),
         (MODEL, SharePlan(((0, 1, 2), (3, 4, 3), (4, 3, 3), (3, 4, 4))), 1),
         (MODEL, SharePlan(((0, 1, 2), (3, 4, 5), (3, 4, 8), (3, 4, 5))), 2),
-        (MODEL, kv_layer_plan(MODEL, HSHARE.settings), 3),
-        (SHARED_KV, kv_layer_plan(SHARED_KV, HSHARE.settings), 1),
+        (MODEL, kv_layer_plan(MODEL, TAILED.settings), 3),
+        (SHARED_KV, kv_layer_plan(SHARED_KV, TAILED.settings), 1),
     ],
     ids=["data", "one layer owns", "two layers own", "own keys and values", "one cache, one list"],
 )
 def test_layers_that_copy_by_a_constant_plan_choose_nothing_in_the_program(config, plan, selections):
-    method = dataclasses.replace(HSHARE, plan=plan)
+    method = dataclasses.replace(TAILED, plan=plan)
     state, tokens = init_state(config, 1, CAPACITY, method=method), jnp.zeros((1,), jnp.int32)
     text = decode_step.lower(params(config), tokens, state, config=config, refresh=True).as_text()
     assert len(re.findall(r"call @choose_tokens(_\d+)?\(", text)) == selections
@@ -177,6 +176,6 @@ def test_layers_that_copy_by_a_constant_plan_choose_nothing_in_the_program(confi
 
 def test_the_donated_state_is_gone():
     rows = random_rows(17)
-    _, state = prefill_rows(rows, method=HSHARE)
+    _, state = prefill_rows(rows, method=TAILED)
     decode_step(params(), jnp.zeros((len(rows),), jnp.int32), state, config=MODEL)
     assert all(array.is_deleted() for array in large_buffers(state))

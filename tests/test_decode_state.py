@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from tiny_decoder import MODEL, vary
-from tiny_decoder import TAILED as HSHARE
+from tiny_decoder import MODEL, TAILED, vary
 
 from hshare_jax.decode_state import DecodeState, count_reads, init_state
 from hshare_jax.kernels.masked_softmax import MASKED
@@ -35,16 +34,16 @@ CHANNELS = np.stack([np.random.default_rng(1).permutation(H)[:5] for _ in range(
         ({"capacity": 1025}, "capacity=1025 must lie between 1 and the model's max_positions=1024"),
         ({"dtype": jnp.int32}, "dtype='int32' must be one of 'float32', 'bfloat16', 'float16'"),
         (
-            {"method": dataclasses.replace(HSHARE, plan=SharePlan(((0, 1), (2, 3))))},
+            {"method": dataclasses.replace(TAILED, plan=SharePlan(((0, 1), (2, 3))))},
             "the plan is for 2 layers of 2 lists; this model with lists_per='kv_head' has 4 layers of 3",
         ),
         (
-            {"method": dataclasses.replace(HSHARE, plan=COPIES_DENSE)},
+            {"method": dataclasses.replace(TAILED, plan=COPIES_DENSE)},
             "the plan copies from the first 1 layers, which are dense and have no lists",
         ),
-        ({"method": vary(HSHARE, label_channels=9)}, "label_channels=9 must be at most"),
+        ({"method": vary(TAILED, label_channels=9)}, "label_channels=9 must be at most"),
         (
-            {"method": dataclasses.replace(HSHARE, channels=CHANNELS[1:])},
+            {"method": dataclasses.replace(TAILED, channels=CHANNELS[1:])},
             r"channels has shape \[3, 3, 5\]; this model needs \[4, 3\] heads",
         ),
     ],
@@ -56,7 +55,7 @@ def test_invalid_arguments_of_a_state_are_refused(arguments, message):
 
 def test_channels_under_exact_scoring_are_refused():
     with pytest.raises(ValueError, match="channels were given, but scoring='exact' reads keys and has no labels"):
-        dataclasses.replace(vary(HSHARE, scoring="exact"), channels=CHANNELS)
+        dataclasses.replace(vary(TAILED, scoring="exact"), channels=CHANNELS)
 
 
 @pytest.mark.parametrize("shape", [(L, K), (L, K, 2), (L, K + 1, 5), (L - 1, K, 5), (1, L, K, 5)])
@@ -82,14 +81,14 @@ def test_the_first_given_channels_are_used_in_ascending_order(num_channels):
     np.testing.assert_array_equal(found, np.sort(CHANNELS[:, :, :num_channels], axis=-1))
 
 
-def shared_of(method=HSHARE, batch_size=2, **settings):
+def shared_of(method=TAILED, batch_size=2, **settings):
     shared = init_state(MODEL, batch_size, 300, method=method, **settings).method_state
     assert isinstance(shared, SharedLists)
     return shared
 
 
 def test_a_given_plan_and_given_channels_are_used_in_every_row():
-    shared = shared_of(dataclasses.replace(HSHARE, plan=PLAN, channels=CHANNELS))
+    shared = shared_of(dataclasses.replace(TAILED, plan=PLAN, channels=CHANNELS))
     assert shared.plan == PLAN
     assert shared.source.tolist() == [list(map(list, PLAN.source))] * 2
     np.testing.assert_array_equal(shared.channels, np.tile(np.sort(CHANNELS[:, :, :3], axis=-1), (2, 1, 1, 1)))
@@ -99,7 +98,7 @@ def test_an_empty_state_shares_nothing_and_lists_nothing():
     shared = shared_of()
     assert shared.plan is None
     np.testing.assert_array_equal(shared.source, identity_plan(2, L, K))
-    assert shared.token_indices.shape == (L, 2, K, HSHARE.settings.num_critical)
+    assert shared.token_indices.shape == (L, 2, K, TAILED.settings.num_critical)
     assert (np.asarray(shared.token_indices) == EMPTY).all()
     assert shared.tails[0] is None  # layer 0 is dense
     for tail in shared.tails[1:]:
@@ -109,7 +108,7 @@ def test_an_empty_state_shares_nothing_and_lists_nothing():
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_tails_have_as_many_virtual_tokens_as_the_setting_says(rank):
-    for tail in shared_of(vary(HSHARE, tail_rank=rank), dtype=jnp.bfloat16).tails[1:]:
+    for tail in shared_of(vary(TAILED, tail_rank=rank), dtype=jnp.bfloat16).tails[1:]:
         assert tail is not None
         assert tail.keys.shape == tail.values.shape == (2, MODEL.num_heads, 1 + rank, H)
         assert tail.keys.dtype == tail.values.dtype == jnp.bfloat16
@@ -117,14 +116,14 @@ def test_tails_have_as_many_virtual_tokens_as_the_setting_says(rank):
 
 
 def test_without_the_setting_no_layer_has_a_tail():
-    assert shared_of(vary(HSHARE, tail=None)).tails == (None,) * L
+    assert shared_of(vary(TAILED, tail=None)).tails == (None,) * L
 
 
 @pytest.mark.parametrize(
     ("bits", "codes", "dtype"), [(4, 2, "uint8"), (8, 3, "uint8"), (None, 3, "bfloat16")], ids=["4", "8", "None"]
 )
 def test_labels_take_as_many_bits_as_the_setting_says(bits, codes, dtype):
-    method = vary(HSHARE, label_bits=bits, dense_layers=2)
+    method = vary(TAILED, label_bits=bits, dense_layers=2)
     labels = shared_of(method, dtype=jnp.bfloat16).labels
     assert labels[:2] == (None, None)  # dense layers have no labels
     for of_layer in labels[2:]:
@@ -138,7 +137,7 @@ def test_labels_take_as_many_bits_as_the_setting_says(bits, codes, dtype):
 
 
 def test_exact_scoring_keeps_no_labels():
-    assert shared_of(vary(HSHARE, scoring="exact")).labels == (None,) * L
+    assert shared_of(vary(TAILED, scoring="exact")).labels == (None,) * L
 
 
 WINDOWED = dataclasses.replace(MODEL, windows=(None, 20, 9, 3))
@@ -160,7 +159,7 @@ WINDOWED = dataclasses.replace(MODEL, windows=(None, 20, 9, 3))
 def test_reads_equal_the_definition(config, changes):
     # Lists are empty, partly filled or full. Recent ranges overlap the sinks, or have grown as long as they may be. The
     # heads of a list share its tokens, but each has a tail of its own.
-    method: HShare = vary(HSHARE, **changes)
+    method: HShare = vary(TAILED, **changes)
     settings = method.settings
     rng = np.random.default_rng(2)
     lengths, starts = [1, 5, 8, 14, 60, 200], [0, 1, 3, 10, 54, 196]

@@ -21,7 +21,6 @@ from hshare_jax.decode_step import decode_step
 from hshare_jax.evaluation.teacher_forcing import token_agreement
 from hshare_jax.generate import generate, stream
 from hshare_jax.methods.hshare.method import HShare
-from hshare_jax.methods.hshare.settings import HShareSettings
 from hshare_jax.methods.hshare.share_plan import SharePlan
 from hshare_jax.methods.hshare.shared_lists import SharedLists
 from hshare_jax.models.pretrained import Model
@@ -161,16 +160,7 @@ def test_the_number_of_new_tokens_is_exact(greedy, max_new_tokens):
     assert found.timing.prompt_tokens == sum(len(TOKENIZER(prompt)["input_ids"]) for prompt in PROMPTS)
 
 
-BUDGET = HShareSettings(
-    num_sinks=2,
-    num_critical=6,
-    num_recent=4,
-    refresh_interval=3,
-    label_channels=3,
-    dense_layers=1,
-    min_length=0,
-    tail=None,
-)
+BUDGET = HSHARE.settings
 # The sparse layer has three lists, and the second copies the first.
 COPYING = SharePlan(((0, 1, 2), (3, 3, 5)))
 

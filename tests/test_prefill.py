@@ -13,6 +13,7 @@ from tiny_decoder import (
     LENGTHS,
     MODEL,
     PUBLISHED,
+    TAILED,
     oracle_row,
     oracle_rows,
     params,
@@ -20,7 +21,6 @@ from tiny_decoder import (
     random_rows,
     vary,
 )
-from tiny_decoder import TAILED as HSHARE
 
 from hshare_jax.attend import prefill_attend
 from hshare_jax.compile_clock import compile_clock
@@ -91,8 +91,8 @@ def test_ids_in_the_padding_change_nothing():
         tokens = np.full((4, 60), pad, np.int32)
         for b, row in enumerate(rows):
             tokens[b, : len(row)] = row
-        state = init_state(MODEL, 4, CAPACITY, method=HSHARE)
-        found.append(prefill(params(), jnp.asarray(tokens), lengths, state, config=MODEL, method=HSHARE))
+        state = init_state(MODEL, 4, CAPACITY, method=TAILED)
+        found.append(prefill(params(), jnp.asarray(tokens), lengths, state, config=MODEL, method=TAILED))
     for one, other in zip(jax.tree.leaves(found[0]), jax.tree.leaves(found[1]), strict=True):
         np.testing.assert_array_equal(one, other)
 
@@ -108,7 +108,7 @@ def test_a_prompt_in_two_calls_equals_one_call(first):
         np.testing.assert_allclose(one, other, atol=SAME, rtol=0)
 
 
-@pytest.mark.parametrize("method", [HSHARE, PUBLISHED], ids=["units", "published"])
+@pytest.mark.parametrize("method", [TAILED, PUBLISHED], ids=["units", "published"])
 def test_channels_and_plan_equal_the_definition_on_both_turns(method):
     rows, more = random_rows(3), random_rows(4, (20, 1, 40, 3))
     state, J = None, method.settings.num_lists(MODEL)
@@ -133,7 +133,7 @@ def test_channels_and_plan_equal_the_definition_on_both_turns(method):
 def test_channels_of_a_prompt_in_chunks_count_all_queries():
     # The sum of |q| runs over both chunks. The padding of a row does not count, whatever it holds.
     rows = [long_row()[:length] for length in (577, 513, 512, 400)]
-    state = prefill_rows(rows, method=HSHARE, capacity=640)[1]
+    state = prefill_rows(rows, method=TAILED, capacity=640)[1]
     assert isinstance(state.method_state, SharedLists)
     exact = oracle_row()
     for token in rows[0]:  # the other rows begin with the same tokens
@@ -153,8 +153,8 @@ def test_channels_of_a_prompt_in_chunks_count_all_queries():
 
 def test_tails_of_a_prompt_in_chunks_are_fitted_on_the_probes_of_all_chunks():
     (row,), capacity = random_rows(5, [LONGEST], more=2), 640
-    logits, state = prefill_rows([row[:LONGEST]], method=HSHARE, capacity=capacity)
-    shared_row = oracle_rows([row[:LONGEST]], HSHARE)[0]
+    logits, state = prefill_rows([row[:LONGEST]], method=TAILED, capacity=capacity)
+    shared_row = oracle_rows([row[:LONGEST]], TAILED)[0]
     for token in row[LONGEST:]:
         logits, state = decode_step(params(), jnp.asarray([token]), state, config=MODEL)
         np.testing.assert_allclose(logits[0], shared_row.decode(token), atol=F32, rtol=0)
@@ -162,7 +162,7 @@ def test_tails_of_a_prompt_in_chunks_are_fitted_on_the_probes_of_all_chunks():
 
 @pytest.mark.parametrize("bits", [4, 8, None])
 def test_labels_are_the_cached_keys_on_the_channels(bits):
-    method = vary(HSHARE, label_bits=bits)
+    method = vary(TAILED, label_bits=bits)
     _, state = prefill_rows(random_rows(3), method=method)
     assert isinstance(state.method_state, SharedLists)
     assert state.method_state.labels[0] is None  # layer 0 is dense
@@ -189,11 +189,11 @@ def test_prefill_inside_a_jit_equals_prefill():
 
     @jax.jit
     def start(params, tokens, lengths):
-        state = init_state(MODEL, 4, CAPACITY, method=HSHARE)
-        return prefill(params, tokens, lengths, state, config=MODEL, method=HSHARE)
+        state = init_state(MODEL, 4, CAPACITY, method=TAILED)
+        return prefill(params, tokens, lengths, state, config=MODEL, method=TAILED)
 
     logits, state = start(params(), jnp.asarray(tokens), jnp.asarray(LENGTHS, jnp.int32))
-    expected, expected_state = prefill_rows(rows, method=HSHARE)
+    expected, expected_state = prefill_rows(rows, method=TAILED)
     np.testing.assert_allclose(logits, expected, atol=SAME, rtol=0)
     assert isinstance(state.method_state, SharedLists)
     assert isinstance(expected_state.method_state, SharedLists)
@@ -233,9 +233,9 @@ def test_tokens_that_are_no_array_are_named():
 def test_prompts_of_another_length_compile_nothing():
     def run(num_tokens):
         tokens, lengths = jnp.zeros((1, num_tokens), jnp.int32), jnp.asarray([num_tokens])
-        state = init_state(MODEL, 1, 1024, method=HSHARE)
+        state = init_state(MODEL, 1, 1024, method=TAILED)
         with compile_clock() as clock:
-            prefill(params(), tokens, lengths, state, config=MODEL, method=HSHARE)
+            prefill(params(), tokens, lengths, state, config=MODEL, method=TAILED)
         return clock.seconds
 
     run(600)
@@ -251,7 +251,7 @@ def test_a_row_that_outgrows_its_capacity_under_jit_yields_nan():
     assert np.isfinite(logits[1]).all()
 
 
-@pytest.mark.parametrize(("started", "given"), [(HSHARE, None), (None, HSHARE)], ids=["without", "with"])
+@pytest.mark.parametrize(("started", "given"), [(TAILED, None), (None, TAILED)], ids=["without", "with"])
 def test_a_state_of_another_method_is_refused(started, given):
     state, tokens = init_state(MODEL, 1, CAPACITY, method=started), jnp.zeros((1, 4), jnp.int32)
     with pytest.raises(
@@ -263,21 +263,21 @@ def test_a_state_of_another_method_is_refused(started, given):
 @pytest.mark.parametrize(
     "given",
     [
-        vary(HSHARE, num_critical=7),
-        dataclasses.replace(HSHARE, plan=SharePlan(((0, 1, 2), (3, 4, 5), (6, 7, 8), (9, 10, 11)))),
-        dataclasses.replace(HSHARE, channels=np.tile(np.arange(8), (4, 3, 1))),
+        vary(TAILED, num_critical=7),
+        dataclasses.replace(TAILED, plan=SharePlan(((0, 1, 2), (3, 4, 5), (6, 7, 8), (9, 10, 11)))),
+        dataclasses.replace(TAILED, channels=np.tile(np.arange(8), (4, 3, 1))),
         H2O(num_heavy=4, num_recent=4),
     ],
     ids=["settings", "plan", "channels", "another method"],
 )
 def test_a_method_that_differs_in_what_it_reads_is_refused(given):
-    state, tokens = init_state(MODEL, 1, CAPACITY, method=HSHARE), jnp.zeros((1, 4), jnp.int32)
+    state, tokens = init_state(MODEL, 1, CAPACITY, method=TAILED), jnp.zeros((1, 4), jnp.int32)
     with pytest.raises(ValueError, match="differs from the method that init_state was given"):
         prefill(params(), tokens, jnp.asarray([4]), state, config=MODEL, method=given)
 
 
 def test_the_search_of_a_plan_may_change_between_turns():
-    state, tokens = init_state(MODEL, 1, CAPACITY, method=HSHARE), jnp.zeros((1, 40), jnp.int32)
-    other = vary(HSHARE, layer_ratio=Fraction(1))
+    state, tokens = init_state(MODEL, 1, CAPACITY, method=TAILED), jnp.zeros((1, 40), jnp.int32)
+    other = vary(TAILED, layer_ratio=Fraction(1))
     logits, _ = prefill(params(), tokens, jnp.asarray([40]), state, config=MODEL, method=other)
     assert np.isfinite(logits).all()

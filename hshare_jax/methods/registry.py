@@ -18,7 +18,8 @@ from hshare_jax.models.config import ModelConfig
 def method_named(name: str, hshare: HShare, *, max_new_tokens: int | None = None) -> Method | None:
     """The method of this name, at the budget of `hshare`: each head reads the same number of tokens.
 
-    All methods keep the number of dense first layers. They split the budget as their papers do:
+    All methods keep the number of dense first layers; where none is given it is one, but for HShare with a tail. They
+    split the budget as their papers do:
 
     - StreamingLLM reads 4 sinks, and recent tokens for the rest.
     - H2O spends half of the budget on heavy hitters and half on recent tokens.
@@ -118,9 +119,12 @@ def notes_on_short_texts(
     )
     finds_plan = "hshare" in names and hshare.plan is None and hshare.search.shares_lists(settings, config)
     if finds_plan and num_unshared:
+        found, lost = "a plan is", ""
+        if settings.tail is not None:
+            found, lost = "a plan and tails are", ", and loses what it does not read"
         notes.append(
             f"{num_unshared} of {len(sizes)} texts have fewer than the {settings.first_probe + 1} tokens before "
-            "decoding that a plan is found from: hshare shares nothing across layers and heads there; give a plan and "
-            "channels made beforehand, by hshare-jax calibrate"
+            f"decoding that {found} found from: hshare shares nothing across layers and heads there{lost}; give a plan "
+            "and channels made beforehand, by hshare-jax calibrate"
         )
     return notes

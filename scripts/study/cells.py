@@ -65,7 +65,7 @@ class Cell:
 
     @property
     def method(self) -> Method | None:
-        """The method. Layer 0 is dense in all methods."""
+        """The method. Layer 0 is dense in all methods without tails."""
         kind, _, ratio = self.name.partition(" ")
         if kind in ("hshare", "calibrated"):
             return ours(self.budget, ratio)

@@ -280,7 +280,7 @@ def main() -> None:
     header = (
         f"{options.model}, float32; {runs}. {WINDOWS} windows of {', '.join(texts)}; the last {options.steps} "
         f"positions of each scored, {WINDOWS * options.steps} in all. Intervals: paired bootstrap over blocks of "
-        f"neighbouring positions. Layer 0 is dense in every method.\n\n    {command(options)}"
+        f"neighbouring positions. Layer 0 is dense in every method without tails.\n\n    {command(options)}"
     )
     write_report(options.report, MARK, report(keep.lines, header))
 

@@ -12,9 +12,7 @@ measured again, so a run that was killed resumes where it was.
 import argparse
 import dataclasses
 import itertools
-import platform
 from collections.abc import Iterator
-from datetime import date
 from pathlib import Path
 
 import jax
@@ -42,7 +40,7 @@ from scripts.study.cells import (
     read_texts,
     windows_of,
 )
-from scripts.study.reports import command, write_report
+from scripts.study.reports import command, made_with, write_report
 
 PUBLISHED_RATIOS = ("1-1-1", "7/8-3/4-1/2", "3/4-3/4-1/2", "1/2-1/2-1/2")
 MARK = "<!-- The text below is written by scripts/study/quality.py. -->"
@@ -274,8 +272,7 @@ def main() -> None:
     results = {line["key"]: line for line in records.lines}
     names = ", ".join(path.name for path in options.text)
     header = (
-        f"{date.today()}, {model.name}, float32, jax {jax.__version__}, Python {platform.python_version()}, "
-        f"{jax.devices()[0].device_kind}. {WINDOWS} windows of {options.context} tokens from {names}; the last "
+        f"{made_with(model.name)}. {WINDOWS} windows of {options.context} tokens from {names}; the last "
         f"{options.steps} of each scored: {WINDOWS * options.steps} positions. Intervals: bootstrap over blocks of "
         f"neighbouring positions.\n\n    {command(options)}"
     )

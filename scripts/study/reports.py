@@ -2,9 +2,13 @@
 
 import argparse
 import os
+import platform
 import shlex
 import sys
+from datetime import date
 from pathlib import Path
+
+import jax
 
 from hshare_jax.files.atomic import whole_file
 
@@ -22,6 +26,12 @@ def command(options: argparse.Namespace) -> str:
     flags = f"XLA_FLAGS={shlex.quote(os.environ['XLA_FLAGS'])} " if "XLA_FLAGS" in os.environ else ""
     words = [shorten(word) for word in sys.orig_argv[1:] if word != "--report-only"]
     return f"{flags}python {shlex.join(words)}"
+
+
+def made_with(model: str) -> str:
+    """Date, model, dtype, versions and device, for a report's heading."""
+    versions = f"jax {jax.__version__}, Python {platform.python_version()}"
+    return f"{date.today()}, {model}, float32, {versions}, {jax.devices()[0].device_kind}"
 
 
 def write_report(path: Path | None, mark: str, text: str) -> None:

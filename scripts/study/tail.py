@@ -12,9 +12,7 @@ import argparse
 import functools
 import itertools
 import math
-import platform
 from collections.abc import Callable, Iterator
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +31,7 @@ from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.pretrained import Model, load_model
 from scripts.study.cells import BUDGETS, SKIP, hash_text, hide_passkeys, ours, published, read_texts
 from scripts.study.quality import count_found
-from scripts.study.reports import command, write_report
+from scripts.study.reports import command, made_with, write_report
 
 MARK = "<!-- The text below is written by scripts/study/tail.py. -->"
 CELLS = ("512/4096", "128/4096", "512/8192", "512/hard")  # budget/context
@@ -205,8 +203,7 @@ def main() -> None:
         passkeys = hide_passkeys(model, next(iter(texts.values())), options.seeds)
         run("128/passkey", lambda method: {"found": count_found(model, passkeys, method), "seeds": options.seeds})
     header = (
-        f"{date.today()}, {model.name}, float32, jax {jax.__version__}, Python {platform.python_version()}, "
-        f"{jax.devices()[0].device_kind}. {options.windows * len(texts)} windows from "
+        f"{made_with(model.name)}. {options.windows * len(texts)} windows from "
         f"{', '.join(path.name for path in options.text)}; the last {options.steps} positions of each scored. "
         f"Intervals: bootstrap over blocks of neighbouring positions.\n\n    {command(options)}"
     )

@@ -101,7 +101,7 @@ def test_every_task_scores_every_item_with_every_method(
 @pytest.mark.parametrize(
     ("arguments", "notes"),
     [
-        ([], ["6 of 6 texts have fewer than the 60 tokens before decoding that a plan is found from"]),
+        ([], ["6 of 6 texts have fewer than the 60 tokens before decoding that a plan and tails are found from"]),
         (["--method", "double_sparsity"], []),
         (["--sharing-ratio", "1-1-1"], []),
         (["--num-recent", "20"], ["6 of 6 texts are no longer than the 48 tokens that a head reads: every method"]),

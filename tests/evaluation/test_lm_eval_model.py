@@ -15,8 +15,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.utils import simple_parse_args_string
-from tiny_decoder import MODEL, params, vary
-from tiny_decoder import TAILED as HSHARE
+from tiny_decoder import MODEL, TAILED, params, vary
 from tiny_tokenizer import LETTERS, byte_tokenizer
 
 from hshare_jax.calibration import calibrate
@@ -42,7 +41,7 @@ ARGUMENTS = (
     "dilate=false,lists_per=query_head,budget_ratio=1/2,min_length=0,"
     "dense_layers=1,tail_rank=0"
 )
-METHOD = vary(HSHARE, label_bits=8, dilate=False, lists_per="query_head", budget_ratio=Fraction(1, 2))
+METHOD = vary(TAILED, label_bits=8, dilate=False, lists_per="query_head", budget_ratio=Fraction(1, 2))
 TASKS = {
     "tiny_answers": """
 output_type: generate_until
@@ -169,22 +168,22 @@ def test_wrong_model_arguments_are_refused(arguments, message):
 
 def test_calibrated_files_take_the_place_of_what_prompts_are_read_for(tmp_path):
     text = "the rain in spain stays mainly in the plain, or so it is said. " * 4
-    found = calibrate(TINY, [text], method=HSHARE)
+    found = calibrate(TINY, [text], method=TAILED)
     plan, channels = str(tmp_path / "plan.json"), str(tmp_path / "channels.json")
-    save_plan(plan, found.plan, TINY, HSHARE)
+    save_plan(plan, found.plan, TINY, TAILED)
     save_channels(channels, found.channels, TINY)
     names = ("num_sinks", "num_critical", "num_recent", "label_channels", "min_length", "dense_layers", "tail_rank")
-    arguments: dict[str, Any] = {name: getattr(HSHARE.settings, name) for name in names} | {"num_probes": 4}
+    arguments: dict[str, Any] = {name: getattr(TAILED.settings, name) for name in names} | {"num_probes": 4}
     made = HShareLM(TINY, plan_file=plan, channels_file=channels, **arguments, sharing_ratio="3/4-2/3-1/3")
-    known = dataclasses.replace(HSHARE, plan=found.plan, channels=found.channels)
+    known = dataclasses.replace(TAILED, plan=found.plan, channels=found.channels)
     assert made.method == known
     # The files are named; the thousands of numbers in them are not repeated.
-    expected = {"plan_file": plan, "channels_file": channels, "method": repr(HSHARE)}
+    expected = {"plan_file": plan, "channels_file": channels, "method": repr(TAILED)}
     assert made.get_model_info().items() >= expected.items()
     requests = [(TOKENIZER.encode(text[:90]), TOKENIZER.encode(text[90:120]))]
     given = made._loglikelihood_tokens([(None, *request) for request in requests])
     assert given == log_likelihoods(TINY, requests, method=known, batch_size=1)
-    assert given != log_likelihoods(TINY, requests, method=HSHARE, batch_size=1)
+    assert given != log_likelihoods(TINY, requests, method=TAILED, batch_size=1)
     answer = made.generate_until([Instance("generate_until", {}, (text[:90], {"until": [], "max_gen_toks": 12}), 0)])
     assert answer == generate(TINY, [requests[0][0]], max_new_tokens=12, method=known).texts
     both = HShareLM(TINY, method="double_sparsity", channels_file=channels, label_channels=3).method
@@ -233,8 +232,9 @@ def test_contexts_too_short_for_a_plan_are_told(caplog):
     assert caplog.messages == [
         "1 of 3 texts are no longer than the 12 tokens that a head reads: every method decodes them as dense decoding "
         "does; choose fewer critical or recent tokens",
-        "1 of 3 texts have fewer than the 18 tokens before decoding that a plan is found from: hshare shares nothing "
-        "across layers and heads there; give a plan and channels made beforehand, by hshare-jax calibrate",
+        "1 of 3 texts have fewer than the 18 tokens before decoding that a plan and tails are found from: hshare "
+        "shares nothing across layers and heads there, and loses what it does not read; give a plan and channels made "
+        "beforehand, by hshare-jax calibrate",
     ]
     caplog.clear()
     with caplog.at_level(logging.WARNING, logger=lm_eval_model.__name__):

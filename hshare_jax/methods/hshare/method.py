@@ -25,7 +25,7 @@ from hshare_jax.methods.hshare.tail_fit import fit_tail
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.shapes import EMPTY, Similarity, Source, round_up_coarsely
 
-MAX_TAIL_PROBES = 64
+MAX_TAIL_PROBES = 64  # a multiple of them would fit tails no better
 PROBE_STEP = 64  # with all queries as probes their number rounds up, so that a longer prompt may compile nothing
 
 SETTING_NAMES = tuple(field.name for record in (HShareSettings, PlanSearch) for field in dataclasses.fields(record))
@@ -171,7 +171,7 @@ class HShare:
         *,
         memo: dict[Any, Any] | None = None,
     ) -> SharedLists:
-        """The lists with channels, labels and plan found from the prompt, unless they are known beforehand; and tails.
+        """The lists with labels and tails, and with channels and a plan, unless these are known beforehand.
 
         Args:
             state, queries, cache, config: as for `Method.after_prefill`. The state may be donated.
@@ -182,15 +182,14 @@ class HShare:
         finds_plan = self.plan is None and search.shares_lists(settings, config)
         similarity = search.similarity if finds_plan else None
         key = settings, similarity, search.num_probes, self.plan, self.channels
-        if memo is not None and key in memo:
-            found = memo[key]
-        else:
+        found = None if memo is None else memo.get(key)
+        if found is None:
             found = measure_prompt(state, queries, cache, config=config, similarity=similarity)
+        lists = found.lists
         if memo is not None:
             memo.clear()
             memo[key] = found
-        lists = found.lists
-        if memo is not None:  # copies, because decode steps donate the state
+            # Copies, because decode steps donate the state.
             lists = jax.tree.map(lambda array: jnp.array(array, copy=True), lists)
         if finds_plan:
             source = plan_from(found.similarity, config=config, settings=settings, search=search)
@@ -282,7 +281,7 @@ def measure_prompt(
 
 
 def _tail_probes(queries: PromptQueries) -> PromptQueries:
-    """Every probe of a row, or every n-th, so that MAX_TAIL_PROBES are left at most: more would tell a fit no more."""
+    """Every probe of a row, or every n-th, so that MAX_TAIL_PROBES are left at most."""
     P = queries.positions.shape[1]
     if P <= MAX_TAIL_PROBES:
         return queries
@@ -306,7 +305,7 @@ def _fit_tails(
         tail = fit_tail(
             queries.probes[layer], listed, lists.source[:, layer], queries.positions, seen, cache.lengths,
             cache.keys[index], cache.values[index], lists.labels[index], lists.channels[:, layer],
-            settings=settings, window=window, rank=settings.tail_rank,
+            settings=settings, window=window,
         )  # fmt: skip
         tails.append(tail)
     return tuple(tails)

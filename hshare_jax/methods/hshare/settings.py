@@ -17,7 +17,9 @@ class HShareSettings:
     """What a head reads on a decode step, and how those tokens are chosen (HShare, ICLR 2025, section 4).
 
     A head attends to the first `num_sinks` tokens, to `num_critical` tokens that are chosen by score, and to the last
-    `num_recent` tokens. The settings are static and hashable: they are part of every compiled decode step.
+    `num_recent` tokens. A tail stands for the tokens that the head does not read (`kernels.tail.Tail`).
+
+    The settings are static and hashable: they are part of every compiled decode step.
 
     Raises:
         SettingError: a value outside its range.

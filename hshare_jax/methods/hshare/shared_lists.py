@@ -17,7 +17,7 @@ from hshare_jax.methods.base import Choices, Method, Step, count_dense, count_li
 from hshare_jax.methods.hshare.critical_tokens import candidate_range, num_in_pool
 from hshare_jax.methods.hshare.pools import choose_in_pools
 from hshare_jax.methods.hshare.settings import HShareSettings
-from hshare_jax.methods.hshare.share_plan import SharePlan, identity_plan, mark_computed
+from hshare_jax.methods.hshare.share_plan import SharePlan, identity_plan, mark_computed, through_plan
 from hshare_jax.models.config import ModelConfig
 
 
@@ -123,7 +123,7 @@ class SharedLists:
     def _choose_in_pools(self, layer: int, q: Float[Array, "B N H"], keys: Array, step: Step) -> "SharedLists":
         """Chooses all lists of this layer anew, each in the pool that the plan gives it."""
         assert self.pools is not None
-        pools = _through_plan(self.pools, self.source[:, layer])
+        pools = through_plan(self.pools, self.source[:, layer])
         labels, window = self.labels[step.config.kv_index(layer)], step.config.windows[layer]
         lists = choose_in_pools(
             q, pools, keys, labels, self.channels[:, layer], step.lengths,
@@ -138,8 +138,7 @@ class SharedLists:
 
     def count_reads(self, cache: KVCache, config: ModelConfig) -> Float[Array, "B"]:
         """Tokens that the last step read, the mean over layers and heads."""
-        J, rows, source = self.source.shape[2], jnp.arange(self.source.shape[0])[:, None, None], self.read_source
-        listed = self.token_indices[source // J, rows, source % J]  # [B, L, J, C]
+        listed = through_plan(self.token_indices, self.read_source)  # [B, L, J, C]
         sparse = count_listed(listed, self.recent_start, self.settings.num_sinks, cache, config)
         dense = count_dense(cache, config)
         sparse = sparse + jnp.where(sparse < dense, self._count_virtual(config), 0)
@@ -161,7 +160,7 @@ class SharedLists:
     def mark_reads(self, layer: int, cache: KVCache, config: ModelConfig) -> Bool[Array, "B J S"]:
         """The slots that the last step read in this layer, for each list."""
         dense = mark_dense(layer, cache.lengths, cache.capacity, config)[:, None, :]
-        listed = _through_plan(self.token_indices, self.read_source[:, layer])
+        listed = through_plan(self.token_indices, self.read_source[:, layer])
         marks = mark_listed(listed, self.recent_start, self.settings.num_sinks, cache.capacity)
         is_dense = (cache.lengths < self.settings.dense_below) | (layer < self.settings.num_dense)
         return dense & (marks | is_dense[:, None, None])
@@ -173,9 +172,3 @@ class SharedLists:
         computed = mark_computed(np.asarray(self.source))[:, first:].sum(axis=(1, 2))
         possible = self.settings.num_sparse_layers(config) * J * int(steps.sum())
         return Choices(int(refreshes.sum()), int((refreshes * computed).sum()), possible)
-
-
-def _through_plan(lists: Int[Array, "L B J W"], source: Int[Array, "B J"]) -> Int[Array, "B J W"]:
-    """What the lists of a layer read, by the layer's part of a plan."""
-    J = source.shape[1]
-    return lists[source // J, jnp.arange(source.shape[0])[:, None], source % J]

@@ -14,6 +14,7 @@ from hshare_jax.kernels.tail import HIGH, LOW, MAX_FEATURE, NUM_TERMS, Tail
 from hshare_jax.methods.base import mark_listed
 from hshare_jax.methods.hshare.pools import choose_in_pools
 from hshare_jax.methods.hshare.settings import HShareSettings
+from hshare_jax.methods.hshare.share_plan import through_plan
 
 SCORES_AT_ONCE = 2**22  # scores in memory at once; it bounds how many probes are taken together
 RECENT_PROBES = 16  # a probe counts 1 / e of what the probe so many places after it counts
@@ -36,7 +37,7 @@ class _Reads(NamedTuple):
     num_unread: Array  # [B, N, P] how many those are
 
 
-@functools.partial(jax.jit, static_argnames=("settings", "window", "rank"))
+@functools.partial(jax.jit, static_argnames=("settings", "window"))
 def fit_tail(
     queries: Float[Array, "B P N H"],
     listed: Int[Array, "padded L B J C"],
@@ -46,16 +47,16 @@ def fit_tail(
     cached: Int[Array, "B"],
     keys: Float[Array, "B K S H"],
     values: Float[Array, "B K S H"],
-    labels: Labels | None = None,
-    channels: Int[Array, "B K R"] | None = None,
+    labels: Labels | None,
+    channels: Int[Array, "B K R"],
     *,
     settings: HShareSettings,
     window: int | None,
-    rank: int,
 ) -> Tail:
     """One layer's tails, fitted on the probes of each row (jitted). A row without probes gets tails that weigh nothing.
 
-    Both fits are weighted least squares in closed form. A probe counts by how much its tail changes the output.
+    The fit is this package's own; docs/quality.md has what it gains. Weight and value are each fitted by weighted least
+    squares, in closed form. A probe counts by the share of its attention that is not read, and later probes for more.
 
     Args:
         queries: the rotated probe queries.
@@ -66,20 +67,19 @@ def fit_tail(
         cached: tokens of each row.
         keys, values: the layer's cache.
         labels, channels: the layer's, by which lists are chosen in pools; without pools they are not used.
-        settings: what else the probes read.
+        settings: what else the probes read, and the tails' rank.
         window: the layer's sliding window.
-        rank: directions of the query along which the tail's value moves.
     """
-    B, P, J = *queries.shape[:2], source.shape[1]
-    through_plan = listed[:P, source // J, jnp.arange(B)[:, None], source % J]  # [P, B, J, C]
-    if settings.pool > 1 and channels is not None:
+    rank = settings.tail_rank
+    lists = through_plan(listed[: queries.shape[1]], source)  # [P, B, J, C]
+    if settings.pool > 1:
 
         def choose(probe: tuple[Array, Array, Array]) -> Array:
             q, pools, length = probe
             return choose_in_pools(q, pools, keys, labels, channels, length, settings=settings, window=window)
 
-        through_plan = lax.map(choose, (jnp.swapaxes(queries, 0, 1), through_plan, positions.T + 1))
-    reads = _read_probes(queries, through_plan, positions, seen, keys, values, settings, window)
+        lists = lax.map(choose, (jnp.swapaxes(queries, 0, 1), lists, positions.T + 1))
+    reads = _read_probes(queries, lists, positions, seen, keys, values, settings, window)
     q = jnp.swapaxes(queries, 1, 2).astype(jnp.float32)  # [B, N, P, H]
     # The share of the attention that belongs to the tail.
     is_probe = (positions >= 0)[:, None, :] & (reads.num_unread > 0) & (reads.total > MASKED)

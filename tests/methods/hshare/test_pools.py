@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from tiny_decoder import CAPACITY, MODEL, params, prefill_rows, random_rows, vary
-from tiny_decoder import TAILED as HSHARE
+from tiny_decoder import CAPACITY, MODEL, TAILED, params, prefill_rows, random_rows, vary
 
 from hshare_jax.decode_step import decode_step
 from hshare_jax.kernels.labels import make_labels
@@ -17,7 +16,7 @@ from hshare_jax.methods.hshare.settings import HShareSettings
 from hshare_jax.methods.hshare.shared_lists import SharedLists
 from hshare_jax.shapes import EMPTY
 
-EVERY_STEP = vary(HSHARE, refresh_interval=1)
+EVERY_STEP = vary(TAILED, refresh_interval=1)
 WINDOWED = dataclasses.replace(MODEL, windows=(None, 20, 9, None))
 
 

@@ -91,7 +91,8 @@ def fitted(case, dtype=jnp.float32):
     seen = positions + 1 - case.looks_up
     tail = fit_tail(
         queries, listed, source, positions, seen, cached, keys, values,
-        settings=case.settings, window=window, rank=case.rank,
+        None, jnp.zeros((B, K, 0), jnp.int32),  # labels and channels are for pools
+        settings=dataclasses.replace(case.settings, tail_rank=case.rank), window=window,
     )  # fmt: skip
     assert {tail.keys.dtype, tail.values.dtype} == {jnp.dtype(dtype)}
     return tuple(np.asarray(array, np.float64) for array in (tail.keys, tail.values, tail.terms))
