@@ -68,10 +68,8 @@ def mark_computed(source: Int[Array | np.ndarray, "B L J"]) -> Bool[Array | np.n
     return source == np.arange(L * J, dtype=np.int32).reshape(1, L, J)
 
 
-def through_plan(
-    lists: Int[Array, "*probes layers B J W"], source: Int[Array, "B *layers J"]
-) -> Int[Array, "*probes B *layers J W"]:
-    """What the lists of all layers, or of one layer, read by their part of a plan."""
+def through_plan(lists: Int[Array, "*probes L B J W"], source: Int[Array, "B *layers J"]) -> Int[Array, "... J W"]:
+    """What the lists of all layers, or of one layer, read by their part of a plan: (*probes, B, *layers, J, W)."""
     rows, J = jnp.arange(source.shape[0]).reshape(-1, *[1] * (source.ndim - 1)), source.shape[-1]
     return lists[..., source // J, rows, source % J, :]
 
