@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from hshare_jax.methods.hshare.shared_lists import SharedLists
     from hshare_jax.models.config import ModelConfig, RopeConfig
     from hshare_jax.models.pretrained import Model, load_model, save_model
-    from hshare_jax.prefill import prefill
+    from hshare_jax.prefill import prefill, refit
     from hshare_jax.sampling_params import SamplingParams
 
 _HOMES = {
@@ -46,7 +46,7 @@ _HOMES = {
     "methods.hshare.shared_lists": ("SharedLists",),
     "models.config": ("ModelConfig", "RopeConfig"),
     "models.pretrained": ("Model", "load_model", "save_model"),
-    "prefill": ("prefill",),
+    "prefill": ("prefill", "refit"),
     "sampling_params": ("SamplingParams",),
 }
 
@@ -82,6 +82,7 @@ __all__ = [
     "load_model",
     "load_plan",
     "prefill",
+    "refit",
     "save_channels",
     "save_model",
     "save_plan",

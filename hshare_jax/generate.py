@@ -1,6 +1,7 @@
 """Generation: prompts in, text out, with an account of time, tokens read and lists chosen."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
@@ -16,9 +17,9 @@ from hshare_jax.decode_loop import NO_TOKEN, LoopState, decode_tokens, refresh_i
 from hshare_jax.decode_state import DecodeState, init_state
 from hshare_jax.errors import SettingError, check_whole
 from hshare_jax.kernels.api import check_impl
-from hshare_jax.methods.base import Method
+from hshare_jax.methods.base import Method, count_dense
 from hshare_jax.methods.hshare.method import HShare
-from hshare_jax.prefill import prefill
+from hshare_jax.prefill import REFIT_TOKENS, prefill, refit
 from hshare_jax.prompts import Prompt, choose_capacity, encode_prompts, pad_prompts
 from hshare_jax.sampling import SamplingParams
 from hshare_jax.text_stream import TextStream
@@ -186,18 +187,25 @@ class _Run:
         with compile_clock() as clock:
             began = time.perf_counter()
             loop = self._start(end_tokens, limit)
-            num_blocks = jnp.int32(-(-num_steps // refresh_interval(loop.state)))
             loop = self._take_over(loop)
             self._prefill_seconds = time.perf_counter() - began - clock.seconds
             self._compile_seconds += clock.seconds
         yield max(map(len, self._tokens))
+        method = self._options.method
+        block, interval = refresh_interval(loop.state), None if method is None else method.refit_interval
+        blocks, since_refit = -(-num_steps // block), 0
+        until_refit = math.inf if interval is None else -(-interval // block)
         while bool(loop.is_active.any()):
             with compile_clock() as clock:
                 began = time.perf_counter()
+                if since_refit == until_refit:
+                    loop, since_refit = self._refit(loop), 0
+                num_blocks = int(min(blocks, until_refit - since_refit))
                 loop = decode_tokens(
-                    self._model.params, loop, num_blocks, end_tokens, limit,
+                    self._model.params, loop, jnp.int32(num_blocks), end_tokens, limit,
                     config=self._model.config, sampling=self._options.sampling, impl=self._options.impl,
                 )  # fmt: skip
+                since_refit += num_blocks
                 loop = self._take_over(loop)
                 self._decode_seconds += time.perf_counter() - began - clock.seconds
                 self._compile_seconds += clock.seconds
@@ -237,6 +245,21 @@ class _Run:
             reads=jnp.zeros((B,), jnp.float32),
         )
         return take_token(logits, loop, end_tokens, limit, sampling=sampling)
+
+    def _refit(self, loop: LoopState) -> LoopState:
+        """Finds anew what the method found from the prompts; the last tokens of each row are read once more."""
+        model, method, lengths = self._model, self._options.method, np.asarray(loop.state.cache.lengths)
+        assert method is not None
+        output = np.asarray(loop.output)
+        texts = [[*prompt, *of_row.tolist()] for prompt, of_row in zip(self._prompts, output, strict=True)]
+        last = [text[max(end - REFIT_TOKENS, 0) : end] for text, end in zip(texts, lengths.tolist(), strict=True)]
+        tokens, sizes = pad_prompts(last)
+        state = refit(
+            model.params, jnp.asarray(tokens), jnp.asarray(sizes), loop.state, config=model.config, method=method
+        )
+        # One pass over the cache serves all tokens that are read once more.
+        reads = jnp.where(loop.is_active, count_dense(state.cache, model.config).mean(axis=0), 0)
+        return dataclasses.replace(loop, state=state, reads=loop.reads + reads)
 
     def _take_over(self, loop: LoopState) -> LoopState:
         """Copies new tokens to the host, and ends the rows whose text met a stop string."""

@@ -1,4 +1,7 @@
-"""Prefill: reads prompts into the cache, exactly and in chunks; then a sparse method finds from them what it needs."""
+"""Prefill: reads prompts into the cache, exactly and in chunks; then a sparse method finds from them what it needs.
+
+A refit does the same with the last tokens of a row that has been decoded for long.
+"""
 
 import dataclasses
 import functools
@@ -20,6 +23,7 @@ from hshare_jax.models.decoder import run_decoder, unembed
 from hshare_jax.shapes import Logits, PerRow, Tokens, check_rows
 
 CHUNKS = (64, 512)  # widths of the prefill programs; these two serve prompts of every length
+REFIT_TOKENS = CHUNKS[0]  # last tokens of each row that a refit reads; twice as many fit no better
 
 
 def prefill(
@@ -68,8 +72,49 @@ def prefill(
         )
     if not any(isinstance(array, Tracer) for array in (cache.lengths, lengths)):
         _check_lengths(lengths, cache.lengths, T, cache.capacity, config.max_positions)
-    starts, method_state = cache.lengths, state.method_state
-    fits = (lengths >= 1) & (starts + lengths <= min(cache.capacity, config.max_positions))
+    fits = (lengths >= 1) & (cache.lengths + lengths <= min(cache.capacity, config.max_positions))
+    hidden, state = _read(params, tokens, lengths, state, config=config, method=method, progress=progress)
+    logits = _unembed(params, hidden, config=config)
+    return jnp.where(fits[:, None], logits, jnp.nan), state
+
+
+def refit(
+    params: dict, tokens: Tokens, lengths: PerRow, state: DecodeState, *, config: ModelConfig, method: Method
+) -> DecodeState:
+    """Finds anew what a method found from the prompt, by reading the last tokens of each row once more.
+
+    A plan and tails fit the text that they were found from. As a row grows away from it they age; docs/quality.md has
+    how much. This reads the last tokens densely and exactly, as `prefill` does, in their old places in the cache. It
+    costs about as much as a few decode steps. `generate` calls it every `Method.refit_interval` steps. The state is
+    donated, so use the returned one; the next decode step refreshes.
+
+    Args:
+        params: the decoder's parameters.
+        tokens: the last tokens of each row that are in the cache, in order, right-padded [B, T]. `REFIT_TOKENS` of them
+            are enough.
+        lengths: how many of them are real [B]; 0 leaves a row's cache as it is, and without tails and a plan.
+        state: from decode steps.
+        config: the model.
+        method: the method that `init_state` was given.
+    """
+    cache = dataclasses.replace(state.cache, lengths=state.cache.lengths - lengths)
+    state = DecodeState(cache, state.method_state)
+    return _read(params, tokens, lengths, state, config=config, method=method)[1]
+
+
+def _read(
+    params: dict,
+    tokens: Tokens,
+    lengths: PerRow,
+    state: DecodeState,
+    *,
+    config: ModelConfig,
+    method: Method | None,
+    progress: Callable[[int], object] | None = None,
+) -> tuple[Array, DecodeState]:
+    """The hidden state after each row's last token [B, D], and the state with what the method found from the tokens."""
+    cache, method_state = state.cache, state.method_state
+    starts, T = cache.lengths, tokens.shape[1]
     positions = None if method is None else method.probe_positions(starts, starts + lengths, T)
     hidden, cache, queries = read_prompt(
         params, tokens, lengths, cache, positions,
@@ -77,8 +122,7 @@ def prefill(
     )  # fmt: skip
     if method is not None and queries is not None:
         method_state = method.after_prefill(method_state, queries, cache, config)
-    logits = _unembed(params, hidden, config=config)
-    return jnp.where(fits[:, None], logits, jnp.nan), DecodeState(cache, method_state)
+    return hidden, DecodeState(cache, method_state)
 
 
 def read_prompt(

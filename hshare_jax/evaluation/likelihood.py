@@ -9,7 +9,7 @@ from jax import Array
 
 from hshare_jax.decode_state import init_state
 from hshare_jax.errors import check_whole
-from hshare_jax.evaluation.teacher_forcing import score_steps
+from hshare_jax.evaluation.teacher_forcing import score_text
 from hshare_jax.kernels.api import check_impl
 from hshare_jax.methods.base import Method
 from hshare_jax.models.pretrained import Model
@@ -117,7 +117,7 @@ def _score_batch(
         model.params, jnp.asarray(tokens), jnp.asarray(lengths), state, config=config, method=method
     )
     first_loss, first_chosen = _score_first(logits, jnp.asarray(forced[:, 0]))
-    scores, _ = score_steps(model.params, jnp.asarray(forced), state, config=config, impl=impl)
+    scores, _ = score_text(model.params, jnp.asarray(forced), state, config=config, method=method, impl=impl)
     loss = np.concatenate([np.asarray(first_loss)[None], scores.loss])  # [T + 1, B], of each token of `forced`
     chosen = np.concatenate([np.asarray(first_chosen)[None], scores.chosen])
     starts = sizes - [len(continuation) for _, continuation in requests]  # where each continuation begins

@@ -89,6 +89,12 @@ def measure_recall(state: DecodeState, every: int = 1) -> DecodeState:
     return DecodeState(state.cache, Measured(state.method_state, total, jnp.int32(0), every))
 
 
+def without_recall(state: DecodeState) -> DecodeState:
+    """The same state, whose steps measure nothing."""
+    inner = state.method_state
+    return DecodeState(state.cache, inner.measured if isinstance(inner, Measured) else inner)
+
+
 def recall_of(state: DecodeState, config: ModelConfig) -> Float[Array, "B"]:
     """Recall of the last step, the mean over layers and heads: 0 where it was not measured, 1 for dense decoding.
 

@@ -13,10 +13,11 @@ from jaxtyping import Float
 
 from hshare_jax.decode_state import DecodeState, count_reads, init_state
 from hshare_jax.decode_step import decode_step
+from hshare_jax.evaluation.recall import measure_recall, recall_of, without_recall
 from hshare_jax.methods.base import Method
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.pretrained import Model
-from hshare_jax.prefill import prefill
+from hshare_jax.prefill import REFIT_TOKENS, prefill, refit
 from hshare_jax.prompts import Prompt, choose_capacity, encode_prompts, pad_prompts
 from hshare_jax.shapes import Tokens
 
@@ -110,6 +111,49 @@ def score_steps(
     return force_steps(params, tokens[:, :-1], state, score, given, config=config, impl=impl)
 
 
+def score_text(
+    params: dict,
+    tokens: Tokens,
+    state: DecodeState,
+    *,
+    config: ModelConfig,
+    method: Method | None,
+    reference: Array | None = None,
+    impl: str = "auto",
+    recall_every: int | None = None,
+) -> tuple[StepScores, DecodeState]:
+    """Scores as `score_steps`, and finds anew what the method found from the prompt, as often as the method asks.
+
+    Args:
+        params, tokens, state, config, reference, impl: as for `score_steps`.
+        method: the method that the state began with; None is dense decoding.
+        recall_every: recall is measured on the first of so many steps, and `observed` holds it; NaN on the other steps.
+            None never measures it.
+    """
+    T = tokens.shape[1] - 1
+    interval = T if method is None or method.refit_interval is None else method.refit_interval
+    found = []
+    for start in range(0, T, interval):
+        if start > 0:
+            assert method is not None
+            # Rows that outgrew the cache have lost their last tokens.
+            sizes = jnp.where(state.cache.lengths > state.cache.capacity, 0, REFIT_TOKENS)
+            last = tokens[:, start - REFIT_TOKENS : start]
+            state = refit(params, last, sizes, state, config=config, method=method)
+        end = min(start + interval, T)
+        scores, state = score_steps(
+            params, tokens[:, start : end + 1], state if recall_every is None else measure_recall(state, recall_every),
+            config=config, reference=None if reference is None else reference[start:end], impl=impl,
+            observe=None if recall_every is None else recall_of,
+        )  # fmt: skip
+        if recall_every is not None:
+            is_measured = jnp.arange(end - start)[:, None] % recall_every == 0
+            scores = dataclasses.replace(scores, observed=jnp.where(is_measured, scores.observed, jnp.nan))
+            state = without_recall(state)
+        found.append(scores)
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *found), state
+
+
 @functools.partial(jax.jit, static_argnames=("config", "impl"), donate_argnames=("state",))
 def forced_logits(
     params: dict, tokens: Tokens, state: DecodeState, *, config: ModelConfig, impl: str = "auto"
@@ -151,6 +195,6 @@ def token_agreement(
     _, state = prefill(
         model.params, jnp.asarray(tokens), jnp.asarray(lengths), state, config=model.config, method=method
     )
-    scores, _ = score_steps(model.params, jnp.asarray(forced), state, config=model.config, impl=impl)
+    scores, _ = score_text(model.params, jnp.asarray(forced), state, config=model.config, method=method, impl=impl)
     chosen = np.asarray(scores.chosen).T
     return [float((chosen[row, : size - 1] == forced[row, 1:size]).mean()) for row, size in enumerate(sizes.tolist())]

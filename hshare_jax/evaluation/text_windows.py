@@ -10,8 +10,7 @@ from jax import Array
 from hshare_jax.decode_state import DecodeState
 from hshare_jax.errors import SettingError
 from hshare_jax.evaluation.prefilled import Prefilled, prefill_for
-from hshare_jax.evaluation.recall import measure_recall, recall_of
-from hshare_jax.evaluation.teacher_forcing import forced_logits, score_steps
+from hshare_jax.evaluation.teacher_forcing import forced_logits, score_text
 from hshare_jax.methods.base import Method
 from hshare_jax.models.pretrained import Model, ModelFiles
 from hshare_jax.prompts import encode_text
@@ -104,29 +103,29 @@ class Scorer:
             method: one of the scorer's methods; None is dense decoding.
             recall_every: as for `score_state`.
         """
-        return self.score_state(self.prefilled.start(method), recall_every=recall_every)
+        return self.score_state(self.prefilled.start(method), method, recall_every=recall_every)
 
-    def score_state(self, state: DecodeState, *, recall_every: int | None = RECALL_EVERY) -> dict[str, np.ndarray]:
-        """Scores of every step by name, each [B, T], from one dispatch.
+    def score_state(
+        self, state: DecodeState, method: Method | None, *, recall_every: int | None = RECALL_EVERY
+    ) -> dict[str, np.ndarray]:
+        """Scores of every step by name, each [B, T].
 
         The names are `loss` (nats), `divergence` (KL from dense decoding, nats), `agrees` (0 or 1), `reads` (tokens)
         and `recall` (share of the true attention mass; NaN on steps where it is not measured).
 
         Args:
             state: from `Prefilled.start`; the scorer takes it back.
+            method: the state's method.
             recall_every: recall is measured on the first of so many steps; None never measures it. A multiple of the
                 refresh interval would look only at steps that have just chosen.
         """
-        state = state if recall_every is None else measure_recall(state, recall_every)
-        scores, state = score_steps(
+        scores, state = score_text(
             self._model.params, self._scored, state,
-            config=self._model.config, reference=self._reference, impl=self._impl,
-            observe=None if recall_every is None else recall_of,
+            config=self._model.config, method=method, reference=self._reference, impl=self._impl,
+            recall_every=recall_every,
         )  # fmt: skip
         self.prefilled.take_back(state)
-        recall = np.full((len(self.windows), self.steps), np.nan)
-        if recall_every is not None:
-            recall[:, ::recall_every] = _by_row(scores.observed)[:, ::recall_every]
+        recall = np.full((len(self.windows), self.steps), np.nan) if recall_every is None else _by_row(scores.observed)
         return {
             "loss": _by_row(scores.loss),
             "divergence": _by_row(scores.divergence),

@@ -114,6 +114,11 @@ class Method(Protocol):
         """Whether prefill must add up the attention that each slot receives."""
         ...
 
+    @property
+    def refit_interval(self) -> int | None:
+        """Decode steps after which `refit` finds anew what was found from the prompt; None for never."""
+        ...
+
     def start(self, config: ModelConfig, cache: KVCache) -> MethodState:
         """The state that belongs to an empty cache.
 

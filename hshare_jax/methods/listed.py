@@ -85,6 +85,11 @@ class ListMethod:
         return False
 
     @property
+    def refit_interval(self) -> None:
+        """None: what is listed never depends on a prompt's plan."""
+        return None
+
+    @property
     def list_size(self) -> int:
         """C, the tokens of a list; at least one place."""
         return 1

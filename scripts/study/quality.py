@@ -151,7 +151,7 @@ def measure(scorer: Scorer, cell: Cell, ranked: np.ndarray | None) -> dict[str, 
     assert isinstance(state.method_state, SharedLists)
     is_computed = np.asarray(mark_computed(np.asarray(state.method_state.source)))
     per_refresh = float(is_computed[:, settings.num_dense :].sum(axis=(1, 2)).mean())
-    scores = scorer.score_state(state)
+    scores = scorer.score_state(state, method)
     return {
         "key": cell.key,
         "computed": per_refresh / settings.refresh_interval,  # selections a step

@@ -122,8 +122,8 @@ def test_a_budget_that_covers_the_text_equals_dense_and_a_small_one_does_not():
 def test_every_batch_is_one_scan_and_one_program_serves_them_all(monkeypatch):
     calls, traces, done = [], [], []
     decode = importlib.import_module("hshare_jax.decode_step")  # the package's attribute is the function
-    score_steps, attend = likelihood.score_steps, decode.decode_attend
-    monkeypatch.setattr(likelihood, "score_steps", lambda *a, **k: calls.append(a[1].shape) or score_steps(*a, **k))
+    score_text, attend = likelihood.score_text, decode.decode_attend
+    monkeypatch.setattr(likelihood, "score_text", lambda *a, **k: calls.append(a[1].shape) or score_text(*a, **k))
     monkeypatch.setattr(decode, "decode_attend", lambda *args: traces.append(args) or attend(*args))
     sizes = [(context, steps) for context in (2, 30, 71, 9, 11) for steps in (17, 20, 31)]
     requests = random_requests(6, sizes=sizes)

@@ -10,7 +10,7 @@ from random_weights import random_params
 from tiny_decoder import HSHARE, MODEL, prefill_rows
 from tiny_tokenizer import LETTERS, byte_tokenizer
 
-from hshare_jax.evaluation import text_windows
+from hshare_jax.evaluation import teacher_forcing
 from hshare_jax.evaluation.prefilled import prefill_for
 from hshare_jax.evaluation.text_windows import Scorer, cut_windows
 from hshare_jax.methods.hshare.shared_lists import SharedLists
@@ -57,8 +57,8 @@ def read_of(windows, length):
 
 def test_one_dispatch_scores_a_chunk_and_one_program_all_ratios(monkeypatch):
     windows = cut_windows(TINY, "rain.txt", TEXT, context=100, count=2)
-    calls, scored = [], text_windows.score_steps
-    monkeypatch.setattr(text_windows, "score_steps", lambda *a, **k: calls.append(0) or scored(*a, **k))
+    calls, scored = [], teacher_forcing.score_steps
+    monkeypatch.setattr(teacher_forcing, "score_steps", lambda *a, **k: calls.append(0) or scored(*a, **k))
     before = scored._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
     ratios = [HSHARE, HSHARE.with_sharing_ratio("1/3-1-1/3")]
     scorer = Scorer(TINY, windows, 8, ratios)
@@ -70,7 +70,7 @@ def test_one_dispatch_scores_a_chunk_and_one_program_all_ratios(monkeypatch):
         own = prefill_for(TINY, *read_of(windows, 92), 100, [method]).start(method).method_state
         assert isinstance(own, SharedLists)
         np.testing.assert_array_equal(plans[-1], own.source)
-        scorer.score_state(state)
+        scorer.score_state(state, method)
     assert (plans[0] != plans[1]).any()
     assert len(scorer.prefilled.memo) == 1
     assert len(calls) == 2

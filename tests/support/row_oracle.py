@@ -125,6 +125,12 @@ class SharedRow:
         self.take_plan(self.find_plan(self.similarity))
         return logits
 
+    def refit(self, tokens):
+        """Reads the last tokens once more, and finds from them what a prefill finds."""
+        for kept in (*self.row.keys, *self.row.values, *self.row.queries):
+            del kept[len(kept) - len(tokens) :]
+        self.prefill(tokens)
+
     def take_plan(self, source):
         """Reads through this plan from now on, with tails that are fitted to it."""
         self.source, L = source, len(self.row.windows)

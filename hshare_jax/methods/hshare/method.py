@@ -66,7 +66,8 @@ class HShare:
             num_sinks=8, num_critical=88, num_recent=32,
             lists_per="query_head", dilate=False, dense_layers=0, min_length=0, tail=None,
         )  # fmt: skip
-        return cls(settings, PlanSearch(plan_kind="published", num_probes="all")).with_sharing_ratio("7/8-3/4-1/2")
+        search = PlanSearch(plan_kind="published", num_probes="all", refit_interval=None)
+        return cls(settings, search).with_sharing_ratio("7/8-3/4-1/2")
 
     @property
     def sharing_ratio(self) -> str:
@@ -108,6 +109,12 @@ class HShare:
     def wants_received(self) -> bool:
         """False: HShare does not use the attention that each slot receives."""
         return False
+
+    @property
+    def refit_interval(self) -> int | None:
+        """Decode steps after which plan and tails are found anew; None where nothing is, or nothing is to be found."""
+        finds_plan = self.plan is None and (self.search.layer_ratio < 1 or self.search.head_ratio < 1)
+        return self.search.refit_interval if finds_plan or self.settings.tail is not None else None
 
     def start(self, config: ModelConfig, cache: KVCache) -> SharedLists:
         """The lists of an empty cache.

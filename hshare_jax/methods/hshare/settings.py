@@ -11,6 +11,8 @@ from typing import Literal
 from hshare_jax.errors import SettingError, check_one_of, check_whole, setting
 from hshare_jax.models.config import ModelConfig
 
+LEAST_REFIT = 64  # decode steps; a refit reads 64 tokens once more, and these must not reach into the prompt
+
 
 @dataclasses.dataclass(frozen=True)
 class HShareSettings:
@@ -141,7 +143,7 @@ class HShareSettings:
 
 @dataclasses.dataclass(frozen=True)
 class PlanSearch:
-    """How a plan is found from a prompt: which lists may copy another list, and how many lists copy.
+    """How a plan is found from a prompt: which lists may copy another list, and how many lists copy; and when anew.
 
     A decode step reads none of these settings, so one compiled step serves every plan that is found.
 
@@ -156,10 +158,15 @@ class PlanSearch:
     )
     plan_scope: Literal["sequence", "batch"] = setting("sequence", "one plan for each prompt, or one for the batch")
     num_probes: int | Literal["all"] = setting(64, "prompt queries that the plan is found from, or all")
+    refit_interval: int | None = setting(
+        512, "decode steps after which plan and tails are found anew, from a row's last tokens; none: never"
+    )
 
     def __post_init__(self) -> None:
         if self.num_probes != "all":
             check_whole("num_probes", self.num_probes, 1)
+        if self.refit_interval is not None:
+            check_whole("refit_interval", self.refit_interval, LEAST_REFIT)
         for name in ("layer_ratio", "head_ratio"):
             _check_ratio(name, getattr(self, name), "still computed")
         check_one_of("plan_kind", self.plan_kind, ("units", "published", "anchors"))
