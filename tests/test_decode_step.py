@@ -187,7 +187,7 @@ def test_tails_are_fitted_to_a_constant_plan(rank):
 
 
 @pytest.mark.parametrize("num_probes", ["all", 70])
-def test_tails_are_fitted_on_every_second_probe_of_a_row_that_has_more_than_64(num_probes):
+def test_tails_are_fitted_on_the_last_64_probes_of_a_row_that_has_more(num_probes):
     lengths, steps = (100, 30), 2
     rows, method = random_rows(27, lengths, more=steps), vary(TAILED, num_probes=num_probes)
     logits, _ = decode(rows, start(rows, lengths, method=method), steps, lengths=lengths)

@@ -219,21 +219,17 @@ def critical_tokens(scores, length, budget, window=None):
 
 
 def probe_positions(start, length, budget):
-    """The positions of the probes of a row whose tokens [start, length) were just read, spread evenly.
+    """The positions of the probes of a row whose tokens [start, length) were just read: the last ones.
 
     A probe needs twice as many candidates as a list holds, so the first tokens of a row are no probes.
     """
-    first = max(start, budget.size + budget.num_critical - 1)
-    count = max(length - first, 0)
-    used = count if budget.num_probes is None else min(count, budget.num_probes)
-    if used < 2:
-        return [first] * used
-    return [first + i * (count - 1) // (used - 1) for i in range(used)]
+    positions = list(range(max(start, budget.size + budget.num_critical - 1), length))
+    return positions if budget.num_probes is None else positions[max(len(positions) - budget.num_probes, 0) :]
 
 
 def tail_probe_positions(positions):
-    """Every probe of a row, or every so manieth one, so that there are 64 at most."""
-    return positions[:: max(math.ceil(len(positions) / 64), 1)]
+    """The last 64 probes of a row."""
+    return positions[-64:]
 
 
 def overlaps(lists, num_critical):

@@ -80,20 +80,17 @@ def fit(probes, mean_key, rank):
     """One head's tail, in `oracle.attention_with_tail`'s words: keys [1 + r, H], values [1 + r, H], terms [6 + r].
 
     Args:
-        probes: those of the head's row, in order. None for a probe that does not count. A probe counts 1 / e of what
-            the probe 16 places after it counts.
+        probes: those of the head's row, in order. None for a probe that does not count.
         mean_key: from `mean_middle_key`.
         rank: r.
     """
     H = len(mean_key)
-    recency = [np.exp(-after / 16) for after in reversed(range(len(probes)))]
-    recency = np.array([weight for weight, one in zip(recency, probes, strict=True) if one is not None])
     probes = [one for one in probes if one is not None]
     shares = np.array([one.share for one in probes])
     if not (shares > np.finfo(np.float32).tiny).any():  # float32 holds no smaller share, only 0
         return no_tail(H, rank)
-    key, weight_terms = fit_weight(probes, recency * (shares * (1 - shares) + 1e-4), mean_key)
-    weights = recency * shares / (recency * shares).sum()
+    key, weight_terms = fit_weight(probes, shares * (1 - shares) + 1e-4, mean_key)
+    weights = shares / shares.sum()
     follow, value = fit_value(probes, weights)
     directions, shifts, moved = fit_directions(probes, weights, follow, value, rank)
     return np.stack([key, *directions]), np.stack([value, *moved]), np.array([*weight_terms, follow, *shifts])

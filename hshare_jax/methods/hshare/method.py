@@ -25,7 +25,7 @@ from hshare_jax.methods.hshare.tail_fit import fit_tail
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.shapes import EMPTY, Similarity, Source, round_up_coarsely
 
-MAX_TAIL_PROBES = 64  # a multiple of them would fit tails no better
+MAX_TAIL_PROBES = 64  # twice as many fit tails no better
 PROBE_STEP = 64  # with all queries as probes their number rounds up, so that a longer prompt may compile nothing
 
 SETTING_NAMES = tuple(field.name for record in (HShareSettings, PlanSearch) for field in dataclasses.fields(record))
@@ -288,12 +288,11 @@ def measure_prompt(
 
 
 def _tail_probes(queries: PromptQueries) -> PromptQueries:
-    """Every probe of a row, or every n-th, so that MAX_TAIL_PROBES are left at most."""
-    P = queries.positions.shape[1]
-    if P <= MAX_TAIL_PROBES:
+    """The last MAX_TAIL_PROBES probes of each row."""
+    if queries.positions.shape[1] <= MAX_TAIL_PROBES:
         return queries
-    every = -(-(queries.positions >= 0).sum(axis=1) // MAX_TAIL_PROBES)  # of each row, whatever rows lie beside it
-    places = jnp.arange(MAX_TAIL_PROBES)[None, :] * jnp.maximum(every, 1)[:, None]
+    first = jnp.maximum((queries.positions >= 0).sum(axis=1) - MAX_TAIL_PROBES, 0)
+    places = first[:, None] + jnp.arange(MAX_TAIL_PROBES)[None, :]
     positions = jnp.take_along_axis(queries.positions, places, axis=1, mode="fill", fill_value=-1)
     take = functools.partial(jnp.take_along_axis, indices=places[..., None, None], axis=1, mode="fill", fill_value=0)
     return dataclasses.replace(queries, positions=positions, probes=tuple(map(take, queries.probes)))

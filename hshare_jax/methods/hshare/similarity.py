@@ -33,22 +33,17 @@ class LabelledPrompt(NamedTuple):
 def probe_positions(
     starts: Int[Array, "B"], lengths: Int[Array, "B"], settings: HShareSettings, num_probes: int
 ) -> tuple[Int[Array, "B P"], Bool[Array, "B P"]]:
-    """Positions of the prompt queries that similarity is measured on, spread evenly over each row; and which are real.
+    """Positions of the prompt queries that a plan and tails are found from, the last ones of each row; which are real.
 
-    A probe stands no earlier than `HShareSettings.first_probe`. Only the tokens of this prefill, at [start, length),
-    can be probes. A row with fewer such positions than probes uses each position once. A row without any such position
-    has no probe and keeps the identity plan. A position that is no probe is -1.
+    Decoding goes on where the prompt ends, and its queries are most like the prompt's last ones. A probe stands no
+    earlier than `HShareSettings.first_probe`. Only the tokens of this prefill, at [start, length), can be probes. A row
+    without any such position has no probe and keeps the identity plan. A position that is no probe is -1.
     """
-    first = jnp.maximum(starts, settings.first_probe)
-    count = jnp.maximum(lengths - first, 0)
+    count = jnp.maximum(lengths - jnp.maximum(starts, settings.first_probe), 0)
     used = jnp.minimum(count, num_probes)[:, None]
     index = jnp.arange(num_probes, dtype=jnp.int32)[None, :]
-    # index * (count - 1) // gaps, with quotient and remainder apart: the product overflows at 50,000 probes.
-    gaps = jnp.maximum(used - 1, 1)
-    whole, rest = jnp.divmod(count[:, None] - 1, gaps)
-    positions = first[:, None] + index * whole + index * rest // gaps
     is_probe = index < used
-    return jnp.where(is_probe, positions, -1), is_probe
+    return jnp.where(is_probe, lengths[:, None] - used + index, -1), is_probe
 
 
 def measure_overlap(

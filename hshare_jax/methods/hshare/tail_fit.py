@@ -17,7 +17,6 @@ from hshare_jax.methods.hshare.settings import HShareSettings
 from hshare_jax.methods.hshare.share_plan import through_plan
 
 SCORES_AT_ONCE = 2**22  # scores in memory at once; it bounds how many probes are taken together
-RECENT_PROBES = 16  # a probe counts 1 / e of what the probe so many places after it counts
 WEIGHT_RIDGE = 0.03  # pulls the coefficients of the weight, on features of unit variance, towards a half each
 VALUE_RIDGE = 0.1  # pulls the values of the further virtual tokens towards zero
 MARGIN = 0.3  # nats beyond what the probes saw that the weight may reach
@@ -56,7 +55,7 @@ def fit_tail(
     """One layer's tails, fitted on the probes of each row (jitted). A row without probes gets tails that weigh nothing.
 
     The fit is this package's own; docs/quality.md has what it gains. Weight and value are each fitted by weighted least
-    squares, in closed form. A probe counts by the share of its attention that is not read, and later probes for more.
+    squares, in closed form. A probe counts by the share of its attention that is not read.
 
     Args:
         queries: the rotated probe queries.
@@ -85,12 +84,9 @@ def fit_tail(
     is_probe = (positions >= 0)[:, None, :] & (reads.num_unread > 0) & (reads.total > MASKED)
     share = jnp.where(is_probe, jax.nn.sigmoid(reads.rest - reads.total), 0)
     mean_key = _mean_middle_key(keys, cached, settings)
-    # Later probes count for more, because decoding goes on where they end.
-    num_after = jnp.cumsum((positions >= 0)[:, ::-1], axis=1)[:, ::-1] - 1  # the probes after each probe
-    recency = jnp.exp(-num_after / RECENT_PROBES)[:, None, :]
     # A tail that is nearly nothing or nearly everything changes little when its weight is a little wrong.
-    of_weight = _sum_to_one(jnp.where(is_probe, (share * (1 - share) + 1e-4) * recency, 0))
-    of_value = _sum_to_one(share * recency)
+    of_weight = _sum_to_one(jnp.where(is_probe, share * (1 - share) + 1e-4, 0))
+    of_value = _sum_to_one(share)
     with jax.default_matmul_precision("highest"):  # TensorFloat-32 would lose what few probes tell
         key, weight_terms = _fit_weight(q, mean_key, reads, of_weight, is_probe, keys.dtype)
         follow, value = _fit_value(reads, of_value)
