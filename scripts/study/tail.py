@@ -9,6 +9,7 @@ file and is not measured again.
 """
 
 import argparse
+import dataclasses
 import functools
 import itertools
 import math
@@ -24,20 +25,29 @@ from hshare_jax.evaluation.bootstrap import interval, mean_ratio
 from hshare_jax.evaluation.passkeys import NEEDLE, QUESTION
 from hshare_jax.evaluation.text_windows import Scorer, Window, cut_windows
 from hshare_jax.files.records import Records
+from hshare_jax.generate import generate
 from hshare_jax.methods.base import Method
 from hshare_jax.methods.hshare.method import HShare
 from hshare_jax.methods.registry import method_named
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.pretrained import Model, load_model
+from hshare_jax.sampling_params import SamplingParams
 from scripts.study.cells import BUDGETS, SKIP, hash_text, hide_passkeys, ours, published, read_texts
 from scripts.study.quality import count_found
 from scripts.study.reports import command, made_with, write_report
 
 MARK = "<!-- The text below is written by scripts/study/tail.py. -->"
-CELLS = ("512/4096", "128/4096", "512/8192", "512/hard")  # budget/context
+CELLS = ("512/4096", "128/4096", "512/8192", "512/hard", "512/long", "512/written")  # budget/context
+OTHER_CELLS = {
+    "hard": "on hard windows",
+    "long": "2,048 steps after 2,048 tokens of a text",
+    "written": "2,048 steps after 2,048 tokens of a text, over what the model wrote there",
+}
 HARD_CONTEXT = 4096  # tokens of the windows of "hard", which a tail was not made for
+LONG_PROMPT, LONG_STEPS, STRETCH = 2048, 2048, 512
 PER_TEXT = 2  # windows
 BASE = "no tail, layer 0 dense"
+LONG = (BASE, "the default", "the default, never refitted")  # the rows of "long" and "written"
 
 
 def methods(budget: int, config: ModelConfig) -> Iterator[tuple[str, Method]]:
@@ -57,6 +67,7 @@ def methods(budget: int, config: ModelConfig) -> Iterator[tuple[str, Method]]:
     yield BASE, method(**before)
     yield "tail, layer 0 dense", method(dense_layers=1)
     yield "the default: tail, layer 0 sparse", method()
+    yield "the default, never refitted", method(refit_interval=None)
     yield "exact top-k", method("1-1-1", scoring="exact", **per_head, tail=None)
     yield "exact top-k, tail", method("1-1-1", scoring="exact", **per_head)
     yield "Double Sparsity", method("1-1-1", **per_head, tail=None)
@@ -98,6 +109,19 @@ def hard_windows(model: Model, texts: dict[str, str], steps: int) -> list[Window
     return [Window(name, tokens[: HARD_CONTEXT + 1]) for name, tokens in kinds.items()]
 
 
+def long_windows(model: Model, texts: dict[str, str], writes: bool) -> list[Window]:
+    """A window of each text; its second half is what the model writes, if `writes`, at temperature 0.8."""
+    windows = windows_of(model, texts, LONG_PROMPT + LONG_STEPS, 1)
+    if not writes:
+        return windows
+    prompts = [window.tokens[:LONG_PROMPT] for window in windows]
+    sampling, endless = SamplingParams(temperature=0.8), dataclasses.replace(model, eos_token_ids=())
+    written = generate(endless, prompts, max_new_tokens=LONG_STEPS + 1, method=None, sampling=sampling).tokens
+    return [
+        Window(f"after {one.id}", (*prompt, *new)) for one, prompt, new in zip(windows, prompts, written, strict=True)
+    ]
+
+
 def measure(scorer: Scorer, method: Method) -> dict[str, Any]:
     """The scores of a method on the scorer's windows."""
     scores = scorer.score(method, recall_every=None)
@@ -117,15 +141,19 @@ def report(lines: list[dict[str, Any]], header: str) -> str:
         if BASE not in rows:
             continue
         budget, _, context = cell.partition("/")
-        if context == "hard":
-            text += [f"\n### {budget} of {HARD_CONTEXT} tokens, on hard windows: mean KL, and 99th percentile\n"]
-            text += [
-                f"| method | {' | '.join(rows[BASE]['windows'])} |",
-                "|---" * (len(rows[BASE]["windows"]) + 1) + "|",
-            ]
+        if context in OTHER_CELLS:
+            stretches = range(0, LONG_STEPS, STRETCH)
+            columns = [f"steps {start + 1} to {start + STRETCH}" for start in stretches]
+            if context == "hard":
+                columns = rows[BASE]["windows"]
+            text += [f"\n### {budget} tokens, {OTHER_CELLS[context]}: mean KL, and 99th percentile\n"]
+            text += [f"| method | {' | '.join(columns)} | tokens read |", "|---" * (len(columns) + 2) + "|"]
             for name, row in rows.items():
-                found = (f"{np.mean(kl):.4f}, {np.percentile(kl, 99):.3f}" for kl in row["divergence"])
-                text.append(f"| {name} | {' | '.join(found)} |")
+                parts = np.array(row["divergence"])  # of each window
+                if context != "hard":
+                    parts = np.split(parts, stretches[1:], axis=1)
+                found = (f"{np.mean(kl):.4f}, {np.percentile(kl, 99):.3f}" for kl in parts)
+                text.append(f"| {name} | {' | '.join(found)} | {row['reads']:.0f} |")
             continue
         text += [
             f"\n### {budget} of {context} tokens\n",
@@ -175,10 +203,14 @@ def main() -> None:
     def todo(cell: str) -> dict[str, Method]:
         named = methods(int(cell.partition("/")[0]), model.config)
         wanted = (BASE, *(options.names or [""]))
+        is_long = cell.endswith(("/long", "/written"))
         return {
             name: method
             for name, method in named
-            if name.startswith(wanted) and {"name": name, "cell": cell} not in records
+            if name.startswith(wanted)
+            and {"name": name, "cell": cell} not in records
+            # Refits begin after the steps of the other cells.
+            and (name.startswith(LONG) if is_long else name != "the default, never refitted")
         }
 
     def run(cell: str, measure: Callable[[Method], dict[str, Any]]) -> None:
@@ -190,12 +222,15 @@ def main() -> None:
         cells = [cell for cell in options.cells if cell.endswith(f"/{context}") and todo(cell)]
         if not cells:
             continue
+        steps = options.steps
         if context == "hard":
-            windows = hard_windows(model, texts, options.steps)
+            windows = hard_windows(model, texts, steps)
+        elif context in OTHER_CELLS:
+            windows, steps = long_windows(model, texts, writes=context == "written"), LONG_STEPS
         else:
             windows = windows_of(model, texts, int(context), options.windows)
         asked = [method for cell in cells for method in todo(cell).values()]
-        scorer = Scorer(model, windows, options.steps, asked)
+        scorer = Scorer(model, windows, steps, asked)
         for cell in cells:
             run(cell, functools.partial(measure, scorer))
         del scorer

@@ -157,7 +157,9 @@ class PlanSearch:
         "units", "units: any list copies any lower list; published: layers, then heads; anchors: whole layers"
     )
     plan_scope: Literal["sequence", "batch"] = setting("sequence", "one plan for each prompt, or one for the batch")
-    num_probes: int | Literal["all"] = setting(64, "prompt queries that the plan is found from, or all")
+    num_probes: int | Literal["all"] = setting(
+        64, "last queries of a prompt that plan and tails are found from, or all for the plan"
+    )
     refit_interval: int | None = setting(
         512, "decode steps after which plan and tails are found anew, from a row's last tokens; none: never"
     )
