@@ -17,9 +17,9 @@ from hshare_jax.decode_loop import NO_TOKEN, LoopState, decode_tokens, refresh_i
 from hshare_jax.decode_state import DecodeState, init_state
 from hshare_jax.errors import SettingError, check_whole
 from hshare_jax.kernels.api import check_impl
-from hshare_jax.methods.base import Method, count_dense
+from hshare_jax.methods.base import REFIT_TOKENS, Method, count_dense
 from hshare_jax.methods.hshare.method import HShare
-from hshare_jax.prefill import REFIT_TOKENS, prefill, refit
+from hshare_jax.prefill import prefill, refit
 from hshare_jax.prompts import Prompt, choose_capacity, encode_prompts, pad_prompts
 from hshare_jax.sampling import SamplingParams
 from hshare_jax.text_stream import TextStream

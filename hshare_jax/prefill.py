@@ -17,13 +17,12 @@ from jaxtyping import Int
 from hshare_jax.attend import prefill_attend
 from hshare_jax.decode_state import DecodeState
 from hshare_jax.kv_cache import KVCache
-from hshare_jax.methods.base import Method, PromptQueries
+from hshare_jax.methods.base import REFIT_TOKENS, Method, PromptQueries
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.decoder import run_decoder, unembed
 from hshare_jax.shapes import Logits, PerRow, Tokens, check_rows
 
-CHUNKS = (64, 512)  # widths of the prefill programs; these two serve prompts of every length
-REFIT_TOKENS = CHUNKS[0]  # last tokens of each row that a refit reads; twice as many fit no better
+CHUNKS = (REFIT_TOKENS, 512)  # widths of the prefill programs; these two serve prompts of every length
 
 
 def prefill(
@@ -96,7 +95,13 @@ def refit(
         state: from decode steps.
         config: the model.
         method: the method that `init_state` was given.
+
+    Raises:
+        ValueError: shapes that disagree.
     """
+    B = state.cache.lengths.shape[0]
+    check_rows("tokens", tokens, (B, getattr(tokens, "shape", (0,))[-1]), jnp.integer)
+    check_rows("lengths", lengths, (B,), jnp.integer)
     cache = dataclasses.replace(state.cache, lengths=state.cache.lengths - lengths)
     state = DecodeState(cache, state.method_state)
     return _read(params, tokens, lengths, state, config=config, method=method)[1]

@@ -15,10 +15,11 @@ from hshare_jax.evaluation.recall import measure_recall, recall_of, without_reca
 from hshare_jax.evaluation.teacher_forcing import score_steps, score_text
 from hshare_jax.generate import generate
 from hshare_jax.methods import exact_topk
+from hshare_jax.methods.base import REFIT_TOKENS
 from hshare_jax.methods.hshare.method import HShare
 from hshare_jax.methods.hshare.settings import PlanSearch
 from hshare_jax.models.pretrained import Model
-from hshare_jax.prefill import REFIT_TOKENS, refit
+from hshare_jax.prefill import refit
 from hshare_jax.prompts import pad_prompts
 
 F32 = 1e-4  # absolute, against float64

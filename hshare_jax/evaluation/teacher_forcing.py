@@ -14,10 +14,10 @@ from jaxtyping import Float
 from hshare_jax.decode_state import DecodeState, count_reads, init_state
 from hshare_jax.decode_step import decode_step
 from hshare_jax.evaluation.recall import measure_recall, recall_of, without_recall
-from hshare_jax.methods.base import Method
+from hshare_jax.methods.base import REFIT_TOKENS, Method
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.pretrained import Model
-from hshare_jax.prefill import REFIT_TOKENS, prefill, refit
+from hshare_jax.prefill import prefill, refit
 from hshare_jax.prompts import Prompt, choose_capacity, encode_prompts, pad_prompts
 from hshare_jax.shapes import Tokens
 

@@ -17,6 +17,8 @@ from hshare_jax.kv_cache import KVCache
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.shapes import EMPTY
 
+REFIT_TOKENS = 64  # last tokens of each row that a refit reads once more; refits are at least as many steps apart
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

@@ -9,9 +9,8 @@ from fractions import Fraction
 from typing import Literal
 
 from hshare_jax.errors import SettingError, check_one_of, check_whole, setting
+from hshare_jax.methods.base import REFIT_TOKENS
 from hshare_jax.models.config import ModelConfig
-
-LEAST_REFIT = 64  # decode steps; a refit reads 64 tokens once more, and these must not reach into the prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +167,7 @@ class PlanSearch:
         if self.num_probes != "all":
             check_whole("num_probes", self.num_probes, 1)
         if self.refit_interval is not None:
-            check_whole("refit_interval", self.refit_interval, LEAST_REFIT)
+            check_whole("refit_interval", self.refit_interval, REFIT_TOKENS)
         for name in ("layer_ratio", "head_ratio"):
             _check_ratio(name, getattr(self, name), "still computed")
         check_one_of("plan_kind", self.plan_kind, ("units", "published", "anchors"))
