@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
-from program_text import count_copies
+from program_text import compile_for_users, count_copies
 from tiny_decoder import CAPACITY, MODEL, SHARED_KV, TAILED, params, prefill_rows, random_rows, vary
 
 from hshare_jax.decode_state import DecodeState, init_state
@@ -125,7 +125,7 @@ def large_buffers(state: DecodeState) -> list[jax.Array]:
 @variants
 def test_a_compiled_step_updates_its_buffers_in_place(method, refresh, config, batch):
     state, tokens = init_state(config, batch, CAPACITY, method=method), jnp.zeros((batch,), jnp.int32)
-    compiled = decode_step.lower(params(config), tokens, state, config=config, refresh=refresh).compile()
+    compiled = compile_for_users(decode_step.lower(params(config), tokens, state, config=config, refresh=refresh))
     text = compiled.as_text()
     assert text is not None
     assert count_copies(text, large_buffers(state)) == 0
@@ -138,7 +138,7 @@ def test_a_compiled_step_updates_its_buffers_in_place(method, refresh, config, b
 def test_copies_are_seen_where_nothing_is_donated():
     state, tokens = init_state(SHALLOW, 1, CAPACITY, method=STEP), jnp.zeros((1,), jnp.int32)
     step = jax.jit(lambda params, tokens, state: decode_step(params, tokens, state, config=SHALLOW, refresh=True))
-    text = step.lower(params(SHALLOW), tokens, state).compile().as_text()
+    text = compile_for_users(step.lower(params(SHALLOW), tokens, state)).as_text()
     assert text is not None
     assert count_copies(text, large_buffers(state)) == len(large_buffers(state))
 

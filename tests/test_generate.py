@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
-from program_text import count_copies
+from program_text import compile_for_users, count_copies
 from tiny_decoder import HSHARE, MODEL, params, vary
 from tiny_tokenizer import LETTERS, byte_tokenizer
 from transformers import AddedToken
@@ -341,9 +341,10 @@ def test_the_compiled_loop_updates_its_buffers_in_place(hshare, batch):
             reads=jnp.zeros((batch,), jnp.float32),
         )
         one = jnp.int32(1)
-        compiled = decode_tokens.lower(
+        lowered = decode_tokens.lower(
             params(SHALLOW), loop, one, one[None], one, config=SHALLOW, sampling=SamplingParams(), impl="auto"
-        ).compile()
+        )
+        compiled = compile_for_users(lowered)
     finally:
         jaxtyping.config.update("jaxtyping_disable", False)
     # The scales of labels, [B, K, 2, S], are left out, because dense scores, [B, K, G, S], have the same shape here.

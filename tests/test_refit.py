@@ -1,5 +1,6 @@
 """Refits: what was found from a prompt is found anew from a row's last tokens, as often as the method asks."""
 
+import dataclasses
 import importlib
 
 import jax.numpy as jnp
@@ -24,7 +25,8 @@ from hshare_jax.prompts import pad_prompts
 
 F32 = 1e-4  # absolute, against float64
 OFTEN = vary(TAILED, refit_interval=64)
-MODEL_OF_IDS = Model(MODEL, params(), None, (), "tiny", "0" * 16)
+SHALLOW = dataclasses.replace(MODEL, num_layers=2, windows=(None,) * 2)
+MODEL_OF_IDS = Model(SHALLOW, params(SHALLOW), None, (), "tiny", "0" * 16)
 
 
 def terms_of(state):
@@ -69,16 +71,16 @@ def test_generation_refits_as_often_as_the_method_asks(monkeypatch):
     # A choice serves three steps, so a refit comes after 66 steps.
     assert calls == [(2, REFIT_TOKENS)] * 2
     for b, prompt in enumerate(prompts):
-        logits, state = prefill_rows([prompt], method=OFTEN)
+        logits, state = prefill_rows([prompt], method=OFTEN, config=SHALLOW)
         text, reads = [*prompt.tolist(), int(logits[0].argmax())], []
         for step in range(new - 1):
             if step in (66, 132):
                 last = jnp.asarray([text[:-1][-REFIT_TOKENS:]], jnp.int32)
-                state = refit(params(), last, jnp.asarray([last.size]), state, config=MODEL, method=OFTEN)
+                state = refit(params(SHALLOW), last, jnp.asarray([last.size]), state, config=SHALLOW, method=OFTEN)
                 reads.append(len(text) - 1)
-            logits, state = decode_step(params(), jnp.asarray(text[-1:], jnp.int32), state, config=MODEL)
+            logits, state = decode_step(params(SHALLOW), jnp.asarray(text[-1:], jnp.int32), state, config=SHALLOW)
             text.append(int(logits[0].argmax()))
-            reads.append(float(count_reads(state, MODEL)[0]))
+            reads.append(float(count_reads(state, SHALLOW)[0]))
         assert found.tokens[b] == text[len(prompt) :]
         assert found.usage.reads[b] == pytest.approx(sum(reads) / (new - 1))
 
@@ -86,12 +88,19 @@ def test_generation_refits_as_often_as_the_method_asks(monkeypatch):
 def test_scores_of_a_long_text_are_those_of_its_pieces():
     steps, rows = 100, random_rows(33, (5, 60), more=101)
     text = jnp.asarray([row[-steps - 1 :] for row in rows])
-    state = start(rows, (5, 60), method=OFTEN)
-    first, state = score_steps(params(), text[:, :65], state, config=MODEL)
-    state = refit(params(), text[:, :64], jnp.full(2, 64), state, config=MODEL, method=OFTEN)
-    second, state = score_steps(params(), text[:, 64:], measure_recall(state, 7), config=MODEL, observe=recall_of)
+    state = start(rows, (5, 60), method=OFTEN, config=SHALLOW)
+    first, state = score_steps(params(SHALLOW), text[:, :65], state, config=SHALLOW)
+    state = refit(params(SHALLOW), text[:, :64], jnp.full(2, 64), state, config=SHALLOW, method=OFTEN)
+    second, state = score_steps(
+        params(SHALLOW), text[:, 64:], measure_recall(state, 7), config=SHALLOW, observe=recall_of
+    )
     found, end = score_text(
-        params(), text, start(rows, (5, 60), method=OFTEN), config=MODEL, method=OFTEN, recall_every=7
+        params(SHALLOW),
+        text,
+        start(rows, (5, 60), method=OFTEN, config=SHALLOW),
+        config=SHALLOW,
+        method=OFTEN,
+        recall_every=7,
     )
     np.testing.assert_allclose(found.loss, np.concatenate([first.loss, second.loss]), atol=SAME, rtol=0)
     assert second.observed is not None
@@ -107,9 +116,13 @@ def test_rows_that_outgrew_the_cache_do_not_keep_others_from_a_refit():
     rows = random_rows(34, lengths, more=80)
     text = jnp.asarray([row[-80:] for row in rows])
     wide, tight = (
-        score_text(params(), text, start(rows, lengths, method=OFTEN, capacity=capacity), config=MODEL, method=OFTEN)[
-            0
-        ].loss
+        score_text(
+            params(SHALLOW),
+            text,
+            start(rows, lengths, method=OFTEN, config=SHALLOW, capacity=capacity),
+            config=SHALLOW,
+            method=OFTEN,
+        )[0].loss
         for capacity in (2 * CAPACITY, CAPACITY)
     )
     np.testing.assert_array_equal(np.isnan(tight[:, 1]), np.arange(79) >= 20)

@@ -353,6 +353,7 @@ def test_the_first_line_says_what_is_measured(tiny: str, data: Path, capsys: pyt
         "lists_per": "kv_head", "dilate": "True", "dense_layers": "None", "min_length": "0", "scoring": "labels",
         "label_channels": "4", "label_bits": "4", "tail": "fitted", "tail_rank": "2", "pool": "1",
         "layer_ratio": "1/2", "head_ratio": "1", "plan_kind": "published", "plan_scope": "sequence", "num_probes": "64",
+        "refit_interval": "512",
     }  # fmt: skip
 
 

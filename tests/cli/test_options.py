@@ -39,7 +39,7 @@ def test_every_setting_has_an_option() -> None:
     given = (
         "--num-sinks 1 --num-critical 2 --num-recent 3 --budget-ratio 1/8 --num-probes all --sharing-ratio 2/3-1/3-1/4 "
         "--lists-per query_head --plan-kind published --plan-scope batch --no-dilate --dense-layers 6 --min-length 7 "
-        "--label-channels 8 --label-bits 8 --tail none --pool 2"
+        "--label-channels 8 --label-bits 8 --tail none --pool 2 --refit-interval 99"
     )
     found, default = method(*given.split()), HShare()
     assert found.settings == HShareSettings(
@@ -49,7 +49,7 @@ def test_every_setting_has_an_option() -> None:
     )  # fmt: skip
     assert found.search == PlanSearch(
         layer_ratio=Fraction(2, 3), head_ratio=Fraction(1, 3), plan_kind="published", plan_scope="batch",
-        num_probes="all",
+        num_probes="all", refit_interval=99,
     )  # fmt: skip
     same = set()
     for record in ("settings", "search"):
