@@ -83,9 +83,9 @@ def refit(
     """Finds anew what a method found from the prompt, by reading the last tokens of each row once more.
 
     A plan and tails fit the text that they were found from. As a row grows away from it they age; docs/quality.md has
-    how much. This reads the last tokens densely and exactly, as `prefill` does, in their old places in the cache. It
-    costs about as much as a few decode steps. `generate` calls it every `Method.refit_interval` steps. The state is
-    donated, so use the returned one; the next decode step refreshes.
+    how much, and what a refit costs. This reads the last tokens densely and exactly, as `prefill` does, in their old
+    places in the cache. `generate` calls it every `Method.refit_interval` steps. The state is donated, so use the
+    returned one; the next decode step refreshes.
 
     Args:
         params: the decoder's parameters.
