@@ -17,8 +17,9 @@ from hshare_jax.decode_loop import NO_TOKEN, LoopState, decode_tokens, refresh_i
 from hshare_jax.decode_state import DecodeState, init_state
 from hshare_jax.errors import SettingError, check_whole
 from hshare_jax.kernels.api import check_impl
-from hshare_jax.methods.base import REFIT_TOKENS, Method, count_dense
+from hshare_jax.methods.base import Method, count_dense
 from hshare_jax.methods.hshare.method import HShare
+from hshare_jax.methods.hshare.settings import REFIT_TOKENS
 from hshare_jax.prefill import prefill, refit
 from hshare_jax.prompts import Prompt, choose_capacity, encode_prompts, pad_prompts
 from hshare_jax.sampling import SamplingParams
@@ -194,7 +195,7 @@ class _Run:
         method = self._options.method
         block, interval = refresh_interval(loop.state), None if method is None else method.refit_interval
         blocks, since_refit = -(-num_steps // block), 0
-        until_refit = math.inf if interval is None else -(-interval // block)
+        until_refit = math.inf if interval is None else interval // block
         while bool(loop.is_active.any()):
             with compile_clock() as clock:
                 began = time.perf_counter()

@@ -17,7 +17,8 @@ from jaxtyping import Int
 from hshare_jax.attend import prefill_attend
 from hshare_jax.decode_state import DecodeState
 from hshare_jax.kv_cache import KVCache
-from hshare_jax.methods.base import REFIT_TOKENS, Method, PromptQueries
+from hshare_jax.methods.base import Method, PromptQueries
+from hshare_jax.methods.hshare.settings import REFIT_TOKENS
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.decoder import run_decoder, unembed
 from hshare_jax.shapes import Logits, PerRow, Tokens, check_rows
@@ -80,12 +81,12 @@ def prefill(
 def refit(
     params: dict, tokens: Tokens, lengths: PerRow, state: DecodeState, *, config: ModelConfig, method: Method
 ) -> DecodeState:
-    """Finds anew what a method found from the prompt, by reading the last tokens of each row once more.
+    """The state with what a method found from the prompt found anew, from each row's last tokens, read once more.
 
-    A plan and tails fit the text that they were found from. As a row grows away from it they age; docs/quality.md has
-    how much, and what a refit costs. This reads the last tokens densely and exactly, as `prefill` does, in their old
-    places in the cache. `generate` calls it every `Method.refit_interval` steps. The state is donated, so use the
-    returned one; the next decode step refreshes.
+    Refits are this package's own. A plan and tails fit the text that they were found from; as a row grows away from
+    that text they age. docs/quality.md has how much, and what a refit costs. The last tokens are read densely and
+    exactly, as `prefill` reads them, into their old places in the cache. `generate` calls this every
+    `Method.refit_interval` steps. The state is donated, so use the returned one; the next decode step refreshes.
 
     Args:
         params: the decoder's parameters.

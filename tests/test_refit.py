@@ -16,9 +16,8 @@ from hshare_jax.evaluation.recall import measure_recall, recall_of, without_reca
 from hshare_jax.evaluation.teacher_forcing import score_steps, score_text
 from hshare_jax.generate import generate
 from hshare_jax.methods import exact_topk
-from hshare_jax.methods.base import REFIT_TOKENS
 from hshare_jax.methods.hshare.method import HShare
-from hshare_jax.methods.hshare.settings import PlanSearch
+from hshare_jax.methods.hshare.settings import REFIT_TOKENS, PlanSearch
 from hshare_jax.models.pretrained import Model
 from hshare_jax.prefill import refit
 from hshare_jax.prompts import pad_prompts
@@ -68,7 +67,6 @@ def test_generation_refits_as_often_as_the_method_asks(monkeypatch):
     calls = []
     monkeypatch.setattr(module, "refit", lambda *a, **k: calls.append(a[1].shape) or refit(*a, **k))
     found = generate(MODEL_OF_IDS, [row.tolist() for row in prompts], method=OFTEN, max_new_tokens=new)
-    # A choice serves three steps, so a refit comes after 66 steps.
     assert calls == [(2, REFIT_TOKENS)] * 2
     for b, prompt in enumerate(prompts):
         logits, state = prefill_rows([prompt], method=OFTEN, config=SHALLOW)
@@ -89,10 +87,10 @@ def test_scores_of_a_long_text_are_those_of_its_pieces():
     steps, rows = 100, random_rows(33, (5, 60), more=101)
     text = jnp.asarray([row[-steps - 1 :] for row in rows])
     state = start(rows, (5, 60), method=OFTEN, config=SHALLOW)
-    first, state = score_steps(params(SHALLOW), text[:, :65], state, config=SHALLOW)
-    state = refit(params(SHALLOW), text[:, :64], jnp.full(2, 64), state, config=SHALLOW, method=OFTEN)
+    first, state = score_steps(params(SHALLOW), text[:, :67], state, config=SHALLOW)
+    state = refit(params(SHALLOW), text[:, 2:66], jnp.full(2, 64), state, config=SHALLOW, method=OFTEN)
     second, state = score_steps(
-        params(SHALLOW), text[:, 64:], measure_recall(state, 7), config=SHALLOW, observe=recall_of
+        params(SHALLOW), text[:, 66:], measure_recall(state, 7), config=SHALLOW, observe=recall_of
     )
     found, end = score_text(
         params(SHALLOW),
@@ -105,9 +103,9 @@ def test_scores_of_a_long_text_are_those_of_its_pieces():
     np.testing.assert_allclose(found.loss, np.concatenate([first.loss, second.loss]), atol=SAME, rtol=0)
     assert second.observed is not None
     assert found.observed is not None
-    is_measured = np.concatenate([np.arange(64) % 7 == 0, np.arange(36) % 7 == 0])
+    is_measured = np.concatenate([np.arange(66) % 7 == 0, np.arange(34) % 7 == 0])
     np.testing.assert_array_equal(np.isfinite(found.observed).all(axis=1), is_measured)
-    np.testing.assert_allclose(found.observed[64::7], second.observed[::7], atol=SAME, rtol=0)
+    np.testing.assert_allclose(found.observed[66::7], second.observed[::7], atol=SAME, rtol=0)
     np.testing.assert_array_equal(shared_of(end).token_indices, shared_of(without_recall(state)).token_indices)
 
 
@@ -131,7 +129,7 @@ def test_rows_that_outgrew_the_cache_do_not_keep_others_from_a_refit():
 
 def test_methods_that_find_nothing_from_a_prompt_ask_for_no_refit():
     assert HShare().refit_interval == 512
-    assert HSHARE.refit_interval == 512  # for its plan
+    assert HSHARE.refit_interval == 513  # for its plan; a choice serves three steps
     assert exact_topk().refit_interval is None
     assert HShare.paper().refit_interval is None
     assert OFTEN.with_settings({"refit_interval": None}).refit_interval is None

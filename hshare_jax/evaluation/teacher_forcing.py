@@ -14,7 +14,8 @@ from jaxtyping import Float
 from hshare_jax.decode_state import DecodeState, count_reads, init_state
 from hshare_jax.decode_step import decode_step
 from hshare_jax.evaluation.recall import measure_recall, recall_of, without_recall
-from hshare_jax.methods.base import REFIT_TOKENS, Method
+from hshare_jax.methods.base import Method
+from hshare_jax.methods.hshare.settings import REFIT_TOKENS
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.pretrained import Model
 from hshare_jax.prefill import prefill, refit
@@ -82,7 +83,7 @@ def score_steps(
     impl: str = "auto",
     observe: Observe | None = None,
 ) -> tuple[StepScores, DecodeState]:
-    """Scores decode steps that read a given text (jitted): the scores, and the last state.
+    """Scores decode steps that read a given text (jitted): the scores, and the last state. It never refits.
 
     Args:
         params: the decoder's parameters.
@@ -122,7 +123,9 @@ def score_text(
     impl: str = "auto",
     recall_every: int | None = None,
 ) -> tuple[StepScores, DecodeState]:
-    """Scores as `score_steps`, and finds anew what the method found from the prompt, as often as the method asks.
+    """The scores of `score_steps` and the last state, with refits as often as the method asks for them.
+
+    The steps between two refits are one dispatch.
 
     Args:
         params, tokens, state, config, reference, impl: as for `score_steps`.

@@ -17,8 +17,6 @@ from hshare_jax.kv_cache import KVCache
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.shapes import EMPTY
 
-REFIT_TOKENS = 64  # last tokens of each row that a refit reads once more; refits are at least as many steps apart
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +116,10 @@ class Method(Protocol):
 
     @property
     def refit_interval(self) -> int | None:
-        """Decode steps after which `refit` finds anew what was found from the prompt; None for never."""
+        """Decode steps after which `refit` finds anew what was found from the prompt; None for never.
+
+        A multiple of the state's `refresh_interval`.
+        """
         ...
 
     def start(self, config: ModelConfig, cache: KVCache) -> MethodState:

@@ -86,7 +86,7 @@ class ListMethod:
 
     @property
     def refit_interval(self) -> None:
-        """None: what is listed never depends on a prompt's plan."""
+        """None: what these methods find from a prompt serves the whole answer, as in their papers."""
         return None
 
     @property

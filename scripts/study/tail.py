@@ -40,8 +40,8 @@ MARK = "<!-- The text below is written by scripts/study/tail.py. -->"
 CELLS = ("512/4096", "128/4096", "512/8192", "512/hard", "512/long", "512/written")  # budget/context
 OTHER_CELLS = {
     "hard": "on hard windows",
-    "long": "2,048 steps after 2,048 tokens of a text",
-    "written": "2,048 steps after 2,048 tokens of a text, over what the model wrote there",
+    "long": "one window of each text, 2,048 steps after 2,048 tokens",
+    "written": "2,048 steps over what the model wrote after 2,048 tokens of each text",
 }
 HARD_CONTEXT = 4096  # tokens of the windows of "hard", which a tail was not made for
 LONG_PROMPT, LONG_STEPS, STRETCH = 2048, 2048, 512

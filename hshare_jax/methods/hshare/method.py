@@ -112,9 +112,15 @@ class HShare:
 
     @property
     def refit_interval(self) -> int | None:
-        """Decode steps after which plan and tails are found anew; None where nothing is, or nothing is to be found."""
+        """Decode steps after which plan and tails are found anew, in whole refresh intervals; None for never.
+
+        It is None also where no plan and no tail is to be found.
+        """
         finds_plan = self.plan is None and (self.search.layer_ratio < 1 or self.search.head_ratio < 1)
-        return self.search.refit_interval if finds_plan or self.settings.tail is not None else None
+        if self.search.refit_interval is None or not (finds_plan or self.settings.tail is not None):
+            return None
+        refresh = self.settings.refresh_interval
+        return -(-self.search.refit_interval // refresh) * refresh
 
     def start(self, config: ModelConfig, cache: KVCache) -> SharedLists:
         """The lists of an empty cache.

@@ -9,8 +9,9 @@ from fractions import Fraction
 from typing import Literal
 
 from hshare_jax.errors import SettingError, check_one_of, check_whole, setting
-from hshare_jax.methods.base import REFIT_TOKENS
 from hshare_jax.models.config import ModelConfig
+
+REFIT_TOKENS = 64  # last tokens of each row that a refit reads once more; refits are at least as many steps apart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +143,7 @@ class HShareSettings:
 
 @dataclasses.dataclass(frozen=True)
 class PlanSearch:
-    """How a plan is found from a prompt: which lists may copy another list, and how many lists copy; and when anew.
+    """How a plan is found from a prompt: which lists may copy another list, and how many; and when it is found anew.
 
     A decode step reads none of these settings, so one compiled step serves every plan that is found.
 
