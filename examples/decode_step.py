@@ -29,7 +29,7 @@ def decode_greedily(params, logits, state, *, config, num_steps):
 model, method = hshare_jax.load_model("smollm2-135m-instruct"), hshare_jax.HShare()
 text = Path(__file__).parent.with_name("scripts").joinpath("demo_prompt.txt").read_text(encoding="utf-8")
 ids = model.tokenizer(text)["input_ids"]
-tokens, lengths = jnp.array([ids, ids]), jnp.array([len(ids), len(ids) // 2])  # a row ends at its length
+tokens, lengths = jnp.array([ids, ids]), jnp.array([len(ids), len(ids) // 8])  # a row ends at its length
 state = hshare_jax.init_state(model.config, batch_size=2, capacity=len(ids) + 16, method=method)
 logits, state = hshare_jax.prefill(model.params, tokens, lengths, state, config=model.config, method=method)
 new, state = decode_greedily(model.params, logits, state, config=model.config, num_steps=16)

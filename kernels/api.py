@@ -4,6 +4,7 @@ Each operation of a decode step has several implementations, and `impl` names on
 
     auto       the fastest one for the platform that the program is lowered for
     pallas     Pallas kernels through Triton, on NVIDIA GPUs
+    native     a library of C++ kernels, on CPUs, if a compiler was there when the package was installed
     reference  plain jnp, on every machine; it is the definition, and the only one that can be differentiated
     interpret  the Pallas kernels in Pallas' interpreter, slowly, on every machine; for tests
 
@@ -11,11 +12,13 @@ A name that cannot run where the program runs raises `SettingError`. Code outsid
 imports no implementation.
 """
 
+import jax
 from jax import Array, lax
 from jax.experimental import checkify
 from jaxtyping import Bool, Float, Int
 
-from hshare_jax.kernels.implementations import IMPLS, Implementation, check_impl, run
+from hshare_jax.kernels.block_weights import Weights
+from hshare_jax.kernels.implementations import IMPLS, Implementation, check_impl, describe, run
 from hshare_jax.kernels.labels import Labels
 from hshare_jax.kernels.prefill_attention import can_fuse_prefill, fused_prefill, plain_prefill, received_attention
 from hshare_jax.kernels.tail import Tail
@@ -25,8 +28,10 @@ __all__ = [
     "IMPLS",
     "check_impl",
     "dense_decode",
+    "describe",
     "prefill_attention",
     "prefill_attention_received",
+    "project",
     "select_by_keys",
     "select_by_labels",
     "sparse_decode",
@@ -84,8 +89,8 @@ def sparse_decode(
 
         # num_sinks 1, list [2, 5, EMPTY], recent_start 6, length 8:  slots 0 | 2 5 | 6 7
 
-    A row of length 0 returns zeros. Transformed by `checkify`, the function reports lists and plans that point outside
-    the cache and the buffer of lists. A GPU would read whatever lies there.
+    A row of length 0 returns zeros. Traced under `jax_enable_checks` and `checkify`, the function reports lists and
+    plans that point outside the cache and the buffer of lists. A GPU would read whatever lies there.
 
     Args:
         q: one rotated query per head, at position length - 1. Its key is cached already.
@@ -99,12 +104,13 @@ def sparse_decode(
         max_recent: a static bound on length - recent_start.
         window: the layer's sliding window. Slots outside it are not read.
         min_length: rows shorter than this read the whole cache. In the reference their result equals `dense_decode`
-            bit for bit. The Pallas kernel sums in another order, so there the two agree within rounding.
+            bit for bit. The kernels sum in another order, so there the two agree within rounding.
         tail: what stands for the slots that a head sees and does not read; None leaves them out. Rows under
             `min_length`, and rows whose every slot is read, are as without it.
         impl: the implementation, as the module describes it.
     """
-    _check_plan(lists, source, lengths, keys.shape[2])
+    if jax.config.jax_enable_checks:
+        _check_plan(lists, source, lengths, keys.shape[2])
 
     def attend(chosen: Implementation) -> Array:
         return chosen.attention.sparse_decode(
@@ -117,7 +123,10 @@ def sparse_decode(
 
 
 def _check_plan(lists: Lists, source: Source, lengths: Int[Array, "B"], num_slots: int) -> None:
-    """Adds checks of the plan, the lists and the lengths, which do nothing unless `checkify` transforms the program."""
+    """Adds checks of the plan, the lists and the lengths, for `checkify`.
+
+    Checks are effects, and a program with effects is dispatched by Python code, which takes 10 ms for a decode step.
+    """
     num_lists = lists.shape[0] * lists.shape[2]
     checkify.debug_check(
         ((source >= 0) & (source < num_lists)).all(),
@@ -205,6 +214,17 @@ def select_by_keys(
         )
 
     return run(impl, select)
+
+
+def project(weight: Weights, x: Float[Array, "*rows D"], *, impl: str = "auto") -> Float[Array, "*rows out"]:
+    """The projection x @ weight.T.
+
+    Args:
+        weight: a matrix [out, D], of floats or in few bits (`BlockWeights`).
+        x: rows in the dtype that the model computes in.
+        impl: the implementation, as the module describes it. Only `reference` can be differentiated.
+    """
+    return run(impl, lambda chosen: chosen.projection.project(weight, x))
 
 
 def prefill_attention(

@@ -22,16 +22,18 @@ class Implementation:
     """One row of the table.
 
     The module `<prefix>_attention` defines `dense_decode` and `sparse_decode`; `<prefix>_selection` defines
-    `select_by_labels` and `select_by_keys`. The functions take the arguments that `api` describes, without `impl`, and
-    the row's options. A module is imported when an operation first needs it, so that a program imports no library that
-    it does not use.
+    `select_by_labels` and `select_by_keys`; `<prefix>_projection` defines `project`, if the row says that it
+    `projects`. The functions take the arguments that `api` describes, without `impl`, and the row's options. A module
+    is imported when an operation first needs it, so that a program imports no library that it does not use.
     """
 
     prefix: str
     platforms: tuple[str, ...] = ()  # where it runs, as jax names platforms; empty: everywhere
     is_automatic: bool = False  # whether "auto" takes it on these platforms
     options: Mapping[str, object] = dataclasses.field(default_factory=dict)  # further arguments of the functions
+    projects: bool = False  # whether it computes projections too; else the reference does
     way_out: str = "leave it 'auto'"  # what a refusal advises on the other platforms
+    library: str | None = None  # the module that says what keeps it from running here: `obstacle() -> str | None`
 
     @property
     def attention(self) -> ModuleType:
@@ -43,13 +45,26 @@ class Implementation:
         """The module of selection."""
         return importlib.import_module(f"hshare_jax.kernels.{self.prefix}_selection")
 
+    @property
+    def projection(self) -> ModuleType:
+        """The module of projections."""
+        return importlib.import_module(f"hshare_jax.kernels.{self.prefix if self.projects else 'reference'}_projection")
+
+    def obstacle(self) -> str | None:
+        """What keeps it from running on this machine, as the rest of a sentence about its library; None if nothing."""
+        return None if self.library is None else importlib.import_module(self.library).obstacle()
+
 
 IMPLEMENTATIONS = {
     "pallas": Implementation(
         "pallas", platforms=("cuda",), is_automatic=True,
         way_out="leave it 'auto', or use 'interpret' to try the kernels, slowly",
     ),
-    "reference": Implementation("reference"),
+    "native": Implementation(
+        "native", platforms=("cpu",), is_automatic=True, projects=True,
+        library="hshare_jax.kernels.native_library",
+    ),
+    "reference": Implementation("reference", projects=True),
     "interpret": Implementation("pallas", options={"interpret": True}),
 }  # fmt: skip
 IMPLS = ("auto", *IMPLEMENTATIONS)
@@ -66,6 +81,26 @@ def check_impl(impl: str) -> None:
         machines = " and ".join(MACHINES.get(name, name) for name in chosen.platforms)
         rule = f"runs on {machines}, and this program is for {platform}"
         raise SettingError("impl", impl, rule, chosen.way_out)
+    if obstacle := chosen.obstacle():
+        way_out = "leave it 'auto', or install a C++17 compiler and then the package again"
+        raise SettingError("impl", impl, f"needs the library of native kernels, which {obstacle}", way_out)
+
+
+def describe(impl: str) -> str:
+    """Which implementation `impl` takes on this platform, in words; where a library is missing, also why.
+
+    auto -> native (avx512)
+    """
+    check_impl(impl)
+    if impl == "auto":
+        rows, platform = IMPLEMENTATIONS.items(), _platform()
+        wanted = {name: row for name, row in rows if row.is_automatic and platform in row.platforms}
+        missing = [f"the library of {name} kernels {row.obstacle()}" for name, row in wanted.items() if row.obstacle()]
+        if missing or not wanted:
+            return f"reference ({'; '.join(missing)})" if missing else "reference"
+        impl = next(iter(wanted))
+    library = IMPLEMENTATIONS[impl].library
+    return impl if library is None else f"{impl} ({importlib.import_module(library).instructions()})"
 
 
 def run(impl: str, call: Callable[[Implementation], Result]) -> Result:
@@ -89,7 +124,7 @@ def run(impl: str, call: Callable[[Implementation], Result]) -> Result:
     if impl != "auto":
         return call(IMPLEMENTATIONS[impl])
     rows, default = IMPLEMENTATIONS.values(), IMPLEMENTATIONS["reference"]
-    automatic = {platform: row for row in rows if row.is_automatic for platform in row.platforms}
+    automatic = {platform: row for row in rows if row.is_automatic and not row.obstacle() for platform in row.platforms}
     if _platform() == "cpu":
         return call(automatic.get("cpu", default))
     branches = {platform: functools.partial(call, row) for platform, row in automatic.items()}

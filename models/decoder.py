@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 
+from hshare_jax.kernels.block_weights import BlockWeights
 from hshare_jax.models.config import ModelConfig
-from hshare_jax.models.layers import GatedMLP, Linear, RMSNorm, project
+from hshare_jax.models.layers import PROJECT, GatedMLP, Linear, Project, RMSNorm, weights_of
 from hshare_jax.models.rope import rotate, rotation
 from hshare_jax.shapes import Hidden, NewKeysValues, Queries, Tokens
 
@@ -44,18 +45,19 @@ class DecoderLayer(nn.Module):
 
     config: ModelConfig
     layer: int
+    project: Project = PROJECT
 
     def setup(self) -> None:
         c = self.config
         query_width, kv_width = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
         self.attention_norm = RMSNorm(c.norm_eps)
         if c.kv_layer(self.layer) == self.layer:
-            self.qkv = Linear(query_width + 2 * kv_width, c.qkv_bias)
+            self.qkv = Linear(query_width + 2 * kv_width, c.qkv_bias, self.project)
         else:
-            self.q = Linear(query_width, c.qkv_bias)
-        self.out = Linear(c.width, c.out_bias)
+            self.q = Linear(query_width, c.qkv_bias, self.project)
+        self.out = Linear(c.width, c.out_bias, self.project)
         self.mlp_norm = RMSNorm(c.norm_eps)
-        self.mlp = GatedMLP(c.mlp_width, c.mlp_bias)
+        self.mlp = GatedMLP(c.mlp_width, c.mlp_bias, self.project)
 
     def __call__(
         self, x: Hidden, turn: Rotation, attend: Attend[State], state: State, looked_up: KeysValues | None = None
@@ -98,14 +100,15 @@ class Decoder(nn.Module):
     """The whole decoder. `run_decoder` and `unembed` below apply it as pure functions."""
 
     config: ModelConfig
+    project: Project = PROJECT
 
     def setup(self) -> None:
-        c = self.config
-        self.embedding = self.param("embedding", nn.initializers.normal(0.02), (c.vocab_size, c.width))
-        self.layers = [DecoderLayer(c, layer) for layer in range(c.num_layers)]
+        c, shape = self.config, (self.config.vocab_size, self.config.width)
+        self.embedding = weights_of(self, "embedding", nn.initializers.normal(0.02), shape)
+        self.layers = [DecoderLayer(c, layer, self.project) for layer in range(c.num_layers)]
         self.final_norm = RMSNorm(c.norm_eps)
         if not c.tie_embeddings:
-            self.unembedding = self.param("unembedding", nn.initializers.normal(0.02), (c.vocab_size, c.width))
+            self.unembedding = weights_of(self, "unembedding", nn.initializers.normal(0.02), shape)
 
     def __call__(
         self, tokens: Tokens, positions: Int[Array, "B T"], attend: Attend[State], state: State
@@ -122,7 +125,8 @@ class Decoder(nn.Module):
                 state that the last pass returns is kept.
             state: the state of `attend`.
         """
-        x = _embed(self.embedding, tokens)
+        of = self.embedding
+        x = of[tokens].to_floats() if isinstance(of, BlockWeights) else _embed(of, tokens)
         turn = rotation(self.config.rope, self.config.head_dim, positions)
         for block in self.config.blocks:
             found = self._iterate(block, x, turn, attend, state)
@@ -178,7 +182,7 @@ class Decoder(nn.Module):
     def unembed(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """Float32 logits of hidden states."""
         weight = self.embedding if self.config.tie_embeddings else self.unembedding
-        return project(weight, hidden).astype(jnp.float32)
+        return self.project(weight, hidden).astype(jnp.float32)
 
 
 @jax.custom_vjp
@@ -208,6 +212,7 @@ def run_decoder(
     state: State,
     *,
     config: ModelConfig,
+    project: Project = PROJECT,
 ) -> tuple[Hidden, State]:
     """Applies the decoder to tokens: (hidden states after the last norm [B, T, D], state).
 
@@ -215,13 +220,16 @@ def run_decoder(
         params: the parameter tree.
         tokens, positions, attend, state: as for `Decoder.__call__`.
         config: the model's configuration.
+        project: how projections are computed.
     """
-    return Decoder(config).apply({"params": params}, tokens, positions, attend, state)  # pyright: ignore[reportReturnType]
+    return Decoder(config, project).apply({"params": params}, tokens, positions, attend, state)  # pyright: ignore[reportReturnType]
 
 
-def unembed(params: dict[str, Any], hidden: Float[Array, "*rows D"], *, config: ModelConfig) -> Float[Array, "*rows V"]:
+def unembed(
+    params: dict[str, Any], hidden: Float[Array, "*rows D"], *, config: ModelConfig, project: Project = PROJECT
+) -> Float[Array, "*rows V"]:
     """Float32 logits of hidden states that `run_decoder` returned."""
-    return Decoder(config).apply({"params": params}, hidden, method="unembed")  # pyright: ignore[reportReturnType]
+    return Decoder(config, project).apply({"params": params}, hidden, method="unembed")  # pyright: ignore[reportReturnType]
 
 
 def parameter_shapes(config: ModelConfig) -> dict:

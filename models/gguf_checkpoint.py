@@ -5,9 +5,11 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from hshare_jax.errors import CheckpointError
+from hshare_jax.kernels.block_weights import BLOCK, BlockWeights
 from hshare_jax.models.config import ModelConfig, RopeConfig
 from hshare_jax.models.gguf_file import GGUFFile, GGUFTensor
 from hshare_jax.models.weights import BLOCK_BYTES
@@ -179,6 +181,30 @@ def _typed(packed: np.ndarray, tensor: GGUFTensor) -> np.ndarray:
     return packed.view(plain[tensor.kind.name]) if tensor.kind.name in plain else packed
 
 
+def _read_codes(file: GGUFFile, name: str) -> BlockWeights | None:
+    """A tensor of type Q4_0, Q4_1 or Q8_0 as it is stored; None for other types and for vectors.
+
+    A block of 32 weights is a float16 scale, in Q4_1 a float16 minimum, and the codes.
+    """
+    tensor = file.tensors[name]
+    if tensor.kind.name not in ("Q4_0", "Q4_1", "Q8_0") or len(tensor.shape) != 2:
+        return None
+    with open(file.path, "rb") as data:
+        data.seek(tensor.offset)
+        packed = np.frombuffer(data.read(tensor.num_bytes), np.uint8)
+    out, D = tensor.shape
+    blocks = packed.reshape(out, D // BLOCK, -1)
+    scale = blocks[..., :2].copy().view("<f2")[..., 0]
+    if tensor.kind.name == "Q8_0":
+        return BlockWeights(blocks[..., 2:].reshape(out, D).view(np.int8), scale, None)
+    has_minimum = tensor.kind.name == "Q4_1"
+    with np.errstate(over="ignore"):
+        minimum = blocks[..., 2:4].copy().view("<f2")[..., 0] if has_minimum else np.float16(-8) * scale
+    if not np.isfinite(minimum[np.isfinite(scale)]).all():
+        return None  # a scale above 8,188; read as floats, which can tell
+    return BlockWeights(blocks[..., 4 if has_minimum else 2 :].reshape(out, D // 2), scale, minimum)
+
+
 class GGUFTensors:
     """The tensors of a GGUF file under their Hugging Face names (a `TensorSource`)."""
 
@@ -200,9 +226,20 @@ class GGUFTensors:
         if not (self._is_permuted and _PERMUTED.match(stored)):
             yield from _blocks(self._file, stored, 1)
             return
-        half = self._head_dim // 2
         for block in _blocks(self._file, stored, self._head_dim):  # whole heads
-            yield block.reshape(-1, half, 2, *block.shape[1:]).swapaxes(1, 2).reshape(block.shape)
+            yield self._permute(block)
+
+    def codes(self, name: str) -> BlockWeights | None:
+        stored = self._names[name]
+        found = _read_codes(self._file, stored)
+        if found is not None and self._is_permuted and _PERMUTED.match(stored):
+            return jax.tree.map(self._permute, found)
+        return found
+
+    def _permute(self, rows: np.ndarray) -> np.ndarray:
+        """Rows of whole heads in the order of Hugging Face."""
+        half = self._head_dim // 2
+        return rows.reshape(-1, half, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
 def _hf_name(name: str) -> str:

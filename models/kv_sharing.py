@@ -291,7 +291,7 @@ def share_weights(params: Mapping[str, Any], config: ModelConfig, shared_config:
     Only key and value projections change. Parameters that do not change are not copied.
 
     Args:
-        params: the parameter tree of `config`.
+        params: the parameter tree of `config`. Weights in few bits become floats.
         config: the configuration of the model that is converted.
         shared_config: the same model with more sharing, from `share_kv`.
         init: where the key and value projections (weights and biases) of a KV layer come from. "mean": the mean of the
@@ -300,12 +300,16 @@ def share_weights(params: Mapping[str, Any], config: ModelConfig, shared_config:
     Raises:
         ValueError: `init` is not known, or the configurations differ in more than their sharing.
     """
-    import jax.numpy as jnp  # here, because the command line reads the names above before it needs jax
+    # Here, because the command line reads the names above before it needs jax.
+    import jax.numpy as jnp
+
+    from hshare_jax.kernels.block_weights import floats_of
 
     if init not in INITS:
         raise SettingError("init", init, f"must be one of {', '.join(INITS)}")
     _check_same_model(config, shared_config)
     first = config.num_heads * config.head_dim  # the rows of queries come before the rows of keys and values
+    params = floats_of(params)
     result = dict(params)
     for layer in range(config.num_layers):
         name = f"layers_{layer}"

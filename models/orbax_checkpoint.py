@@ -24,8 +24,18 @@ from jax import tree
 from hshare_jax.errors import CheckpointError
 from hshare_jax.files.atomic import whole_directory
 from hshare_jax.files.checksums import verify_all
+from hshare_jax.kernels.block_weights import BLOCK, BlockWeights
 from hshare_jax.models.config import ModelConfig, RopeConfig
-from hshare_jax.models.weights import DType, aligned_empty, cast_into, dtype_of, tensor_layout
+from hshare_jax.models.weights import (
+    DType,
+    Parameter,
+    Quantize,
+    aligned_empty,
+    cast_into,
+    dtype_of,
+    quantise,
+    tensor_layout,
+)
 
 if TYPE_CHECKING:
     from orbax.checkpoint import v1 as ocp
@@ -35,6 +45,7 @@ if TYPE_CHECKING:
 
 _MODEL, _PARAMS, _TOKENIZER = "model.json", "params", "tokenizer"
 _FORMAT = 1
+_BLOCK_ARRAYS = ("qvalue", "scale", "minimum")  # of weights in few bits, as `BlockWeights` names them
 # How many parts a checkpoint is read in. A call of Orbax takes some 20 ms, and the memory of large parts returns to the
 # system only slowly.
 _GROUPS = 24
@@ -84,7 +95,7 @@ def save_checkpoint(
         raise FileExistsError(f"{path} exists; {way_out}")
     _check_arrays(info, params)
     with whole_directory(path, overwrite=overwrite) as draft:
-        write_arrays(draft / _PARAMS, tree.map(np.asarray, params))
+        write_arrays(draft / _PARAMS, tree.map(_as_stored, params, is_leaf=_is_blocks))
         if tokenizer is not None:
             tokenizer.save_pretrained(draft / _TOKENIZER)
         (draft / _MODEL).write_text(json.dumps({"format": _FORMAT, **dataclasses.asdict(info)}, indent=1) + "\n")
@@ -138,8 +149,22 @@ def read_checkpoint_tokenizer(directory: Path) -> "PreTrainedTokenizerBase | Non
     return PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
 
 
-def stream_checkpoint(directory: Path, info: CheckpointInfo, dtype: DType) -> Iterator[tuple[str, np.ndarray]]:
-    """Reads all parameters in about `_GROUPS` parts: yields (path, array in `dtype` on the host).
+def _is_blocks(leaf: Any) -> bool:
+    return isinstance(leaf, BlockWeights)
+
+
+def _as_stored(parameter: Any) -> Any:
+    """A parameter as it lies in params/: an array, or the arrays of weights in few bits under their names."""
+    if not _is_blocks(parameter):
+        return np.asarray(parameter)
+    arrays = {name: getattr(parameter, name) for name in _BLOCK_ARRAYS}
+    return {name: np.asarray(array) for name, array in arrays.items() if array is not None}
+
+
+def stream_checkpoint(
+    directory: Path, info: CheckpointInfo, dtype: DType, quantize: Quantize
+) -> Iterator[tuple[str, Parameter]]:
+    """Reads all parameters in about `_GROUPS` parts: yields (path, parameter on the host), as `stream_parameters` does.
 
     Raises:
         CheckpointError: a parameter is missing, or its shape or dtype is not what model.json says.
@@ -149,17 +174,37 @@ def stream_checkpoint(directory: Path, info: CheckpointInfo, dtype: DType) -> It
     shapes = _parameter_shapes(info.config)
     stored, target = dtype_of(info.dtype), dtype_of(dtype)
     where = str((directory / _PARAMS).absolute())
-    _check_stored(directory, ocp.metadata(where).metadata, shapes, stored)
+    found = ocp.metadata(where).metadata
+    _check_stored(directory, found, shapes, stored)
     for paths in _groups(shapes):
         wanted: dict[str, Any] = {}
         for path in paths:
-            _put(wanted, path, np.empty(shapes[path], stored))  # Orbax uses only the shape and the dtype
+            # Orbax uses only the shape and the dtype.
+            _put(wanted, path, tree.map(lambda array: np.empty(array.shape, array.dtype), _get(found, path)))
         with orbax_context():
             loaded = ocp.load(where, wanted)
         for path in paths:
-            result = aligned_empty(shapes[path], target)
-            cast_into(result, _get(loaded, path), path, str(directory))
-            yield path, result
+            yield path, _as_asked(_get(loaded, path), shapes[path], target, quantize, path, str(directory))
+
+
+def _as_asked(
+    loaded: Any, shape: tuple[int, ...], dtype: np.dtype, quantize: Quantize, path: str, file: str
+) -> Parameter:
+    """A parameter as it was stored, in the dtype and the bits that are asked for."""
+    if isinstance(loaded, Mapping):
+        aligned = {name: aligned_empty(array.shape, array.dtype) for name, array in loaded.items()}
+        for name, array in loaded.items():
+            if name == "qvalue":
+                aligned[name][...] = array
+            else:
+                cast_into(aligned[name], array, f"{path}/{name}", file)
+        blocks = BlockWeights(aligned["qvalue"], aligned["scale"], aligned.get("minimum"), dtype)
+        if quantize != "none":
+            return blocks
+        loaded = dataclasses.replace(blocks, dtype=np.dtype("float32")).to_floats()
+    result = aligned_empty(shape, dtype)
+    cast_into(result, np.asarray(loaded), path, file)
+    return quantise(result, dtype, quantize)
 
 
 def _check_stored(directory: Path, found: Any, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype) -> None:
@@ -167,10 +212,24 @@ def _check_stored(directory: Path, found: Any, shapes: Mapping[str, tuple[int, .
         array = _get(found, path)
         if array is None:
             raise CheckpointError(f"{directory}: parameter {path} of shape {shape} is missing")
-        if tuple(array.shape) != shape or array.dtype != dtype:  # Orbax would cast without a warning
+        if isinstance(array, Mapping):
+            _check_blocks(directory, array, path, shape)
+        elif tuple(array.shape) != shape or array.dtype != dtype:  # Orbax would cast without a warning
             raise CheckpointError(
                 f"{directory}: parameter {path} is {array.dtype} {tuple(array.shape)}; model.json says {dtype} {shape}"
             )
+
+
+def _check_blocks(directory: Path, arrays: Mapping[str, Any], path: str, shape: tuple[int, ...]) -> None:
+    """Raises CheckpointError unless these are the arrays of weights in few bits of this shape."""
+    found = {name: (str(array.dtype), tuple(array.shape)) for name, array in arrays.items()}
+    out, D = (*shape, 1)[:2]
+    blocks = ("float16", (out, D // BLOCK))
+    known = [{"qvalue": ("int8", (out, D)), "scale": ("float32", (out, 1))}]
+    for codes in (("int8", (out, D)), ("uint8", (out, D // 2))):
+        known += [{"qvalue": codes, "scale": blocks}, {"qvalue": codes, "scale": blocks, "minimum": blocks}]
+    if found not in known:
+        raise CheckpointError(f"{directory}: parameter {path} is {found}; that is no matrix {shape} in few bits")
 
 
 def _groups(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[list[str]]:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 from tqdm import tqdm
 
 from hshare_jax.errors import CheckpointError, SettingError
@@ -31,9 +30,12 @@ from hshare_jax.models.orbax_checkpoint import (
 from hshare_jax.models.weights import (
     DTYPES,
     DType,
+    Parameter,
+    Quantize,
     dtype_of,
     identify,
     load_parameters,
+    resolve_quantize,
     stream_parameters,
     tensor_layout,
 )
@@ -62,7 +64,7 @@ class Model:
 
     @property
     def dtype(self) -> DType:
-        """The dtype of the parameters."""
+        """The dtype that the model computes in."""
         return str(self.params["embedding"].dtype)  # pyright: ignore[reportReturnType]
 
 
@@ -75,21 +77,22 @@ class ModelFiles:
     eos_token_ids: tuple[int, ...]
     name: str
     dtype: DType  # the default of `load`: the dtype of a converted checkpoint, else float32
-    stream: Callable[[DType], Iterator[tuple[str, np.ndarray]]]  # reads the parameters one by one, in a dtype
+    stream: Callable[[DType, Quantize], Iterator[tuple[str, Parameter]]]  # reads the parameters one by one
 
-    def load(self, dtype: DType | None = None) -> Model:
-        """Reads the weights as `dtype`, onto JAX's default device. See `load_model` for errors."""
-        with self._read("loading", dtype) as bar:
+    def load(self, dtype: DType | None = None, quantize: Quantize = "auto") -> Model:
+        """Reads the weights onto JAX's default device. See `load_model` for arguments and errors."""
+        with self._read("loading", dtype, quantize) as bar:
             params, identity = load_parameters(self.config, iter(bar))
         return Model(self.config, params, self.tokenizer, self.eos_token_ids, self.name, identity)
 
-    def identify(self, dtype: DType | None = None) -> str:
-        """The identity of the model that `load` returns. The weights are read and not kept."""
-        with self._read("reading", dtype) as bar:
+    def identify(self, dtype: DType | None = None, quantize: Quantize = "auto") -> tuple[str, int]:
+        """The identity of the model that `load` returns, and the bytes of its parameters. They are not kept."""
+        with self._read("reading", dtype, quantize) as bar:
             return identify(self.config, iter(bar))
 
-    def _read(self, verb: str, dtype: DType | None) -> tqdm:
-        arrays, total = self.stream(dtype or self.dtype), len(tensor_layout(self.config))
+    def _read(self, verb: str, dtype: DType | None, quantize: Quantize) -> tqdm:
+        arrays = self.stream(dtype or self.dtype, resolve_quantize(quantize, self.config))
+        total = len(tensor_layout(self.config))
         # disable=None: a bar only where stderr is a terminal.
         return tqdm(arrays, f"{verb} {self.name}", total, leave=False, file=sys.stderr, disable=None)
 
@@ -98,6 +101,7 @@ def load_model(
     name_or_path: str | os.PathLike[str],
     *,
     dtype: DType | None = None,
+    quantize: Quantize = "auto",
     cache_dir: str | os.PathLike[str] | None = None,
     revision: str | None = None,
 ) -> Model:
@@ -106,8 +110,13 @@ def load_model(
     Args:
         name_or_path: a built-in name (`smollm2-135m-instruct`), a .gguf file, a Hugging Face directory, a checkpoint
             written by `save_model`, or a Hugging Face hub id (`organisation/name`).
-        dtype: float32, bfloat16 or float16. Weights of another dtype are cast. None: the dtype of a converted
-            checkpoint, and float32 for every other form of model.
+        dtype: float32, bfloat16 or float16, in which the model computes. Weights of another dtype are cast. None: the
+            dtype of a converted checkpoint, and float32 for every other form of model.
+        quantize: the bits of weight matrices. `stored`: those of the file; a GGUF file's types Q4_0, Q4_1 and Q8_0 lose
+            nothing so. `none`: floats. `int8`: 8 bits and a scale for each 32 weights, where the file has floats.
+            `int8-channel`: 8 bits and a scale for each output, which loses more and suits GPUs. docs/quality.md has
+            what they lose. `auto`: `stored` where the library of CPU kernels multiplies with such weights as they are,
+            else `none`.
         cache_dir: the directory of downloads and conversions. None: $HSHARE_JAX_CACHE, or hshare-jax in the user's
             cache directory; for a hub id the cache of the hub.
         revision: a branch, tag or commit of a hub id.
@@ -120,7 +129,7 @@ def load_model(
     """
     if dtype is not None:
         dtype_of(dtype)
-    return open_model(name_or_path, cache_dir=cache_dir, revision=revision).load(dtype)
+    return open_model(name_or_path, cache_dir=cache_dir, revision=revision).load(dtype, quantize)
 
 
 def open_model(
@@ -224,7 +233,7 @@ def _snapshot(name: str, cache_dir: str | os.PathLike[str] | None, revision: str
 
 def _open_builtin(name: str, cache_dir: str | os.PathLike[str] | None) -> ModelFiles:
     def convert(gguf: Path, target: Path) -> None:
-        save_model(_open_gguf(gguf, name).load(), target)
+        save_model(_open_gguf(gguf, name).load(quantize="stored"), target)
 
     directory = builtin_checkpoint(name, cache_dir, convert)
     try:
@@ -238,8 +247,8 @@ def _open_gguf(path: Path, name: str) -> ModelFiles:
     file = read_gguf(path)
     config, tokenizer = config_from_gguf(file), tokenizer_from_gguf(file)
 
-    def stream(dtype: DType) -> Iterator[tuple[str, np.ndarray]]:
-        return stream_parameters(config, GGUFTensors(file, config), dtype)
+    def stream(dtype: DType, quantize: Quantize) -> Iterator[tuple[str, Parameter]]:
+        return stream_parameters(config, GGUFTensors(file, config), dtype, quantize)
 
     ends = _end_tokens(config, tokenizer, end_tokens_of_gguf(file))
     return ModelFiles(config, tokenizer, ends, name, "float32", stream)
@@ -249,8 +258,8 @@ def _open_hf(directory: Path, name: str) -> ModelFiles:
     config, ends = read_hf_config(directory)
     tokenizer = read_hf_tokenizer(directory)
 
-    def stream(dtype: DType) -> Iterator[tuple[str, np.ndarray]]:
-        return stream_parameters(config, HFTensors(directory), dtype)
+    def stream(dtype: DType, quantize: Quantize) -> Iterator[tuple[str, Parameter]]:
+        return stream_parameters(config, HFTensors(directory), dtype, quantize)
 
     return ModelFiles(config, tokenizer, _end_tokens(config, tokenizer, ends), name, "float32", stream)
 
@@ -259,8 +268,8 @@ def _open_checkpoint(directory: Path) -> ModelFiles:
     info = read_checkpoint_info(directory)
     tokenizer = read_checkpoint_tokenizer(directory)
 
-    def stream(dtype: DType) -> Iterator[tuple[str, np.ndarray]]:
-        return stream_checkpoint(directory, info, dtype)
+    def stream(dtype: DType, quantize: Quantize) -> Iterator[tuple[str, Parameter]]:
+        return stream_checkpoint(directory, info, dtype, quantize)
 
     ends = _end_tokens(info.config, tokenizer, info.eos_token_ids)
     return ModelFiles(info.config, tokenizer, ends, info.name, info.dtype, stream)

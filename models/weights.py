@@ -6,23 +6,31 @@ projections are stacked in one array, and so are gate and up. This saves three p
 otherwise concatenate the weights on every call.
 """
 
+import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from hshare_jax.errors import CheckpointError, SettingError
+from hshare_jax.kernels.block_weights import BLOCK, BlockWeights, quantise_blocks, quantise_channels
+from hshare_jax.kernels.native_library import obstacle
 from hshare_jax.models.config import ModelConfig
 
 DType = Literal["float32", "bfloat16", "float16"]
 DTYPES: tuple[DType, ...] = ("float32", "bfloat16", "float16")
+# The bits of weight matrices. auto: stored where the native library multiplies with them as they are, else none.
+# stored: those of the file. none: floats. int8: codes of 8 bits where the file has floats.
+# int8-channel: the same with one scale for each output, which suits GPUs.
+Quantize = Literal["auto", "stored", "none", "int8", "int8-channel"]
+QUANTIZE: tuple[Quantize, ...] = get_args(Quantize)
+Parameter = np.ndarray | BlockWeights  # on the host
 BLOCK_BYTES = 16 << 20
 
 # Buffers of rotary angles that old versions of transformers saved. The decoder computes these itself.
@@ -46,6 +54,10 @@ class TensorSource(Protocol):
 
     def blocks(self, name: str) -> Iterator[np.ndarray]:
         """Reads tensor `name` in order, in blocks of about `BLOCK_BYTES` along axis 0."""
+        ...
+
+    def codes(self, name: str) -> BlockWeights | None:
+        """Reads tensor `name` in the few bits that it is stored in; None if it is stored otherwise."""
         ...
 
 
@@ -87,8 +99,31 @@ def tensor_layout(config: ModelConfig) -> dict[str, dict[str, tuple[int, ...]]]:
     return layout
 
 
-def stream_parameters(config: ModelConfig, source: TensorSource, dtype: DType) -> Iterator[tuple[str, np.ndarray]]:
-    """Reads all parameters, the largest first: yields (path, array in `dtype` on the host).
+def resolve_quantize(quantize: Quantize, config: ModelConfig) -> Quantize:
+    """What `quantize` means here: any of its values but `auto`.
+
+    Raises:
+        SettingError: an unknown name, or `int8` for a model whose rows cannot be cut into blocks.
+    """
+    if quantize not in QUANTIZE:
+        raise SettingError("quantize", quantize, f"must be one of {', '.join(QUANTIZE)}")
+    if quantize == "int8":
+        for width in (config.width, config.mlp_width, config.num_heads * config.head_dim):
+            if width % BLOCK:
+                rule = f"takes blocks of {BLOCK} neighbouring weights, and this model has rows of {width}"
+                raise SettingError("quantize", quantize, rule, "choose 'none'")
+    if quantize == "auto":
+        return "stored" if jax.default_backend() == "cpu" and obstacle() is None else "none"
+    return quantize
+
+
+def stream_parameters(
+    config: ModelConfig, source: TensorSource, dtype: DType, quantize: Quantize = "none"
+) -> Iterator[tuple[str, Parameter]]:
+    """Reads all parameters, the largest first: yields (path, parameter on the host).
+
+    Vectors are in `dtype`. Unless `quantize` is `none`, a matrix stays in few bits if its tensors are all stored so, in
+    codes of the same size.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected, of a wrong shape, not finite, or too large for `dtype`. Names
@@ -101,13 +136,44 @@ def stream_parameters(config: ModelConfig, source: TensorSource, dtype: DType) -
     for path in sorted(layout, key=lambda path: -sizes[path]):
         parts = layout[path]
         rows, row_shape = sum(shape[0] for shape in parts.values()), next(iter(parts.values()))[1:]
+        if quantize != "none" and (codes := _stored_codes(source, list(parts))) is not None:
+            yield path, dataclasses.replace(codes, dtype=target)
+            continue
         array = aligned_empty((rows, *row_shape), target)
         row = 0
         for name in parts:
             for block in source.blocks(name):
                 cast_into(array[row : row + len(block)], block, name, source.file_of(name))
                 row += len(block)
-        yield path, array
+        yield path, quantise(array, target, quantize)
+
+
+def quantise(array: np.ndarray, dtype: np.dtype, quantize: Quantize) -> Parameter:
+    """A parameter of floats in the bits that `quantize` asks for."""
+    if array.ndim == 1 or quantize not in ("int8", "int8-channel"):
+        return array
+    return (quantise_blocks if quantize == "int8" else quantise_channels)(array, dtype)
+
+
+def _stored_codes(source: TensorSource, names: list[str]) -> BlockWeights | None:
+    """The tensors, stacked, in the few bits that all of them are stored in alike; None if they are not."""
+    found = []
+    for name in names:
+        codes = source.codes(name)
+        if codes is None or (found and jax.tree.structure(codes) != jax.tree.structure(found[0])):
+            return None
+        if found and codes.qvalue.dtype != found[0].qvalue.dtype:
+            return None
+        for array in (codes.scale, codes.minimum):
+            if array is not None and not np.isfinite(array).all():
+                raise _not_finite(name, source.file_of(name))
+        found.append(codes)
+    return jax.tree.map(lambda *arrays: _stack(arrays), *found)
+
+
+def _stack(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    out = aligned_empty((sum(map(len, arrays)), *arrays[0].shape[1:]), arrays[0].dtype)
+    return np.concatenate(arrays, out=out)
 
 
 def cast_into(target: np.ndarray, block: np.ndarray, name: str, file: str) -> None:
@@ -121,14 +187,19 @@ def cast_into(target: np.ndarray, block: np.ndarray, name: str, file: str) -> No
         raise CheckpointError(
             f"{file}: tensor {name} reaches {largest:.6g}, too large for {target.dtype}; load it as bfloat16 or float32"
         )
-    raise CheckpointError(f"{file}: tensor {name} holds infinities or NaNs; every weight must be a finite number")
+    raise _not_finite(name, file)
 
 
-def load_parameters(config: ModelConfig, arrays: Iterator[tuple[str, np.ndarray]]) -> tuple[dict, str]:
+def _not_finite(name: str, file: str) -> CheckpointError:
+    return CheckpointError(f"{file}: tensor {name} holds infinities or NaNs; every weight must be a finite number")
+
+
+def load_parameters(config: ModelConfig, arrays: Iterator[tuple[str, Parameter]]) -> tuple[dict, str]:
     """Puts parameters on JAX's default device: (parameter tree, identity of the model).
 
-    On a CPU the arrays are not copied. The identity is a short hash of the configuration and of a sample of every
-    parameter. It is the same whether a checkpoint is read as float32 or bfloat16, and differs between models.
+    On a CPU floats are not copied. The identity is a short hash of the configuration and of a sample of every
+    parameter. It is the same whether a checkpoint is read as float32 or bfloat16, or in the bits that it is stored in,
+    and differs between models.
 
     Args:
         config: the model's configuration.
@@ -142,23 +213,33 @@ def load_parameters(config: ModelConfig, arrays: Iterator[tuple[str, np.ndarray]
         for branch in branches:
             node = node.setdefault(branch, {})
         samples[path] = _sample(array)
-        node[leaf] = jax.device_put(array)
+        node[leaf] = jax.tree.map(jax.device_put, array)
     return params, _identity(config, samples)
 
 
-def identify(config: ModelConfig, arrays: Iterator[tuple[str, np.ndarray]]) -> str:
-    """The identity that `load_parameters` gives a model. The arrays are read one by one and not kept."""
-    return _identity(config, {path: _sample(array) for path, array in arrays})
+def identify(config: ModelConfig, arrays: Iterator[tuple[str, Parameter]]) -> tuple[str, int]:
+    """The identity that `load_parameters` gives a model, and the bytes of all parameters, which are not kept."""
+    samples, size = {}, 0
+    for path, array in arrays:
+        samples[path] = _sample(array)
+        size += sum(leaf.nbytes for leaf in jax.tree.leaves(array))
+    return _identity(config, samples), size
 
 
 def _identity(config: ModelConfig, samples: Mapping[str, str]) -> str:
-    digest = sha256(json.dumps([asdict(config), sorted(samples.items())], sort_keys=True).encode())
+    digest = sha256(json.dumps([dataclasses.asdict(config), sorted(samples.items())], sort_keys=True).encode())
     return digest.hexdigest()[:16]
 
 
-def _sample(array: np.ndarray) -> str:
-    step = max(1, array.size // _SAMPLES)
-    return sha256(array.reshape(-1)[::step].astype(jnp.bfloat16).tobytes()).hexdigest()
+def _sample(array: Parameter) -> str:
+    size = math.prod(array.shape)
+    places = np.arange(0, size, max(1, size // _SAMPLES))
+    if isinstance(array, BlockWeights):
+        rows, columns = np.divmod(places, array.shape[1])
+        values = array[rows].to_floats()[np.arange(len(rows)), columns]
+    else:
+        values = array.reshape(-1)[places]
+    return sha256((values + 0).astype(jnp.bfloat16).tobytes()).hexdigest()  # -0 becomes 0
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

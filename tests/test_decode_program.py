@@ -16,6 +16,7 @@ from tiny_decoder import CAPACITY, MODEL, SHARED_KV, TAILED, params, prefill_row
 
 from hshare_jax.decode_state import DecodeState, init_state
 from hshare_jax.decode_step import decode_step
+from hshare_jax.kernels import api
 from hshare_jax.methods.hshare.share_plan import SharePlan, kv_layer_plan
 from hshare_jax.methods.hshare.shared_lists import SharedLists
 
@@ -170,8 +171,10 @@ def test_a_step_lowers_for_cuda_with_its_state_donated(method, refresh):
 def test_layers_that_copy_by_a_constant_plan_choose_nothing_in_the_program(config, plan, selections):
     method = dataclasses.replace(TAILED, plan=plan)
     state, tokens = init_state(config, 1, CAPACITY, method=method), jnp.zeros((1,), jnp.int32)
-    text = decode_step.lower(params(config), tokens, state, config=config, refresh=True).as_text()
-    assert len(re.findall(r"call @choose_tokens(_\d+)?\(", text)) == selections
+    calls = {"reference": r"call @choose_tokens(_\d+)?\(", "native": r"custom_call @hshare_select\("}
+    for impl in {"reference", api.describe("auto").split()[0]}:
+        step = decode_step.lower(params(config), tokens, state, config=config, refresh=True, impl=impl)
+        assert len(re.findall(calls[impl], step.as_text())) == selections
 
 
 def test_the_donated_state_is_gone():

@@ -29,20 +29,60 @@ def _run(*command: str | Path, cwd: Path, path: Path | None = None) -> str:
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the installed wheel. The wheel is built from the source distribution, as for PyPI."""
-    work = tmp_path_factory.mktemp("packaging")
-    source, target = work / "source", work / "target"
-    source.mkdir()
-    # The sources are copied, because setuptools builds inside them, and a stale build/ would go into the wheel.
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the sources, because setuptools builds inside them, and a stale build/ would go into the wheel."""
+    source = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for name in ("hshare_jax", "models", "kernels"):
-        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    _run("-m", "build", "--no-isolation", "--outdir", work / "dist", source, cwd=work)
-    (wheel,) = (work / "dist").glob("*.whl")
-    _run("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", target, wheel, cwd=work)
+        ignored = shutil.ignore_patterns("__pycache__", "*.so")
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignored)
+    return source
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel that is built from the source distribution, as for PyPI."""
+    dist = tmp_path_factory.mktemp("dist")
+    _run("-m", "build", "--no-isolation", "--outdir", dist, source, cwd=dist)
+    return next(dist.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the installed wheel."""
+    target = tmp_path_factory.mktemp("target")
+    _install(wheel, target)
     return target
+
+
+def _install(wheel: Path, target: Path) -> None:
+    _run("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", target, wheel, cwd=wheel.parent)
+
+
+DESCRIBE = "from hshare_jax.kernels.api import describe; print(describe('auto'))"
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="this machine has no C++ compiler")
+def test_with_a_compiler_the_wheel_is_for_one_platform_and_every_python(wheel: Path, installed: Path) -> None:
+    assert "-py3-none-" in wheel.name
+    assert not wheel.name.endswith("-any.whl")
+    assert _run("-P", "-c", DESCRIBE, cwd=installed, path=installed).startswith("native (")
+    assert not list((installed / "hshare_jax" / "kernels" / "native").glob("*.h"))
+
+
+def test_without_a_compiler_the_wheel_is_for_every_platform_and_decodes_by_the_definition(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("CC", "CXX", "LDSHARED", "LDCXXSHARED"):
+        monkeypatch.setenv(name, "no-such-compiler")
+    shutil.rmtree(source / "build", ignore_errors=True)
+    _run("-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, source, cwd=tmp_path)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    _install(wheel, tmp_path / "target")
+    found = _run("-P", "-c", DESCRIBE, cwd=tmp_path, path=tmp_path / "target")
+    assert found.startswith("reference (the library of native kernels was not compiled")
 
 
 def test_wheel_holds_every_module_of_the_sources(installed: Path) -> None:

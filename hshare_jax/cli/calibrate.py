@@ -13,6 +13,7 @@ from hshare_jax.cli.options import (
     check_output,
     open_named,
     read_method,
+    read_quantize,
     read_text,
     whole,
 )
@@ -56,7 +57,7 @@ def run_calibrate(options: argparse.Namespace) -> int:
     with usage_errors():
         method.settings.check(files.config)
         cut_blocks(files, texts, method=method, **limits)
-    model = files.load(options.dtype)
+    model = files.load(options.dtype, read_quantize(options))
     found = calibrate(model, texts, method=method, **limits)
     if options.channels_file is not None:
         save_channels(options.channels_file, found.channels, model, overwrite=options.overwrite)

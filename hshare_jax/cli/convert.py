@@ -50,7 +50,9 @@ def run_convert(options: argparse.Namespace) -> int:
     windows = [] if text is None else _cut_windows(options, files, text)
     from hshare_jax.models.pretrained import save_model
 
-    model = files.load(options.dtype)
+    # A checkpoint is for every machine, so `auto` keeps the bits of the file. Shared weights are trained, as floats.
+    quantize = "stored" if options.quantize == "auto" else options.quantize
+    model = files.load(options.dtype, "none" if options.kv_sharing is not None else quantize)
     if options.kv_sharing is not None:
         from hshare_jax.training.start import share_layers
 

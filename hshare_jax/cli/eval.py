@@ -23,6 +23,7 @@ from hshare_jax.cli.options import (
     open_named,
     read_files,
     read_method,
+    read_quantize,
     whole,
 )
 from hshare_jax.errors import check_whole
@@ -113,7 +114,7 @@ def run_eval(options: argparse.Namespace) -> int:
     notes = notes_on_short_texts(hshare, files.config, sizes, names=options.method)
     for note in notes:
         print(f"hshare-jax: note: {note}", file=sys.stderr)
-    model = files.load(options.dtype)
+    model = files.load(options.dtype, read_quantize(options))
     for origin in origins:
         origin.check(model)
     with usage_errors():

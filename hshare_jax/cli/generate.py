@@ -22,6 +22,7 @@ from hshare_jax.cli.options import (
     read_files,
     read_method,
     read_prompts,
+    read_quantize,
     whole,
 )
 from hshare_jax.methods.names import METHODS
@@ -85,7 +86,7 @@ def run_generate(options: argparse.Namespace) -> int:
         hshare.settings.check(files.config)
         hshare, origins = read_files(options, files, hshare)
         method = method_named(options.method, hshare, max_new_tokens=options.max_new_tokens)
-    model = files.load(options.dtype)
+    model = files.load(options.dtype, read_quantize(options))
     for origin in origins:
         origin.check(model)
     is_streamed = len(prompts) == 1 and not options.json and not options.no_stream
@@ -93,7 +94,7 @@ def run_generate(options: argparse.Namespace) -> int:
     result = _decode(options, model, prompts, method, sampling, show)
     if is_streamed:
         print(flush=True)
-    statistics = _statistics(result, model, options.method, method)
+    statistics = _statistics(result, model, options.method, method, options.impl)
     if options.compare_dense:
         # Dense decoding is streamed if the method was, so that both return to the host as often.
         dense = _decode(options, model, prompts, None, SamplingParams(), _ignore if is_streamed else None)
@@ -177,7 +178,10 @@ def _decode(
     return result
 
 
-def _statistics(result: "Generation", model: "Model", name: str, method: "Method | None") -> dict[str, Any]:
+def _statistics(result: "Generation", model: "Model", name: str, method: "Method | None", impl: str) -> dict[str, Any]:
+    import jax
+
+    from hshare_jax.kernels.api import describe
     from hshare_jax.methods.hshare.method import HShare
 
     timing, usage = result.timing, result.usage
@@ -198,6 +202,8 @@ def _statistics(result: "Generation", model: "Model", name: str, method: "Method
         }
     return statistics | {
         "dtype": model.dtype,
+        "weight_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)),
+        "impl": describe(impl),
         "prompt_tokens": timing.prompt_tokens,
         "prompt_tokens_per_second": round(timing.prefill_rate, 1),
         "new_tokens": sum(len(tokens) for tokens in result.tokens),
@@ -268,6 +274,7 @@ def _statistics_line(s: dict[str, Any]) -> str:
     parts += [
         f"prompt {s['prompt_tokens']} tokens, {s['prompt_tokens_per_second']} tokens/s",
         f"new {s['new_tokens']} tokens, {s['decode_tokens_per_second']} tokens/s",
+        f"kernels {s['impl']}",
         f"compile {s['compile_seconds']} s",
         f"peak memory {s['peak_memory_bytes'] / 2**30:.2f} GiB",
     ]

@@ -17,6 +17,7 @@ from hshare_jax.cli.options import (
     open_named,
     read_method,
     read_prompts,
+    read_quantize,
     setting_names,
     share_kv_as_told,
 )
@@ -65,8 +66,11 @@ def run_info(options: argparse.Namespace) -> int:
         raise UsageError(f"{option_name(given[0])} is for showing a plan; add --plan")
     files = open_named(options)
     config, dtype = share_kv_as_told(options, files.config), options.dtype or files.dtype
-    # Only a model with weights has an identity.
-    facts = _facts(config, files, dtype, files.identify(options.dtype) if options.kv_sharing is None else None)
+    if options.kv_sharing is None:
+        identity, size = files.identify(options.dtype, options.quantize)
+    else:  # a model without weights has no identity
+        identity, size = None, config.num_parameters * _BYTES[dtype]
+    facts = _facts(config, files, dtype, identity, size)
     if options.json:
         print(json.dumps(facts))
         return 0
@@ -76,7 +80,9 @@ def run_info(options: argparse.Namespace) -> int:
     return 0
 
 
-def _facts(config: "ModelConfig", files: "ModelFiles", dtype: str, identity: str | None) -> dict[str, Any]:
+def _facts(config: "ModelConfig", files: "ModelFiles", dtype: str, identity: str | None, size: int) -> dict[str, Any]:
+    from hshare_jax.kernels.api import describe
+
     of_sharing = ("kv_layer_map", "forward_passes", "backward_passes")
     sizes = {
         key: value for key, value in dataclasses.asdict(config).items() if key not in ("windows", "rope", *of_sharing)
@@ -96,10 +102,11 @@ def _facts(config: "ModelConfig", files: "ModelFiles", dtype: str, identity: str
         "parameters": config.num_parameters,
         "kv_parameters": len(config.kv_layers) * kv_width * (config.width + config.qkv_bias),
         "dtype": dtype,
-        "parameter_bytes": config.num_parameters * _BYTES[dtype],
+        "parameter_bytes": size,
         "cache_bytes_per_token": config.cache_bytes_per_token(_BYTES[dtype]),
         "eos_token_ids": list(files.eos_token_ids),
         "chat_template": bool(files.tokenizer is not None and files.tokenizer.chat_template),
+        "impl": describe("auto"),
     }
 
 
@@ -116,7 +123,7 @@ def _show_plans(options: argparse.Namespace) -> int:
         settings.check(files.config)
     from hshare_jax.calibration import find_plans
 
-    model = files.load(options.dtype)
+    model = files.load(options.dtype, read_quantize(options))
     plans = find_plans(model, prompts, method=method)
     has_probes = [len(prompt) > settings.first_probe for prompt in prompts]
     if options.json:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from hshare_jax.methods.hshare.method import HShare
     from hshare_jax.methods.hshare.plan_files import FileOrigin
     from hshare_jax.models.pretrained import Model, ModelFiles
+    from hshare_jax.models.weights import Quantize
 
 # This file imports nothing slow, because a mistake in an option is told at once. jax and the modules that need it are
 # imported in the functions that run after the options have been read.
@@ -116,7 +117,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """Adds the options of every command that opens a model."""
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"),
-        help="dtype of the weights (default: the dtype of a converted model, else float32)",
+        help="dtype to compute in (default: the dtype of a converted model, else float32)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--quantize", choices=("auto", "stored", "none", "int8", "int8-channel"), default="auto",
+        help="bits of the weights: stored, as the file has them; none, floats; int8, 8 bits and a scale for each 32 "
+        "weights where the file has floats; int8-channel, a scale for each output, for GPUs; auto (default), stored "
+        "where the native kernels run, else none",
     )  # fmt: skip
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     parser.add_argument(
@@ -124,6 +131,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         help="directory of fetched models (default: $HSHARE_JAX_CACHE, or hshare-jax in the user's cache directory; "
         "for a hub id the cache of the hub)",
     )  # fmt: skip
+
+
+def read_quantize(options: argparse.Namespace) -> "Quantize":
+    """The bits of weights that a command loads. `auto` is for the native kernels, so with others it means floats."""
+    if options.quantize == "auto" and getattr(options, "impl", "auto") not in ("auto", "native"):
+        return "none"
+    return options.quantize
 
 
 def add_named_model(parser: argparse.ArgumentParser) -> None:
@@ -139,8 +153,9 @@ def add_impl(parser: argparse.ArgumentParser) -> None:
     """Adds --impl, with the names of the table of implementations."""
     parser.add_argument(
         "--impl", choices=IMPLS, default="auto", metavar="NAME",
-        help="what computes decode steps: auto (default) takes Pallas kernels on an NVIDIA GPU, plain jnp elsewhere; "
-        "pallas, reference (plain jnp), or interpret (the kernels without a GPU, slowly)",
+        help="what computes decode steps: auto (default) takes Pallas kernels on an NVIDIA GPU, native kernels on a "
+        "CPU where they are compiled, else plain jnp; or pallas, native, reference (plain jnp), or interpret (Pallas' "
+        "kernels without a GPU, slowly)",
     )  # fmt: skip
 
 

@@ -217,7 +217,7 @@ def _first_model(
 
     sharing = "" if options.kv_sharing is None else f"+{options.kv_sharing}"
     if options.model:
-        model = files.load("float32")
+        model = files.load("float32", "none")
         name = model.name + sharing
         return share_layers(model, config, init=options.init or "mean", name=name) if sharing else model
     tokenizer = files.tokenizer

@@ -61,6 +61,7 @@ class HShareLM(TemplateLM):
         preset: str | None = None,
         sharing_ratio: str | None = None,
         dtype: str | None = None,
+        quantize: str = "auto",
         batch_size: int | str = 1,
         max_length: int | str | None = None,
         revision: str | int | None = None,
@@ -80,7 +81,7 @@ class HShareLM(TemplateLM):
                 none, the others at least the budget.
             preset: `hshare-paper` takes the paper's method instead of the defaults; the settings change it.
             sharing_ratio: layer-head-query, such as `7/8-3/4-1/2`.
-            dtype, revision, cache_dir: as for `load_model`.
+            dtype, quantize, revision, cache_dir: as for `load_model`.
             batch_size: requests that are computed together.
             max_length: the most tokens of context and output together; None takes all positions of the model.
             plan_file, channels_file: files of `hshare-jax calibrate`, used instead of a plan and channels found from
@@ -109,7 +110,8 @@ class HShareLM(TemplateLM):
             length = None if max_length is None else _read_whole("max_length", max_length, 2)
         if not isinstance(pretrained, Model):
             revision = None if revision is None else str(revision)
-            pretrained = load_model(pretrained, dtype=dtype, cache_dir=cache_dir, revision=revision)  # pyright: ignore[reportArgumentType]
+            how: dict[str, Any] = {"dtype": dtype, "quantize": quantize, "cache_dir": cache_dir, "revision": revision}
+            pretrained = load_model(pretrained, **how)
         if pretrained.tokenizer is None:
             raise ValueError(f"{pretrained.name} has no tokenizer, and lm-evaluation-harness gives texts")
         self.model, self.tokenizer, self._impl = pretrained, pretrained.tokenizer, impl

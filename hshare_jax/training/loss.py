@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
+from hshare_jax.kernels.block_weights import floats_of
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.decoder import run_decoder
 from hshare_jax.training.attention import causal_attend
@@ -57,7 +58,7 @@ def sum_of_window_losses(
     hidden, _ = run_decoder(params, tokens, positions, causal_attend(config), {}, config=config)
     if is_real is not None:
         targets = jnp.where(is_real[:, None], targets, -1)
-    unembedding = params["embedding" if config.tie_embeddings else "unembedding"]
+    unembedding = floats_of(params["embedding" if config.tie_embeddings else "unembedding"])
     return sum_of_losses(unembedding, hidden.reshape(-1, config.width), targets.reshape(-1))
 
 

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from hshare_jax.errors import SettingError
 from hshare_jax.files.records import Records
+from hshare_jax.kernels.block_weights import floats_of
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.orbax_checkpoint import is_orbax_directory
 from hshare_jax.models.pretrained import Model, save_model
@@ -71,7 +72,8 @@ def train(
     drawn if standard error is a terminal.
 
     Args:
-        model: the model to start from, from `load_model` or `new_model`. It is not changed.
+        model: the model to start from, from `load_model` or `new_model`. It is not changed. Weights in few bits are
+            trained as floats.
         data: the windows, from `split_windows`.
         settings: the settings of the run.
         directory: the run's directory, DIR. It is created if necessary. No two runs can share a directory.
@@ -83,6 +85,7 @@ def train(
         FloatingPointError: the loss or the gradients are no longer finite numbers.
     """
     directory = Path(directory).expanduser().absolute()
+    model = dataclasses.replace(model, params=floats_of(model.params))
     _check(model, data, settings, directory)
     mesh = data_mesh(settings)
     study = _study(model, data, settings)

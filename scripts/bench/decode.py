@@ -1,43 +1,71 @@
-"""Times dense prefill and decode steps on this machine: ours, and transformers with torch.
+"""Times decode steps and prefill on this machine: ours, dense and by HShare, transformers, and llama.cpp.
 
-Prints one table: milliseconds, the bytes that a dense step must read (weights and cache), and the share of the measured
-read bandwidth at which the step reads them. Weights are random, in SmolLM2-135M's shape, because speed does not depend
-on their values. scripts/bench/hshare.py times HShare beside dense decoding.
+The model is SmolLM2-135M-Instruct, whose weights have 4 bits. `stored` sides keep them so, as llama.cpp does; the
+others hold the same weights as float32. Bytes are those that a step must read: weights, the cached tokens that are
+read, and the labels that are scored. Each side has two turns, so that a slow moment of the machine meets one of them. A
+time is the median over calls that decode several tokens in one program, as `generate` does. transformers and llama.cpp
+make one call for each token.
 
-    python -m scripts.bench.decode --batch 1 8 --context 512 4096
+llama.cpp takes part if llama-cpp-python is installed and its model is given:
+
+    python -m scripts.bench.decode --batch 1 8 --context 512 4096 8192 --gguf SmolLM2-135M-Instruct.Q4_1.gguf
 """
 
 import argparse
+import dataclasses
+import functools
 import json
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import date
+from importlib import metadata
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from hshare_jax.decode_state import DecodeState, init_state
 from hshare_jax.decode_step import decode_step
-from hshare_jax.models.config import ModelConfig, RopeConfig
-from hshare_jax.models.decoder import parameter_shapes
+from hshare_jax.kernels.api import describe
+from hshare_jax.methods.hshare.method import HShare
+from hshare_jax.methods.hshare.settings import HShareSettings
+from hshare_jax.models.config import ModelConfig
+from hshare_jax.models.pretrained import Model, load_model
 from hshare_jax.prefill import prefill
 from scripts.bench.gpu_timing import command
+from scripts.bench.step_bytes import bytes_of_step, read_bandwidth, repeat_row
 
-SMOLLM2 = ModelConfig(
-    vocab_size=49_152, width=576, mlp_width=1536, num_layers=30, num_heads=9, num_kv_heads=3, head_dim=64,
-    max_positions=8192, windows=(None,) * 30, rope=RopeConfig(theta=100_000.0), tie_embeddings=True,
-)  # fmt: skip
-WARM_STEPS = 8
+MODEL = "smollm2-135m-instruct"
+ROUND = 8  # decode steps of one call
+METHOD = HShare(HShareSettings(min_length=0))
 
 
-def read_bandwidth() -> float:
-    """Bytes per second of summing an array far larger than the caches, the best of ten."""
-    array = jnp.ones((128 * 2**20,), jnp.float32)
-    total = jax.jit(jnp.sum)
-    return array.nbytes / min(_timed(lambda: total(array).block_until_ready()) for _ in range(10))
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """One of ours: the weights, what computes a step, and whether it decodes by HShare."""
+
+    weights: str
+    impl: str
+    is_sparse: bool
+
+    @property
+    def name(self) -> str:
+        """As the table names it."""
+        return f"{'HShare' if self.is_sparse else 'dense'}, {self.weights}, {self.impl}"
+
+
+SIDES = (
+    Side("stored", "native", False),
+    Side("stored", "native", True),
+    Side("float32", "native", False),
+    Side("float32", "native", True),
+    Side("float32", "reference", False),
+    Side("float32", "reference", True),
+)
 
 
 def _timed(run: Callable[[], object]) -> float:
@@ -46,118 +74,170 @@ def _timed(run: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def bench_ours(params: dict, context: int, batches: list[int], steps: int) -> tuple[float, list[float]]:
-    """Seconds of a prefill of one row (the better of two), and of a decode step of each batch (the median).
+@functools.partial(jax.jit, static_argnames=("config", "impl"), donate_argnames=("state",))
+def decode_round(
+    params: dict, token: jax.Array, state: DecodeState, *, config: ModelConfig, impl: str
+) -> tuple[jax.Array, DecodeState]:
+    """Decodes `ROUND` tokens greedily."""
 
-    The timed steps end with `context` tokens in every row. The rows of a batch are copies, which changes no speed.
-    """
-    tokens = jax.random.randint(jax.random.key(1), (1, context), 0, SMOLLM2.vocab_size)
+    def step(_: jax.Array, carry: tuple[jax.Array, DecodeState]) -> tuple[jax.Array, DecodeState]:
+        logits, state = decode_step(params, *carry, config=config, refresh=True, impl=impl)
+        return logits.argmax(axis=-1).astype(jnp.int32), state
 
-    def fill(length: int) -> DecodeState:
-        state = init_state(SMOLLM2, 1, context)
-        filled = prefill(params, tokens[:, :length], jnp.array([length]), state, config=SMOLLM2)[1]
-        return jax.block_until_ready(filled)
-
-    fill(context)
-    prefill_seconds = min(_timed(lambda: fill(context)) for _ in range(2))
-    row = fill(context - steps - WARM_STEPS)
-    return prefill_seconds, [_time_steps(params, row, batch, steps) for batch in batches]
+    return lax.fori_loop(0, ROUND, step, (token, state))
 
 
-def _time_steps(params: dict, row: DecodeState, batch: int, steps: int) -> float:
-    def repeat(leaf: jax.Array) -> jax.Array:
-        return jnp.array(jnp.concatenate([leaf] * batch), copy=True)  # the steps donate it
-
-    state, token = jax.tree.map(repeat, row), jnp.zeros((batch,), jnp.int32)
-    times = []
-    for _ in range(steps + WARM_STEPS):
+def time_side(
+    side: Side, model: Model, row: DecodeState, batch: int, rounds: int
+) -> tuple[float, list[float], tuple[float, float, float]]:
+    """Seconds of the first call, which compiles; seconds of a step in each later call; and what a step reads."""
+    state = repeat_row(row if side.is_sparse else DecodeState(row.cache, None), batch)
+    token, times = jnp.zeros((batch,), jnp.int32), []
+    for _ in range(rounds + 1):
         began = time.perf_counter()
-        logits, state = decode_step(params, token, state, config=SMOLLM2)
-        logits.block_until_ready()
+        token, state = decode_round(model.params, token, state, config=model.config, impl=side.impl)
+        token.block_until_ready()
         times.append(time.perf_counter() - began)
-    return statistics.median(times[WARM_STEPS:])
+    return times[0], [seconds / ROUND for seconds in times[1:]], bytes_of_step(model, state)
 
 
-def bench_transformers(context: int, batches: list[int], steps: int) -> tuple[float, list[float]]:
-    """The same times of transformers' LlamaForCausalLM, with its default attention and cache."""
+def bench_ours(models: dict[str, Model], context: int, batches: list[int], rounds: int) -> Iterator[dict[str, object]]:
+    """Yields a line for each side and batch. The timed steps end with about `context` tokens in every row."""
+    length = context - 2 * (rounds + 1) * ROUND
+    tokens = jax.random.randint(jax.random.key(1), (1, length), 0, models["stored"].config.vocab_size)
+    rows = {}
+    for weights, model in models.items():
+        state = init_state(model.config, 1, context, method=METHOD)
+        _, rows[weights] = prefill(model.params, tokens, jnp.array([length]), state, config=model.config, method=METHOD)
+    for batch in batches:
+        first, times, reads = {}, {side: [] for side in SIDES}, {}
+        for order in (SIDES, SIDES[::-1]):
+            for side in order:
+                seconds, found, reads[side] = time_side(side, models[side.weights], rows[side.weights], batch, rounds)
+                first.setdefault(side, seconds)
+                times[side] += found
+        for side in SIDES:
+            _, size, num_read = reads[side]
+            yield {
+                "context": context, "batch": batch, "side": side.name, "step_ms": statistics.median(times[side]) * 1e3,
+                "bytes": size, "tokens_read": num_read, "first_call_s": first[side],
+            }  # fmt: skip
+
+
+def bench_prefill(models: dict[str, Model], context: int) -> Iterator[dict[str, object]]:
+    """Yields the seconds of a dense prefill of one row, the better of two after one that compiles."""
+    for weights, model in models.items():
+        tokens = jax.random.randint(jax.random.key(1), (1, context), 0, model.config.vocab_size)
+
+        def fill(model: Model = model, tokens: jax.Array = tokens) -> None:
+            state = init_state(model.config, 1, context)
+            jax.block_until_ready(prefill(model.params, tokens, jnp.array([context]), state, config=model.config))
+
+        fill()
+        yield {"context": context, "side": f"ours, {weights}", "prefill_s": min(_timed(fill) for _ in range(2))}
+
+
+def bench_transformers(model: Model, context: int, batches: list[int], steps: int) -> Iterator[dict[str, object]]:
+    """Yields the same of transformers' LlamaForCausalLM in this shape, with its default attention and cache."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    c = SMOLLM2
+    c = model.config
     config = LlamaConfig(
         vocab_size=c.vocab_size, hidden_size=c.width, intermediate_size=c.mlp_width, num_hidden_layers=c.num_layers,
         num_attention_heads=c.num_heads, num_key_value_heads=c.num_kv_heads, max_position_embeddings=c.max_positions,
         tie_word_embeddings=True,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
+    network = LlamaForCausalLM(config).eval()
     tokens = torch.randint(0, c.vocab_size, (1, context))
 
     def fill(length: int):
-        return model(tokens[:, :length], use_cache=True, logits_to_keep=1).past_key_values
+        return network(tokens[:, :length], use_cache=True, logits_to_keep=1).past_key_values
 
-    medians = []
     with torch.no_grad():
         fill(context)
-        prefill_seconds = min(_timed(lambda: fill(context)) for _ in range(2))
+        yield {"context": context, "side": "transformers", "prefill_s": _timed(lambda: fill(context))}
         for batch in batches:
-            cache, times = fill(context - steps - WARM_STEPS), []
+            cache, times = fill(context - steps), []
             cache.batch_repeat_interleave(batch)
             token = torch.zeros((batch, 1), dtype=torch.long)
-            for _ in range(steps + WARM_STEPS):
-                times.append(_timed(lambda cache=cache, token=token: model(token, past_key_values=cache)))
-            medians.append(statistics.median(times[WARM_STEPS:]))
-    return prefill_seconds, medians
+            for _ in range(steps):
+                times.append(_timed(lambda cache=cache, token=token: network(token, past_key_values=cache)))
+            yield {
+                "context": context, "batch": batch, "side": "transformers, float32",
+                "step_ms": statistics.median(times[steps // 2 :]) * 1e3, "tokens_read": context,
+                "bytes": 4 * c.num_parameters + batch * context * c.cache_bytes_per_token(4),
+            }  # fmt: skip
+
+
+def bench_llama_cpp(gguf: Path, config: ModelConfig, context: int, steps: int) -> Iterator[dict[str, object]]:
+    """Yields the same of llama.cpp with its default cache (float16), at batch 1, with as many threads as JAX has."""
+    import os
+
+    from llama_cpp import Llama  # pyright: ignore[reportMissingImports] - it takes long to build
+
+    llama = Llama(str(gguf), n_ctx=context, n_threads=os.cpu_count(), n_threads_batch=os.cpu_count(), verbose=False)
+    tokens = jax.random.randint(jax.random.key(1), (context - steps,), 0, config.vocab_size).tolist()
+    yield {"context": context, "side": "llama.cpp", "prefill_s": _timed(lambda: llama.eval(tokens))}
+    times = [_timed(lambda: llama.eval([7])) for _ in range(steps)]
+    yield {
+        "context": context, "batch": 1, "side": "llama.cpp", "step_ms": statistics.median(times[steps // 2 :]) * 1e3,
+        "bytes": gguf.stat().st_size + context * config.cache_bytes_per_token(2), "tokens_read": context,
+    }  # fmt: skip
 
 
 def main() -> None:
-    """Measures all sides of every cell in one run, and prints the table."""
+    """Measures all sides of every cell in one run, and prints two tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--context", type=int, nargs="+", default=[512, 4096])
-    parser.add_argument("--steps", type=int, default=16, help="timed decode steps of a cell")
-    parser.add_argument("--json", action="store_true", help="print a JSON line for each cell, not the table")
-    parser.add_argument("--no-transformers", action="store_true", help="leave out transformers, which needs torch")
+    parser.add_argument("--rounds", type=int, default=4, help=f"timed calls of {ROUND} steps in each turn of a side")
+    parser.add_argument("--gguf", type=Path, help="the built-in model's GGUF file, for llama.cpp")
+    parser.add_argument("--transformers", action="store_true", help="transformers takes part, which needs torch")
+    parser.add_argument("--json", action="store_true", help="print a JSON line for each cell, not the tables")
     options = parser.parse_args()
-    versions = f"jax {jax.__version__}, Python {platform.python_version()}"
-    if not options.no_transformers:
-        import torch
-        import transformers
-
-        versions += f", torch {torch.__version__}, transformers {transformers.__version__}"
-    device = jax.devices()[0].device_kind
-    print(f"{date.today()}  {device}  float32  {versions}\n$ {command()}", file=sys.stderr)
+    others = (["torch", "transformers"] if options.transformers else []) + (
+        ["llama-cpp-python"] if options.gguf else []
+    )
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", *others))
     bandwidth = read_bandwidth()
-    print(f"measured read bandwidth {bandwidth / 1e9:.1f} GB/s", file=sys.stderr)
-    keys = jax.random.split(jax.random.key(0), len(jax.tree.leaves(parameter_shapes(SMOLLM2))))
-    leaves, tree = jax.tree.flatten(parameter_shapes(SMOLLM2))
-    params = tree.unflatten([jax.random.normal(k, s.shape) * 0.02 for k, s in zip(keys, leaves, strict=True)])
-    weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    if not options.json:
-        print(
-            "| context | side | prefill, batch 1 | batch | decode step | a dense step must read | share of bandwidth |"
-        )
-        print("|---|---|---|---|---|---|---|")
+    print(
+        f"{date.today()}, {jax.devices()[0].device_kind}, {versions}, Python {platform.python_version()}; native is "
+        f"{describe('native')}; read bandwidth {bandwidth / 1e9:.1f} GB/s\n\n    {command()}\n",
+        file=sys.stderr,
+    )
+    models = {"stored": load_model(MODEL, quantize="stored"), "float32": load_model(MODEL, quantize="none")}
+    lines = []
     for context in options.context:
-        sides = {
-            "ours": lambda: bench_ours(params, context, options.batch, options.steps),  # noqa: B023
-            "transformers": lambda: bench_transformers(context, options.batch, options.steps),  # noqa: B023
-        }
-        if options.no_transformers:
-            del sides["transformers"]
-        for side, run in sides.items():
-            prefill_seconds, step_seconds = run()
-            for batch, seconds in zip(options.batch, step_seconds, strict=True):
-                dense_bytes = weight_bytes + batch * context * SMOLLM2.cache_bytes_per_token(4)
-                cell = {
-                    "context": context, "side": side, "prefill_seconds": round(prefill_seconds, 3), "batch": batch,
-                    "decode_ms": round(seconds * 1e3, 2), "dense_bytes": dense_bytes,
-                    "share_of_bandwidth": round(dense_bytes / seconds / bandwidth, 3),
-                }  # fmt: skip
-                row = (
-                    f"| {context} | {side} | {prefill_seconds:.2f} s | {batch} | {seconds * 1e3:.1f} ms "
-                    f"| {dense_bytes / 1e6:.0f} MB | {cell['share_of_bandwidth']:.0%} |"
-                )
-                print(json.dumps(cell) if options.json else row, flush=True)
+        cells = [bench_prefill(models, context), bench_ours(models, context, options.batch, options.rounds)]
+        if options.transformers:
+            cells.append(bench_transformers(models["float32"], context, options.batch, 2 * ROUND))
+        if options.gguf:
+            cells.append(bench_llama_cpp(options.gguf, models["stored"].config, context, 4 * ROUND))
+        for cell in cells:
+            for line in cell:
+                lines.append(line)
+                print(json.dumps(line), file=sys.stdout if options.json else sys.stderr, flush=True)
+    if options.json:
+        return
+    dense = {
+        (line["context"], line["batch"]): line["step_ms"] for line in lines if line["side"] == "dense, stored, native"
+    }
+    print("| context | batch | side | step | best dense of ours / this | bytes | share of bandwidth | tokens read |")
+    print("|---|---|---|---|---|---|---|---|")
+    for line in sorted((line for line in lines if "batch" in line), key=lambda line: (line["context"], line["batch"])):
+        ratio = dense[line["context"], line["batch"]] / line["step_ms"]
+        share = line["bytes"] / line["step_ms"] * 1e3 / bandwidth
+        print(
+            f"| {line['context']} | {line['batch']} | {line['side']} | {line['step_ms']:.1f} ms | {ratio:.2f} "
+            f"| {line['bytes'] / 1e6:.0f} MB | {share:.0%} | {line['tokens_read']:.0f} |"
+        )
+    print("\n| context | side | prefill, batch 1 | first call, which compiles |\n|---|---|---|---|")
+    for line in lines:
+        if "prefill_s" in line:
+            print(f"| {line['context']} | {line['side']} | {line['prefill_s']:.2f} s | |")
+        elif "first_call_s" in line and line["batch"] == options.batch[0]:
+            print(f"| {line['context']} | {line['side']} | | {line['first_call_s']:.1f} s |")
 
 
 if __name__ == "__main__":

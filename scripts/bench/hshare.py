@@ -14,18 +14,16 @@ from datetime import date
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from hshare_jax.decode_state import DecodeState, count_reads, init_state
+from hshare_jax.decode_state import DecodeState, init_state
 from hshare_jax.decode_step import decode_step
 from hshare_jax.methods.hshare.method import HShare
 from hshare_jax.methods.hshare.settings import REFIT_TOKENS, HShareSettings
-from hshare_jax.methods.hshare.share_plan import mark_computed
 from hshare_jax.methods.hshare.shared_lists import SharedLists
 from hshare_jax.models.pretrained import Model, load_model
 from hshare_jax.prefill import prefill, read_prompt, refit
-from scripts.bench.decode import read_bandwidth
 from scripts.bench.gpu_timing import command
+from scripts.bench.step_bytes import bytes_of_step, read_bandwidth, repeat_row
 
 ROUND = 4  # steps of one side before the next side's turn; a multiple of every refresh interval below
 PLAN_SETTINGS = HShareSettings(num_sinks=8, num_critical=88, num_recent=32, min_length=0)  # of the second table
@@ -61,7 +59,7 @@ def bench_steps(model: Model, batch: int, context: int, rounds: int) -> None:
         state, length = init_state(config, 1, context, method=method), jnp.array([context - steps])
         prompt = tokens[:, : context - steps]
         _, row = prefill(model.params, prompt, length, state, config=config, method=method)
-        states[name] = _repeat(row, batch)
+        states[name] = repeat_row(row, batch)
         del row
     times: dict[str, list[float]] = {name: [] for name in states}
     token = jnp.zeros((batch,), jnp.int32)
@@ -86,29 +84,6 @@ def bench_steps(model: Model, batch: int, context: int, rounds: int) -> None:
             f"| {name} | {computed:.1f} | {reads:.0f} | {size / 1e6:.0f} MB | {seconds * 1e3:.1f} ms "
             f"| {dense / seconds:.2f} | {size / seconds / bandwidth:.0%} |"
         )
-
-
-def _repeat(row: DecodeState, batch: int) -> DecodeState:
-    def repeat(leaf: jax.Array) -> jax.Array:
-        axis = 0 if leaf.shape[0] == 1 else 1  # lists are [L, B, J, C]
-        return jnp.array(jnp.concatenate([leaf] * batch, axis=axis), copy=True)  # the steps donate it
-
-    return jax.tree.map(repeat, row)
-
-
-def bytes_of_step(model: Model, state: DecodeState) -> tuple[float, float, float]:
-    """(Lists computed a step, bytes that a step must read, tokens that a head reads)."""
-    config, B = model.config, state.cache.lengths.shape[0]
-    length, reads = float(state.cache.lengths.mean()), float(count_reads(state, config).mean())
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)) + B * reads * config.cache_bytes_per_token(4)
-    lists = state.method_state
-    if not isinstance(lists, SharedLists):
-        return 0, size, reads
-    is_computed = np.asarray(mark_computed(np.asarray(lists.source)))[:, lists.settings.num_dense :]
-    computed = float(is_computed.sum(axis=(1, 2)).mean()) / lists.refresh_interval
-    labels = jax.tree.leaves(lists.labels[-1])
-    per_token = sum(leaf.nbytes for leaf in labels) / (B * config.num_kv_heads * state.cache.capacity)
-    return computed, size + B * computed * length * per_token, reads
 
 
 def bench_plan(model: Model, contexts: list[int]) -> None:

@@ -12,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from block_oracle import definition, random_nibbles
 from tiny_decoder import HSHARE, MODEL, params, prefill_rows, random_rows, vary
 
 from hshare_jax.decode_step import decode_step
 from hshare_jax.errors import SettingError
 from hshare_jax.kernels import api
+from hshare_jax.kernels.block_weights import quantise_blocks
 from hshare_jax.kernels.implementations import IMPLEMENTATIONS
 from hshare_jax.kernels.labels import label_query, make_labels
 from hshare_jax.kernels.masked_softmax import MASKED
@@ -306,3 +308,28 @@ def test_a_whole_decode_equals_that_of_the_reference(method, impl):
         found.append((np.stack(logits), np.asarray(lists)))
     np.testing.assert_allclose(found[0][0], found[1][0], atol=1e-4, rtol=0)
     np.testing.assert_array_equal(found[0][1], found[1][1])
+
+
+# --- projections
+
+WIDTHS = {"float32": 2e-6, "bfloat16": 1e-2, "float16": 2e-3}  # and the error that rounding allows, relative
+
+
+@every_implementation
+@pytest.mark.parametrize("dtype", WIDTHS)
+@pytest.mark.parametrize("kind", ["floats", "4 bits", "8 bits"])
+@pytest.mark.parametrize("rows", [1, 3, 8, 40])
+def test_projections_equal_the_definition_in_float64(rows, kind, dtype, impl):
+    rng, out, D = np.random.default_rng(11), 37, 96
+    weight = {
+        "floats": lambda: jnp.asarray(rng.standard_normal((out, D)), dtype),
+        "4 bits": lambda: random_nibbles(rng, out, D, dtype),
+        "8 bits": lambda: quantise_blocks(rng.standard_normal((out, D)), np.dtype(dtype)),
+    }[kind]()
+    floats = np.asarray(weight if kind == "floats" else definition(weight), np.float64)
+    x = jnp.asarray(rng.standard_normal((rows, 1, D)), dtype)
+    found = api.project(jax.tree.map(jnp.asarray, weight), x, impl=impl)
+    expected = np.asarray(x, np.float64) @ floats.T
+    assert found.dtype == dtype
+    atol = WIDTHS[dtype] * np.abs(expected).max()
+    np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=0, atol=atol)

@@ -16,9 +16,12 @@ from transformers import Qwen2Tokenizer
 
 from hshare_jax.errors import CheckpointError
 from hshare_jax.files.checksums import write_checksums
+from hshare_jax.kernels.block_weights import BlockWeights, floats_of
 from hshare_jax.models.config import RopeConfig, config_from_hf
+from hshare_jax.models.gguf_checkpoint import GGUFTensors
 from hshare_jax.models.gguf_file import read_gguf
 from hshare_jax.models.pretrained import load_model
+from hshare_jax.models.weights import stream_parameters
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +65,43 @@ def test_a_mistral_written_as_llama_is_read_as_llama(tmp_path):
     [(Kind.F16, 2**-9), (Kind.BF16, 2**-6), (Kind.Q8_0, 5 / 127), (Kind.Q4_0, 5 / 7), (Kind.Q4_1, 10 / 15)],
 )
 def test_quantised_parameters_are_near_the_ones_written(tmp_path, model, kind, step):
-    loaded = load_model(write_gguf(tmp_path / "model.gguf", model, kind))
+    loaded = load_model(write_gguf(tmp_path / "model.gguf", model, kind), quantize="none")
     assert_equal_trees(loaded.params, fused(state_of(model)), atol=step)
+
+
+@pytest.mark.parametrize("kind", [Kind.Q8_0, Kind.Q4_0, Kind.Q4_1])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])  # whose rows of q and k are permuted, or not
+def test_weights_kept_in_their_bits_are_the_floats_that_gguf_reads(tmp_path, architecture, kind):
+    path = write_gguf(tmp_path / "model.gguf", tiny_model(architecture), kind)
+    kept, floats = (load_model(path, quantize=quantize) for quantize in ("stored", "none"))
+    assert isinstance(kept.params["layers_0"]["qkv"]["weight"], BlockWeights)
+    assert kept.params["embedding"].qvalue.dtype == (np.int8 if kind == Kind.Q8_0 else np.uint8)
+    assert_equal_trees(floats_of(kept.params), floats.params)
+    assert kept.identity == floats.identity
+    assert (kept.dtype, load_model(path, quantize="stored", dtype="bfloat16").dtype) == ("float32", "bfloat16")
+
+
+def test_tensors_of_several_types_in_one_parameter_become_floats(tmp_path, model):
+    path = write_gguf(tmp_path / "model.gguf", model, Kind.Q8_0)
+    names = [name for name in read_gguf(path).tensors if "attn_v" in name]
+    file = GGUFTensors(read_gguf(path), load_model(path).config)
+    others = {f"model.layers.{name.split('.')[1]}.self_attn.v_proj.weight" for name in names}
+    codes = file.codes
+    file.codes = lambda name: None if name in others else codes(name)
+    found = dict(stream_parameters(load_model(path).config, file, "float32", "stored"))
+    assert isinstance(found["layers_0/qkv/weight"], np.ndarray)
+    assert isinstance(found["layers_0/out/weight"], BlockWeights)
+
+
+def test_a_scale_that_is_not_finite_is_named(tmp_path, model):
+    path = write_gguf(tmp_path / "model.gguf", model, Kind.Q8_0)
+    offset = read_gguf(path).tensors["blk.1.ffn_up.weight"].offset
+    damaged = bytearray(path.read_bytes())
+    damaged[offset : offset + 2] = np.float16(np.nan).tobytes()
+    path.write_bytes(damaged)
+    for quantize in ("stored", "none"):
+        with pytest.raises(CheckpointError, match=r"mlp.up_proj.weight holds infinities or NaNs"):
+            load_model(path, quantize=quantize)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType as Kind
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import assert_equal_trees, flipped, fused, state_of, tiny_model, write_gguf
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from hshare_jax.errors import CheckpointError
 from hshare_jax.files import atomic
 from hshare_jax.files.checksums import write_checksums
+from hshare_jax.kernels.block_weights import floats_of
 from hshare_jax.models.config import RopeConfig
 from hshare_jax.models.orbax_checkpoint import read_checkpoint_info
 from hshare_jax.models.pretrained import Model, load_model, save_model
@@ -64,6 +66,31 @@ def test_what_is_saved_is_loaded(tmp_path, model, dtype):
     assert loaded.tokenizer.chat_template == model.tokenizer.chat_template
     if dtype != "float16":
         assert loaded.identity == model.identity
+
+
+@pytest.mark.parametrize("kind", [Kind.Q8_0, Kind.Q4_1])
+def test_weights_in_few_bits_are_saved_as_they_are(tmp_path, kind):
+    written = load_model(write_gguf(tmp_path / "tiny.gguf", tiny_model(), kind), quantize="stored")
+    save_model(written, tmp_path / "saved")
+    loaded, floats = (load_model(tmp_path / "saved", quantize=quantize) for quantize in ("stored", "none"))
+    assert jax.tree.structure(loaded.params) == jax.tree.structure(written.params)
+    for found, wanted in zip(jax.tree.leaves(loaded.params), jax.tree.leaves(written.params), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+    assert_equal_trees(floats.params, floats_of(written.params))
+    assert loaded.identity == floats.identity == written.identity
+    again = load_model(tmp_path / "saved", quantize="int8")
+    assert again.identity == written.identity, "what has few bits keeps them"
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int8-channel"])
+def test_floats_are_quantised_alike_from_a_file_and_from_a_checkpoint(tmp_path, quantize):
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_model())
+    save_model(load_model(path), tmp_path / "floats")
+    quantised = load_model(path, quantize=quantize)
+    save_model(quantised, tmp_path / "saved")
+    assert load_model(tmp_path / "floats", quantize=quantize).identity == quantised.identity
+    assert load_model(tmp_path / "saved", quantize="stored").identity == quantised.identity
+    assert quantised.identity != load_model(path).identity
 
 
 def test_every_field_of_the_configuration_survives(tmp_path, model):

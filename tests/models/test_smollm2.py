@@ -15,6 +15,7 @@ from lm_eval.evaluator import simple_evaluate
 from tiny_models import assert_equal_trees, fused
 
 from hshare_jax.evaluation.lm_eval_model import HShareLM
+from hshare_jax.kernels.block_weights import floats_of
 from hshare_jax.models.builtin_model import fetch_gguf
 from hshare_jax.models.decoder import run_decoder, unembed
 from hshare_jax.models.pretrained import load_model
@@ -71,7 +72,7 @@ def prompt_ids(model) -> list[int]:
 
 def test_weights_equal_transformers_own_reading_of_the_file(model, reference):
     state = {name: tensor.numpy() for name, tensor in reference.state_dict().items() if name != "lm_head.weight"}
-    assert_equal_trees(model.params, fused(state, model.config.num_layers))
+    assert_equal_trees(floats_of(model.params), fused(state, model.config.num_layers))
 
 
 def test_log_likelihoods_of_a_task_in_lm_evaluation_harness_equal_transformers_own(

@@ -11,10 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hshare_jax.errors import CheckpointError
+from hshare_jax.errors import CheckpointError, SettingError
+from hshare_jax.kernels.block_weights import BlockWeights, floats_of
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.decoder import parameter_shapes
-from hshare_jax.models.weights import DType, dtype_of, load_parameters, stream_parameters, tensor_layout
+from hshare_jax.models.weights import (
+    DType,
+    Quantize,
+    dtype_of,
+    load_parameters,
+    resolve_quantize,
+    stream_parameters,
+    tensor_layout,
+)
 
 CONFIG = ModelConfig(
     vocab_size=32, width=16, mlp_width=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, max_positions=64,
@@ -44,9 +53,12 @@ class ArraySource:
             self.bytes_read += array[row : row + 3].nbytes
             yield array[row : row + 3]
 
+    def codes(self, name: str) -> None:
+        return None
 
-def load(config, source, dtype: DType = "float32"):
-    return load_parameters(config, stream_parameters(config, source, dtype))
+
+def load(config, source, dtype: DType = "float32", quantize: Quantize = "none"):
+    return load_parameters(config, stream_parameters(config, source, dtype, quantize))
 
 
 @pytest.mark.parametrize("biases", [{}, {"qkv_bias": True}, {"qkv_bias": True, "out_bias": True, "mlp_bias": True}])
@@ -71,6 +83,29 @@ def test_queries_keys_and_values_are_stacked_in_this_order():
 def test_every_parameter_has_the_asked_dtype(dtype):
     params, _ = load(CONFIG, ArraySource(CONFIG), dtype)
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(params)} == {dtype}
+
+
+def test_matrices_become_codes_of_8_bits_and_vectors_stay_floats():
+    config = dataclasses.replace(CONFIG, width=32, mlp_width=64, head_dim=16, qkv_bias=True)
+    source = ArraySource(config)
+    params, identity = load(config, source, quantize="int8")
+    floats, other = load(config, source)
+    qkv = params["layers_0"]["qkv"]
+    assert isinstance(qkv["weight"], BlockWeights)
+    assert qkv["weight"].qvalue.dtype == jnp.int8
+    assert isinstance(qkv["bias"], jax.Array)
+    assert identity != other
+    for found, wanted in zip(jax.tree.leaves(floats_of(params)), jax.tree.leaves(floats), strict=True):
+        np.testing.assert_allclose(found, wanted, atol=4 / 127)
+    assert jax.tree.leaves(floats_of(params))[0].dtype == jnp.float32
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_way_to_quantise_that_cannot_be_is_refused_with_the_ways_that_can():
+    with pytest.raises(SettingError, match="quantize='int4' must be one of auto, stored, none, int8, int8-channel"):
+        resolve_quantize("int4", CONFIG)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(SettingError, match="takes blocks of 32 neighbouring weights, and this model has rows of 16"):
+        resolve_quantize("int8", CONFIG)
 
 
 def test_unknown_dtype_is_refused_with_the_known_ones():

@@ -268,9 +268,10 @@ def test_two_processes_do_not_train_in_one_directory(tmp_path):
         os.close(lock)
 
 
-def test_training_loads_no_sparse_method_no_kernel_and_no_evaluation():
+def test_training_loads_no_sparse_method_no_attention_kernel_and_no_evaluation():
     program = "import sys, hshare_jax.training.run; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    strangers = ("hshare_jax.methods", "hshare_jax.kernels", "hshare_jax.evaluation", "jax.experimental.pallas")
+    strangers = ("hshare_jax.methods", "hshare_jax.evaluation", "jax.experimental.pallas", "hshare_jax.kernels.pallas")
+    strangers += ("hshare_jax.kernels.native_attention", "hshare_jax.kernels.reference_attention")
     assert "hshare_jax.training.loss" in done.stdout.split()
     assert not [name for name in done.stdout.split() if name.startswith(strangers)]

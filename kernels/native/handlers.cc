@@ -1,0 +1,478 @@
+// What XLA calls: the operations of kernels/api.py on a CPU, as handlers of XLA's foreign function interface.
+//
+// Shapes are checked, and slots, plans and lengths that point outside the arrays read and write nothing.
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <optional>
+#include <string_view>
+#include <vector>
+
+#include "parallel.h"
+#include "types.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+constexpr int64_t kPiecesPerThread = 4;
+constexpr int32_t kPart = 512;  // slots that one piece of attention reads; the same for any number of threads
+
+const Code& code() {
+  static const Code& chosen = []() -> const Code& {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const char* const wanted = std::getenv("HSHARE_JAX_INSTRUCTIONS");  // at most these, for tests
+    if (wanted && std::string_view(wanted) == "any") return code_for_any;
+    if (wanted && std::string_view(wanted) == "avx2") return code_for_avx2;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq")) {
+      return code_for_avx512;
+    }
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return code_for_avx2;
+#endif
+    return code_for_any;
+  }();
+  return chosen;
+}
+
+std::optional<Type> float_type(ffi::DataType type) {
+  switch (type) {
+    case ffi::F32: return Type::kFloat32;
+    case ffi::BF16: return Type::kBFloat16;
+    case ffi::F16: return Type::kFloat16;
+    default: return std::nullopt;
+  }
+}
+
+int64_t size_of(Type type) { return type == Type::kFloat32 ? 4 : type == Type::kBytes || type == Type::kNibbles ? 1 : 2; }
+
+const char* at(const ffi::AnyBuffer& array, int64_t number, Type type) {
+  return static_cast<const char*>(array.untyped_data()) + number * size_of(type);
+}
+
+float widen(const void* from, int64_t i, Type type) {
+  if (type == Type::kFloat32) return static_cast<const float*>(from)[i];
+  const uint32_t half = static_cast<const uint16_t*>(from)[i];
+  uint32_t bits = half << 16;
+  if (type == Type::kFloat16) {
+    const uint32_t sign = (half & 0x8000) << 16, magnitude = half & 0x7fff;
+    if (magnitude < 0x400) return (sign ? -1.0f : 1.0f) * magnitude * 0x1p-24f;
+    bits = sign | (magnitude >= 0x7c00 ? magnitude << 13 | 0x7f800000 : (magnitude << 13) + (112u << 23));
+  }
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// Rounds to the nearest number of the type, ties to even.
+void narrow(float x, void* to, int64_t i, Type type) {
+  if (type == Type::kFloat32) {
+    static_cast<float*>(to)[i] = x;
+    return;
+  }
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  uint32_t half;
+  if (type == Type::kBFloat16) {
+    half = std::isnan(x) ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  } else {
+    const uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+    if (std::isnan(x)) {
+      half = 0x7e00;
+    } else if (magnitude >= 0x477ff000) {  // rounds beyond the largest number
+      half = 0x7c00;
+    } else if (magnitude < 0x38800000) {  // below the exponents
+      half = static_cast<uint32_t>(std::nearbyint(std::fabs(x) * 0x1p24f));
+    } else {
+      half = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
+    }
+    half |= sign;
+  }
+  static_cast<uint16_t*>(to)[i] = static_cast<uint16_t>(half);
+}
+
+std::vector<float> widened(const ffi::AnyBuffer& array, Type type) {
+  std::vector<float> wide(array.element_count());
+  for (size_t i = 0; i < wide.size(); ++i) wide[i] = widen(array.untyped_data(), i, type);
+  return wide;
+}
+
+ffi::Error wrong(const std::string& what) { return ffi::Error::InvalidArgument("hshare_jax: " + what); }
+
+template <class Array>
+bool has_shape(const Array& array, std::initializer_list<int64_t> shape) {
+  const auto dimensions = array.dimensions();
+  return std::equal(dimensions.begin(), dimensions.end(), shape.begin(), shape.end());
+}
+
+// What one list reads.
+struct Reads {
+  const int32_t* slots;  // null: all slots in [first, first + count)
+  int32_t first, count;
+};
+
+// Attention of every list over what it reads.
+struct Attention {
+  ffi::AnyBuffer q, keys, values;
+  Type q_type, type;
+  int64_t B, N, H, K, S, J;
+  const ffi::AnyBuffer *tail_keys = nullptr, *tail_values = nullptr;
+  const float* terms = nullptr;
+  int64_t rank = -1;
+
+  static std::optional<Attention> of(ffi::AnyBuffer q, ffi::AnyBuffer keys, ffi::AnyBuffer values, int64_t J) {
+    const auto q_type = float_type(q.element_type()), type = float_type(keys.element_type());
+    if (!q_type || !type || q.dimensions().size() != 3 || keys.dimensions().size() != 4) return std::nullopt;
+    const int64_t B = q.dimensions()[0], N = q.dimensions()[1], H = q.dimensions()[2];
+    const int64_t K = keys.dimensions()[1], S = keys.dimensions()[2];
+    J = J < 0 ? K : J;
+    if (!has_shape(keys, {B, K, S, H}) || !has_shape(values, {B, K, S, H}) || K < 1 || J < K || J % K || N < J || N % J) {
+      return std::nullopt;
+    }
+    if (values.element_type() != keys.element_type() || S > INT32_MAX) return std::nullopt;
+    return Attention{q, keys, values, *q_type, *type, B, N, H, K, S, J};
+  }
+
+  // `reads` [B, J]; `num_seen` [B] slots that a row sees. A row that reads all slots in a range has no tail.
+  void run(ffi::ThreadPool& pool, const std::vector<Reads>& reads, const std::vector<int32_t>& num_seen, void* out) const {
+    const int64_t G = N / J;
+    const std::vector<float> wide = widened(q, q_type);
+    std::vector<int64_t> begin(B * J + 1, 0);  // the first part of each list
+    for (int64_t i = 0; i < B * J; ++i) begin[i + 1] = begin[i] + std::max(1, (reads[i].count + kPart - 1) / kPart);
+    const int64_t parts = begin.back();
+    std::vector<int32_t> list_of(parts);
+    for (int64_t i = 0; i < B * J; ++i) std::fill(&list_of[begin[i]], &list_of[begin[i]] + (begin[i + 1] - begin[i]), i);
+    const std::unique_ptr<float[]> sums(new float[parts * G * (H + 3)]);
+    float *of_parts = sums.get(), *stats = of_parts + parts * G * H;
+    const std::unique_ptr<std::atomic<int64_t>[]> left(new std::atomic<int64_t>[B * J]);
+    for (int64_t i = 0; i < B * J; ++i) left[i] = begin[i + 1] - begin[i];
+    in_parallel(pool, parts, [&](int64_t part) {
+      const int64_t i = list_of[part], b = i / J, j = i % J, k = j / (J / K);
+      const int32_t skipped = static_cast<int32_t>(part - begin[i]) * kPart;
+      const Reads& of_list = reads[i];
+      static thread_local std::vector<float> scores;
+      AttendWork work{};
+      work.q = &wide[(b * N + j * G) * H];
+      work.keys = at(keys, (b * K + k) * S * H, type);
+      work.values = at(values, (b * K + k) * S * H, type);
+      work.type = type;
+      work.slots = of_list.slots ? of_list.slots + skipped : nullptr;
+      work.first = of_list.first + skipped;
+      work.count = std::min(kPart, of_list.count - skipped);
+      work.G = G, work.H = H;
+      scores.resize(G * kPart);
+      work.scores = scores.data();
+      work.out = of_parts + part * G * H;
+      work.stats = stats + part * G * 3;
+      code().attend(work);
+      // Whoever finishes a list's last part puts the parts together, in their order.
+      if (left[i].fetch_sub(1, std::memory_order_acq_rel) > 1) return;
+      std::vector<float> result(H);
+      for (int64_t g = 0; g < G; ++g) {
+        const int64_t n = j * G + g;
+        MergeWork merge{};
+        merge.q = &wide[(b * N + n) * H];
+        merge.out = of_parts + (begin[i] * G + g) * H, merge.out_stride = G * H;
+        merge.stats = stats + (begin[i] * G + g) * 3, merge.stats_stride = G * 3;
+        merge.parts = begin[i + 1] - begin[i];
+        merge.H = H, merge.type = type, merge.rank = -1;
+        if (terms && of_list.slots) {
+          merge.rank = rank;
+          merge.tail_keys = at(*tail_keys, (b * N + n) * (1 + rank) * H, type);
+          merge.tail_values = at(*tail_values, (b * N + n) * (1 + rank) * H, type);
+          merge.terms = terms + (b * N + n) * (6 + rank);
+        }
+        merge.num_read = of_list.count, merge.num_seen = num_seen[b];
+        merge.result = result.data();
+        code().merge(merge);
+        for (int64_t h = 0; h < H; ++h) narrow(result[h], out, (b * N + n) * H + h, q_type);
+      }
+    });
+  }
+};
+
+// The slots that a row of this length sees.
+Reads seen(int64_t length, int64_t S, int64_t window) {
+  const int64_t last = std::clamp<int64_t>(length, 0, S);
+  const int64_t first = window < 0 ? 0 : std::clamp<int64_t>(length - window, 0, last);
+  return {nullptr, static_cast<int32_t>(first), static_cast<int32_t>(last - first)};
+}
+
+ffi::Error dense_decode(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer keys, ffi::AnyBuffer values,
+                        ffi::Buffer<ffi::S32> lengths, ffi::Result<ffi::AnyBuffer> out, int64_t window) {
+  const auto attention = Attention::of(q, keys, values, -1);
+  if (!attention) return wrong("q must be [B, N, H] and the cache [B, K, S, H], in float32, bfloat16 or float16");
+  if (!has_shape(lengths, {attention->B})) return wrong("lengths must be [B]");
+  std::vector<Reads> reads;
+  for (int64_t b = 0; b < attention->B; ++b) {
+    reads.insert(reads.end(), attention->J, seen(lengths.typed_data()[b], attention->S, window));
+  }
+  attention->run(pool, reads, std::vector<int32_t>(attention->B, 0), out->untyped_data());
+  return ffi::Error::Success();
+}
+
+ffi::Error sparse_decode(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer keys, ffi::AnyBuffer values,
+                         ffi::Buffer<ffi::S32> lists, ffi::Buffer<ffi::S32> source, ffi::Buffer<ffi::S32> lengths,
+                         ffi::Buffer<ffi::S32> recent_start, ffi::RemainingArgs tail, ffi::Result<ffi::AnyBuffer> out,
+                         int64_t layer, int64_t num_sinks, int64_t max_recent, int64_t window, int64_t min_length) {
+  if (source.dimensions().size() != 3 || lists.dimensions().size() != 4) return wrong("lists or source have no plan");
+  auto attention = Attention::of(q, keys, values, source.dimensions()[2]);
+  if (!attention) return wrong("q must be [B, N, H] and the cache [B, K, S, H], in float32, bfloat16 or float16");
+  const int64_t B = attention->B, J = attention->J, N = attention->N, S = attention->S, C = lists.dimensions()[3];
+  const int64_t layers = source.dimensions()[1], L = lists.dimensions()[0];
+  if (!has_shape(lists, {L, B, J, C}) || !has_shape(source, {B, layers, J}) || !has_shape(lengths, {B}) ||
+      !has_shape(recent_start, {B}) || layer < 0 || layer >= layers) {
+    return wrong("lists must be [L, B, J, C], source [B, L, J], lengths and recent_start [B]");
+  }
+  std::optional<ffi::AnyBuffer> tail_keys, tail_values;
+  if (tail.size() == 3) {
+    const auto of_keys = tail.get<ffi::AnyBuffer>(0), of_values = tail.get<ffi::AnyBuffer>(1);
+    const auto terms = tail.get<ffi::Buffer<ffi::F32>>(2);
+    if (!of_keys || !of_values || !terms) return wrong("the tail's terms must be float32");
+    tail_keys = *of_keys, tail_values = *of_values;
+    const int64_t rank = terms->dimensions().back() - 6;
+    if (rank < 0 || !has_shape(*terms, {B, N, 6 + rank}) || !has_shape(*tail_keys, {B, N, 1 + rank, attention->H}) ||
+        !has_shape(*tail_values, {B, N, 1 + rank, attention->H}) || tail_keys->element_type() != keys.element_type() ||
+        tail_values->element_type() != keys.element_type()) {
+      return wrong("the tail must be [B, N, 1 + rank, H] in the cache's dtype, its terms [B, N, 6 + rank]");
+    }
+    attention->tail_keys = &*tail_keys, attention->tail_values = &*tail_values;
+    attention->terms = terms->typed_data(), attention->rank = rank;
+  }
+  num_sinks = std::clamp<int64_t>(num_sinks, 0, S), max_recent = std::clamp<int64_t>(max_recent, 0, S);
+  const int64_t most = num_sinks + C + max_recent;
+  const std::unique_ptr<int32_t[]> slots(new int32_t[B * J * most]);
+  std::vector<Reads> reads;
+  std::vector<int32_t> num_seen;
+  for (int64_t b = 0; b < B; ++b) {
+    const int64_t length = lengths.typed_data()[b], start = recent_start.typed_data()[b];
+    const Reads all = seen(length, S, window);
+    const int64_t first = all.first, last = first + all.count;
+    num_seen.push_back(all.count);
+    for (int64_t j = 0; j < J; ++j) {
+      if (length < min_length) {
+        reads.push_back(all);
+        continue;
+      }
+      int32_t *to = &slots[(b * J + j) * most], *const begin = to;
+      for (int64_t slot = first; slot < std::min({num_sinks, start, S}); ++slot) *to++ = slot;
+      const int64_t unit = source.typed_data()[(b * layers + layer) * J + j];
+      if (unit >= 0 && unit < L * J) {
+        const int32_t* listed = lists.typed_data() + ((unit / J * B + b) * J + unit % J) * C;
+        for (int64_t c = 0; c < C; ++c) {
+          if (listed[c] >= first && listed[c] < S) *to++ = listed[c];
+        }
+      }
+      for (int64_t slot = std::max(start, first); slot < std::min(last, start + max_recent); ++slot) *to++ = slot;
+      reads.push_back({begin, 0, static_cast<int32_t>(to - begin)});
+    }
+  }
+  attention->run(pool, reads, num_seen, out->untyped_data());
+  return ffi::Error::Success();
+}
+
+// Chooses the lists of one layer, in place.
+ffi::Error choose_tokens(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> lists, ffi::AnyBuffer query, ffi::AnyBuffer labels,
+                  ffi::Buffer<ffi::S32> source, ffi::Buffer<ffi::PRED> is_due, ffi::Buffer<ffi::S32> first,
+                  ffi::Buffer<ffi::S32> last, ffi::Buffer<ffi::S32> num_allowed, ffi::RemainingArgs scales,
+                  ffi::Result<ffi::Buffer<ffi::S32>> out, int64_t layer, bool by_keys, bool dilate) {
+  const auto shape = lists.dimensions();
+  if (shape.size() != 4 || source.dimensions().size() != 3 || query.dimensions().size() != 3 ||
+      labels.dimensions().size() != 4) {
+    return wrong("lists must be [L, B, J, C], source [B, L, J], queries [B, N, R], labels and keys of four dimensions");
+  }
+  const int64_t L = shape[0], B = shape[1], J = shape[2], C = shape[3], layers = source.dimensions()[1];
+  const int64_t N = query.dimensions()[1], R = query.dimensions()[2], K = labels.dimensions()[1];
+  const int64_t rows = labels.dimensions()[2], S = by_keys ? rows : labels.dimensions()[3];
+  if (!has_shape(query, {B, N, R}) || !has_shape(source, {B, layers, J}) || !has_shape(is_due, {B}) ||
+      !has_shape(first, {B}) || !has_shape(last, {B}) || !has_shape(num_allowed, {B}) || layer < 0 || layer >= L ||
+      layer >= layers || labels.dimensions()[0] != B || K < 1 || J < K || J % K || N < J || N % J || S > INT32_MAX) {
+    return wrong("the shapes of lists, queries, labels and plan do not fit each other");
+  }
+  const auto query_type = float_type(query.element_type());
+  const bool has_codes = labels.element_type() == ffi::U8;
+  const auto type = has_codes ? std::optional(rows < R ? Type::kNibbles : Type::kBytes) : float_type(labels.element_type());
+  if (!query_type || !type) return wrong("queries and labels must be float32, bfloat16 or float16, or labels uint8");
+  const int64_t expected = by_keys ? S : *type == Type::kNibbles ? (R + 1) / 2 : R;
+  if (rows != expected || (by_keys && (has_codes || labels.dimensions()[3] != R))) return wrong("R differs");
+  std::optional<ffi::AnyBuffer> of_codes;
+  std::optional<Type> scale_type = Type::kFloat32;
+  if (has_codes) {
+    const auto given = scales.get<ffi::AnyBuffer>(0);
+    if (!given || !has_shape(*given, {B, K, 2, S})) return wrong("codes need scales [B, K, 2, S]");
+    of_codes = *given, scale_type = float_type(given->element_type());
+    if (!scale_type) return wrong("scales must be float32, bfloat16 or float16");
+  }
+  int32_t* const lists_out = out->typed_data();
+  if (lists_out != lists.typed_data()) memcpy(lists_out, lists.typed_data(), lists.size_bytes());
+  std::vector<int64_t> chosen;
+  for (int64_t i = 0; i < B * J; ++i) {
+    if (is_due.typed_data()[i / J] && source.typed_data()[(i / J * layers + layer) * J + i % J] == layer * J + i % J) {
+      chosen.push_back(i);
+    }
+  }
+  if (chosen.empty()) return ffi::Error::Success();
+  const int64_t G = N / J;
+  const std::vector<float> wide = widened(query, *query_type);
+  in_parallel(pool, chosen.size(), [&](int64_t piece) {
+    const int64_t i = chosen[piece], b = i / J, j = i % J, k = j / (J / K);
+    static thread_local std::vector<float> scratch;
+    SelectWork work{};
+    work.query = &wide[(b * N + j * G) * R];
+    work.labels = at(labels, (b * K + k) * labels.dimensions()[2] * labels.dimensions()[3], *type);
+    if (of_codes) work.scales = at(*of_codes, (b * K + k) * 2 * S, *scale_type);
+    work.type = *type, work.scale_type = *scale_type;
+    work.by_keys = by_keys;
+    work.scale = 1 / std::sqrt(static_cast<float>(R));
+    work.G = G, work.R = R, work.S = S, work.C = C;
+    work.first = std::clamp<int64_t>(first.typed_data()[b], 0, S);
+    work.last = std::clamp<int64_t>(last.typed_data()[b], work.first, S);
+    work.num_allowed = num_allowed.typed_data()[b];
+    work.dilate = dilate;
+    scratch.resize((G + 1) * (work.last - work.first + 32) + G * (R + 1));
+    work.scratch = scratch.data();
+    work.list = lists_out + ((layer * B + b) * J + j) * C;
+    code().choose(work);
+  });
+  return ffi::Error::Success();
+}
+
+// What `project` and `dequantise` share: the weights and their scales.
+std::optional<ProjectWork> weights_of(const ffi::AnyBuffer& weights, const ffi::RemainingArgs& scales) {
+  if (weights.dimensions().size() != 2) return std::nullopt;
+  ProjectWork work{};
+  const int64_t features = weights.dimensions()[0], width = weights.dimensions()[1];
+  const bool has_codes = weights.element_type() == ffi::U8 || weights.element_type() == ffi::S8;
+  const auto type = weights.element_type() == ffi::U8   ? std::optional(Type::kNibbles)
+                    : weights.element_type() == ffi::S8 ? std::optional(Type::kBytes)
+                                                        : float_type(weights.element_type());
+  if (!type || features > INT32_MAX || width > INT32_MAX / 2) return std::nullopt;
+  work.D = *type == Type::kNibbles ? 2 * width : width;
+  work.features = features, work.weights = weights.untyped_data(), work.type = *type;
+  if (has_codes != (scales.size() > 0) || scales.size() > 2 || (has_codes && work.D % 32)) return std::nullopt;
+  for (size_t i = 0; i < scales.size(); ++i) {
+    const auto array = scales.get<ffi::Buffer<ffi::F16>>(i);
+    if (!array || !has_shape(*array, {features, work.D / 32})) return std::nullopt;
+    (i == 0 ? work.scales : work.minima) = array->untyped_data();
+  }
+  return work;
+}
+
+// Features of one piece of work: few pieces, because memory is read fastest in long runs.
+int32_t piece_of(int32_t features, ffi::ThreadPool& pool) {
+  const int64_t pieces = kPiecesPerThread * std::max<int64_t>(pool.num_threads(), 1);
+  return std::max<int64_t>(16, (features + pieces - 1) / pieces);
+}
+
+ffi::Error project(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weights, ffi::RemainingArgs scales,
+                   ffi::Result<ffi::AnyBuffer> out) {
+  const auto work = weights_of(weights, scales);
+  const auto type = float_type(x.element_type());
+  if (!work || !type || x.dimensions().size() != 2 || x.dimensions()[1] != work->D) {
+    return wrong("x must be [rows, D], the weights [features, D] of floats or of codes with scales for each 32");
+  }
+  const int32_t rows = x.dimensions()[0];
+  std::vector<float> wide, result;
+  if (*type != Type::kFloat32) wide = widened(x, *type), result.resize(int64_t{rows} * work->features);
+  float* const y = *type == Type::kFloat32 ? static_cast<float*>(out->untyped_data()) : result.data();
+  const int32_t size = piece_of(work->features, pool);
+  in_parallel(pool, (work->features + size - 1) / size, [&](int64_t piece) {
+    ProjectWork part = *work;
+    part.x = *type == Type::kFloat32 ? static_cast<const float*>(x.untyped_data()) : wide.data();
+    part.rows = rows, part.y = y;
+    part.first = piece * size, part.last = std::min(part.first + size, work->features);
+    code().project(part);
+    if (*type == Type::kFloat32) return;
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t i = row * work->features + part.first; i < row * work->features + part.last; ++i) {
+        narrow(result[i], out->untyped_data(), i, *type);
+      }
+    }
+  });
+  return ffi::Error::Success();
+}
+
+ffi::Error dequantise(ffi::ThreadPool pool, ffi::AnyBuffer weights, ffi::RemainingArgs scales,
+                      ffi::Result<ffi::Buffer<ffi::F32>> out) {
+  const auto work = weights_of(weights, scales);
+  if (!work || !work->scales || !has_shape(*out, {work->features, work->D})) return wrong("weights must be codes");
+  const int32_t size = piece_of(work->features, pool);
+  in_parallel(pool, (work->features + size - 1) / size, [&](int64_t piece) {
+    ProjectWork part = *work;
+    part.y = out->typed_data();
+    part.first = piece * size, part.last = std::min(part.first + size, work->features);
+    code().dequantise(part);
+  });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+#pragma GCC visibility push(default)  // all else stays inside the library
+
+extern "C" const char* hshare_instructions() { return code().name; }
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(hshare_dense_decode, dense_decode,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<int64_t>("window"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(hshare_sparse_decode, sparse_decode,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .RemainingArgs()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<int64_t>("layer")
+                                  .Attr<int64_t>("num_sinks")
+                                  .Attr<int64_t>("max_recent")
+                                  .Attr<int64_t>("window")
+                                  .Attr<int64_t>("min_length"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(hshare_select, choose_tokens,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::PRED>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .RemainingArgs()
+                                  .Ret<ffi::Buffer<ffi::S32>>()
+                                  .Attr<int64_t>("layer")
+                                  .Attr<bool>("by_keys")
+                                  .Attr<bool>("dilate"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(hshare_project, project,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .RemainingArgs()
+                                  .Ret<ffi::AnyBuffer>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(hshare_dequantise, dequantise,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .RemainingArgs()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+#pragma GCC visibility pop

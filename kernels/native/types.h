@@ -1,0 +1,80 @@
+// The types of cached numbers, and what a piece of work is told; shared by the handlers and the code of each CPU.
+#pragma once
+
+#include <stdint.h>
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+enum class Type : int32_t { kFloat32, kBFloat16, kFloat16, kBytes, kNibbles };  // nibbles: two 4-bit codes a byte
+
+// Attention of the G query heads of one list over some slots of one key/value head.
+struct AttendWork {
+  const float* q;     // [G, H]
+  const void* keys;   // [S, H] in `type`
+  const void* values;
+  Type type;
+  const int32_t* slots;  // the slots that are read; null: those from `first` on
+  int32_t first, count;
+  int32_t G, H;
+  float* scores;  // scratch [G, count]
+  float* out;     // [G, H]: the sum of exp(score - peak) * value
+  float* stats;   // [G, 3]: peak, the sum of exp(score - peak), the sum of the scores
+};
+
+// The attention of one head, put together from parts, each as `AttendWork` leaves it; and the head's tail.
+struct MergeWork {
+  const float* q;  // [H]
+  const float *out, *stats;  // of the first part
+  int32_t parts, out_stride, stats_stride, H;
+  int32_t rank;  // of the tail; -1 without one
+  const void *tail_keys, *tail_values;  // [1 + rank, H] in `type`
+  const float* terms;                   // [6 + rank]
+  Type type;
+  int32_t num_read, num_seen;
+  float* result;  // [H]
+};
+
+// The choice of one list by the scores of its G query heads.
+struct SelectWork {
+  const float* query;  // [G, R]
+  const void* labels;  // [rows, S] codes in `type`; or [S, R] keys
+  const void* scales;  // [2, S] in `scale_type`; null if labels are not quantised
+  Type type, scale_type;
+  bool by_keys;
+  float scale;  // of scores by keys
+  int32_t G, R;
+  int64_t S;
+  int32_t first, last, num_allowed, C;
+  bool dilate;
+  float* scratch;  // [(G + 1) * (last - first + 32) + G * (R + 1)]
+  int32_t* list;   // [C]
+};
+
+// A weight matrix [features, D] times rows of x, for the features [first, last).
+struct ProjectWork {
+  const float* x;                   // [rows, D]
+  const void* weights;              // [features, D] in `type`; bytes are signed here
+  const void *scales, *minima;      // float16 [features, D / 32]; null for floats; minima may be null for codes too
+  Type type;
+  int32_t rows, D, features, first, last;
+  float* y;  // [rows, features]; for `dequantise` [features, D]
+};
+
+// What is compiled for each instruction set.
+struct Code {
+  const char* name;
+  void (*attend)(const AttendWork&);
+  void (*merge)(const MergeWork&);
+  void (*choose)(const SelectWork&);
+  void (*project)(const ProjectWork&);
+  void (*dequantise)(const ProjectWork&);
+};
+
+#define PASTE(a, b) a##b
+#define NAME_CODE(target) PASTE(code_for_, target)
+extern const Code code_for_avx512, code_for_avx2, code_for_any;

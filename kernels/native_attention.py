@@ -1,0 +1,50 @@
+"""Decode attention on a CPU by the library of CPU kernels. kernels/native/attention.h is the code."""
+
+import jax
+import numpy as np
+from jax import Array
+from jaxtyping import Float, Int
+
+from hshare_jax.kernels.native_library import call_library
+from hshare_jax.kernels.tail import Tail
+from hshare_jax.shapes import Lists, Source
+
+
+def dense_decode(
+    q: Float[Array, "B N H"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    lengths: Int[Array, "B"],
+    *,
+    window: int | None = None,
+) -> Float[Array, "B N H"]:
+    """`api.dense_decode`; a key or value is read once for all query heads of its group."""
+    return call_library("dense_decode", q, q, keys, values, lengths, window=_number(window))
+
+
+def sparse_decode(
+    q: Float[Array, "B N H"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    lists: Lists,
+    source: Source,
+    layer: int,
+    lengths: Int[Array, "B"],
+    recent_start: Int[Array, "B"],
+    *,
+    num_sinks: int,
+    max_recent: int,
+    window: int | None = None,
+    min_length: int = 0,
+    tail: Tail | None = None,
+) -> Float[Array, "B N H"]:
+    """`api.sparse_decode`. Lists, plans and lengths that point outside the arrays read nothing."""
+    return call_library(
+        "sparse_decode", q, q, keys, values, lists, source, lengths, recent_start, *jax.tree.leaves(tail),
+        layer=np.int64(layer), num_sinks=np.int64(num_sinks), max_recent=np.int64(max_recent),
+        window=_number(window), min_length=np.int64(min_length),
+    )  # fmt: skip
+
+
+def _number(window: int | None) -> np.int64:
+    return np.int64(-1 if window is None else window)

@@ -1,0 +1,70 @@
+"""The library of CPU kernels, which is compiled from kernels/native when the package is installed."""
+
+import ctypes
+import functools
+import platform
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+from jax import Array
+
+PATH = Path(__file__).resolve().parent / "native" / "libhshare_native.so"
+HANDLERS = ("dense_decode", "sparse_decode", "select", "project", "dequantise")
+
+
+@functools.cache
+def obstacle() -> str | None:
+    """Why the library cannot be used here, in words; None if it can. A first call loads it and registers its handlers.
+
+    XLA calls the handlers under the names `hshare_` and the name of the operation. The library takes the best
+    instructions of the CPU, or those that the environment variable HSHARE_JAX_INSTRUCTIONS names (avx2, any).
+    """
+    if not PATH.is_file():
+        return "was not compiled when the package was installed (by gcc 11 or clang 14, or newer ones)"
+    try:
+        library = ctypes.CDLL(str(PATH))
+        for name in HANDLERS:
+            handler = jax.ffi.pycapsule(getattr(library, f"hshare_{name}"))
+            jax.ffi.register_ffi_target(f"hshare_{name}", handler, platform="cpu")
+    except (OSError, AttributeError, RuntimeError) as error:  # for another machine, or another version of XLA
+        return f"does not fit this machine ({platform.machine()}) or jaxlib {jaxlib.__version__}: {error}"
+    return None
+
+
+def instructions() -> str:
+    """Which instructions the library's code uses on this machine: avx512, avx2, or any."""
+    library = ctypes.CDLL(str(PATH))
+    library.hshare_instructions.restype = ctypes.c_char_p
+    return library.hshare_instructions().decode()
+
+
+def call_library(
+    name: str,
+    like: Array | jax.ShapeDtypeStruct,
+    *arrays: Array,
+    in_place: bool = False,
+    **attributes: np.generic | bool,
+) -> Array:
+    """Calls a handler of the library, which returns an array of the shape and dtype of `like`.
+
+    Args:
+        name: one of `HANDLERS`.
+        like: the array that the result is like.
+        arrays: the handler's arguments. Integers are passed as int32, codes of 8 bits as they are.
+        in_place: whether the result takes the place of the first array.
+        attributes: the handler's static arguments.
+    """
+    arrays = tuple(map(_as_passed, arrays))
+    shape = jax.ShapeDtypeStruct(like.shape, arrays[0].dtype if in_place else like.dtype)
+    aliases = {0: 0} if in_place else None
+    call = jax.ffi.ffi_call(f"hshare_{name}", shape, vmap_method="sequential", input_output_aliases=aliases)
+    return call(*arrays, **attributes)
+
+
+def _as_passed(array: Array) -> Array:
+    """Integers as int32; codes of 8 bits, and all that is no integer, as they are."""
+    is_integer = jnp.issubdtype(array.dtype, jnp.integer) and array.dtype.itemsize > 1
+    return array.astype(jnp.int32) if is_integer else array

@@ -1,0 +1,341 @@
+"""The library of CPU kernels: where it may read, what it does not depend on, and what happens without it.
+
+That it computes the right numbers is in test_implementations.py, beside the other implementations.
+"""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from block_oracle import random_nibbles
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hshare_jax.errors import SettingError
+from hshare_jax.kernels import api, native_library
+from hshare_jax.kernels.implementations import IMPLEMENTATIONS
+from hshare_jax.kernels.native_library import call_library
+from hshare_jax.kernels.tail import Tail
+from hshare_jax.shapes import EMPTY
+
+needs_library = pytest.mark.skipif(
+    native_library.obstacle() is not None, reason=f"the library of CPU kernels {native_library.obstacle()}"
+)
+B, N, K, S, H, C = 2, 6, 2, 96, 24, 11
+
+
+def case(seed=0, dtype=jnp.float32):
+    rng = np.random.default_rng(seed)
+    q, keys, values = (
+        jnp.asarray(rng.standard_normal(shape), dtype) for shape in ((B, N, H), (B, K, S, H), (B, K, S, H))
+    )
+    lists = np.sort(rng.permuted(np.tile(np.arange(4, 60), (2, B, K, 1)), axis=-1)[..., :C], axis=-1)
+    source = np.tile(np.arange(2 * K).reshape(1, 2, K), (B, 1, 1))
+    return q, keys, values, jnp.asarray(lists, jnp.int32), jnp.asarray(source, jnp.int32)
+
+
+def decode(q, keys, values, lists, source, lengths: Any, starts: Any, impl="native"):
+    lengths, starts = jnp.asarray(lengths, jnp.int32), jnp.asarray(starts, jnp.int32)
+    return api.sparse_decode(q, keys, values, lists, source, 1, lengths, starts, num_sinks=4, max_recent=9, impl=impl)
+
+
+# --- memory
+
+
+@needs_library
+def test_lists_plans_and_lengths_that_point_outside_read_nothing():
+    q, keys, values, lists, source = case()
+    sound = np.asarray(decode(q, keys, values, lists, source, [80, 70], [75, 65]))
+    wild = np.array(lists)
+    wild[:, :, :, 3], wild[:, :, :, 7] = S + 10**6, -(10**6)
+    without = np.array(lists)
+    without[:, :, :, 3] = without[:, :, :, 7] = EMPTY
+    rows = [80, 70], [75, 65]
+    found, expected = (np.asarray(decode(q, keys, values, jnp.asarray(x), source, *rows)) for x in (wild, without))
+    np.testing.assert_array_equal(found, expected)
+    assert (np.abs(found - sound) > 1e-4).any()
+    # A plan that points outside reads no list; sinks and recent tokens are read.
+    lost = np.asarray(decode(q, keys, values, lists, jnp.full_like(source, 10**9), [80, 70], [75, 65]))
+    none = np.asarray(decode(q, keys, values, jnp.full_like(lists, EMPTY), source, [80, 70], [75, 65]))
+    np.testing.assert_array_equal(lost, none)
+    for lengths, starts in (([10**9, -5], [10**9, -(10**9)]), ([-(2**31), 2**31 - 1], [0, -(2**31)])):
+        assert np.isfinite(decode(q, keys, values, lists, source, lengths, starts)).all()
+        assert np.isfinite(api.dense_decode(q, keys, values, jnp.asarray(lengths, jnp.int32), impl="native")).all()
+
+
+@needs_library
+@pytest.mark.parametrize("junk", [np.nan, np.inf])
+def test_slots_that_are_not_read_may_hold_anything(junk):
+    q, keys, values, lists, source = case(1)
+    lengths, starts = [70, 50], [65, 45]
+    is_read = np.zeros((B, S), bool)
+    for b in range(B):
+        is_read[b, :4] = is_read[b, starts[b] : lengths[b]] = True
+        is_read[b, np.asarray(lists[1, b]).ravel()] = True
+    masked = [jnp.where(is_read[:, None, :, None], x, junk) for x in (keys, values)]
+    found = decode(q, masked[0], masked[1], lists, source, lengths, starts)
+    expected = decode(q, keys, values, lists, source, lengths, starts)
+    np.testing.assert_array_equal(found, expected)
+    half = [jnp.where(np.arange(S)[None, None, :, None] < 40, x, junk) for x in (keys, values)]
+    got = api.dense_decode(q, half[0], half[1], jnp.asarray([40, 0], jnp.int32), impl="native")
+    assert np.isfinite(got).all()
+    np.testing.assert_array_equal(got[1], 0)
+
+
+@needs_library
+def test_a_nan_that_is_read_is_not_hidden():
+    q, keys, values, lists, source = case(2)
+    broken = keys.at[0, 0, 2, 5].set(jnp.nan)
+    found = np.asarray(decode(q, broken, values, lists, source, [80, 70], [75, 65]))
+    assert np.isnan(found[0, : N // K]).all()
+    assert np.isfinite(found[0, N // K :]).all()
+    assert np.isfinite(found[1]).all()
+
+
+@needs_library
+def test_ranges_without_a_slot_and_beyond_the_cache_are_read_as_the_definition_reads_them():
+    q, keys, values, lists, source = case(3)
+    for num_sinks, max_recent in ((-1000, 9), (4, -7), (2**62, 9)):
+        found = api.sparse_decode(
+            q, keys, values, lists, source, 1, jnp.asarray([80, 70]), jnp.asarray([75, 65]),
+            num_sinks=num_sinks, max_recent=max_recent, impl="native",
+        )  # fmt: skip
+        assert np.isfinite(found).all()
+    np.testing.assert_array_equal(api.project(jnp.ones((5, 64)), jnp.ones((0, 64)), impl="native"), np.zeros((0, 5)))
+
+
+@needs_library
+def test_a_head_that_reads_nothing_has_the_value_of_its_tail():
+    q, keys, values, lists, source = case(4)
+    terms = jnp.zeros((B, N, 6)).at[..., 3].set(-1).at[..., 4].set(1)
+    tail = Tail(jnp.ones((B, N, 1, H)), jnp.full((B, N, 1, H), 7.0), terms)
+    found, expected = (
+        api.sparse_decode(
+            q, keys, values, jnp.full_like(lists, EMPTY), source, 1, jnp.asarray([5, 0]), jnp.asarray([5, 0]),
+            num_sinks=0, max_recent=4, tail=tail, impl=impl,
+        ) for impl in ("native", "reference")
+    )  # fmt: skip
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    np.testing.assert_allclose(found[0], 7, atol=1e-6)
+
+
+@needs_library
+def test_arrays_that_do_not_fit_each_other_are_an_error():
+    q, keys, values, *_ = case()
+    with pytest.raises(Exception, match="hshare_jax: q must be"):
+        jax.block_until_ready(
+            call_library("dense_decode", q, q, keys, values[:, :, :5], jnp.zeros((B,), jnp.int32), window=np.int64(-1))
+        )
+    with pytest.raises(Exception, match="hshare_jax: x must be"):
+        jax.block_until_ready(call_library("project", q[0], q[0], jnp.zeros((5, H + 1))))
+
+
+@needs_library
+def test_lists_are_chosen_in_place():
+    q, keys, _, lists, source = case()
+    ends = jnp.zeros((B,), jnp.int32) + 4, jnp.zeros((B,), jnp.int32) + 60
+    select = functools.partial(api.select_by_keys, impl="native")
+    how: Any = (q, keys, source, jnp.ones(B, bool), *ends, None)
+
+    def choose(lists):
+        for layer in range(2):
+            lists = select(lists, layer, *how)
+        return lists
+
+    text = jax.jit(choose, donate_argnums=0).lower(lists).compile().as_text()
+    assert text is not None
+    assert text.count("hshare_select") >= 2
+    assert " copy(" not in text
+
+
+# --- what the result does not depend on
+
+PRINT = """
+import json, sys
+sys.path[:0] = {folders!r}
+import numpy as np, jax.numpy as jnp
+from test_native import case, decode
+from hshare_jax.kernels import api
+from hshare_jax.kernels.block_weights import BlockWeights
+q, keys, values, lists, source = case()
+outs = [decode(q, keys, values, lists, source, [80, 70], [75, 65])]
+rng = np.random.default_rng(0)
+long = [jnp.asarray(rng.standard_normal((1, 1, 3000, 16)), jnp.float32) for _ in range(2)]
+outs.append(api.dense_decode(jnp.ones((1, 4, 16)), *long, jnp.asarray([2999]), impl="native"))
+outs.append(api.project(jnp.asarray(rng.standard_normal((300, 64)), jnp.float32), jnp.ones((3, 64)), impl="native"))
+for kind in "48":
+    codes = rng.integers(0, 127, (40, 32 if kind == "4" else 64)).astype("uint8" if kind == "4" else "int8")
+    blocks = BlockWeights(jnp.asarray(codes), *(jnp.asarray(rng.random((40, 2)) / 99, jnp.float16) for _ in "ab"))
+    outs += [api.project(blocks, jnp.ones((rows, 64)), impl="native") for rows in (1, 8, 200)]
+ends = jnp.full((2,), 4), jnp.full((2,), 77), None
+outs.append(api.select_by_keys(lists, 1, q, keys, source, jnp.ones(2, bool), *ends, impl="native"))
+print(json.dumps(np.concatenate([np.asarray(out, float).ravel() for out in outs]).tolist()))
+"""
+
+
+def results(**environment: str) -> list[float]:
+    """What the program above prints in a process with these variables."""
+    folder = Path(__file__).parent
+    program = PRINT.format(folders=[str(folder), str(folder.parent / "support")])
+    done = subprocess.run(
+        [sys.executable, "-c", program], text=True, capture_output=True, env={**os.environ, **environment}
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def alone() -> list[float]:
+    """The results of one thread."""
+    return results(PJRT_NPROC="1", NPROC="1")
+
+
+@needs_library
+@pytest.mark.parametrize("threads", ["2", "7"])
+def test_results_do_not_depend_on_the_number_of_threads(alone, threads):
+    assert results(PJRT_NPROC=threads, NPROC=threads) == alone
+
+
+@needs_library
+@pytest.mark.parametrize("instructions", ["avx2", "any"])
+def test_other_instructions_compute_the_same_within_rounding(alone, instructions):
+    np.testing.assert_allclose(results(HSHARE_JAX_INSTRUCTIONS=instructions), alone, atol=2e-5, rtol=0)
+
+
+@needs_library
+def test_two_threads_may_decode_at_once():
+    cases = [case(seed) for seed in range(4)]
+    step = jax.jit(lambda q, keys, values, lists, source: decode(q, keys, values, lists, source, [80, 70], [75, 65]))
+    expected = [np.asarray(step(*arrays)) for arrays in cases]
+    wrong = []
+
+    def work(index):
+        for _ in range(50):
+            if not np.array_equal(step(*cases[index]), expected[index]):
+                wrong.append(index)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+# --- any shape
+
+
+@needs_library
+@given(
+    heads=st.sampled_from([(1, 1), (3, 1), (5, 1), (7, 7), (6, 2), (9, 3)]), H=st.integers(1, 40),
+    S=st.integers(1, 700), window=st.none() | st.integers(1, 50),
+    dtype=st.sampled_from(["float32", "bfloat16", "float16"]), data=st.data(),
+)  # fmt: skip
+def test_dense_attention_of_any_shape_equals_the_definition(heads, H, S, window, dtype, data):
+    (N, K), rng = heads, np.random.default_rng(0)
+    q, keys, values = (
+        jnp.asarray(rng.standard_normal(shape), dtype) for shape in ((2, N, H), (2, K, S, H), (2, K, S, H))
+    )
+    lengths = jnp.asarray([data.draw(st.integers(0, S)), S], jnp.int32)
+    found, expected = (
+        np.asarray(api.dense_decode(q, keys, values, lengths, window=window, impl=impl), np.float32)
+        for impl in ("native", "reference")
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-5 if dtype == "float32" else 3e-2, rtol=0)
+
+
+@needs_library
+@given(
+    heads=st.sampled_from([(4, 4, 4), (6, 2, 2), (6, 2, 6), (5, 1, 1)]), R=st.integers(1, 19), S=st.integers(1, 300),
+    bits=st.sampled_from([None, 4, 8]), dilate=st.booleans(), data=st.data(),
+)  # fmt: skip
+def test_lists_of_any_shape_weigh_as_much_as_those_of_the_definition(heads, R, S, bits, dilate, data):
+    from hshare_jax.kernels.choose_tokens import weigh_tokens
+    from hshare_jax.kernels.labels import make_labels, score_label_query
+
+    (N, K, J), rng = heads, np.random.default_rng(0)
+    keys = jnp.asarray(rng.standard_normal((1, K, S, R)), jnp.float32)
+    labels = make_labels(keys, jnp.tile(jnp.arange(R), (1, K, 1)), bits)
+    query = jnp.asarray(rng.standard_normal((1, N, R)), jnp.float32)
+    first, last = sorted((data.draw(st.integers(0, S)), data.draw(st.integers(0, S + 5))))
+    ends = jnp.asarray([first], jnp.int32), jnp.asarray([last], jnp.int32)
+    allowed = data.draw(st.none() | st.integers(-1, 20))
+    source = jnp.arange(J, dtype=jnp.int32).reshape(1, 1, J)
+    lists = api.select_by_labels(
+        jnp.zeros((1, 1, J, 9), jnp.int32), 0, query, labels, source, jnp.ones(1, bool), *ends,
+        None if allowed is None else jnp.asarray([allowed], jnp.int32), dilate=dilate, impl="native",
+    )  # fmt: skip
+    count = min(max(9 if allowed is None else min(allowed, 9), 0), max(min(last, S) - first, 0))
+    weights = np.asarray(weigh_tokens(score_label_query(query, labels), *ends, num_lists=J, dilate=dilate))[0]
+    for j, listed in enumerate(np.asarray(lists)[0, 0]):
+        assert (listed[count:] == EMPTY).all()
+        chosen = listed[:count]
+        assert (np.diff(chosen) > 0).all()
+        assert ((chosen >= first) & (chosen < min(last, S))).all()
+        best = np.sort(weights[j, first : min(last, S)])[::-1][:count]
+        np.testing.assert_allclose(np.sort(weights[j, chosen])[::-1], best, rtol=1e-4, atol=1e-6)
+
+
+@needs_library
+@given(
+    rows=st.integers(1, 40), out=st.integers(1, 70), blocks=st.integers(1, 20), kind=st.sampled_from(["4", "8", "f"])
+)
+def test_projections_of_any_shape_equal_the_definition(rows, out, blocks, kind):
+    rng = np.random.default_rng(0)
+    if kind == "f":
+        weight = jnp.asarray(rng.standard_normal((out, 7 * blocks)), jnp.float32)
+    else:
+        weight = random_nibbles(rng, out, 32 * blocks)
+        if kind == "8":
+            codes = rng.integers(-128, 128, (out, 32 * blocks), np.int8)
+            weight = type(weight)(codes, weight.scale, None)
+        weight = jax.tree.map(jnp.asarray, weight)
+    x = jnp.asarray(rng.standard_normal((rows, weight.shape[1])), jnp.float32)
+    found, expected = (np.asarray(api.project(weight, x, impl=impl)) for impl in ("native", "reference"))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * max(1, np.abs(expected).max()))
+
+
+# --- without the library
+
+
+@pytest.fixture
+def absent(monkeypatch, tmp_path):
+    monkeypatch.setattr(native_library, "PATH", tmp_path / "nothing.so")
+    native_library.obstacle.cache_clear()
+    yield
+    native_library.obstacle.cache_clear()
+
+
+def test_without_the_library_auto_takes_the_definition_and_says_why(absent):
+    reason = "was not compiled when the package was installed (by gcc 11 or clang 14, or newer ones)"
+    assert api.describe("auto") == f"reference (the library of native kernels {reason})"
+    q, keys, values, *_ = case()
+    lengths = jnp.asarray([40, 50], jnp.int32)
+    found, expected = (api.dense_decode(q, keys, values, lengths, impl=impl) for impl in ("auto", "reference"))
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_without_the_library_native_is_refused_with_the_way_out(absent):
+    with pytest.raises(SettingError, match=r"impl='native' needs the library.*not compiled.*install a C\+\+17 comp"):
+        api.check_impl("native")
+
+
+def test_a_library_of_another_machine_is_told(absent, tmp_path):
+    (tmp_path / "nothing.so").write_bytes(b"\x7fELF of another machine")
+    assert "does not fit this machine" in api.describe("auto")
+
+
+@needs_library
+def test_the_library_is_what_auto_takes_on_a_cpu():
+    assert api.describe("auto").startswith("native (")
+    assert api.describe("reference") == "reference"
+    assert IMPLEMENTATIONS["native"].platforms == ("cpu",)
