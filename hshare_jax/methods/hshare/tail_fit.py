@@ -122,7 +122,7 @@ def _read_probes(
         is_read = jnp.repeat(is_read, N // J, axis=1)  # [B, N, S]
         scores = score_keys(q, keys)
         mean = jnp.where(is_read, scores, 0).sum(axis=-1) / jnp.maximum(is_read.sum(axis=-1), 1)
-        (total, out), (rest, rest_out) = (_attend(scores, mask, values) for mask in (is_read, is_rest))
+        (total, out), (rest, rest_out) = _attend_parts(scores, (is_read, is_rest), values)
         return _Reads(total, mean, out, rest, rest_out, is_rest.sum(axis=-1))
 
     probes = jnp.swapaxes(queries, 0, 1), listed, positions.T, seen.T
@@ -130,18 +130,27 @@ def _read_probes(
     return jax.tree.map(lambda array: jnp.moveaxis(array, 0, 2), lax.map(read, probes, batch_size=size))
 
 
-def _attend(scores: Array, mask: Array, values: Array) -> tuple[Array, Array]:
-    """(log of the sum of the exponentiated scores [B, N], attention [B, N, H]) over the slots of the mask [B, N, S]."""
+def _attend_parts(scores: Array, masks: tuple[Array, Array], values: Array) -> list[tuple[Array, Array]]:
+    """The logs of the sums of exponentiated scores [B, N], and the attention [B, N, H], over each of two masks.
+
+    The masks [B, N, S] have no slot in common.     The exponentials and the values serve both. A part whose scores all lie 87 nats below the other's weighs nothing.
+    """
     (B, N, S), (K, H) = scores.shape, values.shape[1::2]
-    scores = jnp.where(mask, scores, MASKED)
-    peak = scores.max(axis=-1, keepdims=True)
-    weights = jnp.where(mask, jnp.exp(scores - peak), 0)
-    total = weights.sum(axis=-1)
-    weights = weights.reshape(B, K, N // K, S).astype(values.dtype)
-    out = jnp.einsum("BKGS,BKSH->BKGH", weights, values, preferred_element_type=jnp.float32).reshape(B, N, H)
-    is_empty = total == 0
-    total = jnp.where(is_empty, 1, total)
-    return jnp.where(is_empty, MASKED, peak[..., 0] + jnp.log(total)), out / total[..., None]
+    is_seen = masks[0] | masks[1]
+    peak = jnp.where(is_seen, scores, MASKED).max(axis=-1, keepdims=True)
+    exponentials = jnp.exp(jnp.where(is_seen, scores, MASKED) - peak)
+    weights = jnp.stack([jnp.where(mask, exponentials, 0).reshape(B, K, N // K, S) for mask in masks], axis=2)
+    totals = weights.sum(axis=-1)  # [B, K, 2, G]
+    weights = weights.reshape(B, K, -1, S).astype(values.dtype)
+    sums = jnp.einsum("BKGS,BKSH->BKGH", weights, values, preferred_element_type=jnp.float32)
+    sums = sums.reshape(B, K, 2, N // K, H)
+    found = []
+    for part in range(2):
+        total, out = totals[:, :, part].reshape(B, N), sums[:, :, part].reshape(B, N, H)
+        is_empty = total == 0
+        total = jnp.where(is_empty, 1, total)
+        found.append((jnp.where(is_empty, MASKED, peak[..., 0] + jnp.log(total)), out / total[..., None]))
+    return found
 
 
 def _mean_middle_key(keys: Array, cached: Array, settings: HShareSettings) -> Float[Array, "B K H"]:
