@@ -131,9 +131,10 @@ def _read_probes(
 
 
 def _attend_parts(scores: Array, masks: tuple[Array, Array], values: Array) -> list[tuple[Array, Array]]:
-    """The logs of the sums of exponentiated scores [B, N], and the attention [B, N, H], over each of two masks.
+    """The logs of the sums of exponentiated scores [B, N], and the attention [B, N, H], over the slots of each mask.
 
-    The masks [B, N, S] have no slot in common.     The exponentials and the values serve both. A part whose scores all lie 87 nats below the other's weighs nothing.
+    The masks [B, N, S] have no slot in common. Exponentials are computed and values are read once for both. A part
+    whose scores all lie 87 nats below the other's weighs nothing.
     """
     (B, N, S), (K, H) = scores.shape, values.shape[1::2]
     is_seen = masks[0] | masks[1]
