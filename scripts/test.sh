@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs every check of this repository: format, lint, types, compilation for a GPU, tests.
 #
-#   bash scripts/test.sh                               everything, in about a quarter of an hour on two cores
+#   bash scripts/test.sh                               everything, in about twenty minutes on two cores
 #   bash scripts/test.sh --quick                       format, lint, types, and the tests that matter most: four minutes
 #   bash scripts/test.sh tests/kernels/test_labels.py  the static checks, then one file of tests
 #

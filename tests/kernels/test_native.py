@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from block_oracle import random_nibbles
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hshare_jax.errors import SettingError
@@ -30,6 +30,7 @@ from hshare_jax.shapes import EMPTY
 needs_library = pytest.mark.skipif(
     native_library.obstacle() is not None, reason=f"the library of CPU kernels {native_library.obstacle()}"
 )
+FEW = settings(max_examples=10)  # each compiles; HYPOTHESIS_PROFILE does not change it
 B, N, K, S, H, C = 2, 6, 2, 96, 24, 11
 
 
@@ -235,6 +236,7 @@ def test_two_threads_may_decode_at_once():
 
 
 @needs_library
+@FEW
 @given(
     heads=st.sampled_from([(1, 1), (3, 1), (5, 1), (7, 7), (6, 2), (9, 3)]), H=st.integers(1, 40),
     S=st.integers(1, 700), window=st.none() | st.integers(1, 50),
@@ -254,6 +256,7 @@ def test_dense_attention_of_any_shape_equals_the_definition(heads, H, S, window,
 
 
 @needs_library
+@FEW
 @given(
     heads=st.sampled_from([(4, 4, 4), (6, 2, 2), (6, 2, 6), (5, 1, 1)]), R=st.integers(1, 19), S=st.integers(1, 300),
     bits=st.sampled_from([None, 4, 8]), dilate=st.booleans(), data=st.data(),
@@ -286,6 +289,7 @@ def test_lists_of_any_shape_weigh_as_much_as_those_of_the_definition(heads, R, S
 
 
 @needs_library
+@FEW
 @given(
     rows=st.integers(1, 40), out=st.integers(1, 70), blocks=st.integers(1, 20), kind=st.sampled_from(["4", "8", "f"])
 )
