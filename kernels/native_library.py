@@ -19,8 +19,8 @@ HANDLERS = ("dense_decode", "sparse_decode", "select", "project", "dequantise")
 def obstacle() -> str | None:
     """Why the library cannot be used here, in words; None if it can. A first call loads it and registers its handlers.
 
-    XLA calls the handlers under the names `hshare_` and the name of the operation. The library takes the best
-    instructions of the CPU, or those that the environment variable HSHARE_JAX_INSTRUCTIONS names (avx2, any).
+    XLA calls a handler by `hshare_` and its name. The library uses the best instructions of the CPU, but at most those
+    that the environment variable HSHARE_JAX_INSTRUCTIONS names (avx512, avx2, any).
     """
     if not PATH.is_file():
         return "was not compiled when the package was installed (by gcc 11 or clang 14, or newer ones)"

@@ -112,11 +112,11 @@ def load_model(
             written by `save_model`, or a Hugging Face hub id (`organisation/name`).
         dtype: float32, bfloat16 or float16, in which the model computes. Weights of another dtype are cast. None: the
             dtype of a converted checkpoint, and float32 for every other form of model.
-        quantize: the bits of weight matrices. `stored`: those of the file; a GGUF file's types Q4_0, Q4_1 and Q8_0 lose
-            nothing so. `none`: floats. `int8`: 8 bits and a scale for each 32 weights, where the file has floats.
-            `int8-channel`: 8 bits and a scale for each output, which loses more and suits GPUs. docs/quality.md has
-            what they lose. `auto`: `stored` where the library of CPU kernels multiplies with such weights as they are,
-            else `none`.
+        quantize: the bits of weight matrices. `stored`: those of the file, for a GGUF file's types Q4_0, Q4_1 and Q8_0,
+            which loses nothing; matrices of other types become floats. `none`: floats. `int8`: those other matrices
+            get 8 bits, and a scale for each 32 weights. `int8-channel`: a scale for each output, which loses more and
+            suits GPUs. docs/quality.md has what they lose. `auto`: `stored` where the native kernels multiply with
+            such weights as they are, else `none`.
         cache_dir: the directory of downloads and conversions. None: $HSHARE_JAX_CACHE, or hshare-jax in the user's
             cache directory; for a hub id the cache of the hub.
         revision: a branch, tag or commit of a hub id.

@@ -26,8 +26,8 @@ from hshare_jax.models.config import ModelConfig
 DType = Literal["float32", "bfloat16", "float16"]
 DTYPES: tuple[DType, ...] = ("float32", "bfloat16", "float16")
 # The bits of weight matrices. auto: stored where the native library multiplies with them as they are, else none.
-# stored: those of the file. none: floats. int8: codes of 8 bits where the file has floats.
-# int8-channel: the same with one scale for each output, which suits GPUs.
+# stored: those of the file. none: floats. int8: codes of 8 bits for the matrices that the file does not keep in codes.
+# int8-channel: as int8, with one scale for each output, which suits GPUs.
 Quantize = Literal["auto", "stored", "none", "int8", "int8-channel"]
 QUANTIZE: tuple[Quantize, ...] = get_args(Quantize)
 Parameter = np.ndarray | BlockWeights  # on the host

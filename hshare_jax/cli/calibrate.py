@@ -57,7 +57,7 @@ def run_calibrate(options: argparse.Namespace) -> int:
     with usage_errors():
         method.settings.check(files.config)
         cut_blocks(files, texts, method=method, **limits)
-    model = files.load(options.dtype, read_quantize(options))
+    model = files.load(options.dtype, read_quantize(options, files))
     found = calibrate(model, texts, method=method, **limits)
     if options.channels_file is not None:
         save_channels(options.channels_file, found.channels, model, overwrite=options.overwrite)

@@ -13,6 +13,7 @@ from hshare_jax.cli.options import (
     check_not_empty,
     check_output,
     open_named,
+    read_quantize,
     read_text,
     share_kv_as_told,
 )
@@ -45,14 +46,19 @@ def run_convert(options: argparse.Namespace) -> int:
     check_output(options.output, overwrite=options.overwrite, may_replace=is_orbax_directory)
     check_kv_sharing(options)
     text = None if options.perplexity is None else read_text(options.perplexity, "--perplexity ")
+    if options.kv_sharing is not None and options.quantize not in ("auto", "none"):
+        raise UsageError(f"--quantize {options.quantize}: shared weights are trained, as floats; leave it out")
     files = open_named(options)
+    # A checkpoint is for every machine, so `auto` keeps the bits of the file.
+    quantize = "stored" if options.quantize == "auto" else read_quantize(options, files)
+    quantize = "none" if options.kv_sharing is not None else quantize
     config = share_kv_as_told(options, files.config)
     windows = [] if text is None else _cut_windows(options, files, text)
+    import jax
+
     from hshare_jax.models.pretrained import save_model
 
-    # A checkpoint is for every machine, so `auto` keeps the bits of the file. Shared weights are trained, as floats.
-    quantize = "stored" if options.quantize == "auto" else options.quantize
-    model = files.load(options.dtype, "none" if options.kv_sharing is not None else quantize)
+    model = files.load(options.dtype, quantize)
     if options.kv_sharing is not None:
         from hshare_jax.training.start import share_layers
 
@@ -62,7 +68,8 @@ def run_convert(options: argparse.Namespace) -> int:
             _tell_perplexities(windows, model, shared)
         model = shared
     save_model(model, options.output, overwrite=options.overwrite)
-    print(f"wrote {model.name} ({model.dtype}) to {options.output}", file=sys.stderr)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
+    print(f"wrote {model.name} ({model.dtype}, {size:,} bytes) to {options.output}", file=sys.stderr)
     if config.kv_layer_map != files.config.kv_layer_map:
         print(
             f"WARNING: {len(config.kv_layers)} of {config.num_layers} layers have keys and values, which the other "

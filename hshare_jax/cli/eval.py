@@ -114,7 +114,7 @@ def run_eval(options: argparse.Namespace) -> int:
     notes = notes_on_short_texts(hshare, files.config, sizes, names=options.method)
     for note in notes:
         print(f"hshare-jax: note: {note}", file=sys.stderr)
-    model = files.load(options.dtype, read_quantize(options))
+    model = files.load(options.dtype, read_quantize(options, files))
     for origin in origins:
         origin.check(model)
     with usage_errors():

@@ -86,7 +86,7 @@ def run_generate(options: argparse.Namespace) -> int:
         hshare.settings.check(files.config)
         hshare, origins = read_files(options, files, hshare)
         method = method_named(options.method, hshare, max_new_tokens=options.max_new_tokens)
-    model = files.load(options.dtype, read_quantize(options))
+    model = files.load(options.dtype, read_quantize(options, files))
     for origin in origins:
         origin.check(model)
     is_streamed = len(prompts) == 1 and not options.json and not options.no_stream

@@ -67,7 +67,7 @@ def run_info(options: argparse.Namespace) -> int:
     files = open_named(options)
     config, dtype = share_kv_as_told(options, files.config), options.dtype or files.dtype
     if options.kv_sharing is None:
-        identity, size = files.identify(options.dtype, options.quantize)
+        identity, size = files.identify(options.dtype, read_quantize(options, files))
     else:  # a model without weights has no identity
         identity, size = None, config.num_parameters * _BYTES[dtype]
     facts = _facts(config, files, dtype, identity, size)
@@ -123,7 +123,7 @@ def _show_plans(options: argparse.Namespace) -> int:
         settings.check(files.config)
     from hshare_jax.calibration import find_plans
 
-    model = files.load(options.dtype, read_quantize(options))
+    model = files.load(options.dtype, read_quantize(options, files))
     plans = find_plans(model, prompts, method=method)
     has_probes = [len(prompt) > settings.first_probe for prompt in prompts]
     if options.json:

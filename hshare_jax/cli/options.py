@@ -121,9 +121,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--quantize", choices=("auto", "stored", "none", "int8", "int8-channel"), default="auto",
-        help="bits of the weights: stored, as the file has them; none, floats; int8, 8 bits and a scale for each 32 "
-        "weights where the file has floats; int8-channel, a scale for each output, for GPUs; auto (default), stored "
-        "where the native kernels run, else none",
+        help="bits of the weights: stored, 4 and 8 bits of a file stay, the rest is floats; none, floats; int8, the "
+        "rest gets 8 bits and a scale for each 32 weights; int8-channel, a scale for each output, for GPUs; auto "
+        "(default), stored where the native kernels run, else none",
     )  # fmt: skip
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     parser.add_argument(
@@ -133,11 +133,18 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def read_quantize(options: argparse.Namespace) -> "Quantize":
-    """The bits of weights that a command loads. `auto` is for the native kernels, so with others it means floats."""
+def read_quantize(options: argparse.Namespace, files: "ModelFiles") -> "Quantize":
+    """The bits of weights that a command loads. `auto` is for the native kernels, so with others it means floats.
+
+    Raises:
+        UsageError: bits that the model's widths do not allow.
+    """
+    from hshare_jax.models.weights import resolve_quantize
+
     if options.quantize == "auto" and getattr(options, "impl", "auto") not in ("auto", "native"):
         return "none"
-    return options.quantize
+    with usage_errors():
+        return resolve_quantize(options.quantize, files.config)
 
 
 def add_named_model(parser: argparse.ArgumentParser) -> None:

@@ -117,7 +117,7 @@ def _draw_text(options: argparse.Namespace) -> "Figure":
         method.settings.check(files.config)
         check_prompt(files.config, len(prompt), settings=method.settings, steps=steps)
         method, origins = read_files(options, files, method)
-    model = files.load(options.dtype, read_quantize(options))
+    model = files.load(options.dtype, read_quantize(options, files))
     for origin in origins:
         origin.check(model)
     found = measure_patterns(model, prompt, method=method, steps=steps)

@@ -3,7 +3,27 @@
 #include "project.h"
 #include "selection.h"
 
+namespace {
+
+template <class T>
+void widen_typed(const T* from, int64_t count, float* to) {
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) store(to + i, load(from + i));
+  if (i < count) store_some(to + i, load_some(from + i, count - i), count - i);
+}
+
+// Numbers of any float type, as floats.
+void widen(const void* from, int64_t count, Type type, float* to) {
+  switch (type) {
+    case Type::kBFloat16: return widen_typed((const BFloat16*)from, count, to);
+    case Type::kFloat16: return widen_typed((const Float16*)from, count, to);
+    default: return widen_typed((const float*)from, count, to);
+  }
+}
+
+}  // namespace
+
 #define TEXT(x) #x
 #define TEXT_OF(x) TEXT(x)
 
-extern const Code NAME_CODE(TARGET) = {TEXT_OF(TARGET), attend, merge, choose, project, dequantise};
+extern const Code NAME_CODE(TARGET) = {TEXT_OF(TARGET), widen, attend, merge, choose, project, dequantise};

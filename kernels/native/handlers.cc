@@ -1,6 +1,6 @@
 // What XLA calls: the operations of kernels/api.py on a CPU, as handlers of XLA's foreign function interface.
 //
-// Shapes are checked, and slots, plans and lengths that point outside the arrays read and write nothing.
+// The arguments' shapes are checked. Slots, plans and lengths that point outside the arrays read and write nothing.
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -20,18 +20,18 @@ namespace {
 constexpr int64_t kPiecesPerThread = 4;
 constexpr int32_t kPart = 512;  // slots that one piece of attention reads; the same for any number of threads
 
+// The best code that this CPU runs, or the best of at most the instructions that the environment names (for tests).
 const Code& code() {
   static const Code& chosen = []() -> const Code& {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    const char* const wanted = std::getenv("HSHARE_JAX_INSTRUCTIONS");  // at most these, for tests
-    if (wanted && std::string_view(wanted) == "any") return code_for_any;
-    if (wanted && std::string_view(wanted) == "avx2") return code_for_avx2;
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq")) {
-      return code_for_avx512;
-    }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return code_for_avx2;
+    const char* const named = std::getenv("HSHARE_JAX_INSTRUCTIONS");
+    const std::string_view most = named ? named : "avx512";
+    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (has_avx512 && most == "avx512") return code_for_avx512;
+    if (has_avx2 && most != "any") return code_for_avx2;
 #endif
     return code_for_any;
   }();
@@ -51,20 +51,6 @@ int64_t size_of(Type type) { return type == Type::kFloat32 ? 4 : type == Type::k
 
 const char* at(const ffi::AnyBuffer& array, int64_t number, Type type) {
   return static_cast<const char*>(array.untyped_data()) + number * size_of(type);
-}
-
-float widen(const void* from, int64_t i, Type type) {
-  if (type == Type::kFloat32) return static_cast<const float*>(from)[i];
-  const uint32_t half = static_cast<const uint16_t*>(from)[i];
-  uint32_t bits = half << 16;
-  if (type == Type::kFloat16) {
-    const uint32_t sign = (half & 0x8000) << 16, magnitude = half & 0x7fff;
-    if (magnitude < 0x400) return (sign ? -1.0f : 1.0f) * magnitude * 0x1p-24f;
-    bits = sign | (magnitude >= 0x7c00 ? magnitude << 13 | 0x7f800000 : (magnitude << 13) + (112u << 23));
-  }
-  float x;
-  memcpy(&x, &bits, sizeof x);
-  return x;
 }
 
 // Rounds to the nearest number of the type, ties to even.
@@ -96,7 +82,7 @@ void narrow(float x, void* to, int64_t i, Type type) {
 
 std::vector<float> widened(const ffi::AnyBuffer& array, Type type) {
   std::vector<float> wide(array.element_count());
-  for (size_t i = 0; i < wide.size(); ++i) wide[i] = widen(array.untyped_data(), i, type);
+  code().widen(array.untyped_data(), wide.size(), type, wide.data());
   return wide;
 }
 
@@ -276,9 +262,9 @@ ffi::Error sparse_decode(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer 
 
 // Chooses the lists of one layer, in place.
 ffi::Error choose_tokens(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> lists, ffi::AnyBuffer query, ffi::AnyBuffer labels,
-                  ffi::Buffer<ffi::S32> source, ffi::Buffer<ffi::PRED> is_due, ffi::Buffer<ffi::S32> first,
-                  ffi::Buffer<ffi::S32> last, ffi::Buffer<ffi::S32> num_allowed, ffi::RemainingArgs scales,
-                  ffi::Result<ffi::Buffer<ffi::S32>> out, int64_t layer, bool by_keys, bool dilate) {
+                         ffi::Buffer<ffi::S32> source, ffi::Buffer<ffi::PRED> is_due, ffi::Buffer<ffi::S32> first,
+                         ffi::Buffer<ffi::S32> last, ffi::Buffer<ffi::S32> num_allowed, ffi::RemainingArgs scales,
+                         ffi::Result<ffi::Buffer<ffi::S32>> out, int64_t layer, bool by_keys, bool dilate) {
   const auto shape = lists.dimensions();
   if (shape.size() != 4 || source.dimensions().size() != 3 || query.dimensions().size() != 3 ||
       labels.dimensions().size() != 4) {

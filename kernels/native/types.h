@@ -68,6 +68,7 @@ struct ProjectWork {
 // What is compiled for each instruction set.
 struct Code {
   const char* name;
+  void (*widen)(const void* from, int64_t count, Type type, float* to);
   void (*attend)(const AttendWork&);
   void (*merge)(const MergeWork&);
   void (*choose)(const SelectWork&);

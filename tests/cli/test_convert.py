@@ -42,7 +42,8 @@ def test_convert_writes_a_model_that_shares_and_warns(
     given = [] if init == "mean" else ["--init", init]
     status, _, err = call(["convert", tiny, out, "--kv-sharing", "lckv:1", *given], capsys)
     assert status == 0
-    assert f"wrote tiny+lckv:1 (float32) to {out}\n" in err
+    assert "wrote tiny+lckv:1 (float32, " in err
+    assert f" bytes) to {out}\n" in err
     assert "WARNING: 2 of 4 layers have keys and values" in err
     assert "untrained, this model is of no use" in err
     config = share_kv(TINY, "lckv:1")
@@ -55,8 +56,39 @@ def test_convert_without_sharing_neither_warns_nor_changes(
     tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     status, _, err = call(["convert", tiny, str(tmp_path / "same")], capsys)
-    assert (status, err) == (0, f"wrote tiny (float32) to {tmp_path / 'same'}\n")
+    size = 4 * TINY.num_parameters
+    assert (status, err) == (0, f"wrote tiny (float32, {size:,} bytes) to {tmp_path / 'same'}\n")
     assert pretrained.load_model(tmp_path / "same").identity == pretrained.load_model(tiny).identity
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            ["--quantize", "int8"],
+            "--quantize int8 takes blocks of 32 neighbouring weights, and this model has rows of 48",
+        ),
+        (
+            ["--quantize", "int8-channel", "--kv-sharing", "cla:2"],
+            "--quantize int8-channel: shared weights are trained",
+        ),
+    ],
+)
+def test_bits_that_do_not_suit_are_refused_before_anything_is_written(
+    tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], given: list[str], message: str
+) -> None:
+    status, _, err = call(["convert", tiny, str(tmp_path / "out"), *given], capsys)
+    assert status == 2
+    assert message in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_convert_writes_fewer_bits_where_it_is_asked_to(
+    tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(["convert", tiny, str(tmp_path / "few"), "--quantize", "int8-channel"], capsys)[0] == 0
+    found = pretrained.load_model(tmp_path / "few", quantize="stored").params["embedding"]
+    assert (found.qvalue.dtype, found.has_channel_scales) == (jnp.int8, True)
 
 
 def test_convert_tells_the_perplexity_before_and_after(

@@ -10,6 +10,7 @@ from command_line import SMALL, TEXT, TINY, call
 from random_weights import random_params
 from tiny_tokenizer import byte_tokenizer
 
+from hshare_jax.kernels.api import describe
 from hshare_jax.models import pretrained
 
 
@@ -36,6 +37,8 @@ def test_prompts_from_everywhere_form_one_json_batch(
     assert len(result["outputs"]) == 3
     assert all(output["text"] and output["finish_reason"] in ("stop", "length") for output in result["outputs"])
     assert result["statistics"]["new_tokens"] == sum(len(output["tokens"]) for output in result["outputs"])
+    assert result["statistics"]["impl"] == describe("auto")
+    assert result["statistics"]["weight_bytes"] == 4 * TINY.num_parameters
 
 
 def test_comparing_tells_both_speeds_and_what_dense_decoding_reads(
