@@ -21,7 +21,7 @@ from hshare_jax.kernels.block_weights import Weights
 from hshare_jax.kernels.implementations import IMPLS, Implementation, check_impl, describe, run
 from hshare_jax.kernels.labels import Labels
 from hshare_jax.kernels.prefill_attention import can_fuse_prefill, fused_prefill, plain_prefill, received_attention
-from hshare_jax.kernels.tail import Tail
+from hshare_jax.kernels.tail import Part, Tail
 from hshare_jax.shapes import EMPTY, Lists, Source
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "select_by_keys",
     "select_by_labels",
     "sparse_decode",
+    "split_decode",
 ]
 
 
@@ -118,6 +119,39 @@ def sparse_decode(
             num_sinks=num_sinks, max_recent=max_recent, window=window, min_length=min_length, tail=tail,
             **chosen.options,
         )  # fmt: skip
+
+    return run(impl, attend)
+
+
+def split_decode(
+    q: Float[Array, "B N H"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    listed: Int[Array, "B J C"],
+    lengths: Int[Array, "B"],
+    recent_start: Int[Array, "B"],
+    *,
+    num_sinks: int,
+    window: int | None = None,
+    impl: str = "auto",
+) -> tuple[Part, Part]:
+    """Attention of one query per head in two parts: over what `sparse_decode` reads, and over what it leaves.
+
+        # num_sinks 1, list [2, 5], recent_start 6, length 8:  read 0 2 5 6 7, left 1 3 4
+
+    Args:
+        q, keys, values, recent_start, num_sinks, window: as for `sparse_decode`.
+        listed: the lists that are read, found through the plan.
+        lengths: where the slots that a row sees end.
+        impl: the implementation, as the module describes it. On a GPU this is the reference's plain jnp.
+
+    Returns:
+        The part that is read, and the part that is left.
+    """
+
+    def attend(chosen: Implementation) -> tuple[Part, Part]:
+        arrays = q, keys, values, listed, lengths, recent_start
+        return chosen.attention.split_decode(*arrays, num_sinks=num_sinks, window=window)
 
     return run(impl, attend)
 

@@ -21,8 +21,8 @@ Result = TypeVar("Result")
 class Implementation:
     """One row of the table.
 
-    The module `<prefix>_attention` defines `dense_decode` and `sparse_decode`; `<prefix>_selection` defines
-    `select_by_labels` and `select_by_keys`; `<prefix>_projection` defines `project`, if the row says that it
+    The module `<prefix>_attention` defines `dense_decode`, `sparse_decode` and `split_decode`; `<prefix>_selection`
+    defines `select_by_labels` and `select_by_keys`; `<prefix>_projection` defines `project`, if the row says that it
     `projects`. The functions take the arguments that `api` describes, without `impl`, and the row's options. A module
     is imported when an operation first needs it, so that a program imports no library that it does not use.
     """

@@ -85,15 +85,13 @@ def label_query(q: Float[Array, "B N H"], channels: Int[Array, "B K R"], bits: i
     return query.reshape(B, N, R).astype(jnp.float32) * H**-0.5
 
 
-def score_labels(
-    q: Float[Array, "B N H"], labels: Labels, channels: Int[Array, "B K R"], bits: int | None
-) -> Float[Array, "B N S"]:
-    """Scores q . k / sqrt(H) on the label channels, in float32, for every slot of the cache, filled or not."""
-    return score_label_query(label_query(q, channels, bits), labels)
+def score_labels(query: Float[Array, "B N R"], labels: Labels) -> Float[Array, "B N S"]:
+    """Scores q . k / sqrt(H) on the label channels, in float32, for every slot of the cache, filled or not.
 
-
-def score_label_query(query: Float[Array, "B N R"], labels: Labels) -> Float[Array, "B N S"]:
-    """The scores of `score_labels` for queries that `label_query` has prepared."""
+    Args:
+        query: from `label_query`.
+        labels: of the layer's cache.
+    """
     (B, N, R), K = query.shape, labels.codes.shape[1]
     query = query.reshape(B, K, N // K, R)
     if labels.scales is None:

@@ -1,12 +1,13 @@
 """Decode attention on a CPU by the library of CPU kernels. kernels/native/attention.h is the code."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
 from hshare_jax.kernels.native_library import call_library
-from hshare_jax.kernels.tail import Tail
+from hshare_jax.kernels.tail import Part, Tail
 from hshare_jax.shapes import Lists, Source
 
 
@@ -44,6 +45,31 @@ def sparse_decode(
         layer=np.int64(layer), num_sinks=np.int64(num_sinks), max_recent=np.int64(max_recent),
         window=_number(window), min_length=np.int64(min_length),
     )  # fmt: skip
+
+
+def split_decode(
+    q: Float[Array, "B N H"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    listed: Int[Array, "B J C"],
+    lengths: Int[Array, "B"],
+    recent_start: Int[Array, "B"],
+    *,
+    num_sinks: int,
+    window: int | None = None,
+) -> tuple[Part, Part]:
+    """`api.split_decode`. Slots of lists that point outside the cache count for nothing."""
+    B, N, H = q.shape
+    told = jax.ShapeDtypeStruct((B, 2, N, H + 3), jnp.float32)  # the attention, log of the sum, mean score, number
+    parts = call_library(
+        "split_decode", told, q, keys, values, listed, lengths, recent_start,
+        num_sinks=np.int64(num_sinks), window=_number(window),
+    )  # fmt: skip
+    read, rest = (
+        Part(part[..., :H], part[..., H], part[..., H + 1], part[..., H + 2].astype(jnp.int32))
+        for part in (parts[:, 0], parts[:, 1])
+    )
+    return read, rest
 
 
 def _number(window: int | None) -> np.int64:

@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 
 PATH = Path(__file__).resolve().parent / "native" / "libhshare_native.so"
-HANDLERS = ("dense_decode", "sparse_decode", "select", "project", "dequantise")
+HANDLERS = ("dense_decode", "sparse_decode", "split_decode", "select", "project", "dequantise")
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from hshare_jax.kernels.masked_softmax import MASKED
 from hshare_jax.shapes import EMPTY
@@ -33,6 +33,18 @@ def slots_to_read(
     ranges = jnp.concatenate([sinks, recent], axis=1)
     slots = jnp.concatenate([jnp.broadcast_to(ranges[:, None, :], (B, J, ranges.shape[1])), listed], axis=2)
     return slots if window is None else jnp.where(slots >= (lengths - window)[:, None, None], slots, EMPTY)
+
+
+def mark_listed(
+    listed: Int[Array, "B J C"], recent_start: Int[Array, "B"], num_sinks: int, capacity: int
+) -> Bool[Array, "B J S"]:
+    """The slots of these lists, of the sinks and of the recent range."""
+    B, J, _ = listed.shape
+    slots, start = jnp.arange(capacity)[None, :], recent_start[:, None]
+    is_ranged = (slots < jnp.minimum(num_sinks, start)) | (slots >= start)
+    rows, lists = jnp.arange(B)[:, None, None], jnp.arange(J)[None, :, None]
+    marks = jnp.broadcast_to(is_ranged[:, None, :], (B, J, capacity))
+    return marks.at[rows, lists, jnp.where(listed == EMPTY, capacity, listed)].set(True, mode="drop")
 
 
 def take_rows(cache: Float[Array, "B K S H"], slots: Int[Array, "B J W"]) -> Float[Array, "B J W H"]:

@@ -4,13 +4,15 @@ Keys and values are [B, K, S, H]: slot s of a row holds its token at position s.
 dtype.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 
+from hshare_jax.kernels.labels import score_keys
 from hshare_jax.kernels.masked_softmax import MASKED
-from hshare_jax.kernels.reads import slots_to_read, take_rows
-from hshare_jax.kernels.tail import Tail, add_tail
+from hshare_jax.kernels.reads import mark_listed, slots_to_read, take_rows
+from hshare_jax.kernels.tail import Part, Tail, add_tail
 from hshare_jax.shapes import EMPTY, Lists, Source
 
 
@@ -68,6 +70,45 @@ def sparse_decode(
     )
     sparse_out = lax.cond(is_dense.all(), lambda: jnp.zeros_like(q), sparse)
     return jnp.where(is_dense[:, None, None], dense_out, sparse_out)
+
+
+def split_decode(
+    q: Float[Array, "B N H"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    listed: Int[Array, "B J C"],
+    lengths: Int[Array, "B"],
+    recent_start: Int[Array, "B"],
+    *,
+    num_sinks: int,
+    window: int | None = None,
+) -> tuple[Part, Part]:
+    """The definition of `api.split_decode`. Exponentials are computed and values are read once for both parts.
+
+    A part whose scores all lie 87 nats below the other's weighs nothing.
+    """
+    (B, N, H), (_, K, S, _), J = q.shape, keys.shape, listed.shape[1]
+    slots = jnp.arange(S, dtype=jnp.int32)[None, :]
+    is_seen = slots < lengths[:, None]
+    if window is not None:
+        is_seen &= slots >= lengths[:, None] - window
+    is_read = mark_listed(listed, recent_start, num_sinks, S)
+    masks = jnp.repeat(is_seen[:, None, None] & jnp.stack([is_read, ~is_read], axis=1), N // J, axis=2)  # [B, 2, N, S]
+    scores = score_keys(q, keys)
+    seen_scores = jnp.where(is_seen[:, None], scores, MASKED)
+    peak = seen_scores.max(axis=-1, keepdims=True)
+    weights = jnp.where(masks, jnp.exp(seen_scores - peak)[:, None], 0)
+    totals, counts = weights.sum(axis=-1), masks.sum(axis=-1)  # [B, 2, N]
+    means = jnp.where(masks, scores[:, None], 0).sum(axis=-1) / jnp.maximum(counts, 1)
+    weights = jnp.moveaxis(weights.reshape(B, 2, K, N // K, S), 1, 2).reshape(B, K, -1, S).astype(values.dtype)
+    sums = jnp.einsum("BKGS,BKSH->BKGH", weights, values, preferred_element_type=jnp.float32)
+    sums = jnp.moveaxis(sums.reshape(B, K, 2, N // K, H), 2, 1).reshape(B, 2, N, H)
+    is_empty = totals == 0
+    totals = jnp.where(is_empty, 1, totals)
+    log_totals = jnp.where(is_empty, MASKED, peak[:, None, :, 0] + jnp.log(totals))
+    parts = Part(sums / totals[..., None], log_totals, means, counts)
+    read, rest = (jax.tree.map(lambda array, i=i: array[:, i], parts) for i in range(2))
+    return read, rest
 
 
 def _attend_one_query(

@@ -7,7 +7,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from hshare_jax.kernels.choose_tokens import choose_tokens
-from hshare_jax.kernels.labels import Labels, score_keys, score_label_query
+from hshare_jax.kernels.labels import Labels, score_keys, score_labels
 from hshare_jax.shapes import Lists, Source
 
 
@@ -26,7 +26,7 @@ def select_by_labels(
 ) -> Lists:
     """The definition of `api.select_by_labels`."""
     return _select(
-        lists, layer, lambda: score_label_query(query, labels), source, is_due, first, last, num_allowed, dilate=dilate
+        lists, layer, lambda: score_labels(query, labels), source, is_due, first, last, num_allowed, dilate=dilate
     )
 
 

@@ -1,6 +1,7 @@
 """The tail: virtual tokens of each query head, which stand for all tokens that the head does not read."""
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,18 @@ class Tail:
         """How many cached tokens of one kv head the numbers of one query head's tail weigh as much as."""
         size = self.keys.shape[-1] * self.keys.dtype.itemsize
         return self.keys.shape[-2] + self.terms.shape[-1] * self.terms.dtype.itemsize / (2 * size)
+
+
+class Part(NamedTuple):
+    """The attention of each query head over some slots, in float32, and what a tail is fitted on beside it.
+
+    A part without a slot holds zeros, and MASKED in the place of `total`.
+    """
+
+    out: Float[Array, "*rows N H"]
+    total: Float[Array, "*rows N"]  # the log of the sum of the exponentiated scores
+    mean: Float[Array, "*rows N"]  # the mean of the scores
+    count: Int[Array, "*rows N"]  # how many slots these are
 
 
 def no_tail(num_rows: int, num_heads: int, head_dim: int, rank: int, dtype: jnp.dtype) -> Tail:

@@ -192,15 +192,3 @@ def count_listed(
     is_read = (listed != EMPTY) & (listed >= first.T[:, :, None, None])
     critical = is_read.sum(axis=-1, dtype=jnp.int32).mean(axis=-1, dtype=jnp.float32).T
     return sinks + critical + lengths - start
-
-
-def mark_listed(
-    listed: Int[Array, "B J C"], recent_start: Int[Array, "B"], num_sinks: int, capacity: int
-) -> Bool[Array, "B J S"]:
-    """The slots of these lists, of the sinks and of the recent range."""
-    B, J, _ = listed.shape
-    slots, start = jnp.arange(capacity)[None, :], recent_start[:, None]
-    is_ranged = (slots < jnp.minimum(num_sinks, start)) | (slots >= start)
-    rows, lists = jnp.arange(B)[:, None, None], jnp.arange(J)[None, :, None]
-    marks = jnp.broadcast_to(is_ranged[:, None, :], (B, J, capacity))
-    return marks.at[rows, lists, jnp.where(listed == EMPTY, capacity, listed)].set(True, mode="drop")

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 
 from hshare_jax.errors import check_one_of, check_whole
 from hshare_jax.kernels.api import dense_decode, sparse_decode
+from hshare_jax.kernels.reads import mark_listed
 from hshare_jax.kv_cache import KVCache, replace_layer
 from hshare_jax.methods.base import (
     Choices,
@@ -21,7 +22,6 @@ from hshare_jax.methods.base import (
     count_dense,
     count_listed,
     mark_dense,
-    mark_listed,
 )
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.shapes import EMPTY

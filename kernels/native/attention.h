@@ -197,8 +197,9 @@ void merge(const MergeWork& work) {
     for (int32_t h = 0; h < work.H; ++h) work.result[h] += factor * out[h];
   }
   for (int32_t h = 0; h < work.H; ++h) work.result[h] /= total;
-  if (work.rank < 0 || work.num_read >= work.num_seen || work.terms[4] <= kMasked) return;
   const float log_total = peak + logf(total), mean_score = reads ? total_score / work.num_read : 0;
+  if (work.found) work.found[0] = log_total, work.found[1] = mean_score;
+  if (work.rank < 0 || work.num_read >= work.num_seen || work.terms[4] <= kMasked) return;
   switch (work.type) {
     case Type::kBFloat16: return add_tail<BFloat16>(work, log_total, mean_score);
     case Type::kFloat16: return add_tail<Float16>(work, log_total, mean_score);

@@ -102,12 +102,14 @@ struct Reads {
 
 // Attention of every list over what it reads.
 struct Attention {
+  static constexpr int64_t kFound = 3;  // further numbers of `split_decode`, behind the attention of each head
   ffi::AnyBuffer q, keys, values;
   Type q_type, type;
   int64_t B, N, H, K, S, J;
   const ffi::AnyBuffer *tail_keys = nullptr, *tail_values = nullptr;
   const float* terms = nullptr;
   int64_t rank = -1;
+  int64_t parts_of_row = 1;  // 2 where each list's reads are followed by what it leaves, and both are told
 
   static std::optional<Attention> of(ffi::AnyBuffer q, ffi::AnyBuffer keys, ffi::AnyBuffer values, int64_t J) {
     const auto q_type = float_type(q.element_type()), type = float_type(keys.element_type());
@@ -122,21 +124,23 @@ struct Attention {
     return Attention{q, keys, values, *q_type, *type, B, N, H, K, S, J};
   }
 
-  // `reads` [B, J]; `num_seen` [B] slots that a row sees. A row that reads all slots in a range has no tail.
+  // `reads` [B, parts_of_row, J]; `num_seen` [B] slots that a row sees. A row that reads all slots in a range has no
+  // tail.
   void run(ffi::ThreadPool& pool, const std::vector<Reads>& reads, const std::vector<int32_t>& num_seen, void* out) const {
     const int64_t G = N / J;
     const std::vector<float> wide = widened(q, q_type);
-    std::vector<int64_t> begin(B * J + 1, 0);  // the first part of each list
-    for (int64_t i = 0; i < B * J; ++i) begin[i + 1] = begin[i] + std::max(1, (reads[i].count + kPart - 1) / kPart);
+    const int64_t lists = B * parts_of_row * J;
+    std::vector<int64_t> begin(lists + 1, 0);  // the first part of each list
+    for (int64_t i = 0; i < lists; ++i) begin[i + 1] = begin[i] + std::max(1, (reads[i].count + kPart - 1) / kPart);
     const int64_t parts = begin.back();
     std::vector<int32_t> list_of(parts);
-    for (int64_t i = 0; i < B * J; ++i) std::fill(&list_of[begin[i]], &list_of[begin[i]] + (begin[i + 1] - begin[i]), i);
+    for (int64_t i = 0; i < lists; ++i) std::fill(&list_of[begin[i]], &list_of[begin[i]] + (begin[i + 1] - begin[i]), i);
     const std::unique_ptr<float[]> sums(new float[parts * G * (H + 3)]);
     float *of_parts = sums.get(), *stats = of_parts + parts * G * H;
-    const std::unique_ptr<std::atomic<int64_t>[]> left(new std::atomic<int64_t>[B * J]);
-    for (int64_t i = 0; i < B * J; ++i) left[i] = begin[i + 1] - begin[i];
+    const std::unique_ptr<std::atomic<int64_t>[]> left(new std::atomic<int64_t>[lists]);
+    for (int64_t i = 0; i < lists; ++i) left[i] = begin[i + 1] - begin[i];
     in_parallel(pool, parts, [&](int64_t part) {
-      const int64_t i = list_of[part], b = i / J, j = i % J, k = j / (J / K);
+      const int64_t i = list_of[part], row = i / J, b = row / parts_of_row, j = i % J, k = j / (J / K);
       const int32_t skipped = static_cast<int32_t>(part - begin[i]) * kPart;
       const Reads& of_list = reads[i];
       static thread_local std::vector<float> scores;
@@ -173,7 +177,13 @@ struct Attention {
         }
         merge.num_read = of_list.count, merge.num_seen = num_seen[b];
         merge.result = result.data();
+        if (parts_of_row == 2) {
+          float* const told = static_cast<float*>(out) + (row * N + n) * (H + kFound);
+          merge.result = told, merge.found = told + H;
+          told[H + 2] = of_list.count;
+        }
         code().merge(merge);
+        if (parts_of_row == 2) continue;
         for (int64_t h = 0; h < H; ++h) narrow(result[h], out, (b * N + n) * H + h, q_type);
       }
     });
@@ -257,6 +267,43 @@ ffi::Error sparse_decode(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer 
     }
   }
   attention->run(pool, reads, num_seen, out->untyped_data());
+  return ffi::Error::Success();
+}
+
+// What each list reads and what it leaves of the slots that its row sees: for each head the attention over them, the log
+// of the sum of their exponentiated scores, the mean score, and how many they are.
+ffi::Error split_decode(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer keys, ffi::AnyBuffer values,
+                        ffi::Buffer<ffi::S32> listed, ffi::Buffer<ffi::S32> lengths, ffi::Buffer<ffi::S32> recent_start,
+                        ffi::Result<ffi::Buffer<ffi::F32>> out, int64_t num_sinks, int64_t window) {
+  if (listed.dimensions().size() != 3) return wrong("listed must be [B, J, C]");
+  auto attention = Attention::of(q, keys, values, listed.dimensions()[1]);
+  if (!attention) return wrong("q must be [B, N, H] and the cache [B, K, S, H], in float32, bfloat16 or float16");
+  const int64_t B = attention->B, J = attention->J, S = attention->S, C = listed.dimensions()[2];
+  if (!has_shape(listed, {B, J, C}) || !has_shape(lengths, {B}) || !has_shape(recent_start, {B}) ||
+      !has_shape(*out, {B, 2, attention->N, attention->H + Attention::kFound})) {
+    return wrong("listed must be [B, J, C], lengths and recent_start [B], the result [B, 2, N, H + 3]");
+  }
+  attention->parts_of_row = 2;
+  const std::unique_ptr<int32_t[]> slots(new int32_t[B * J * S]);
+  std::vector<Reads> reads(B * 2 * J);
+  in_parallel(pool, B * J, [&](int64_t i) {
+    const int64_t b = i / J, j = i % J, start = recent_start.typed_data()[b];
+    const Reads all = seen(lengths.typed_data()[b], S, window);
+    const int64_t first = all.first, last = first + all.count;
+    static thread_local std::vector<char> is_read;
+    is_read.assign(S, false);
+    std::fill_n(is_read.begin(), std::clamp<int64_t>(std::min(num_sinks, start), 0, S), true);
+    std::fill(is_read.begin() + std::clamp<int64_t>(start, 0, S), is_read.end(), true);
+    for (const int32_t* slot = listed.typed_data() + i * C; slot < listed.typed_data() + (i + 1) * C; ++slot) {
+      if (*slot >= 0 && *slot < S) is_read[*slot] = true;
+    }
+    const int32_t num_read = std::count(is_read.begin() + first, is_read.begin() + last, true);
+    int32_t *of_read = &slots[i * S], *of_rest = of_read + num_read;
+    reads[b * 2 * J + j] = {of_read, 0, num_read};
+    reads[(b * 2 + 1) * J + j] = {of_rest, 0, all.count - num_read};
+    for (int64_t slot = first; slot < last; ++slot) *(is_read[slot] ? of_read : of_rest)++ = slot;
+  });
+  attention->run(pool, reads, std::vector<int32_t>(B, 0), out->untyped_data());
   return ffi::Error::Success();
 }
 
@@ -428,6 +475,19 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(hshare_sparse_decode, sparse_decode,
                                   .Attr<int64_t>("max_recent")
                                   .Attr<int64_t>("window")
                                   .Attr<int64_t>("min_length"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(hshare_split_decode, split_decode,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<int64_t>("num_sinks")
+                                  .Attr<int64_t>("window"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(hshare_select, choose_tokens,
                               ffi::Ffi::Bind()

@@ -37,6 +37,7 @@ struct MergeWork {
   Type type;
   int32_t num_read, num_seen;
   float* result;  // [H]
+  float* found;   // [2]: the log of the sum of exp(score), and the mean score; null if nobody asks
 };
 
 // The choice of one list by the scores of its G query heads.

@@ -27,7 +27,7 @@ from hshare_jax.decode_state import init_state
 from hshare_jax.decode_step import decode_step
 from hshare_jax.kernels import api
 from hshare_jax.kernels.choose_tokens import weigh_tokens
-from hshare_jax.kernels.labels import label_query, make_labels, score_label_query
+from hshare_jax.kernels.labels import label_query, make_labels, score_labels
 from hshare_jax.kernels.tail import HIGH, LOW, NUM_TERMS, Tail
 from hshare_jax.methods.hshare.method import HShare
 from hshare_jax.methods.hshare.settings import HShareSettings, PlanSearch
@@ -239,7 +239,7 @@ def _selection(heads: tuple[int, int, int], S: int, *, bits: Any, dilate: bool) 
 
         found, expected = select(impl), select("reference")
         with jax.default_matmul_precision("highest"):
-            scores = score_label_query(query, labels)
+            scores = score_labels(query, labels)
         weights = np.asarray(weigh_tokens(scores, first, last, num_lists=J, dilate=dilate))
         return _chosen_alike(found, expected, weights, np.asarray(a["lists"]))
 

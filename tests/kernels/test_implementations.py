@@ -144,6 +144,28 @@ def test_a_tail_stands_for_the_slots_that_are_not_read(N, K, J, H, window, min_l
 
 
 @every_implementation
+@pytest.mark.parametrize(("N", "K", "J", "H", "window"), [(4, 2, 4, 24, None), (8, 2, 2, 64, 20)])
+def test_what_lists_read_and_what_they_leave_equal_the_oracle(N, K, J, H, window, impl):
+    q, keys, values, lists, _ = attention_case(7, N, K, J, H)
+    arrays = map(jnp.asarray, (q, keys, values, lists[0], LENGTHS, STARTS))
+    parts = api.split_decode(*arrays, num_sinks=NUM_SINKS, window=window, impl=impl)
+    q, keys, values = (array.astype(np.float64) for array in (q, keys, values))
+    for b, length in enumerate(LENGTHS):
+        seen = oracle.dense_reads(int(length), window)
+        read = [
+            oracle.shared_reads(lists[0, b, n * J // N].tolist(), NUM_SINKS, int(STARTS[b]), seen) for n in range(N)
+        ]
+        for part, slots in zip(parts, (read, [seen - of_head for of_head in read]), strict=True):
+            assert part.count[b].tolist() == [len(of_head) for of_head in slots]
+            expected = oracle.attention(q[b], keys[b], values[b], slots)
+            np.testing.assert_allclose(part.out[b], expected, atol=F32, rtol=0)
+            for n, of_head in enumerate(slots):
+                scores = keys[b, n // (N // K), sorted(of_head)] @ q[b, n] / np.sqrt(H)
+                total, mean = (np.log(np.exp(scores).sum()), scores.mean()) if of_head else (MASKED, 0)
+                np.testing.assert_allclose([part.total[b, n], part.mean[b, n]], [total, mean], atol=F32, rtol=1e-6)
+
+
+@every_implementation
 @pytest.mark.parametrize(("N", "K", "H"), [(4, 4, 64), (8, 2, 80)])
 @pytest.mark.parametrize("window", [None, 20])
 def test_dense_decode_equals_the_oracle(N, K, H, window, impl):

@@ -1,5 +1,7 @@
 """Labels: the codes that are kept, and the scores that are taken on them, are those of the definition."""
 
+import functools
+
 import hypothesis
 import hypothesis.extra.numpy as hnp
 import hypothesis.strategies as st
@@ -10,13 +12,19 @@ import numpy as np
 import oracle
 import pytest
 
-from hshare_jax.kernels.labels import Labels, make_labels, quantise, score_keys, score_labels
+from hshare_jax.kernels.labels import Labels, label_query, make_labels, quantise, score_keys, score_labels
 
 F32 = 1e-5  # absolute, on scores and labels of about 1
 B, K, S, H, R = 3, 2, 24, 8, 3
 BITS = [4, 8, None]
 make = jax.jit(make_labels, static_argnames="bits")
-score = jax.jit(score_labels, static_argnames="bits")
+
+
+@functools.partial(jax.jit, static_argnames="bits")
+def score(q, labels, channels, bits):
+    return score_labels(label_query(q, channels, bits), labels)
+
+
 code = jax.jit(quantise, static_argnames=("bits", "dtype"))
 
 

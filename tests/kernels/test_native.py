@@ -68,7 +68,14 @@ def test_lists_plans_and_lengths_that_point_outside_read_nothing():
     lost = np.asarray(decode(q, keys, values, lists, jnp.full_like(source, 10**9), [80, 70], [75, 65]))
     none = np.asarray(decode(q, keys, values, jnp.full_like(lists, EMPTY), source, [80, 70], [75, 65]))
     np.testing.assert_array_equal(lost, none)
+    split = functools.partial(api.split_decode, q, keys, values, num_sinks=4, impl="native")
+    rows = jnp.asarray([80, 70]), jnp.asarray([75, 65])
+    for part, same in zip(split(jnp.asarray(wild[1]), *rows), split(jnp.asarray(without[1]), *rows), strict=True):
+        np.testing.assert_array_equal(part.out, same.out)
     for lengths, starts in (([10**9, -5], [10**9, -(10**9)]), ([-(2**31), 2**31 - 1], [0, -(2**31)])):
+        read, left = split(lists[1], jnp.asarray(lengths, jnp.int32), jnp.asarray(starts, jnp.int32))
+        assert np.isfinite(read.out).all()
+        assert np.isfinite(left.out).all()
         assert np.isfinite(decode(q, keys, values, lists, source, lengths, starts)).all()
         assert np.isfinite(api.dense_decode(q, keys, values, jnp.asarray(lengths, jnp.int32), impl="native")).all()
 
@@ -263,7 +270,7 @@ def test_dense_attention_of_any_shape_equals_the_definition(heads, H, S, window,
 )  # fmt: skip
 def test_lists_of_any_shape_weigh_as_much_as_those_of_the_definition(heads, R, S, bits, dilate, data):
     from hshare_jax.kernels.choose_tokens import weigh_tokens
-    from hshare_jax.kernels.labels import make_labels, score_label_query
+    from hshare_jax.kernels.labels import make_labels, score_labels
 
     (N, K, J), rng = heads, np.random.default_rng(0)
     keys = jnp.asarray(rng.standard_normal((1, K, S, R)), jnp.float32)
@@ -278,7 +285,7 @@ def test_lists_of_any_shape_weigh_as_much_as_those_of_the_definition(heads, R, S
         None if allowed is None else jnp.asarray([allowed], jnp.int32), dilate=dilate, impl="native",
     )  # fmt: skip
     count = min(max(9 if allowed is None else min(allowed, 9), 0), max(min(last, S) - first, 0))
-    weights = np.asarray(weigh_tokens(score_label_query(query, labels), *ends, num_lists=J, dilate=dilate))[0]
+    weights = np.asarray(weigh_tokens(score_labels(query, labels), *ends, num_lists=J, dilate=dilate))[0]
     for j, listed in enumerate(np.asarray(lists)[0, 0]):
         assert (listed[count:] == EMPTY).all()
         chosen = listed[:count]

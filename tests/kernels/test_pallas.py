@@ -184,7 +184,7 @@ def test_selection_by_labels_equals_the_definition_in_every_layout(N, K, J, bits
         keys, block = keys[:, :, :200], 64
         last = jnp.minimum(last, 192)
     labels = make_labels(keys, channels, bits)
-    scores = score_labels(q, labels, channels, bits)
+    scores = score_labels(label_query(q, channels, bits), labels)
     expected = choose_tokens(scores, first, last, None, num_lists=J, num_critical=C, dilate=dilate)
     got = pallas_selection.select_by_labels(
         lists, 1, label_query(q, channels, bits), labels, source, is_due, first, last, None,

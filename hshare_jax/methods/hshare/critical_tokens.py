@@ -1,43 +1,61 @@
-"""Critical tokens: which slots compete for a list, and which slots the scores of a query choose."""
+"""Critical tokens: which slots compete for a list, and the choice among them."""
 
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
-from hshare_jax.kernels.choose_tokens import choose_tokens
+from hshare_jax.kernels.api import select_by_keys, select_by_labels
+from hshare_jax.kernels.labels import Labels, label_query
 from hshare_jax.methods.hshare.settings import HShareSettings
+from hshare_jax.shapes import Lists, Source
 
 
-def find_critical_tokens(
-    scores: Float[Array, "B N S"],
+def choose_lists(
+    lists: Lists,
+    layer: int,
+    q: Float[Array, "B N H"],
+    keys: Float[Array, "B K S H"],
+    labels: Labels | None,
+    channels: Int[Array, "B K R"],
+    source: Source,
+    is_due: Bool[Array, "B"],
     lengths: Int[Array, "B"],
     *,
-    num_lists: int,
     settings: HShareSettings,
-    window: int | Int[Array, ""] | None = None,
-) -> Int[Array, "B J W"]:
-    """The lists that these scores choose: the best slots between the sinks and the recent tokens, ascending.
-
-    With `HShareSettings.pool` they are pools, which are longer.
+    window: int | None,
+    impl: str = "auto",
+) -> Lists:
+    """The lists of all layers, after one layer's queries chose: the best slots between the sinks and the recent tokens.
 
         # length 8, 1 sink, 2 recent:  slots 0 | 1 2 3 4 5 | 6 7  -> only 1 to 5 compete
 
+    Only the lists that the plan computes are chosen, and only in rows that are due. With `HShareSettings.pool` they
+    are pools, which are longer.
+
     Args:
-        scores: of one query per head with every slot. The query stands at position length - 1 of the row.
+        lists: the lists, or the pools, of all layers.
+        layer: the layer whose lists are chosen.
+        q: one rotated query per head. It stands at position length - 1 of its row.
+        keys: the layer's cache, which is read only without labels.
+        labels: the labels of that cache; None scores whole keys.
+        channels: the layer's label channels.
+        source: the plan.
+        is_due: the rows that choose.
         lengths: tokens of each row, including the token of the query.
-        num_lists: J, either K (a list serves a group of query heads) or N.
         settings: how many tokens a list takes, and where they may lie.
         window: the layer's sliding window; tokens before it do not compete.
+        impl: as for `kernels.api`.
     """
     first, last = candidate_range(lengths, settings, window)
-    return choose_tokens(
-        scores, first, last, num_in_pool(lengths, settings),
-        num_lists=num_lists, num_critical=settings.pool_size, dilate=settings.dilates,
-    )  # fmt: skip
+    competing = source, is_due, first, last, num_in_pool(lengths, settings)
+    if labels is None:
+        return select_by_keys(lists, layer, q, keys, *competing, dilate=settings.dilates, impl=impl)
+    query = label_query(q, channels, settings.label_bits)
+    return select_by_labels(lists, layer, query, labels, *competing, dilate=settings.dilates, impl=impl)
 
 
 def candidate_range(
-    lengths: Int[Array, "B"], settings: HShareSettings, window: int | Int[Array, ""] | None
+    lengths: Int[Array, "B"], settings: HShareSettings, window: int | None
 ) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
     """The slots [first, last) that compete: those between the sinks and the recent tokens, inside the window."""
     first = jnp.full_like(lengths, settings.num_sinks)

@@ -8,13 +8,14 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from hshare_jax.kernels.api import dense_decode, select_by_keys, select_by_labels, sparse_decode
-from hshare_jax.kernels.labels import Labels, label_query, make_labels
+from hshare_jax.kernels.api import dense_decode, sparse_decode
+from hshare_jax.kernels.labels import Labels, make_labels
 from hshare_jax.kernels.masked_softmax import MASKED
+from hshare_jax.kernels.reads import mark_listed
 from hshare_jax.kernels.tail import HIGH, Tail
 from hshare_jax.kv_cache import KVCache, append, replace_layer
-from hshare_jax.methods.base import Choices, Method, Step, count_dense, count_listed, mark_dense, mark_listed
-from hshare_jax.methods.hshare.critical_tokens import candidate_range, num_in_pool
+from hshare_jax.methods.base import Choices, Method, Step, count_dense, count_listed, mark_dense
+from hshare_jax.methods.hshare.critical_tokens import choose_lists
 from hshare_jax.methods.hshare.pools import choose_in_pools
 from hshare_jax.methods.hshare.settings import HShareSettings
 from hshare_jax.methods.hshare.share_plan import SharePlan, identity_plan, mark_computed, through_plan
@@ -107,18 +108,13 @@ class SharedLists:
         """
         if self.plan is not None and not self.plan.is_computed[layer].any():
             return self
-        settings, lengths = self.settings, step.lengths
-        first, last = candidate_range(lengths, settings, step.config.windows[layer])
-        competing = self.source, self._is_due(step), first, last, num_in_pool(lengths, settings)
-        old = self.token_indices if self.pools is None else self.pools
-        how = {"dilate": settings.dilates, "impl": step.impl}
-        labels = self.labels[step.config.kv_index(layer)]
-        if labels is None:
-            lists = select_by_keys(old, layer, q, keys, *competing, **how)
-        else:
-            query = label_query(q, self.channels[:, layer], settings.label_bits)
-            lists = select_by_labels(old, layer, query, labels, *competing, **how)
-        return dataclasses.replace(self, **{"token_indices" if self.pools is None else "pools": lists})
+        chosen = "token_indices" if self.pools is None else "pools"
+        lists = choose_lists(
+            getattr(self, chosen), layer, q, keys, self.labels[step.config.kv_index(layer)], self.channels[:, layer],
+            self.source, self._is_due(step), step.lengths,
+            settings=self.settings, window=step.config.windows[layer], impl=step.impl,
+        )  # fmt: skip
+        return dataclasses.replace(self, **{chosen: lists})
 
     def _choose_in_pools(self, layer: int, q: Float[Array, "B N H"], keys: Array, step: Step) -> "SharedLists":
         """Chooses all lists of this layer anew, each in the pool that the plan gives it."""

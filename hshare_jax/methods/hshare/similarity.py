@@ -8,11 +8,12 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from hshare_jax.kernels.labels import Labels, score_keys, score_labels
+from hshare_jax.kernels.labels import Labels, score_keys
 from hshare_jax.kernels.masked_softmax import softmax_over
 from hshare_jax.methods.base import PromptQueries
-from hshare_jax.methods.hshare.critical_tokens import find_critical_tokens
+from hshare_jax.methods.hshare.critical_tokens import choose_lists
 from hshare_jax.methods.hshare.settings import HShareSettings
+from hshare_jax.methods.hshare.share_plan import identity_plan
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.shapes import EMPTY, Similarity
 
@@ -164,28 +165,22 @@ def _list_group(
     layers: Sequence[int],
 ) -> Int[Array, "P L B J C"]:
     """The lists that a group of probes chooses in these layers. All other lists, and those of no probe, are EMPTY."""
-    (P, B), J, C = positions.shape, settings.num_lists(config), settings.pool_size
-    tokens = jnp.full((config.num_layers, P, B, J, C), EMPTY, jnp.int32)
-    if len(layers) == 0:
-        return jnp.swapaxes(tokens, 0, 1)
+    L, J = config.num_layers, settings.num_lists(config)
+    empty = jnp.full((L, positions.shape[1], J, settings.pool_size), EMPTY, jnp.int32)
+    source = identity_plan(positions.shape[1], L, J)
 
-    def score(layer: int) -> Array:
-        index = config.kv_index(layer)
-        labels = prompt.labels[index]
-        if labels is None:
-            return jax.vmap(score_keys, in_axes=(0, None))(queries[layer], prompt.keys[index])
-        channels = prompt.channels[:, layer]
-        return jax.vmap(lambda q: score_labels(q, labels, channels, settings.label_bits))(queries[layer])
+    def choose(probe: tuple[tuple[Array, ...], Array]) -> Array:
+        q, position = probe
+        lists = empty
+        for layer in layers:
+            index = config.kv_index(layer)
+            lists = choose_lists(
+                lists, layer, q[layer], prompt.keys[index], prompt.labels[index], prompt.channels[:, layer], source,
+                position >= 0, position + 1, settings=settings, window=config.windows[layer],
+            )  # fmt: skip
+        return lists
 
-    def choose(scores: Array, window: Array, position: Array) -> Array:
-        tokens = find_critical_tokens(scores, position + 1, num_lists=J, settings=settings, window=window)
-        return jnp.where((position >= 0)[:, None, None], tokens, EMPTY)
-
-    scores = jnp.stack([score(layer) for layer in layers])  # [layers, P, B, N, S]
-    windows = [config.windows[layer] for layer in layers]
-    windows = jnp.asarray([scores.shape[-1] if window is None else window for window in windows], jnp.int32)
-    chosen = jax.vmap(jax.vmap(choose, in_axes=(0, None, 0)), in_axes=(0, 0, None))(scores, windows, positions)
-    return jnp.swapaxes(tokens.at[jnp.asarray(layers)].set(chosen), 0, 1)
+    return lax.map(choose, (queries, positions))
 
 
 def _group_probes(

@@ -1,39 +1,26 @@
 """The fit of the tail: what a head's unread tokens weigh and hold, learned from the probes of a prompt."""
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 
-from hshare_jax.kernels.labels import Labels, score_keys
+from hshare_jax.kernels.api import split_decode
+from hshare_jax.kernels.labels import Labels
 from hshare_jax.kernels.masked_softmax import MASKED
-from hshare_jax.kernels.tail import HIGH, LOW, MAX_FEATURE, NUM_TERMS, Tail
-from hshare_jax.methods.base import mark_listed
+from hshare_jax.kernels.tail import HIGH, LOW, MAX_FEATURE, NUM_TERMS, Part, Tail
 from hshare_jax.methods.hshare.pools import choose_in_pools
 from hshare_jax.methods.hshare.settings import HShareSettings
 from hshare_jax.methods.hshare.share_plan import through_plan
 
-SCORES_AT_ONCE = 2**22  # scores in memory at once; it bounds how many probes are taken together
 WEIGHT_RIDGE = 0.03  # pulls the coefficients of the weight, on features of unit variance, towards a half each
 VALUE_RIDGE = 0.1  # pulls the values of the further virtual tokens towards zero
 MARGIN = 0.3  # nats beyond what the probes saw that the weight may reach
 LEAST_DEVIATION = 0.03  # nats; a feature that varies less tells nothing
 LEAST_VARIANCE = 1e-6  # of the queries along a direction; the value does not move along a direction of less
 LEAST_RATIO = 1e-5  # of the variance along a direction to the greatest; float32 tells no smaller one from rounding
-
-
-class _Reads(NamedTuple):
-    """What the probes of one layer read and did not read. P probes lie along the third axis."""
-
-    total: Array  # [B, N, P] log of the sum of the exponentiated scores that a probe reads
-    mean: Array  # [B, N, P] mean of these scores
-    out: Array  # [B, N, P, H] the attention over them
-    rest: Array  # [B, N, P] log of the sum over the slots that it sees and does not read
-    rest_out: Array  # [B, N, P, H] the attention over those
-    num_unread: Array  # [B, N, P] how many those are
 
 
 @functools.partial(jax.jit, static_argnames=("settings", "window"))
@@ -71,26 +58,29 @@ def fit_tail(
     """
     rank = settings.tail_rank
     lists = through_plan(listed[: queries.shape[1]], source)  # [P, B, J, C]
-    if settings.pool > 1:
 
-        def choose(probe: tuple[Array, Array, Array]) -> Array:
-            q, pools, length = probe
-            return choose_in_pools(q, pools, keys, labels, channels, length, settings=settings, window=window)
+    def split(probe: tuple[Array, Array, Array, Array]) -> tuple[Part, Part]:
+        q, listed, length, end = probe
+        if settings.pool > 1:
+            listed = choose_in_pools(q, listed, keys, labels, channels, length, settings=settings, window=window)
+        # A layer that looks up does not see the probe's own token, but that token is one of the recent tokens.
+        recent_start = jnp.maximum(length - settings.num_recent, 0)
+        return split_decode(q, keys, values, listed, end, recent_start, num_sinks=settings.num_sinks, window=window)
 
-        lists = lax.map(choose, (jnp.swapaxes(queries, 0, 1), lists, positions.T + 1))
-    reads = _read_probes(queries, lists, positions, seen, keys, values, settings, window)
+    parts = lax.map(split, (jnp.swapaxes(queries, 0, 1), lists, positions.T + 1, seen.T))
+    read, rest = jax.tree.map(lambda array: jnp.moveaxis(array, 0, 2), parts)  # [B, N, P, ...]
     q = jnp.swapaxes(queries, 1, 2).astype(jnp.float32)  # [B, N, P, H]
     # The share of the attention that belongs to the tail.
-    is_probe = (positions >= 0)[:, None, :] & (reads.num_unread > 0) & (reads.total > MASKED)
-    share = jnp.where(is_probe, jax.nn.sigmoid(reads.rest - reads.total), 0)
+    is_probe = (positions >= 0)[:, None, :] & (rest.count > 0) & (read.total > MASKED)
+    share = jnp.where(is_probe, jax.nn.sigmoid(rest.total - read.total), 0)
     mean_key = _mean_middle_key(keys, cached, settings)
     # A tail that is nearly nothing or nearly everything changes little when its weight is a little wrong.
     of_weight = _sum_to_one(jnp.where(is_probe, share * (1 - share) + 1e-4, 0))
     of_value = _sum_to_one(share)
     with jax.default_matmul_precision("highest"):  # TensorFloat-32 would lose what few probes tell
-        key, weight_terms = _fit_weight(q, mean_key, reads, of_weight, is_probe, keys.dtype)
-        follow, value = _fit_value(reads, of_value)
-        directions, shifts, moved = _fit_directions(q, reads, of_value, follow, value, rank, keys.dtype)
+        key, weight_terms = _fit_weight(q, mean_key, read, rest, of_weight, is_probe, keys.dtype)
+        follow, value = _fit_value(read, rest, of_value)
+        directions, shifts, moved = _fit_directions(q, read, rest, of_value, follow, value, rank, keys.dtype)
     has_tail = share.max(axis=-1) > 0
     terms = jnp.concatenate([weight_terms, follow[..., None], shifts], axis=-1)
     nothing = jnp.zeros((1, 1, NUM_TERMS + rank)).at[..., LOW : HIGH + 1].set(MASKED)
@@ -102,58 +92,6 @@ def fit_tail(
     )
 
 
-def _read_probes(
-    queries: Array, listed: Array, positions: Array, seen: Array, keys: Array, values: Array,
-    settings: HShareSettings, window: int | None,
-) -> _Reads:  # fmt: skip
-    B, K, S, H = keys.shape
-    P, N, J = queries.shape[1], queries.shape[2], listed.shape[2]
-    slots = jnp.arange(S)[None, :]
-
-    def read(probe: tuple[Array, Array, Array, Array]) -> _Reads:
-        q, of_probe, position, end = probe  # [B, N, H], [B, J, C], [B], [B]
-        is_seen = slots < end[:, None]
-        if window is not None:
-            is_seen &= slots >= end[:, None] - window
-        # A layer that looks up does not see the probe's own token, but that token is one of the recent tokens.
-        recent_start = jnp.maximum(position + 1 - settings.num_recent, 0)
-        is_read = mark_listed(of_probe, recent_start, settings.num_sinks, S) & is_seen[:, None]
-        is_rest = jnp.repeat(is_seen[:, None] & ~is_read, N // J, axis=1)
-        is_read = jnp.repeat(is_read, N // J, axis=1)  # [B, N, S]
-        scores = score_keys(q, keys)
-        mean = jnp.where(is_read, scores, 0).sum(axis=-1) / jnp.maximum(is_read.sum(axis=-1), 1)
-        (total, out), (rest, rest_out) = _attend_parts(scores, (is_read, is_rest), values)
-        return _Reads(total, mean, out, rest, rest_out, is_rest.sum(axis=-1))
-
-    probes = jnp.swapaxes(queries, 0, 1), listed, positions.T, seen.T
-    size = max(1, min(P, SCORES_AT_ONCE // (B * N * S)))
-    return jax.tree.map(lambda array: jnp.moveaxis(array, 0, 2), lax.map(read, probes, batch_size=size))
-
-
-def _attend_parts(scores: Array, masks: tuple[Array, Array], values: Array) -> list[tuple[Array, Array]]:
-    """The logs of the sums of exponentiated scores [B, N], and the attention [B, N, H], over the slots of each mask.
-
-    The masks [B, N, S] have no slot in common. Exponentials are computed and values are read once for both. A part
-    whose scores all lie 87 nats below the other's weighs nothing.
-    """
-    (B, N, S), (K, H) = scores.shape, values.shape[1::2]
-    is_seen = masks[0] | masks[1]
-    peak = jnp.where(is_seen, scores, MASKED).max(axis=-1, keepdims=True)
-    exponentials = jnp.exp(jnp.where(is_seen, scores, MASKED) - peak)
-    weights = jnp.stack([jnp.where(mask, exponentials, 0).reshape(B, K, N // K, S) for mask in masks], axis=2)
-    totals = weights.sum(axis=-1)  # [B, K, 2, G]
-    weights = weights.reshape(B, K, -1, S).astype(values.dtype)
-    sums = jnp.einsum("BKGS,BKSH->BKGH", weights, values, preferred_element_type=jnp.float32)
-    sums = sums.reshape(B, K, 2, N // K, H)
-    found = []
-    for part in range(2):
-        total, out = totals[:, :, part].reshape(B, N), sums[:, :, part].reshape(B, N, H)
-        is_empty = total == 0
-        total = jnp.where(is_empty, 1, total)
-        found.append((jnp.where(is_empty, MASKED, peak[..., 0] + jnp.log(total)), out / total[..., None]))
-    return found
-
-
 def _mean_middle_key(keys: Array, cached: Array, settings: HShareSettings) -> Float[Array, "B K H"]:
     """The mean key of each row between its sinks and its recent tokens."""
     slots = jnp.arange(keys.shape[2])[None, :]
@@ -163,14 +101,14 @@ def _mean_middle_key(keys: Array, cached: Array, settings: HShareSettings) -> Fl
 
 
 def _fit_weight(
-    q: Array, mean_key: Array, reads: _Reads, counts: Array, is_probe: Array, dtype: jnp.dtype
+    q: Array, mean_key: Array, read: Part, rest: Part, counts: Array, is_probe: Array, dtype: jnp.dtype
 ) -> tuple[Array, Array]:
     """The first virtual token's key [B, N, H] in this dtype, and `Tail`'s terms before `follow` [B, N, 5]."""
     N, H = q.shape[1], q.shape[3]
     mean_key = jnp.repeat(mean_key, N // mean_key.shape[1], axis=1)  # [B, N, H]
-    found = reads.rest - jnp.log(jnp.maximum(reads.num_unread, 1).astype(jnp.float32))  # [B, N, P]
+    found = rest.total - jnp.log(jnp.maximum(rest.count, 1).astype(jnp.float32))  # [B, N, P]
     of_key = jnp.einsum("BNPH,BNH->BNP", q, mean_key) * H**-0.5
-    features = jnp.stack([of_key, reads.total, reads.mean], axis=-1)
+    features = jnp.stack([of_key, read.total, read.mean], axis=-1)
     features, found = (jnp.where(_like(is_probe, array), array, 0) for array in (features, found))
     error = found - (features[..., 0] + features[..., 1]) / 2
     centre = jnp.einsum("BNP,BNPF->BNF", counts, features)
@@ -190,18 +128,18 @@ def _fit_weight(
     return key, jnp.stack([constant, 0.5 + slopes[..., 1], slopes[..., 2], low, high], axis=-1)
 
 
-def _fit_value(reads: _Reads, counts: Array) -> tuple[Array, Array]:
+def _fit_value(read: Part, rest: Part, counts: Array) -> tuple[Array, Array]:
     """`follow` [B, N], and the first virtual token's value [B, N, H]."""
-    mean, rest_mean = (jnp.einsum("BNP,BNPH->BNH", counts, array) for array in (reads.out, reads.rest_out))
-    out, rest = reads.out - mean[:, :, None], reads.rest_out - rest_mean[:, :, None]
-    together = jnp.einsum("BNP,BNPH,BNPH->BN", counts, out, rest)
+    mean, rest_mean = (jnp.einsum("BNP,BNPH->BNH", counts, array) for array in (read.out, rest.out))
+    out, rest_out = read.out - mean[:, :, None], rest.out - rest_mean[:, :, None]
+    together = jnp.einsum("BNP,BNPH,BNPH->BN", counts, out, rest_out)
     alone = jnp.einsum("BNP,BNPH,BNPH->BN", counts, out, out)
     follow = jnp.clip(together / jnp.maximum(alone, 1e-9), 0, 1)
     return follow, rest_mean - follow[..., None] * mean
 
 
 def _fit_directions(
-    q: Array, reads: _Reads, counts: Array, follow: Array, value: Array, rank: int, dtype: jnp.dtype
+    q: Array, read: Part, rest: Part, counts: Array, follow: Array, value: Array, rank: int, dtype: jnp.dtype
 ) -> tuple[Array, Array, Array]:
     """The keys [B, N, r, H] in this dtype, shifts [B, N, r] and values [B, N, r, H] of the further virtual tokens."""
     H = q.shape[-1]
@@ -220,7 +158,7 @@ def _fit_directions(
     directions = keys.astype(jnp.float32) * H**-0.5  # as they are stored
     shifts = jnp.einsum("BNIH,BNH->BNI", directions, centre)
     features = jnp.clip(jnp.einsum("BNPH,BNIH->BNPI", centred, directions), -MAX_FEATURE, MAX_FEATURE)
-    error = reads.rest_out - value[:, :, None] - follow[..., None, None] * reads.out
+    error = rest.out - value[:, :, None] - follow[..., None, None] * read.out
     moved = _ridge(features, error, counts, VALUE_RIDGE)
     return keys, shifts, moved
 

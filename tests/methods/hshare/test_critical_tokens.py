@@ -1,6 +1,7 @@
 """Critical tokens: the slots that compete and the lists that scores choose equal the definition."""
 
 import dataclasses
+import functools
 from fractions import Fraction
 
 import jax
@@ -9,13 +10,26 @@ import numpy as np
 import oracle
 import pytest
 
-from hshare_jax.methods.hshare.critical_tokens import find_critical_tokens, num_critical_in_budget
+from hshare_jax.methods.hshare.critical_tokens import choose_lists, num_critical_in_budget
 from hshare_jax.methods.hshare.settings import HShareSettings
+from hshare_jax.methods.hshare.share_plan import identity_plan
 from hshare_jax.shapes import EMPTY
 
 S = 16
 SETTINGS = HShareSettings(num_sinks=2, num_critical=4, num_recent=3, dilate=False)
-find = jax.jit(find_critical_tokens, static_argnames=("num_lists", "settings"))
+
+
+@functools.partial(jax.jit, static_argnames=("num_lists", "settings", "window"))
+def find(scores, lengths, *, num_lists, settings, window=None):
+    """The lists [B, J, C] that these scores [B, N, S] choose: the keys are unit vectors, so a query is its scores."""
+    B = scores.shape[0]
+    keys = jnp.broadcast_to(jnp.eye(S), (B, num_lists, S, S)) * S**0.5
+    lists = jnp.full((1, B, num_lists, settings.num_critical), EMPTY, jnp.int32)
+    channels, is_due = jnp.zeros((B, num_lists, 0), jnp.int32), jnp.ones(B, bool)
+    plan = identity_plan(B, 1, num_lists)
+    return choose_lists(
+        lists, 0, scores, keys, None, channels, plan, is_due, lengths, settings=settings, window=window
+    )[0]
 
 
 def listed(row):
@@ -44,10 +58,7 @@ def test_lists_equal_the_definition_in_rows_of_every_length(settings, num_lists)
         2, 4, 3, num_lists, interval=settings.refresh_interval, is_dilated=settings.dilate, ratio=settings.budget_ratio
     )
     for window in (None, 1, 6, 12) if settings is SETTINGS else (1, 6, 12, S):
-        chosen = find(
-            jnp.asarray(scores), jnp.asarray(lengths), num_lists=num_lists, settings=settings,
-            window=None if window is None else jnp.asarray(window),
-        )  # fmt: skip
+        chosen = find(jnp.asarray(scores), jnp.asarray(lengths), num_lists=num_lists, settings=settings, window=window)
         for b, length in enumerate(lengths.tolist()):
             expected = oracle.critical_tokens(scores[b].astype(np.float64), length, budget, window)
             assert [listed(row) for row in np.asarray(chosen)[b]] == expected
@@ -80,7 +91,7 @@ def test_a_sink_lends_its_score_to_no_candidate():
     scores = jnp.zeros((1, 1, S)).at[0, 0, jnp.asarray([1, 9])].set(9.0).at[0, 0, 12].set(1.0)
     settings = HShareSettings(num_sinks=2, num_critical=2, num_recent=3, refresh_interval=2)
     for window, expected in ((S, [9, 10]), (6, [10, 12])):
-        chosen = find(scores, jnp.asarray([S]), num_lists=1, settings=settings, window=jnp.asarray(window))
+        chosen = find(scores, jnp.asarray([S]), num_lists=1, settings=settings, window=window)
         assert listed(np.asarray(chosen)[0, 0]) == expected
 
 
