@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import platform
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -36,11 +37,15 @@ class BuildLibrary(build_ext):
         if spec is None:
             raise CompileError("jaxlib, whose headers are needed, is not installed")
         headers = [str(Path(spec.submodule_search_locations[0]) / "include")]
-        code, handlers = str(SOURCES / "code.cc"), str(SOURCES / "handlers.cc")
-        objects = self.compiler.compile([handlers], self.build_temp, include_dirs=headers, extra_postargs=FLAGS)
-        for target, flags in TARGETS.items():
-            flags = [*FLAGS, *CODE_FLAGS, f"-DTARGET={target}", *flags]
-            objects += self.compiler.compile([code], os.path.join(self.build_temp, target), extra_postargs=flags)
+
+        def compile_file(name: str, place: str, *flags: str) -> list[str]:
+            source, directory = str(SOURCES / name), os.path.join(self.build_temp, place)
+            return self.compiler.compile([source], directory, include_dirs=headers, extra_postargs=[*FLAGS, *flags])
+
+        files = [("handlers.cc", "handlers")]
+        files += [("code.cc", target, *CODE_FLAGS, f"-DTARGET={target}", *flags) for target, flags in TARGETS.items()]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = [made for made, *_ in pool.map(lambda file: compile_file(*file), files)]
         path = self.get_ext_fullpath(ext.name)
         os.makedirs(os.path.dirname(path), exist_ok=True)
         self.compiler.link_shared_object(objects, path, target_lang="c++")

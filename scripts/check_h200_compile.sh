@@ -17,7 +17,7 @@ if [[ $(cat "$stamp" 2>/dev/null) != "$version $packages" ]]; then
   "$base" -m venv .venv-h200
   site=$(.venv-h200/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
   echo "import site; site.addsitedir('$packages')" > "$site/base.pth"
-  .venv-h200/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+  .venv-h200/bin/python -m pip install --quiet --no-compile --disable-pip-version-check --no-deps \
     "jax-cuda13-pjrt==$version" "jax-cuda13-plugin==$version"
   echo "$version $packages" > "$stamp"
 fi

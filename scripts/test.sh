@@ -60,7 +60,8 @@ wanted=$(cat pyproject.toml && pwd -P)
 found=$(cd / && "$python" -c 'from importlib import util; print(getattr(util.find_spec("hshare_jax"), "origin", None))')
 if [[ $(cat "$stamp" 2>/dev/null) != "$wanted" || $found != "$(pwd -P)/hshare_jax/__init__.py" ]]; then
   section "install the package, editable, with its test extra"
-  "$python" -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+  # Python compiles a module when it is first imported; of these packages few are.
+  "$python" -m pip install --quiet --no-compile --disable-pip-version-check --editable '.[test]'
   echo "$wanted" > "$stamp"
 fi
 
@@ -72,22 +73,16 @@ section "ruff check"
 # of their names, because ordered by their number of tests the longest file, which has one test, would come last. Pass
 # -n 0 to debug.
 pytest=("$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@")
-if $quick; then
-  section "pyright, and beside it pytest"
-  "$python" -m pyright --pythonpath "$python" &
-  pyright=$!
-  "${pytest[@]}" && passed=true || passed=false
-  wait "$pyright"
-  section "done"
-  $passed
-  exit
-fi
-section "pyright, and beside it programs compiled for an H200"
+section "pytest, and beside it pyright and programs compiled for an H200"
 "$python" -m pyright --pythonpath "$python" &
-pyright=$!
-if [[ $(uname -s) == Linux ]]; then  # the CUDA compiler's wheels are for Linux alone; no GPU is needed
-  bash scripts/check_h200_compile.sh "$python"
+checks=($!)
+if ! $quick && [[ $(uname -s) == Linux ]]; then  # the CUDA compiler's wheels are for Linux alone; no GPU is needed
+  bash scripts/check_h200_compile.sh "$python" &
+  checks+=($!)
 fi
-wait "$pyright"
-section "pytest"
-exec "${pytest[@]}"
+"${pytest[@]}" && passed=true || passed=false
+for check in "${checks[@]}"; do
+  wait "$check" || passed=false
+done
+section "done"
+$passed

@@ -87,12 +87,12 @@ def choose_channels(queries, keys, num_channels):
 
 
 def quantised(x, bits, dtype: type = np.float64):
-    """The values that quantised x [R] is read back as: offset + step * code.
+    """The values that each quantised row of x [..., R] is read back as: offset + step * code.
 
-    Code 0 is the least channel of x, and the highest code is the greatest channel.
+    Code 0 is the least channel of a row, and the highest code is the greatest channel.
 
     Args:
-        x: the label channels of one token and head.
+        x: rows that each hold the label channels of one token and head.
         bits: the bits of a code. None returns x.
         dtype: the dtype in which offset and step are kept.
     """
@@ -100,9 +100,9 @@ def quantised(x, bits, dtype: type = np.float64):
     if bits is None:
         return x
     most = 2**bits - 1
-    offset = float(dtype(x.min()))
-    step = float(dtype((x.max() - offset) / most))
-    codes = np.clip(np.round((x - offset) / step), 0, most) if step > 0 else np.zeros(len(x))
+    offset = x.min(axis=-1, keepdims=True).astype(dtype).astype(np.float64)
+    step = ((x.max(axis=-1, keepdims=True) - offset) / most).astype(dtype).astype(np.float64)
+    codes = np.clip(np.round((x - offset) / np.where(step > 0, step, 1)), 0, most)
     return offset + step * codes
 
 
@@ -113,12 +113,12 @@ def label_scores(q, keys, channels, bits=None):
     """
     K, T, _ = keys.shape
     N, H = q.shape
-    labels = [[quantised(keys[k, t, channels[k]], bits) for t in range(T)] for k in range(K)]
+    labels = [quantised(keys[k][:, channels[k]], bits) for k in range(K)]
     scores = np.zeros((N, T))
     for n in range(N):
         k = n // (N // K)
         query = quantised(q[n, channels[k]], bits)
-        scores[n] = [np.dot(query, labels[k][t]) / np.sqrt(H) for t in range(T)]
+        scores[n] = labels[k] @ query / np.sqrt(H)
     return scores
 
 
