@@ -5,8 +5,10 @@
     tokenizer/      as transformers saves it, chat template included; absent for a model without one
     SHA256SUMS      of all the files above
 
-The directory is written as a draft and renamed, so a checkpoint is never half-written. Before Orbax reads a checkpoint,
-every file is compared with its checksum, because Orbax neither notices flipped bits nor warns of a wrong dtype.
+Other files may lie beside these: a plan, results, notes. They are neither read nor checked, and stay where a checkpoint
+is overwritten. The directory is written as a draft and renamed, so a checkpoint is never half-written. Before Orbax
+reads a checkpoint, every file is compared with its checksum, because Orbax neither notices flipped bits nor warns of a
+wrong dtype.
 """
 
 import dataclasses
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
 
 # Orbax and transformers are imported by the functions that need them, because importing them takes a second.
 
-_MODEL, _PARAMS, _TOKENIZER = "model.json", "params", "tokenizer"
+_PARTS = _MODEL, _PARAMS, _TOKENIZER = "model.json", "params", "tokenizer"
 _FORMAT = 1
 _BLOCK_ARRAYS = ("qvalue", "scale", "minimum")  # of weights in few bits, as `BlockWeights` names them
 # How many parts a checkpoint is read in. A call of Orbax takes some 20 ms, and the memory of large parts returns to the
@@ -81,7 +83,7 @@ def save_checkpoint(
         info: the contents of model.json.
         params: the parameter tree.
         tokenizer: the tokenizer; None for a model without one.
-        overwrite: whether to replace a checkpoint at `path`.
+        overwrite: whether to replace a checkpoint at `path`. Other files in that directory stay.
 
     Raises:
         FileExistsError: `path` exists and `overwrite` is False, or `path` is not one of our checkpoints.
@@ -94,7 +96,7 @@ def save_checkpoint(
         )
         raise FileExistsError(f"{path} exists; {way_out}")
     _check_arrays(info, params)
-    with whole_directory(path, overwrite=overwrite) as draft:
+    with whole_directory(path, parts=_PARTS, overwrite=overwrite) as draft:
         write_arrays(draft / _PARAMS, tree.map(_as_stored, params, is_leaf=_is_blocks))
         if tokenizer is not None:
             tokenizer.save_pretrained(draft / _TOKENIZER)
@@ -116,7 +118,7 @@ def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
 
 def read_checkpoint_info(directory: Path) -> CheckpointInfo:
     """Reads model.json. Raises CheckpointError if any file of the checkpoint differs from its checksum."""
-    verify_all(directory)
+    verify_all(directory, _PARTS)
     path = directory / _MODEL
     try:
         found = json.loads(path.read_bytes())

@@ -161,6 +161,8 @@ def open_model(
 def save_model(model: Model, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
     """Writes a model as a checkpoint directory that `load_model` can read. On an error nothing is written.
 
+    With `overwrite` the new model takes the place of the one at `path`. Other files in that directory stay.
+
     Raises:
         FileExistsError: `path` exists and `overwrite` is False, or `path` is not such a checkpoint.
     """

@@ -7,7 +7,7 @@ and no reader can notice it without SHA256SUMS. Our own checkpoints always have 
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,12 +26,21 @@ def verify_checksums(directory: Path, names: Iterable[str]) -> None:
     _compare(directory, {name: listed[name] for name in names if name in listed})
 
 
-def verify_all(directory: Path) -> None:
-    """Raises CheckpointError unless `directory` holds exactly the files that its SHA256SUMS lists, with these sums."""
-    listed, present = _read(directory), set(_files(directory))
+def verify_all(directory: Path, parts: Collection[str]) -> None:
+    """Raises CheckpointError unless the parts of `directory` are the files that its SHA256SUMS lists, with these sums.
+
+    Files beside the parts are let alone, and so are hidden files within them, such as those of a file manager.
+
+    Args:
+        directory: the directory.
+        parts: the files and the folders in it that its reader reads.
+    """
+    listed = {name: digest for name, digest in _read(directory).items() if name.split("/")[0] in parts}
     if not listed:
         raise CheckpointError(f"{directory} is damaged: {CHECKSUMS} is missing or empty")
-    for problem, names in (("lacks", listed.keys() - present), ("holds the unlisted", present - listed.keys())):
+    present = {name for part in parts for name in _files(directory, part)}
+    unlisted = [name for name in present - listed.keys() if "/." not in f"/{name}"]
+    for problem, names in (("lacks", listed.keys() - present), ("holds the unlisted", unlisted)):
         if names:
             raise CheckpointError(f"{directory} is damaged: it {problem} {min(names)}")
     _compare(directory, listed)
@@ -45,8 +54,10 @@ def write_checksums(directory: Path) -> None:
     (directory / CHECKSUMS).write_text("".join(f"{digest}  {name}\n" for digest, name in zip(sums, names, strict=True)))
 
 
-def _files(directory: Path) -> list[str]:
-    files = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+def _files(directory: Path, part: str = "") -> list[str]:
+    """The names of the files in `directory` that are `part` or lie below it, without SHA256SUMS."""
+    below = directory / part
+    files = (path.relative_to(directory).as_posix() for path in [below, *below.rglob("*")] if path.is_file())
     return [name for name in files if name != CHECKSUMS]
 
 
