@@ -2,11 +2,13 @@
 
 import itertools
 import json
+from argparse import Namespace
 from typing import Any
 
 import gguf
 import numpy as np
 import pytest
+import regex
 from gguf import GGMLQuantizationType as Kind
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -277,6 +279,48 @@ def test_qwen2_tokens_equal_transformers_own(tmp_path):
     check()
 
 
+CASES = "theTHEca'sSéÉ\u0301日あ0123\n\t.,/!_ "  # small and large letters, a mark, other scripts, signs
+
+
+@pytest.mark.parametrize("pre", ["llama-bpe", "falcon3", "pixtral", "smaug-bpe", "tekken", "gpt-4o", "llama4"])
+def test_text_is_cut_into_words_as_transformers_cuts_it(tmp_path, pre):
+    published = pytest.importorskip("transformers.integrations.gguf.gguf_tokenizer_mapping")  # newer than 5.0
+    reference, metadata = byte_level(pre, pre_tokenizers.ByteLevel(add_prefix_space=False))
+    wanted = published.set_split_regex(Namespace(backend_tokenizer=reference), {"pre_tokenizer_type": pre})
+    cutter = loaded_tokenizer(tmp_path, metadata).backend_tokenizer.pre_tokenizer
+
+    @settings(max_examples=100, deadline=None)
+    @given(text=st.text(st.sampled_from(CASES), max_size=24))
+    def check(text):
+        assert cutter.pre_tokenize_str(text) == wanted.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)
+
+    check()
+
+
+def test_deepseek_coder_cuts_with_one_expression_after_another(tmp_path):
+    _, metadata = byte_level("deepseek-coder", pre_tokenizers.ByteLevel(add_prefix_space=False))
+    cutter = loaded_tokenizer(tmp_path, metadata).backend_tokenizer.pre_tokenizer
+
+    @settings(max_examples=100, deadline=None)
+    @given(text=st.text(st.sampled_from(CASES + "\u3099\u3013+"), max_size=24))
+    def check(text):
+        pieces = [text]
+        for split in (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥\u0800-一\uac00-\ud7ff]+", r"\p{N}"):
+            pieces = [part for piece in pieces for part in regex.split(f"({split})", piece) if part]
+        starts = [0, *itertools.accumulate(map(len, pieces))]
+        assert [place for _, place in cutter.pre_tokenize_str(text)] == list(itertools.pairwise(starts))
+
+    check()
+
+
+def test_a_file_that_names_no_rule_of_cutting_is_read_by_gpt2s_with_a_warning(tmp_path):
+    reference, metadata = byte_level("gpt-2", pre_tokenizers.ByteLevel(add_prefix_space=False))
+    del metadata["ggml.pre"]
+    with pytest.warns(UserWarning, match=r"model.gguf does not say how text is cut into words \(tokenizer.ggml.pre\)"):
+        tokenizer = loaded_tokenizer(tmp_path, metadata)
+    assert tokenizer("the cat's 1234").input_ids == reference.encode("the cat's 1234").ids
+
+
 def test_llama3_splits_numbers_into_groups_of_three_and_begins_unasked(tmp_path):
     _, metadata = byte_level("llama-bpe", pre_tokenizers.ByteLevel(add_prefix_space=False))
     del metadata["ggml.add_bos_token"]
@@ -354,9 +398,9 @@ def test_sentencepiece_tokens_equal_the_definition(tmp_path):
     ("change", "error", "message"),
     [
         (
-            {"ggml.pre": "tekken"},
+            {"ggml.pre": "deepseek-llm"},
             ValueError,
-            r"ggml.pre='tekken' is not known; known: gpt-2, .*smollm, llama-bp",
+            r"ggml.pre='deepseek-llm' is not known; known: gpt-2, .*smollm, llama-bp",
         ),
         ({"ggml.model": "t5"}, ValueError, r"tokenizer.ggml.model='t5' is not supported; supported: gpt2, llama"),
         ({"ggml.eos_token_id": 9999}, CheckpointError, r"tokenizer.ggml.eos_token_id=9999 is not one of"),
