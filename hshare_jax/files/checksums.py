@@ -2,7 +2,8 @@
 
 Neither safetensors nor GGUF stores a checksum of the weights. A flipped bit inside a tensor gives another valid tensor,
 and no reader can notice it without SHA256SUMS. Our own checkpoints always have this file. For other files, make it with
-`sha256sum *.safetensors *.json > SHA256SUMS`.
+`sha256sum *.safetensors *.json > SHA256SUMS`. Other tools write digests in capitals, or lines such as
+`SHA256 (config.json) = e3b0...` (`sha256sum --tag`, BSD). Both are read.
 """
 
 import hashlib
@@ -14,7 +15,8 @@ from pathlib import Path
 from hshare_jax.errors import CheckpointError
 
 CHECKSUMS = "SHA256SUMS"
-_LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
+_DIGEST = r"(?P<digest>[0-9a-f]{64}|[0-9A-F]{64})"  # not of both cases, which a flipped bit would give
+_LINES = re.compile(rf"{_DIGEST} [ *](?P<name>.+)"), re.compile(rf"SHA256 \((?P<name>.+)\) = {_DIGEST}")
 
 
 def verify_checksums(directory: Path, names: Iterable[str]) -> None:
@@ -71,10 +73,10 @@ def _read(directory: Path) -> dict[str, str]:
         raise CheckpointError(f"{path} is damaged: it is not text") from error
     listed = {}
     for number, line in enumerate(lines, start=1):
-        match = _LINE.fullmatch(line)
+        match = _LINES[0].fullmatch(line) or _LINES[1].fullmatch(line)
         if match is None:
             raise CheckpointError(f"{path} is damaged: line {number} is not a SHA-256 checksum and a file name")
-        listed[match[2].removeprefix("./")] = match[1]
+        listed[match["name"].removeprefix("./")] = match["digest"].lower()
     return listed
 
 
