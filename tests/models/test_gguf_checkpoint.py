@@ -155,6 +155,52 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
         load_model(tmp_path / "model.gguf")
 
 
+@pytest.fixture
+def parts(tmp_path, model):
+    """The files of one model in several parts."""
+    write_gguf(tmp_path / "tiny.gguf", model, Kind.Q8_0, tensors_in_part=9)
+    return sorted(tmp_path.iterdir())
+
+
+def test_a_split_file_is_read_whole_from_any_of_its_parts(parts, model, tmp_path):
+    whole = load_model(write_gguf(tmp_path / "whole.gguf", model, Kind.Q8_0), quantize="stored")
+    assert [part.name for part in parts] == [f"tiny-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
+    for part in parts:
+        loaded = load_model(part, quantize="stored")
+        assert (loaded.name, loaded.config, loaded.identity) == ("tiny", whole.config, whole.identity)
+
+
+def test_a_split_file_whose_parts_do_not_lie_together_names_the_part(parts):
+    last = parts[2].read_bytes()
+    parts[2].unlink()
+    with pytest.raises(FileNotFoundError, match=r"of-00003.gguf is missing: .*00001-of-00003.gguf is one of 3 parts"):
+        load_model(parts[0])
+    parts[2].write_bytes(parts[1].read_bytes())
+    with pytest.raises(CheckpointError, match=r"00003-of-00003.gguf says that split.no=1 and split.count=3; its name"):
+        load_model(parts[0])
+    parts[2].write_bytes(last[:-64])
+    with pytest.raises(CheckpointError, match=r"00003-of-00003.gguf is damaged"):
+        load_model(parts[0])
+    renamed = parts[0].rename(parts[0].with_name("model.gguf"))
+    with pytest.raises(CheckpointError, match=r"model.gguf is one of 3 parts .* must end in -00001-of-00003.gguf"):
+        load_model(renamed)
+
+
+def test_a_suffix_in_capitals_is_a_gguf_files_too(tmp_path, model):
+    assert load_model(write_gguf(tmp_path / "TINY.GGUF", model)).name == "TINY"
+    with pytest.raises(FileNotFoundError, match=r"a/LOST.GGUF does not exist"):
+        load_model("a/LOST.GGUF")
+
+
+def test_a_size_given_for_each_layer_is_read_where_all_are_equal(tmp_path, model):
+    sizes = {"attention.head_count_kv": [2, 2], "feed_forward_length": [96, 96]}
+    loaded = load_model(write_gguf(tmp_path / "model.gguf", model, metadata=sizes))
+    assert loaded.config == load_model(write_gguf(tmp_path / "plain.gguf", model)).config
+    uneven = write_gguf(tmp_path / "uneven.gguf", model, metadata={"attention.head_count_kv": [2, 1]})
+    with pytest.raises(ValueError, match=r"llama.attention.head_count_kv differs between layers \(2, 1\)"):
+        load_model(uneven)
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_a_file_cut_short_or_grown_is_an_error(tmp_path_factory, sound, data):
