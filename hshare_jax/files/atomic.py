@@ -72,9 +72,9 @@ def _link_all_but(names: Collection[str], directory: Path, other: Path) -> None:
 def _link(file: str, other: str) -> None:
     """Gives a file a second name, or copies it where the file system knows no second names."""
     try:
-        os.link(file, other, follow_symlinks=False)
+        os.link(file, other)
     except OSError:
-        shutil.copy2(file, other, follow_symlinks=False)
+        shutil.copy2(file, other)
 
 
 def _exchange(draft: Path, path: Path) -> None:

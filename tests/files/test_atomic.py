@@ -78,7 +78,7 @@ def test_files_beside_the_parts_stay_the_same_files_when_the_parts_are_replaced(
     if is_old_system:  # it knows neither second names nor an exchange in one step
         monkeypatch.setattr(atomic, "_exchange_at_once", lambda draft, path: False)
 
-        def refuse(*_: str, **__: bool) -> None:
+        def refuse(*_: str) -> None:
             raise PermissionError(1, "Operation not permitted")
 
         monkeypatch.setattr(os, "link", refuse)
