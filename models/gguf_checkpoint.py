@@ -93,6 +93,13 @@ class _Entries:
 
     def _get(self, name: str, kind: type | tuple[type, ...], default: Any) -> Any:
         value = self._file.metadata.get(self._prefix + name, default)
+        if isinstance(value, list) and value:  # one for each layer
+            if len(set(value)) > 1:
+                raise ValueError(
+                    f"{self._file.path}: metadata {self._prefix}{name} differs between layers "
+                    f"({', '.join(map(str, dict.fromkeys(value)))}), which is not supported"
+                )
+            value = value[0]
         if not isinstance(value, kind) or isinstance(value, bool):
             found = "is missing" if value is None else f"is {value!r}"
             raise CheckpointError(f"{self._file.path}: metadata {self._prefix}{name} {found}")
@@ -161,7 +168,7 @@ def _blocks(file: GGUFFile, name: str, row_multiple: int) -> Iterator[np.ndarray
     num_rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
     row_bytes = tensor.num_bytes // max(num_rows, 1)
     step = max(BLOCK_BYTES // max(4 * math.prod(tensor.shape) // max(num_rows, 1), 1) // row_multiple, 1) * row_multiple
-    with open(file.path, "rb") as data:
+    with open(tensor.path, "rb") as data:
         for row in range(0, num_rows, step):
             rows = min(step, num_rows - row)
             data.seek(tensor.offset + row * row_bytes)
@@ -170,7 +177,7 @@ def _blocks(file: GGUFFile, name: str, row_multiple: int) -> Iterator[np.ndarray
                 block = dequantize(_typed(packed, tensor), tensor.kind)
             except NotImplementedError as error:
                 raise ValueError(
-                    f"{file.path}: tensor {name} is stored as {tensor.kind.name}, which cannot be read"
+                    f"{tensor.path}: tensor {name} is stored as {tensor.kind.name}, which cannot be read"
                 ) from error
             yield block.reshape(rows, *tensor.shape[1:]) if len(tensor.shape) > 1 else block.reshape(tensor.shape)
 
@@ -189,7 +196,7 @@ def _read_codes(file: GGUFFile, name: str) -> BlockWeights | None:
     tensor = file.tensors[name]
     if tensor.kind.name not in ("Q4_0", "Q4_1", "Q8_0") or len(tensor.shape) != 2:
         return None
-    with open(file.path, "rb") as data:
+    with open(tensor.path, "rb") as data:
         data.seek(tensor.offset)
         packed = np.frombuffer(data.read(tensor.num_bytes), np.uint8)
     out, D = tensor.shape
@@ -219,7 +226,7 @@ class GGUFTensors:
         return {name: self._file.tensors[stored].shape for name, stored in self._names.items()}
 
     def file_of(self, name: str) -> str:
-        return self._file.path
+        return self._file.tensors[self._names[name]].path if name in self._names else self._file.path
 
     def blocks(self, name: str) -> Iterator[np.ndarray]:
         stored = self._names[name]

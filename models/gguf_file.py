@@ -4,19 +4,25 @@ The reader of the `gguf` package trusts the lengths in a file, so one flipped bi
 array. It also takes seconds for a vocabulary. This reader compares every length with the rest of the file. The tensors
 must fill the file without gaps, so a file that was cut short or has grown is an error.
 
+A large model may be split into parts, as llama.cpp's gguf-split writes them: NAME-00001-of-00003.gguf and so on. The
+first part has the metadata, and the tensors lie in all of them.
+
 The format is the GGUF specification in the ggml repository, versions 2 and 3, little-endian.
 """
 
 import dataclasses
 import math
 import os
+import re
 import struct
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
 from hshare_jax.errors import CheckpointError
+from hshare_jax.files.checksums import verify_checksums
 
 if TYPE_CHECKING:
     from gguf.constants import GGMLQuantizationType
@@ -29,12 +35,14 @@ _SCALARS = {  # NumPy dtypes by the names of gguf's GGUFValueType
 }  # fmt: skip
 _VERSIONS = (2, 3)
 _MAX_DIMENSIONS = 4
+_PART = re.compile(r"(?P<name>.+)-\d{5}-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
 class GGUFTensor:
     """One tensor of a GGUF file."""
 
+    path: str  # of the file
     shape: tuple[int, ...]  # as NumPy writes it, rows first
     kind: "GGMLQuantizationType"
     offset: int  # of the tensor's first byte in the file
@@ -43,24 +51,74 @@ class GGUFTensor:
 
 @dataclasses.dataclass(frozen=True)
 class GGUFFile:
-    """The metadata and the tensor table of a GGUF file. Arrays in the metadata are lists."""
+    """The metadata and the tensor table of a GGUF file, or of all parts of one. Arrays in the metadata are lists."""
 
-    path: str
+    path: str  # of the file, or of its first part
     metadata: Mapping[str, Any]
     tensors: Mapping[str, GGUFTensor]
+
+
+def gguf_name(path: Path) -> str:
+    """The name of the model in a GGUF file: the name of the file, without the number of a part."""
+    match = _PART.fullmatch(path.name)
+    return match["name"] if match else path.stem
 
 
 def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
     """Reads the metadata and the tensor table of the GGUF file at `path`. No tensor is read.
 
+    If the file is one part of a model, all parts are read. They lie beside it.
+
     Raises:
-        CheckpointError: the file is not GGUF, its version or a type is not known, a length does not fit the file, or
-            the tensors do not fill the file exactly.
+        FileNotFoundError: a part is missing.
+        CheckpointError: the file is not GGUF, its version or a type is not known, a length does not fit the file, the
+            tensors do not fill the file exactly, a checksum beside the file is another, or the parts do not belong
+            together.
     """
+    path = Path(path)
+    file = _read_file(path)
+    count = file.metadata.get("split.count", 1)
+    if count in (0, 1):
+        return file
+    match = _PART.fullmatch(path.name)
+    if match is None or int(match["count"]) != count:
+        raise CheckpointError(
+            f"{path} is one of {count} parts of a model, so its name must end in -00001-of-{count:05}.gguf, or in the "
+            "number of another part; give the parts the names that they were published with"
+        )
+    paths = [path.with_name(f"{match['name']}-{part:05}-of-{count:05}{path.suffix}") for part in range(1, count + 1)]
+    if lost := [part for part in paths if not part.is_file()]:
+        raise FileNotFoundError(f"{lost[0]} is missing: {path} is one of {count} parts, which must lie together")
+    return _join(path, [_read_file(part) for part in paths])
+
+
+def _join(path: Path, parts: list[GGUFFile]) -> GGUFFile:
+    """The file whose parts these are. Raises CheckpointError if they do not belong together."""
+    tensors: dict[str, GGUFTensor] = {}
+    for number, part in enumerate(parts):
+        found, wanted = (part.metadata.get("split.no"), part.metadata.get("split.count")), (number, len(parts))
+        if found != wanted:
+            raise CheckpointError(
+                f"{part.path} says that split.no={found[0]} and split.count={found[1]}; its name says {wanted}"
+            )
+        if twice := tensors.keys() & part.tensors.keys():
+            name = min(twice)
+            raise CheckpointError(f"{part.path}: tensor {name!r} is also in {tensors[name].path}")
+        tensors |= part.tensors
+    total = parts[0].metadata.get("split.tensors.count", len(tensors))
+    if total != len(tensors):
+        raise CheckpointError(
+            f"{parts[0].path} and the other parts have {len(tensors)} tensors; split.tensors.count={total}"
+        )
+    return GGUFFile(parts[0].path, parts[0].metadata, tensors)
+
+
+def _read_file(path: Path) -> GGUFFile:
     from gguf.constants import GGUF_DEFAULT_ALIGNMENT, GGUF_MAGIC
 
+    verify_checksums(path.parent, [path.name])
     with open(path, "rb") as file:
-        cursor = _Cursor(file, os.fspath(path))
+        cursor = _Cursor(file, str(path))
         if cursor.integer("<I") != GGUF_MAGIC:
             raise CheckpointError(f"{path} is not a GGUF file: it does not begin with the letters GGUF")
         version = cursor.integer("<I")
@@ -182,4 +240,4 @@ class _Cursor:
         block_size, block_bytes = GGML_QUANT_SIZES[kind]
         if shape[-1] % block_size:
             raise self.error(f"tensor {name!r}: rows of {shape[-1]} are not whole blocks of {kind.name}")
-        return GGUFTensor(shape, kind, offset, math.prod(shape) // block_size * block_bytes)
+        return GGUFTensor(self.path, shape, kind, offset, math.prod(shape) // block_size * block_bytes)

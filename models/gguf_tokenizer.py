@@ -7,6 +7,8 @@ Sources: llama.cpp's vocabulary code for the meaning of the keys, and the tokeni
 models published for the spelling of the same rules in `tokenizers`.
 """
 
+import dataclasses
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from hshare_jax.errors import CheckpointError
@@ -20,18 +22,44 @@ if TYPE_CHECKING:
 
 _CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
 _SPACE = "\u2581"  # stands for a space in SentencePiece
-_GPT2 = ("gpt-2", "gpt2", "default")
-_SMOLLM = ("smollm",)
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_SPLITS = {
-    "llama-bpe": _WORDS + r"\p{N}{1,3}" + _REST,
-    "qwen2": _WORDS + r"\p{N}" + _REST,
-}
-_SPLITS |= {"llama3": _SPLITS["llama-bpe"], "llama-v3": _SPLITS["llama-bpe"], "deepseek-r1-qwen": _SPLITS["qwen2"]}
-_LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
-_QWEN2 = ("qwen2", "deepseek-r1-qwen")
 _END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rule:
+    """What a name in `tokenizer.ggml.pre` stands for."""
+
+    splits: tuple[str, ...]  # regular expressions; each cuts the pieces of the ones before it
+    then_gpt2: bool = False  # whether GPT-2's own expression follows
+    has_whole_words: bool = False  # whether a piece that is a token becomes that token, whatever the merges say
+    begins: bool = False  # whether a text gets a begin token where the file does not say so
+    is_nfc: bool = False  # whether text is brought into Unicode's form NFC first
+
+
+_ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORDS = _ENDINGS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3 = _WORDS + r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _REST
+_QWEN2 = _WORDS + r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _REST
+# Words end where a capital follows a small letter. Letters of other scripts, and marks, are both.
+_CAPITALS, _SMALLS = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CASED = [r"[^\r\n\p{L}\p{N}]?" + word for word in (f"{_CAPITALS}*{_SMALLS}+", f"{_CAPITALS}+{_SMALLS}*")]
+_SIGNS = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|"
+_TEKKEN = "|".join(_CASED) + r"|\p{N}" + _SIGNS + _REST
+_GPT4O = "|".join(f"{word}{_ENDINGS}?" for word in _CASED) + r"|\p{N}{1,3}" + _SIGNS + _REST
+_DEEPSEEK_CODER = r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[\u0800-\u9fa5\uac00-\ud7ff]+", r"\p{N}"
+_RULES = {
+    **dict.fromkeys(("gpt-2", "gpt2", "default"), _Rule((), then_gpt2=True)),
+    "smollm": _Rule((r"\p{N}",), then_gpt2=True),
+    **dict.fromkeys(
+        ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral"), _Rule((_LLAMA3,), has_whole_words=True, begins=True)
+    ),
+    "smaug-bpe": _Rule((_LLAMA3,)),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _Rule((_QWEN2,), is_nfc=True)),
+    "tekken": _Rule((_TEKKEN,), has_whole_words=True, begins=True),
+    **dict.fromkeys(("gpt-4o", "llama4"), _Rule((_GPT4O,))),
+    "deepseek-coder": _Rule(_DEEPSEEK_CODER),
+}
 
 
 def tokenizer_from_gguf(file: GGUFFile) -> "PreTrainedTokenizerFast | None":
@@ -44,6 +72,12 @@ def tokenizer_from_gguf(file: GGUFFile) -> "PreTrainedTokenizerFast | None":
     kind = file.metadata.get("tokenizer.ggml.model")
     if kind is None:
         return None
+    if kind == "gpt2" and "tokenizer.ggml.pre" not in file.metadata:
+        warnings.warn(
+            f"{file.path} does not say how text is cut into words (tokenizer.ggml.pre), so GPT-2's rule is taken; if "
+            "the model was made with another rule, its answers are worse: convert the model to GGUF anew",
+            stacklevel=2,
+        )
     if kind not in ("gpt2", "llama"):
         raise ValueError(f"{file.path}: tokenizer.ggml.model={kind!r} is not supported; supported: gpt2, llama")
     tokens = file.metadata.get("tokenizer.ggml.tokens")
@@ -93,10 +127,7 @@ def _byte_level(file: GGUFFile, tokens: list[str]) -> "Tokenizer":
     from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
     from tokenizers.models import BPE
 
-    pre = file.metadata.get("tokenizer.ggml.pre", "default")
-    if pre not in (*_GPT2, *_SMOLLM, *_SPLITS):
-        known = ", ".join((*_GPT2, *_SMOLLM, *_SPLITS))
-        raise ValueError(f"{file.path}: tokenizer.ggml.pre={pre!r} is not known; known: {known}")
+    rule = _rule(file)
     merges = file.metadata.get("tokenizer.ggml.merges")
     if not isinstance(merges, list) or not all(isinstance(merge, str) and " " in merge[1:] for merge in merges):
         raise CheckpointError(f"{file.path}: tokenizer.ggml.merges must be a list of pairs of tokens")
@@ -106,18 +137,22 @@ def _byte_level(file: GGUFFile, tokens: list[str]) -> "Tokenizer":
         pair for pair in pairs if pair[0] not in vocab or pair[1] not in vocab or pair[0] + pair[1] not in vocab
     ]:
         raise CheckpointError(f"{file.path}: tokenizer.ggml.merges joins {broken[0]}, which are not tokens")
-    backend = Tokenizer(BPE(vocab, pairs, ignore_merges=pre in _LLAMA3))
-    if pre in _SPLITS:
-        split = pre_tokenizers.Split(Regex(_SPLITS[pre]), behavior="isolated")
-        words = [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    else:
-        digits = [pre_tokenizers.Digits(individual_digits=True)] if pre in _SMOLLM else []
-        words = [*digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    if pre in _QWEN2:
+    backend = Tokenizer(BPE(vocab, pairs, ignore_merges=rule.has_whole_words))
+    splits = [pre_tokenizers.Split(Regex(split), behavior="isolated") for split in rule.splits]
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=rule.then_gpt2)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, letters])
+    if rule.is_nfc:
         backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = pre_tokenizers.Sequence(words)
     backend.decoder = decoders.ByteLevel()
     return backend
+
+
+def _rule(file: GGUFFile) -> _Rule:
+    """The rule that the file names, or GPT-2's. Raises ValueError for a name that is not known."""
+    pre = file.metadata.get("tokenizer.ggml.pre", "default")
+    if pre not in _RULES:
+        raise ValueError(f"{file.path}: tokenizer.ggml.pre={pre!r} is not known; known: {', '.join(_RULES)}")
+    return _RULES[pre]
 
 
 def _sentencepiece(file: GGUFFile, tokens: list[str]) -> "Tokenizer":
@@ -155,7 +190,7 @@ def _sentencepiece(file: GGUFFile, tokens: list[str]) -> "Tokenizer":
 
 def _add_ends(file: GGUFFile, backend: "Tokenizer", tokens: list[str], kind: str) -> None:
     """Lets the tokenizer add a begin and an end token to every text, if the file or llama.cpp's default says so."""
-    begins_by_default = kind == "llama" or file.metadata.get("tokenizer.ggml.pre") in _LLAMA3
+    begins_by_default = kind == "llama" or _rule(file).begins
     ends = {
         "bos": ("bos_token_id", file.metadata.get("tokenizer.ggml.add_bos_token", begins_by_default)),
         "eos": ("eos_token_id", file.metadata.get("tokenizer.ggml.add_eos_token", False)),

@@ -15,7 +15,7 @@ import numpy as np
 from hshare_jax.errors import CheckpointError
 from hshare_jax.files.checksums import verify_checksums
 from hshare_jax.models.config import ARCHITECTURES, ModelConfig, config_from_hf
-from hshare_jax.models.weights import BLOCK_BYTES
+from hshare_jax.models.weights import BLOCK_BYTES, is_rotary_buffer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -129,12 +129,14 @@ class HFTensors:
     def _read_index(self) -> dict[str, str]:
         if (self._directory / _WEIGHTS).is_file():
             with self._open(_WEIGHTS) as file:
-                return dict.fromkeys(file.keys(), _WEIGHTS)
+                names = [name for name in file.keys() if not is_rotary_buffer(name)]  # noqa: SIM118 - not a mapping
+            return dict.fromkeys(names, _WEIGHTS)
         verify_checksums(self._directory, [_INDEX])
         path = self._directory / _INDEX
         index = _read_json(path).get("weight_map")
         if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
             raise CheckpointError(f"{path}: weight_map must give the file of each tensor")
+        index = {name: file for name, file in index.items() if not is_rotary_buffer(name)}
         for file in sorted(set(index.values())):
             if Path(file).name != file or not (self._directory / file).is_file():
                 raise CheckpointError(f"{path} names the file {file!r}, which does not lie beside it")
@@ -144,6 +146,8 @@ class HFTensors:
         path = self._directory / file
         with self._open(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a mapping
+                if is_rotary_buffer(name):
+                    continue
                 if self._files.get(name) != file:
                     raise CheckpointError(f"{path}: tensor {name} is not what {_INDEX} places in this file")
                 view = tensors.get_slice(name)

@@ -5,15 +5,23 @@
     tokenizer/      as transformers saves it, chat template included; absent for a model without one
     SHA256SUMS      of all the files above
 
-The directory is written as a draft and renamed, so a checkpoint is never half-written. Before Orbax reads a checkpoint,
-every file is compared with its checksum, because Orbax neither notices flipped bits nor warns of a wrong dtype.
+Other files may lie beside these: a plan, results, notes. They are neither read nor checked, and stay where a checkpoint
+is overwritten. The directory is written as a draft and renamed, so a checkpoint is never half-written. Before Orbax
+reads a checkpoint, every file is compared with its checksum, because Orbax neither notices flipped bits nor warns of a
+wrong dtype.
 """
 
+import contextlib
 import dataclasses
+import errno
 import json
+import logging
 import math
 import os
 import re
+import shutil
+import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,12 +51,14 @@ if TYPE_CHECKING:
 
 # Orbax and transformers are imported by the functions that need them, because importing them takes a second.
 
-_MODEL, _PARAMS, _TOKENIZER = "model.json", "params", "tokenizer"
+_PARTS = _MODEL, _PARAMS, _TOKENIZER = "model.json", "params", "tokenizer"
 _FORMAT = 1
+_ERROR_CODE = re.compile(r"os_error_code='(\d+)'|\(os error (\d+)\)")  # in tensorstore's errors, in tokenizers'
 _BLOCK_ARRAYS = ("qvalue", "scale", "minimum")  # of weights in few bits, as `BlockWeights` names them
 # How many parts a checkpoint is read in. A call of Orbax takes some 20 ms, and the memory of large parts returns to the
 # system only slowly.
 _GROUPS = 24
+_LAST_WRITES = 0.5  # seconds; after an error the other arrays are still being written, and this ends soon
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +91,7 @@ def save_checkpoint(
         info: the contents of model.json.
         params: the parameter tree.
         tokenizer: the tokenizer; None for a model without one.
-        overwrite: whether to replace a checkpoint at `path`.
+        overwrite: whether to replace a checkpoint at `path`. Other files in that directory stay.
 
     Raises:
         FileExistsError: `path` exists and `overwrite` is False, or `path` is not one of our checkpoints.
@@ -94,10 +104,11 @@ def save_checkpoint(
         )
         raise FileExistsError(f"{path} exists; {way_out}")
     _check_arrays(info, params)
-    with whole_directory(path, overwrite=overwrite) as draft:
-        write_arrays(draft / _PARAMS, tree.map(_as_stored, params, is_leaf=_is_blocks))
+    with whole_directory(path, parts=_PARTS, overwrite=overwrite) as draft:
         if tokenizer is not None:
-            tokenizer.save_pretrained(draft / _TOKENIZER)
+            with _system_errors(draft / _TOKENIZER):
+                tokenizer.save_pretrained(draft / _TOKENIZER)
+        write_arrays(draft / _PARAMS, tree.map(_as_stored, params, is_leaf=_is_blocks))
         (draft / _MODEL).write_text(json.dumps({"format": _FORMAT, **dataclasses.asdict(info)}, indent=1) + "\n")
 
 
@@ -105,18 +116,55 @@ def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
     """Writes a tree of NumPy arrays with Orbax. Raises OSError, which names the path, if the system cannot write."""
     from orbax.checkpoint import v1 as ocp
 
+    needed, free = sum(leaf.nbytes for leaf in tree.leaves(arrays)), shutil.disk_usage(path.parent).free
+    if needed > free:
+        reason = f"{os.strerror(errno.ENOSPC)}: {needed:,} bytes are needed, {free:,} are free"
+        raise OSError(errno.ENOSPC, reason, str(path))
+    with orbax_context(), _system_errors(path), _told_once():
+        ocp.save(str(path), arrays)
+
+
+@contextlib.contextmanager
+def _system_errors(path: Path) -> Iterator[None]:
+    """Within this context an error whose text holds the system's error code is an OSError that names `path`."""
     try:
-        with orbax_context():
-            ocp.save(str(path), arrays)
-    except ValueError as error:  # the system's error code is only in the text of tensorstore's error
-        if (code := re.search(r"os_error_code='(\d+)'", str(error))) is None:
+        yield
+    except Exception as error:
+        # tensorstore raises ValueError, and the tokenizers library Exception itself, which no narrower clause catches.
+        if isinstance(error, OSError) or (code := _ERROR_CODE.search(str(error))) is None:
             raise
-        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+        number = int(code[1] or code[2])
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+@contextlib.contextmanager
+def _told_once() -> Iterator[None]:
+    """Within this context, and after an error in it, the threads of Orbax do not print what `save` raises."""
+    loggers, hook = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return record.exc_info is None or _ERROR_CODE.search(str(record.exc_info[1])) is None
+
+    def tell_others(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    for logger in loggers:
+        logger.addFilter(is_other)
+    sys.unraisablehook = tell_others
+    try:
+        yield
+    except ValueError:
+        time.sleep(_LAST_WRITES)
+        raise
+    for logger in loggers:
+        logger.removeFilter(is_other)
+    sys.unraisablehook = hook
 
 
 def read_checkpoint_info(directory: Path) -> CheckpointInfo:
     """Reads model.json. Raises CheckpointError if any file of the checkpoint differs from its checksum."""
-    verify_all(directory)
+    verify_all(directory, _PARTS)
     path = directory / _MODEL
     try:
         found = json.loads(path.read_bytes())

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from tqdm import tqdm
 
 from hshare_jax.errors import CheckpointError, SettingError
-from hshare_jax.files.checksums import verify_checksums
 from hshare_jax.models.builtin_model import BUILTIN_MODELS, builtin_checkpoint
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.gguf_checkpoint import GGUFTensors, config_from_gguf
-from hshare_jax.models.gguf_file import read_gguf
+from hshare_jax.models.gguf_file import gguf_name, read_gguf
 from hshare_jax.models.gguf_tokenizer import end_tokens_of_gguf, tokenizer_from_gguf
 from hshare_jax.models.hf_checkpoint import HFTensors, check_hf_directory, read_hf_config, read_hf_tokenizer
 from hshare_jax.models.orbax_checkpoint import (
@@ -108,8 +107,9 @@ def load_model(
     """Loads a model, with its parameters on JAX's default device.
 
     Args:
-        name_or_path: a built-in name (`smollm2-135m-instruct`), a .gguf file, a Hugging Face directory, a checkpoint
-            written by `save_model`, or a Hugging Face hub id (`organisation/name`).
+        name_or_path: a built-in name (`smollm2-135m-instruct`), a .gguf file (any part of one that is split), a
+            Hugging Face directory, a checkpoint written by `save_model`, or a Hugging Face hub id
+            (`organisation/name`).
         dtype: float32, bfloat16 or float16, in which the model computes. Weights of another dtype are cast. None: the
             dtype of a converted checkpoint, and float32 for every other form of model.
         quantize: the bits of weight matrices. `stored`: those of the file, for a GGUF file's types Q4_0, Q4_1 and Q8_0,
@@ -152,7 +152,7 @@ def open_model(
         return _open_hf(directory, name)
     path = Path(name).expanduser()
     if form == "gguf":
-        return _open_gguf(path, path.stem)
+        return _open_gguf(path, gguf_name(path))
     if form == "checkpoint":
         return _open_checkpoint(path)
     return _open_hf(path, path.resolve().name)
@@ -160,6 +160,8 @@ def open_model(
 
 def save_model(model: Model, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
     """Writes a model as a checkpoint directory that `load_model` can read. On an error nothing is written.
+
+    With `overwrite` the new model takes the place of the one at `path`. Other files in that directory stay.
 
     Raises:
         FileExistsError: `path` exists and `overwrite` is False, or `path` is not such a checkpoint.
@@ -191,15 +193,16 @@ def _form(name: str) -> ModelForm:
             return "checkpoint"
         check_hf_directory(path, name)
         return "hf"
+    suffix = path.suffix.lower()
     if path.is_file():
-        if path.suffix != ".gguf":
+        if suffix != ".gguf":
             raise ValueError(
                 f"{name} is a file, but not a .gguf file; for safetensors give the directory that holds config.json"
             )
         return "gguf"
-    if _HUB_ID.fullmatch(name) and path.suffix not in (".gguf", ".safetensors"):
+    if _HUB_ID.fullmatch(name) and suffix not in (".gguf", ".safetensors"):
         return "hub"
-    if "/" in name or os.sep in name or name.startswith("~") or path.suffix in (".gguf", ".safetensors"):
+    if "/" in name or os.sep in name or name.startswith("~") or suffix in (".gguf", ".safetensors"):
         raise FileNotFoundError(f"{name} does not exist")
     close = difflib.get_close_matches(name, BUILTIN_MODELS, n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
@@ -243,7 +246,6 @@ def _open_builtin(name: str, cache_dir: str | os.PathLike[str] | None) -> ModelF
 
 
 def _open_gguf(path: Path, name: str) -> ModelFiles:
-    verify_checksums(path.parent, [path.name])
     file = read_gguf(path)
     config, tokenizer = config_from_gguf(file), tokenizer_from_gguf(file)
 

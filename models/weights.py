@@ -34,7 +34,7 @@ Parameter = np.ndarray | BlockWeights  # on the host
 BLOCK_BYTES = 16 << 20
 
 # Buffers of rotary angles that old versions of transformers saved. The decoder computes these itself.
-_HARMLESS = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
+_ROTARY_BUFFER = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 _ALIGNMENT = 64  # bytes; XLA:CPU copies memory that is aligned less
 _SAMPLES = 256
 
@@ -59,6 +59,11 @@ class TensorSource(Protocol):
     def codes(self, name: str) -> BlockWeights | None:
         """Reads tensor `name` in the few bits that it is stored in; None if it is stored otherwise."""
         ...
+
+
+def is_rotary_buffer(name: str) -> bool:
+    """Whether a tensor is a buffer that the decoder computes itself, so that the tensor is not read."""
+    return _ROTARY_BUFFER.search(name) is not None
 
 
 def dtype_of(name: str) -> np.dtype:
@@ -262,7 +267,7 @@ def _check_names_and_shapes(
             raise CheckpointError(
                 f"{source.file_of(name)}: tensor {name} has shape {tuple(found[name])}; the configuration says {shape}"
             )
-    extra = [name for name in found if name not in expected and not _HARMLESS.search(name)]
+    extra = [name for name in found if name not in expected and not is_rotary_buffer(name)]
     if config.tie_embeddings and "lm_head.weight" in extra:
         _check_tied(source)
         extra.remove("lm_head.weight")

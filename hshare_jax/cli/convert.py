@@ -32,7 +32,7 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run_convert)
     parser.add_argument("model", metavar="NAME", help="built-in name, GGUF file, directory or hub id")
     parser.add_argument("output", type=Path, metavar="DIR", help="directory that gets the checkpoint")
-    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that exists")
+    parser.add_argument("--overwrite", action="store_true", help="replace the model in DIR; other files there stay")
     add_model(parser)
     group = parser.add_argument_group("cross-layer KV sharing; the model is of no use before it is trained")
     add_kv_sharing(group, weights=True)

@@ -4,13 +4,19 @@ Both are written as a draft beside their final name, flushed to the disk and the
 called `.<final name>.` followed by random letters. A kill leaves that directory behind, and nothing else.
 """
 
+import ctypes
+import errno
 import os
+import shutil
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hshare_jax.files.checksums import write_checksums
+from hshare_jax.files.checksums import CHECKSUMS, write_checksums
+
+_AT_WORKING_DIRECTORY, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 
 
 @contextmanager
@@ -27,30 +33,77 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def whole_directory(path: Path, *, parts: Collection[str] = (), overwrite: bool = False) -> Iterator[Path]:
     """Writes a directory with checksums: yields an empty draft to fill, which becomes `path` at the end of the block.
 
     On an error `path` stays as it was.
 
     Args:
         path: the final name. Its parents are made.
-        overwrite: whether to replace what is at `path`. Otherwise a directory there that is not empty is an OSError.
+        parts: the names of all files and folders that may be written into the draft.
+        overwrite: whether to replace the parts and the checksums at `path`. All other files there stay. Otherwise a
+            directory there that is not empty is an OSError.
     """
+    path = path.resolve() if path.is_symlink() else path
     with _draft(path) as draft:
         draft.mkdir()
         yield draft
         write_checksums(draft)
         _flush_tree(draft)
-        replaced = draft.with_name(f"{path.name}.replaced")
-        try:
-            if overwrite and path.exists():
-                path.rename(replaced)
+        if overwrite and path.exists():
+            _link_all_but((CHECKSUMS, *parts), path, draft)
+            _exchange(draft, path)
+        else:
             draft.rename(path)
-        except BaseException:  # an interrupt too
-            if replaced.exists() and not path.exists():
-                replaced.rename(path)
-            raise
         _flush_names(path.parent)
+
+
+def _link_all_but(names: Collection[str], directory: Path, other: Path) -> None:
+    """Gives the files below `directory` a second name below `other`, except those in `names` and the folders in it."""
+
+    def left_out(folder: str, _: list[str]) -> Collection[str]:
+        return names if Path(folder) == directory else ()
+
+    shutil.copytree(directory, other, symlinks=True, ignore=left_out, copy_function=_link, dirs_exist_ok=True)
+    for folder, _, _ in os.walk(other):
+        _flush_names(Path(folder))
+
+
+def _link(file: str, other: str) -> None:
+    """Gives a file a second name, or copies it where the file system knows no second names."""
+    try:
+        os.link(file, other)
+    except OSError:
+        shutil.copy2(file, other)
+
+
+def _exchange(draft: Path, path: Path) -> None:
+    """Exchanges two directories. Where the system cannot do it in one step, `path` is missing for a moment."""
+    if _exchange_at_once(draft, path):
+        return
+    replaced = draft.with_name(f"{path.name}.replaced")
+    try:
+        path.rename(replaced)
+        draft.rename(path)
+    except BaseException:  # an interrupt too
+        if replaced.exists() and not path.exists():
+            replaced.rename(path)
+        raise
+
+
+def _exchange_at_once(draft: Path, path: Path) -> bool:
+    """Exchanges two directories in one indivisible step. False if the system or the file system cannot."""
+    if sys.platform != "linux":
+        return False
+    library = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(library, "renameat2"):
+        return False
+    names = _AT_WORKING_DIRECTORY, os.fsencode(draft), _AT_WORKING_DIRECTORY, os.fsencode(path)
+    if library.renameat2(*names, _EXCHANGE) == 0:
+        return True
+    if (code := ctypes.get_errno()) in (errno.EINVAL, errno.ENOSYS):
+        return False
+    raise OSError(code, os.strerror(code), str(path))
 
 
 @contextmanager
@@ -64,7 +117,7 @@ def _draft(path: Path) -> Iterator[Path]:
             yield draft
         except OSError as error:
             # An error about a full disk names no file at all.
-            if error.errno is None or error.filename not in (None, draft, str(draft)):
+            if error.errno is None or not (error.filename is None or str(error.filename).startswith(scratch)):
                 raise
             raise OSError(error.errno, error.strerror, str(path)) from error
 

@@ -87,7 +87,7 @@ def load_train_state(directory: Path, shapes: TrainState, study: dict[str, Any])
     if path is None:
         return None
     try:
-        verify_all(path)
+        verify_all(path, (_RUN, _ARRAYS))
         run = json.loads((path / _RUN).read_bytes())
         if run["format"] != _FORMAT:
             raise CheckpointError(f"{path / _RUN} has format {run['format']}; this version reads {_FORMAT}")

@@ -1,6 +1,9 @@
 """`hshare-jax convert`, as it is and with cross-layer KV sharing, on a tiny model."""
 
+import argparse
 import math
+import resource
+import shutil
 from pathlib import Path
 
 import jax
@@ -11,8 +14,10 @@ from command_line import TEXT, call
 from random_weights import random_params
 from tiny_models import assert_equal_trees
 from tiny_tokenizer import LETTERS, byte_tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from hshare_jax.cli import convert as cli_convert
+from hshare_jax.cli.main import main
 from hshare_jax.decode_state import init_state
 from hshare_jax.decode_step import decode_step
 from hshare_jax.models import pretrained
@@ -187,3 +192,28 @@ def test_convert_refuses_an_existing_target_before_the_model_is_loaded(
     status, _, err = call(["convert", "smollm2-135m-instruct", str(tmp_path)], capsys)
     assert status == 2
     assert "exists; give --overwrite to replace it" in err
+
+
+@pytest.mark.parametrize("is_full", ["before", "in the tokenizer", "in the weights"])
+def test_a_disk_that_is_full_is_told_in_one_line_and_nothing_is_left(
+    tiny: str, is_full: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    reason, limit = "No space left on device", resource.getrlimit(resource.RLIMIT_FSIZE)
+    if is_full == "before":
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: argparse.Namespace(free=1_234))
+        reason += f": {4 * TINY.num_parameters:,} bytes are needed, 1,234 are free"
+    if is_full == "in the tokenizer":
+
+        def fail(self: PreTrainedTokenizerFast, path: Path) -> None:
+            raise Exception(f"{reason} (os error 28)")  # as the tokenizers library tells it
+
+        monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", fail)
+    try:
+        if is_full == "in the weights":  # the system's limit for files acts as a full disk
+            reason = "File too large"
+            resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limit[1]))
+        status = main(["convert", tiny, str(tmp_path / "out")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert (status, capfd.readouterr().err) == (1, f"hshare-jax: error: {tmp_path / 'out'}: {reason}\n")
+    assert not list(tmp_path.iterdir())

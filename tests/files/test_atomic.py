@@ -9,6 +9,7 @@ from types import ModuleType
 import pytest
 
 from hshare_jax.errors import CheckpointError
+from hshare_jax.files import atomic
 from hshare_jax.files.atomic import whole_directory, whole_file
 from hshare_jax.files.checksums import CHECKSUMS, verify_all
 
@@ -60,14 +61,58 @@ def test_a_directory_takes_its_place_with_checksums_and_nothing_left_beside_it(t
         (draft / "b").mkdir()
         (draft / "b" / "c.txt").write_text("one")
         assert not path.exists()
-    verify_all(path)
-    with whole_directory(path, overwrite=True) as draft:
+    verify_all(path, ["b"])
+    with whole_directory(path, parts=["b", "c.txt"], overwrite=True) as draft:
         (draft / "c.txt").write_text("two")
     assert {found.name for found in path.iterdir()} == {"c.txt", CHECKSUMS}
     assert [found.name for found in path.parent.iterdir()] == ["a"]
     (path / "c.txt").write_text("changed")
     with pytest.raises(CheckpointError, match=r"c\.txt is damaged"):
-        verify_all(path)
+        verify_all(path, ["b", "c.txt"])
+
+
+@pytest.mark.parametrize("is_old_system", [False, True])
+def test_files_beside_the_parts_stay_the_same_files_when_the_parts_are_replaced(
+    is_old_system: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if is_old_system:  # it knows neither second names nor an exchange in one step
+        monkeypatch.setattr(atomic, "_exchange_at_once", lambda draft, path: False)
+
+        def refuse(*_: str) -> None:
+            raise PermissionError(1, "Operation not permitted")
+
+        monkeypatch.setattr(os, "link", refuse)
+    path, link = tmp_path / "a", tmp_path / "link"
+    link.symlink_to(path)
+    with whole_directory(path, parts=["b"]) as draft:
+        (draft / "b").write_text("one")
+    (path / "notes" / "old").mkdir(parents=True)
+    (path / "notes" / "old" / "b").write_text("mine")
+    (path / ".hidden").symlink_to("nowhere")
+    with open(path / "results", "a") as results:
+        with whole_directory(link, parts=["b"], overwrite=True) as draft:
+            (draft / "b").write_text("two")
+        results.write("a line that came meanwhile")
+    verify_all(path, ["b"])
+    assert ((path / "b").read_text(), (path / "notes" / "old" / "b").read_text()) == ("two", "mine")
+    assert (path / ".hidden").readlink() == Path("nowhere")
+    assert (path / "results").read_text() == ("" if is_old_system else "a line that came meanwhile")
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["a", "link"]
+    assert link.is_symlink()
+
+
+def test_of_the_files_in_a_directory_only_its_parts_are_checked(tmp_path: Path) -> None:
+    with whole_directory(tmp_path / "a") as draft:
+        (draft / "b").mkdir()
+        (draft / "b" / "c").write_text("one")
+    for name in ("notes", ".DS_Store", "b/.DS_Store"):
+        (tmp_path / "a" / name).write_text("another's")
+        verify_all(tmp_path / "a", ["b"])
+    (tmp_path / "a" / "b" / "d").write_text("it would be read")
+    with pytest.raises(CheckpointError, match=r"it holds the unlisted b/d"):
+        verify_all(tmp_path / "a", ["b"])
+    with pytest.raises(CheckpointError, match=r"SHA256SUMS is missing or empty"):
+        verify_all(tmp_path / "a", ["notes"])
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -87,6 +132,9 @@ def test_a_directory_that_cannot_be_written_leaves_what_was_there(
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="No space left") as caught, whole_directory(path, overwrite=overwrite) as draft:
         (draft / "c.txt").write_text("after")
+    assert caught.value.filename == str(path)
+    with pytest.raises(OSError, match="No space left") as caught, whole_directory(path, overwrite=overwrite) as draft:
+        raise OSError(28, "No space left on device", str(draft / "b" / "c.txt"))
     assert caught.value.filename == str(path)
     assert (path / "c.txt").read_text() == "before"
     assert [found.name for found in tmp_path.iterdir()] == ["a"]

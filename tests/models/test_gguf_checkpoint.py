@@ -2,11 +2,13 @@
 
 import itertools
 import json
+from argparse import Namespace
 from typing import Any
 
 import gguf
 import numpy as np
 import pytest
+import regex
 from gguf import GGMLQuantizationType as Kind
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -153,6 +155,52 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
         load_model(tmp_path / "model.gguf")
 
 
+@pytest.fixture
+def parts(tmp_path, model):
+    """The files of one model in several parts."""
+    write_gguf(tmp_path / "tiny.gguf", model, Kind.Q8_0, tensors_in_part=9)
+    return sorted(tmp_path.iterdir())
+
+
+def test_a_split_file_is_read_whole_from_any_of_its_parts(parts, model, tmp_path):
+    whole = load_model(write_gguf(tmp_path / "whole.gguf", model, Kind.Q8_0), quantize="stored")
+    assert [part.name for part in parts] == [f"tiny-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
+    for part in parts:
+        loaded = load_model(part, quantize="stored")
+        assert (loaded.name, loaded.config, loaded.identity) == ("tiny", whole.config, whole.identity)
+
+
+def test_a_split_file_whose_parts_do_not_lie_together_names_the_part(parts):
+    last = parts[2].read_bytes()
+    parts[2].unlink()
+    with pytest.raises(FileNotFoundError, match=r"of-00003.gguf is missing: .*00001-of-00003.gguf is one of 3 parts"):
+        load_model(parts[0])
+    parts[2].write_bytes(parts[1].read_bytes())
+    with pytest.raises(CheckpointError, match=r"00003-of-00003.gguf says that split.no=1 and split.count=3; its name"):
+        load_model(parts[0])
+    parts[2].write_bytes(last[:-64])
+    with pytest.raises(CheckpointError, match=r"00003-of-00003.gguf is damaged"):
+        load_model(parts[0])
+    renamed = parts[0].rename(parts[0].with_name("model.gguf"))
+    with pytest.raises(CheckpointError, match=r"model.gguf is one of 3 parts .* must end in -00001-of-00003.gguf"):
+        load_model(renamed)
+
+
+def test_a_suffix_in_capitals_is_a_gguf_files_too(tmp_path, model):
+    assert load_model(write_gguf(tmp_path / "TINY.GGUF", model)).name == "TINY"
+    with pytest.raises(FileNotFoundError, match=r"a/LOST.GGUF does not exist"):
+        load_model("a/LOST.GGUF")
+
+
+def test_a_size_given_for_each_layer_is_read_where_all_are_equal(tmp_path, model):
+    sizes = {"attention.head_count_kv": [2, 2], "feed_forward_length": [96, 96]}
+    loaded = load_model(write_gguf(tmp_path / "model.gguf", model, metadata=sizes))
+    assert loaded.config == load_model(write_gguf(tmp_path / "plain.gguf", model)).config
+    uneven = write_gguf(tmp_path / "uneven.gguf", model, metadata={"attention.head_count_kv": [2, 1]})
+    with pytest.raises(ValueError, match=r"llama.attention.head_count_kv differs between layers \(2, 1\)"):
+        load_model(uneven)
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_a_file_cut_short_or_grown_is_an_error(tmp_path_factory, sound, data):
@@ -277,6 +325,48 @@ def test_qwen2_tokens_equal_transformers_own(tmp_path):
     check()
 
 
+CASES = "theTHEca'sSéÉ\u0301日あ0123\n\t.,/!_ "  # small and large letters, a mark, other scripts, signs
+
+
+@pytest.mark.parametrize("pre", ["llama-bpe", "falcon3", "pixtral", "smaug-bpe", "tekken", "gpt-4o", "llama4"])
+def test_text_is_cut_into_words_as_transformers_cuts_it(tmp_path, pre):
+    published = pytest.importorskip("transformers.integrations.gguf.gguf_tokenizer_mapping")  # newer than 5.0
+    reference, metadata = byte_level(pre, pre_tokenizers.ByteLevel(add_prefix_space=False))
+    wanted = published.set_split_regex(Namespace(backend_tokenizer=reference), {"pre_tokenizer_type": pre})
+    cutter = loaded_tokenizer(tmp_path, metadata).backend_tokenizer.pre_tokenizer
+
+    @settings(max_examples=100, deadline=None)
+    @given(text=st.text(st.sampled_from(CASES), max_size=24))
+    def check(text):
+        assert cutter.pre_tokenize_str(text) == wanted.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)
+
+    check()
+
+
+def test_deepseek_coder_cuts_with_one_expression_after_another(tmp_path):
+    _, metadata = byte_level("deepseek-coder", pre_tokenizers.ByteLevel(add_prefix_space=False))
+    cutter = loaded_tokenizer(tmp_path, metadata).backend_tokenizer.pre_tokenizer
+
+    @settings(max_examples=100, deadline=None)
+    @given(text=st.text(st.sampled_from(CASES + "\u3099\u3013+"), max_size=24))
+    def check(text):
+        pieces = [text]
+        for split in (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥\u0800-一\uac00-\ud7ff]+", r"\p{N}"):
+            pieces = [part for piece in pieces for part in regex.split(f"({split})", piece) if part]
+        starts = [0, *itertools.accumulate(map(len, pieces))]
+        assert [place for _, place in cutter.pre_tokenize_str(text)] == list(itertools.pairwise(starts))
+
+    check()
+
+
+def test_a_file_that_names_no_rule_of_cutting_is_read_by_gpt2s_with_a_warning(tmp_path):
+    reference, metadata = byte_level("gpt-2", pre_tokenizers.ByteLevel(add_prefix_space=False))
+    del metadata["ggml.pre"]
+    with pytest.warns(UserWarning, match=r"model.gguf does not say how text is cut into words \(tokenizer.ggml.pre\)"):
+        tokenizer = loaded_tokenizer(tmp_path, metadata)
+    assert tokenizer("the cat's 1234").input_ids == reference.encode("the cat's 1234").ids
+
+
 def test_llama3_splits_numbers_into_groups_of_three_and_begins_unasked(tmp_path):
     _, metadata = byte_level("llama-bpe", pre_tokenizers.ByteLevel(add_prefix_space=False))
     del metadata["ggml.add_bos_token"]
@@ -354,9 +444,9 @@ def test_sentencepiece_tokens_equal_the_definition(tmp_path):
     ("change", "error", "message"),
     [
         (
-            {"ggml.pre": "tekken"},
+            {"ggml.pre": "deepseek-llm"},
             ValueError,
-            r"ggml.pre='tekken' is not known; known: gpt-2, .*smollm, llama-bp",
+            r"ggml.pre='deepseek-llm' is not known; known: gpt-2, .*smollm, llama-bp",
         ),
         ({"ggml.model": "t5"}, ValueError, r"tokenizer.ggml.model='t5' is not supported; supported: gpt2, llama"),
         ({"ggml.eos_token_id": 9999}, CheckpointError, r"tokenizer.ggml.eos_token_id=9999 is not one of"),

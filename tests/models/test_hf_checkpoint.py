@@ -1,5 +1,6 @@
 """Hugging Face directories: the parameters equal those of transformers, and damage is an error."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -130,6 +131,29 @@ def test_a_shard_that_an_index_lists_but_lacks_its_tensor_is_named(tmp_path):
     path.write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match=r"tensor model.extra is missing, though"):
         load_model(tmp_path)
+
+
+def test_buffers_of_rotary_angles_in_an_index_are_ignored(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path, max_shard_size="40KB")
+    path = tmp_path / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    for layer, file in enumerate((index["weight_map"]["model.norm.weight"], "elsewhere.safetensors")):
+        index["weight_map"][f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = file
+    path.write_text(json.dumps(index))
+    assert_equal_trees(load_model(tmp_path).params, fused(state_of(model)))
+
+
+@pytest.mark.parametrize("form", ["{digest}  {name}", "{capitals} *./{name}", "SHA256 ({name}) = {digest}"])
+def test_checksums_are_read_as_the_usual_tools_write_them(tmp_path, llama, form):
+    directory = write_all(tmp_path / "model", read_all(llama[0]))
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in read_all(directory).items()}
+    lines = [form.format(digest=digest, capitals=digest.upper(), name=name) for name, digest in digests.items()]
+    (directory / "SHA256SUMS").write_text("\n".join(lines) + "\n")
+    load_model(directory)
+    (directory / "config.json").write_bytes(b" " + (directory / "config.json").read_bytes())
+    with pytest.raises(CheckpointError, match=r"config.json is damaged: its SHA-256 is"):
+        load_model(directory)
 
 
 @settings(max_examples=40, deadline=None)

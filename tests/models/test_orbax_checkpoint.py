@@ -124,6 +124,7 @@ def test_an_overwrite_that_fails_at_the_end_leaves_what_was_there(tmp_path, mode
     path = tmp_path / "saved"
     save_model(model, path)
     rename = Path.rename
+    monkeypatch.setattr(atomic, "_exchange_at_once", lambda draft, path: False)  # as on systems that cannot
 
     def fail(self: Path, target: Path) -> Path:
         if self.parent != tmp_path and self.name == "saved":  # the draft; the old checkpoint has been moved away by now
@@ -216,8 +217,22 @@ def test_a_description_that_disagrees_with_the_parameters_is_an_error(saved, tmp
             load_model(directory)
 
 
-def test_a_file_that_is_not_listed_is_an_error(saved, tmp_path_factory):
+def test_a_file_beside_a_converted_model_is_let_alone(saved, model, tmp_path_factory):
     directory = copy_of(saved, tmp_path_factory)
-    (directory / "notes.txt").write_text("mine")
-    with pytest.raises(CheckpointError, match=r"it holds the unlisted notes.txt"):
+    for name in ("plan.json", ".DS_Store", "params/.DS_Store"):
+        (directory / name).write_text("mine")
+    assert read_checkpoint_info(directory).name == model.name
+    save_model(model, directory / "another")
+    save_model(dataclasses.replace(model, tokenizer=None), directory, overwrite=True)
+    assert load_model(directory).tokenizer is None
+    assert (directory / "plan.json").read_text() == "mine"
+    assert load_model(directory / "another").tokenizer is not None
+
+
+def test_a_file_that_would_be_read_and_is_not_listed_is_an_error(saved, tmp_path_factory):
+    directory = copy_of(saved, tmp_path_factory)
+    (directory / "tokenizer" / "chat_template.jinja").write_text("another one")
+    sums = directory / "SHA256SUMS"
+    sums.write_text("".join(line for line in sums.read_text().splitlines(True) if "jinja" not in line))
+    with pytest.raises(CheckpointError, match=r"it holds the unlisted tokenizer/chat_template.jinja"):
         read_checkpoint_info(directory)

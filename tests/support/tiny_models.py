@@ -96,14 +96,16 @@ def write_gguf(
     tokenizer: dict | None = None,
     metadata: dict | None = None,
     rope_divisors: list[float] | None = None,
+    tensors_in_part: int = 0,
 ) -> Path:
     """Writes a model as llama.cpp's converter does.
 
-    Mistral is written as llama. In llama the rows of q and k are permuted. Vectors are float32.
+    Mistral is written as llama. In llama the rows of q and k are permuted. Vectors are float32. With `tensors_in_part`
+    there are several files, which `path` is the beginning of.
     """
     config = model.config
     architecture = "qwen2" if config.model_type == "qwen2" else "llama"
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=tensors_in_part)
     writer.add_name("tiny")
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -121,6 +123,8 @@ def write_gguf(
             writer.add_string(key, value)
         elif isinstance(value, int):
             writer.add_uint32(key, value)
+        elif isinstance(value, list):
+            writer.add_array(key, value)
         else:
             writer.add_float32(key, value)
     for key, value in (tokenizer or {}).items():
