@@ -15,13 +15,10 @@ import contextlib
 import dataclasses
 import errno
 import json
-import logging
 import math
 import os
 import re
 import shutil
-import sys
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,7 +55,6 @@ _BLOCK_ARRAYS = ("qvalue", "scale", "minimum")  # of weights in few bits, as `Bl
 # How many parts a checkpoint is read in. A call of Orbax takes some 20 ms, and the memory of large parts returns to the
 # system only slowly.
 _GROUPS = 24
-_LAST_WRITES = 0.5  # seconds; after an error the other arrays are still being written, and this ends soon
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,11 +112,12 @@ def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
     """Writes a tree of NumPy arrays with Orbax. Raises OSError, which names the path, if the system cannot write."""
     from orbax.checkpoint import v1 as ocp
 
+    # Asked first, because when a disk turns out to be full each thread of Orbax prints a traceback of its own.
     needed, free = sum(leaf.nbytes for leaf in tree.leaves(arrays)), shutil.disk_usage(path.parent).free
     if needed > free:
         reason = f"{os.strerror(errno.ENOSPC)}: {needed:,} bytes are needed, {free:,} are free"
         raise OSError(errno.ENOSPC, reason, str(path))
-    with orbax_context(), _system_errors(path), _told_once():
+    with orbax_context(), _system_errors(path):
         ocp.save(str(path), arrays)
 
 
@@ -135,31 +132,6 @@ def _system_errors(path: Path) -> Iterator[None]:
             raise
         number = int(code[1] or code[2])
         raise OSError(number, os.strerror(number), str(path)) from error
-
-
-@contextlib.contextmanager
-def _told_once() -> Iterator[None]:
-    """Within this context, and after an error in it, the threads of Orbax do not print what `save` raises."""
-    loggers, hook = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
-
-    def is_other(record: logging.LogRecord) -> bool:
-        return record.exc_info is None or _ERROR_CODE.search(str(record.exc_info[1])) is None
-
-    def tell_others(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            hook(unraisable)
-
-    for logger in loggers:
-        logger.addFilter(is_other)
-    sys.unraisablehook = tell_others
-    try:
-        yield
-    except ValueError:
-        time.sleep(_LAST_WRITES)
-        raise
-    for logger in loggers:
-        logger.removeFilter(is_other)
-    sys.unraisablehook = hook
 
 
 def read_checkpoint_info(directory: Path) -> CheckpointInfo:
