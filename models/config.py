@@ -16,6 +16,12 @@ if TYPE_CHECKING:
 
 ARCHITECTURES = ("llama", "mistral", "qwen2")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+_ROPE_NUMBERS = {  # the numbers that transformers reads for each type, beside the length before the scaling
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"),
+}
+_ORIGINAL = "original_max_position_embeddings"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +48,26 @@ class RopeConfig:
     def __post_init__(self) -> None:
         if self.kind not in ROPE_TYPES:
             raise ValueError(f"rope type {self.kind!r} is not known; known types: {', '.join(ROPE_TYPES)}")
-        if not self.theta > 0:
-            raise SettingError("rope theta", self.theta, "must be positive")
-        if not self.factor > 0:
-            raise SettingError("rope factor", self.factor, "must be positive")
+        for name in ("theta", "factor", "beta_fast", "beta_slow"):
+            if not getattr(self, name) > 0:
+                raise SettingError(f"rope {name}", getattr(self, name), "must be positive")
+        if not self.low_freq_factor < self.high_freq_factor:
+            others = {"high_freq_factor": self.high_freq_factor}
+            raise SettingError(
+                "low_freq_factor", self.low_freq_factor, "must be below {high_freq_factor}", others=others
+            )
         if self.kind in ("llama3", "yarn") and self.divisors is None and self.original_max_positions < 1:
             raise ValueError(f"rope type {self.kind!r} needs original_max_position_embeddings of at least 1")
+
+    def max_positions(self, stated: int) -> int:
+        """How many positions a model has whose configuration states `stated`.
+
+        linear and yarn lengthen a model to `factor` times its original positions. Many such configurations go on to
+        state the original positions, as Qwen's instructions for long texts ask. Configurations with llama3 state the
+        longer length.
+        """
+        is_lengthened = self.kind in ("linear", "yarn")
+        return max(stated, int(self.factor * self.original_max_positions)) if is_lengthened else stated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +163,12 @@ class ModelConfig:
                 reason = f"layer {layer} looks up, so it does not see its own position"
                 raise SettingError(f"windows[{layer}]", 1, "leaves nothing", reason)
 
+    @property
+    def positions_told(self) -> str:
+        """How many positions the model has, for messages, and which fields of its configuration say so."""
+        scaling = " and the factor of rope_scaling" if self.rope.kind in ("linear", "yarn") else ""
+        return f"{self.max_positions} positions (max_position_embeddings{scaling})"
+
     def kv_layer(self, layer: int) -> int:
         """The layer whose keys and values this layer attends to."""
         return layer if self.kv_layer_map is None else self.kv_layer_map[layer]
@@ -227,7 +253,8 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     if missing := [name for name in required if not isinstance(hf.get(name), int)]:
         raise ValueError(f"config.json lacks the whole number(s) {', '.join(missing)}")
     num_heads, num_layers = hf["num_attention_heads"], hf["num_hidden_layers"]
-    max_positions = hf.get("max_position_embeddings") or 2048
+    positions = hf.get("max_position_embeddings") or 2048
+    rope = _rope(hf, positions)
     head_dim = hf.get("head_dim")
     if head_dim is None:
         if num_heads < 1 or hf["hidden_size"] % num_heads:
@@ -244,9 +271,9 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         num_heads=num_heads,
         num_kv_heads=hf.get("num_key_value_heads") or num_heads,
         head_dim=head_dim,
-        max_positions=max_positions,
+        max_positions=rope.max_positions(positions),
         windows=_windows(hf, num_layers),
-        rope=_rope(hf, max_positions),
+        rope=rope,
         norm_eps=hf.get("rms_norm_eps", 1e-6),
         qkv_bias=qwen2 or bool(hf.get("attention_bias")),
         out_bias=not qwen2 and bool(hf.get("attention_bias")),
@@ -269,21 +296,41 @@ def _windows(hf: Mapping[str, Any], num_layers: int) -> tuple[int | None, ...]:
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
-def _rope(hf: Mapping[str, Any], max_positions: int) -> RopeConfig:
-    scaling = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+def _rope(hf: Mapping[str, Any], positions: int) -> RopeConfig:
+    """Reads every field that transformers reads for the type of rotary embedding."""
+    scaling = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    if not isinstance(scaling, Mapping):
+        raise ValueError(f"rope_scaling={scaling!r} must be a mapping of fields, or null")
     kind = scaling.get("rope_type", scaling.get("type")) or "default"
-    fields = {
-        name: scaling[name]
-        for name in (
-            "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor",
-            "mscale", "mscale_all_dim", "truncate",
+    if nested := [name for name, value in scaling.items() if isinstance(value, Mapping)]:
+        raise ValueError(
+            f"rope_parameters has fields for {nested[0]!r} alone; all layers must share one rotary embedding"
         )
-        if scaling.get(name) is not None
-    }  # fmt: skip
-    original = scaling.get("original_max_position_embeddings") or max_positions
-    if kind == "yarn" and "factor" not in fields:
-        fields["factor"] = max_positions / original
+    if scaling.get("mrope_section") is not None:
+        raise ValueError(f"mrope_section={scaling['mrope_section']!r} is not supported; this decoder reads text alone")
+    partial = scaling.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
+    if partial not in (None, 1):
+        raise ValueError(
+            f"partial_rotary_factor={partial!r} is not supported; this decoder turns all of a head's channels"
+        )
+    fields: dict[str, Any] = {name: scaling.get(name) for name in _ROPE_NUMBERS.get(kind, ())}
+    fields = {name: _number(name, value) for name, value in fields.items() if value is not None}
+    # As in transformers, the length beside rope_scaling comes before the length in it. linear needs one for the model's
+    # positions alone.
+    original = (hf.get(_ORIGINAL) if kind in ("llama3", "yarn") else None) or scaling.get(_ORIGINAL) or positions
+    if not isinstance(original, int):
+        raise ValueError(f"{_ORIGINAL}={original!r} must be a whole number")
+    if kind == "yarn":
+        fields = {name: value for name, value in fields.items() if value or not name.startswith("beta_")}  # 0: default
+        fields.setdefault("factor", positions / original)
+        fields["truncate"] = bool(scaling.get("truncate", True))
+    if kind in _ROPE_NUMBERS and "factor" not in fields:
+        raise ValueError(f"rope_scaling of type {kind!r} lacks factor")
     theta = scaling.get("rope_theta") or hf.get("rope_theta") or 10_000.0
-    if not isinstance(theta, int | float) or not math.isfinite(theta):
-        raise ValueError(f"rope_theta={theta!r} must be a finite number")
-    return RopeConfig(kind=kind, theta=float(theta), original_max_positions=original, **fields)
+    return RopeConfig(kind=kind, theta=_number("rope_theta", theta), original_max_positions=original, **fields)
+
+
+def _number(name: str, value: Any) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"{name}={value!r} must be a finite number")
+    return float(value)

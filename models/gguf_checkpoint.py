@@ -58,6 +58,7 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
     names = file.tensors.keys()
     window = entries.size("attention.sliding_window", 0) if architecture == "llama" else 0
     try:
+        rope = _rope(file, entries)
         return ModelConfig(
             vocab_size=entries.size("vocab_size", embedding.shape[0]),
             width=width,
@@ -66,9 +67,9 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
             num_heads=num_heads,
             num_kv_heads=entries.size("attention.head_count_kv", num_heads),
             head_dim=head_dim,
-            max_positions=entries.size("context_length"),
+            max_positions=rope.max_positions(entries.size("context_length")),
             windows=(window or None,) * num_layers,
-            rope=_rope(file, entries),
+            rope=rope,
             norm_eps=entries.number("attention.layer_norm_rms_epsilon"),
             qkv_bias="blk.0.attn_q.bias" in names,
             out_bias="blk.0.attn_output.bias" in names,

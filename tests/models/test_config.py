@@ -3,6 +3,9 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+import transformers
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from hshare_jax.models.config import ModelConfig, RopeConfig, config_from_hf
 from hshare_jax.models.rope import inverse_frequencies
@@ -47,6 +50,32 @@ SIZES = {
             r"rope type 'longrope' is not known; known types: default, linear, llama3, yarn$",
         ),
         ({"rope_parameters": {"rope_type": "linear", "factor": 0.0}}, r"rope factor=0.0 must be positive"),
+        ({"rope_scaling": {"rope_type": "linear"}}, r"rope_scaling of type 'linear' lacks factor"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": "4"}}, r"factor='4' must be a finite number"),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            r"rope type 'dynamic' is not known; known types: default",
+        ),
+        ({"rope_scaling": "yarn"}, r"rope_scaling='yarn' must be a mapping of fields, or null"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "beta_slow": -1}}, r"rope beta_slow=-1.0 must be positive"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": "32"}},
+            r"original_max_position_embeddings='32' must be a whole number",
+        ),
+        (
+            {"rope_scaling": {"type": "llama3", "factor": 2.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0}},
+            r"low_freq_factor=4.0 must be below high_freq_factor=4.0",
+        ),
+        ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor=0.5 is not supported"),
+        (
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            r"partial_rotary_factor=0.5 is not",
+        ),
+        (
+            {"rope_scaling": {"type": "default", "mrope_section": [2, 1, 1]}},
+            r"mrope_section=\[2, 1, 1\] is not supported",
+        ),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, r"has fields for 'full_attention' alone"),
     ],
 )
 def test_what_the_decoder_does_not_compute_is_refused_by_name(change, message):
@@ -105,6 +134,68 @@ def test_both_spellings_of_rotary_scaling_mean_the_same():
     old = config_from_hf({**LLAMA, "rope_theta": 5e5, "rope_scaling": {"type": "llama3", **fields}})
     assert new == old
     assert new.rope == RopeConfig("llama3", 5e5, 8.0, 64, low_freq_factor=1.0, high_freq_factor=4.0)
+
+
+BANDS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_scaling": {"type": "linear", "factor": 4.0}},
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 32, **BANDS}},
+        {
+            "rope_scaling": {"rope_type": "llama3", "factor": 8.0, **BANDS},
+            "original_max_position_embeddings": 16,
+        },
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, **BANDS}},
+        {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+        {"rope_scaling": {"type": "yarn", "factor": 4.0}, "original_max_position_embeddings": 32},
+        {
+            "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+            "original_max_position_embeddings": 32,
+        },
+        {"rope_scaling": {"type": "yarn", "factor": None, "original_max_position_embeddings": 32}},
+        {"rope_scaling": {"type": "yarn", "factor": 4.0, "beta_fast": 8, "beta_slow": 0, "finetuned": True}},
+        {"rope_scaling": {"type": "yarn", "factor": 4.0, "beta_fast": 8.0, "beta_slow": 0.5, "truncate": False}},
+        {"rope_scaling": {"type": "yarn", "factor": 4.0, "beta_fast": 8.0, "beta_slow": 0.5, "truncate": None}},
+        {"rope_scaling": {"type": "yarn", "factor": 4.0, "attention_factor": 1.5}},
+        {"rope_scaling": {"type": "yarn", "factor": 4.0, "mscale": 0.7, "mscale_all_dim": 0.3}},
+        {"rope_scaling": {"type": "yarn", "factor": 4.0, "mscale": 0.7}},
+        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 5e5, "beta_fast": 4.0}},
+    ],
+)
+def test_angles_are_those_of_transformers(fields):
+    # As config.json gives the fields, and as the class of transformers hands them on.
+    theirs = transformers.LlamaConfig(**{**LLAMA, "max_position_embeddings": 128, "rope_theta": 100.0, **fields})
+    handed_on = theirs.to_dict()  # before the next line, which changes it
+    expected, factor = ROPE_INIT_FUNCTIONS[handed_on["rope_parameters"]["rope_type"]](theirs, torch.device("cpu"))
+    for hf in ({**LLAMA, "max_position_embeddings": 128, "rope_theta": 100.0, **fields}, handed_on):
+        found, ours = inverse_frequencies(config_from_hf(hf).rope, 8)
+        np.testing.assert_allclose(found, expected.numpy(), rtol=1e-6)
+        assert ours == pytest.approx(factor, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "positions"),
+    [
+        (None, 256),
+        ({"type": "linear", "factor": 4.0}, 1024),
+        ({"type": "yarn", "factor": 4.0}, 1024),
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}, 512),
+        ({"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}, 256),  # already stated
+        ({"type": "llama3", "factor": 4.0, "original_max_position_embeddings": 128, **BANDS}, 256),
+    ],
+)
+def test_scaled_rotary_embedding_lengthens_the_model(scaling, positions):
+    config = config_from_hf({**LLAMA, "max_position_embeddings": 256, "rope_scaling": scaling})
+    assert config.max_positions == positions
+
+
+def test_messages_about_positions_name_the_fields_that_say_so():
+    assert ModelConfig(**SIZES).positions_told == "64 positions (max_position_embeddings)"
+    stretched = ModelConfig(**SIZES, rope=RopeConfig("linear", factor=2.0))
+    assert stretched.positions_told == "64 positions (max_position_embeddings and the factor of rope_scaling)"
 
 
 def test_yarn_without_a_factor_scales_to_the_models_positions():

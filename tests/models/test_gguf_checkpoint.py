@@ -105,23 +105,25 @@ def test_a_scale_that_is_not_finite_is_named(tmp_path, model):
 
 
 @pytest.mark.parametrize(
-    ("metadata", "divisors", "rope"),
+    ("metadata", "divisors", "rope", "positions"),
     [
-        ({}, None, {}),
-        ({"rope.scaling.type": "none"}, None, {}),
-        ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, None, {"kind": "linear", "factor": 4.0}),
-        ({"rope.scale_linear": 2.0}, None, {"kind": "linear", "factor": 2.0}),
+        ({}, None, {}, 128),
+        ({"rope.scaling.type": "none"}, None, {}, 128),
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, None, {"kind": "linear", "factor": 4.0}, 512),
+        ({"rope.scale_linear": 2.0}, None, {"kind": "linear", "factor": 2.0}, 256),
         (
-            {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 32},
+            {"rope.scaling.type": "yarn", "rope.scaling.factor": 8.0, "rope.scaling.original_context_length": 32},
             None,
-            {"kind": "yarn", "factor": 4.0, "original_max_positions": 32},
+            {"kind": "yarn", "factor": 8.0, "original_max_positions": 32},
+            256,
         ),
-        ({}, [1.0, 1.0, 1.5, 2.0, 4.0, 8.0, 8.0, 8.0], {"divisors": (1.0, 1.0, 1.5, 2.0, 4.0, 8.0, 8.0, 8.0)}),
+        ({}, [1.0, 1.0, 1.5, 2.0, 4.0, 8.0, 8.0, 8.0], {"divisors": (1.0, 1.0, 1.5, 2.0, 4.0, 8.0, 8.0, 8.0)}, 128),
     ],
 )
-def test_rotary_scaling_is_read(tmp_path, model, metadata, divisors, rope):
-    path = write_gguf(tmp_path / "model.gguf", model, metadata=metadata, rope_divisors=divisors)
-    assert load_model(path).config.rope == RopeConfig(**{"original_max_positions": 128, **rope})
+def test_rotary_scaling_is_read(tmp_path, model, metadata, divisors, rope, positions):
+    config = load_model(write_gguf(tmp_path / "model.gguf", model, metadata=metadata, rope_divisors=divisors)).config
+    assert config.rope == RopeConfig(**{"original_max_positions": 128, **rope})
+    assert config.max_positions == positions
 
 
 @pytest.mark.parametrize(
