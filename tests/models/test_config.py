@@ -7,9 +7,10 @@ import torch
 import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from hshare_jax.models.config import ModelConfig, RopeConfig, config_from_hf
+from hshare_jax.models.config import ARCHITECTURES, ModelConfig, RopeConfig, config_from_hf
 from hshare_jax.models.rope import inverse_frequencies
 
+EVERY_SECOND = {"no_rope_layer_interval": 2}
 LLAMA = {
     "model_type": "llama",
     "vocab_size": 32,
@@ -34,7 +35,11 @@ SIZES = {
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2"}, r"model_type='gpt2' is not supported; supported: llama, mistral, qwen2"),
+        (
+            {"model_type": "gpt2"},
+            r"model_type='gpt2' is not supported; supported: llama, mistral, ministral, qwen2, qwen3, "
+            "smollm3, phi3$",
+        ),
         ({"model_type": None}, r"model_type=None is not supported"),
         ({"hidden_act": "gelu"}, r"hidden_act='gelu' is not supported; this decoder computes silu"),
         ({"vocab_size": None}, r"lacks the whole number\(s\) vocab_size$"),
@@ -66,6 +71,18 @@ SIZES = {
             {"rope_scaling": {"type": "llama3", "factor": 2.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0}},
             r"low_freq_factor=4.0 must be below high_freq_factor=4.0",
         ),
+        (
+            {"model_type": "phi3", "rope_scaling": {"type": "linear", "factor": 2.0}},
+            r"rope type 'linear' is not supported for phi3",
+        ),
+        (
+            {"model_type": "smollm3", "no_rope_layers": [1, 0]},
+            r"no_rope_layers=\[1, 0\] must hold 0 or 1 for each of 3",
+        ),
+        (
+            {"model_type": "ministral", "sliding_window": 4, "layer_types": ["chunked_attention"] * 3},
+            r"layer_types holds 'chunked_attention'; supported: full_attention, sliding_attention",
+        ),
         ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor=0.5 is not supported"),
         (
             {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
@@ -88,6 +105,7 @@ def test_what_the_decoder_does_not_compute_is_refused_by_name(change, message):
     [
         ({"num_layers": 0, "windows": ()}, "num_layers=0 must be at least 1"),
         ({"windows": (None,)}, "windows has 1 entries; it needs one for each of 3 layers"),
+        ({"no_rope_layers": (1, 3)}, r"no_rope_layers=\(1, 3\) must name layers in \[0, 3\)"),
         ({"windows": (0, None, None)}, "a sliding window must be at least 1, or None"),
         ({"rope": RopeConfig(divisors=(1.0,))}, "rope has 1 divisors; head_dim=8 needs 4"),
         ({"kv_layer_map": (0, 0)}, "kv_layer_map has 2 entries; it needs one for each of 3 layers"),
@@ -209,6 +227,12 @@ def test_yarn_without_a_factor_scales_to_the_models_positions():
         ({"model_type": "llama", "sliding_window": 5}, (None, None, None)),
         ({"model_type": "mistral", "sliding_window": 5}, (5, 5, 5)),
         ({"model_type": "mistral", "sliding_window": None}, (None, None, None)),
+        ({"model_type": "mistral", "sliding_window": 5, "layer_types": ["full_attention"] * 3}, (5, 5, 5)),
+        ({"model_type": "phi3", "sliding_window": 5}, (5, 5, 5)),
+        ({"model_type": "ministral", "sliding_window": 5}, (5, 5, 5)),
+        ({"model_type": "ministral", "sliding_window": None}, (None, None, None)),
+        ({"model_type": "qwen3", "sliding_window": 5}, (None, None, None)),
+        ({"model_type": "smollm3", "sliding_window": 5, "use_sliding_window": True, **EVERY_SECOND}, (None, 5, None)),
         ({"model_type": "qwen2", "sliding_window": 5, "use_sliding_window": False}, (None, None, None)),
         (
             {"model_type": "qwen2", "sliding_window": 5, "use_sliding_window": True, "max_window_layers": 2},
@@ -229,9 +253,38 @@ def test_sliding_windows_belong_to_the_layers_that_have_them(fields, windows):
     assert config_from_hf({**LLAMA, **fields}).windows == windows
 
 
-def test_qwen2_has_biases_on_queries_keys_and_values_only():
-    config = config_from_hf({**LLAMA, "model_type": "qwen2"})
-    assert (config.qkv_bias, config.out_bias, config.mlp_bias) == (True, False, False)
+@pytest.mark.parametrize(
+    ("architecture", "biases"),
+    [
+        ("llama", (True, True, True)),
+        ("mistral", (False, False, False)),
+        ("ministral", (False, False, False)),
+        ("qwen2", (True, False, False)),
+        ("qwen3", (True, True, False)),
+        ("smollm3", (True, True, True)),
+        ("phi3", (False, False, False)),
+    ],
+)
+def test_biases_are_where_the_architecture_has_them_whatever_else_is_written(architecture, biases):
+    config = config_from_hf({**LLAMA, "model_type": architecture, "attention_bias": True, "mlp_bias": True})
+    assert (config.qkv_bias, config.out_bias, config.mlp_bias) == biases
+
+
+def test_layers_without_rotary_embedding_are_listed_or_each_fourth():
+    smollm3 = {**LLAMA, "model_type": "smollm3", "num_hidden_layers": 9}
+    assert config_from_hf(smollm3).no_rope_layers == (3, 7)
+    assert config_from_hf({**smollm3, **EVERY_SECOND}).no_rope_layers == (1, 3, 5, 7)
+    assert config_from_hf({**smollm3, "no_rope_layers": [0, 1, 1] * 3}).no_rope_layers == (0, 3, 6)
+    assert config_from_hf({**LLAMA, "no_rope_layers": [0, 0, 0]}).no_rope_layers == ()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_fields_that_config_json_leaves_out_are_those_of_transformers(architecture):
+    sizes = {**LLAMA, "model_type": architecture}
+    theirs = transformers.AutoConfig.for_model(**sizes, num_key_value_heads=4, max_position_embeddings=2048)
+    assert config_from_hf({**sizes, "sliding_window": theirs.to_dict().get("sliding_window")}) == config_from_hf(
+        theirs.to_dict()
+    )
 
 
 def test_parameters_and_cache_bytes_are_counted():

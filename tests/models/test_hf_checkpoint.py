@@ -49,7 +49,11 @@ def write_all(directory, files):
         ("llama", {}),
         ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
         ("mistral", {"sliding_window": 32, "head_dim": 32}),
+        ("ministral", {"sliding_window": None, "head_dim": 16}),
         ("qwen2", {"tie_word_embeddings": True}),
+        ("qwen3", {"head_dim": 32}),
+        ("smollm3", {"no_rope_layers": [1, 0]}),
+        ("phi3", {}),
     ],
 )
 def test_parameters_equal_the_state_of_transformers(tmp_path, architecture, changes, max_shard_size):
