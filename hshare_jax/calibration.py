@@ -88,7 +88,7 @@ def cut_blocks(
     ids, longest, least = encode_prompts(model, texts), model.config.max_positions, method.settings.first_probe + 1
     block_length = min(max(2048, least), longest) if block_length is None else block_length
     if not least <= block_length <= longest:
-        rule = f"must lie between {least}, so that a plan can be found, and the model's {longest} positions"
+        rule = f"must lie between {least}, so that a plan can be found, and the model's {model.config.positions_told}"
         raise SettingError("block_length", block_length, rule)
     if max_blocks is not None and max_blocks < 1:
         raise SettingError("max_blocks", max_blocks, "must be at least 1, or None for all")

@@ -67,7 +67,7 @@ def choose_capacity(config: ModelConfig, prompts: list[list[int]], max_new_token
     if needed > config.max_positions:
         rule = (
             f"is too much after the {len(prompts[longest])} tokens of prompts[{longest}]: together they are beyond the "
-            f"model's {config.max_positions} positions; shorten either"
+            f"model's {config.positions_told}; shorten either"
         )
         raise SettingError("max_new_tokens", max_new_tokens, rule)
     if capacity is None:

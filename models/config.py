@@ -14,8 +14,19 @@ if TYPE_CHECKING:
     from jax import Array
     from jaxtyping import Int
 
-ARCHITECTURES = ("llama", "mistral", "qwen2")
+ARCHITECTURES = ("llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3", "phi3")
+_DEFAULTS = {  # of fields that config.json leaves out, where they differ from those of llama
+    "qwen3": {"head_dim": 128},
+    "smollm3": {"rope_theta": 2_000_000.0, "tie_word_embeddings": True},
+    "phi3": {"rms_norm_eps": 1e-5},
+}
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+_ROPE_NUMBERS = {  # the numbers that transformers reads for each type, beside the length before the scaling
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"),
+}
+_ORIGINAL = "original_max_position_embeddings"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +53,26 @@ class RopeConfig:
     def __post_init__(self) -> None:
         if self.kind not in ROPE_TYPES:
             raise ValueError(f"rope type {self.kind!r} is not known; known types: {', '.join(ROPE_TYPES)}")
-        if not self.theta > 0:
-            raise SettingError("rope theta", self.theta, "must be positive")
-        if not self.factor > 0:
-            raise SettingError("rope factor", self.factor, "must be positive")
+        for name in ("theta", "factor", "beta_fast", "beta_slow"):
+            if not getattr(self, name) > 0:
+                raise SettingError(f"rope {name}", getattr(self, name), "must be positive")
+        if not self.low_freq_factor < self.high_freq_factor:
+            others = {"high_freq_factor": self.high_freq_factor}
+            raise SettingError(
+                "low_freq_factor", self.low_freq_factor, "must be below {high_freq_factor}", others=others
+            )
         if self.kind in ("llama3", "yarn") and self.divisors is None and self.original_max_positions < 1:
             raise ValueError(f"rope type {self.kind!r} needs original_max_position_embeddings of at least 1")
+
+    def max_positions(self, stated: int) -> int:
+        """How many positions a model has whose configuration states `stated`.
+
+        linear and yarn lengthen a model to `factor` times its original positions. Many such configurations go on to
+        state the original positions, as Qwen's instructions for long texts ask. Configurations with llama3 state the
+        longer length.
+        """
+        is_lengthened = self.kind in ("linear", "yarn")
+        return max(stated, int(self.factor * self.original_max_positions)) if is_lengthened else stated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +87,8 @@ class ModelConfig:
 
     Attributes:
         windows: the sliding window of each layer; None for a layer without one.
+        qk_norm: whether queries and keys have an RMS norm over each head, before they are rotated.
+        no_rope_layers: the layers whose queries and keys are not rotated.
         kv_layer_map: for each layer the layer whose keys and values it uses. None: no sharing.
         forward_passes: passes without gradient. None repeats until nothing changes, which is exact.
         backward_passes: passes with gradient, after those without.
@@ -83,6 +110,8 @@ class ModelConfig:
     mlp_bias: bool = False
     tie_embeddings: bool = False
     architecture: str = "llama"
+    qk_norm: bool = False
+    no_rope_layers: tuple[int, ...] = ()
     kv_layer_map: tuple[int, ...] | None = None
     forward_passes: int | None = 7
     backward_passes: int = 2
@@ -109,6 +138,9 @@ class ModelConfig:
             raise ValueError(
                 f"rope has {len(self.rope.divisors)} divisors; head_dim={self.head_dim} needs {self.head_dim // 2}"
             )
+        if any(not 0 <= layer < self.num_layers for layer in self.no_rope_layers):
+            rule = f"must name layers in [0, {self.num_layers})"
+            raise SettingError("no_rope_layers", self.no_rope_layers, rule)
         if self.kv_layer_map == tuple(range(self.num_layers)):
             object.__setattr__(self, "kv_layer_map", None)
         self._check_kv_sharing()
@@ -143,9 +175,19 @@ class ModelConfig:
                 reason = f"layer {layer} looks up, so it does not see its own position"
                 raise SettingError(f"windows[{layer}]", 1, "leaves nothing", reason)
 
+    @property
+    def positions_told(self) -> str:
+        """How many positions the model has, for messages, and which fields of its configuration say so."""
+        scaling = " and the factor of rope_scaling" if self.rope.kind in ("linear", "yarn") else ""
+        return f"{self.max_positions} positions (max_position_embeddings{scaling})"
+
     def kv_layer(self, layer: int) -> int:
         """The layer whose keys and values this layer attends to."""
         return layer if self.kv_layer_map is None else self.kv_layer_map[layer]
+
+    def is_rotated(self, layer: int) -> bool:
+        """Whether this layer rotates its queries, as the keys that it attends to are rotated."""
+        return self.kv_layer(layer) not in self.no_rope_layers
 
     @property
     def kv_layers(self) -> tuple[int, ...]:
@@ -194,13 +236,18 @@ class ModelConfig:
     @property
     def num_parameters(self) -> int:
         """How many numbers the weights hold. Tied embeddings count once."""
-        query_width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        query_width = self.num_heads * self.head_dim
         layer = self.width * (2 * query_width + 3 * self.mlp_width + 2)
         layer += self.qkv_bias * query_width + self.out_bias * self.width
-        layer += self.mlp_bias * (2 * self.mlp_width + self.width)
-        kv_layer = 2 * kv_width * (self.width + self.qkv_bias)
+        layer += self.mlp_bias * (2 * self.mlp_width + self.width) + self.qk_norm * self.head_dim
         embeddings = self.vocab_size * self.width * (1 if self.tie_embeddings else 2)
-        return embeddings + self.num_layers * layer + len(self.kv_layers) * kv_layer + self.width
+        return embeddings + self.num_layers * layer + self.num_kv_parameters + self.width
+
+    @property
+    def num_kv_parameters(self) -> int:
+        """How many numbers the weights that compute keys and values hold."""
+        kv_width = 2 * self.num_kv_heads * self.head_dim
+        return len(self.kv_layers) * (kv_width * (self.width + self.qkv_bias) + self.qk_norm * self.head_dim)
 
     def cache_bytes_per_token(self, bytes_per_number: int) -> int:
         """Bytes that one token takes in the cache: keys and values of all layers."""
@@ -223,11 +270,13 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         raise ValueError(f"model_type={architecture!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
     if hf.get("hidden_act", "silu") not in ("silu", "swish"):
         raise ValueError(f"hidden_act={hf['hidden_act']!r} is not supported; this decoder computes silu")
+    hf = {**_DEFAULTS.get(architecture, {}), **hf}
     required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     if missing := [name for name in required if not isinstance(hf.get(name), int)]:
         raise ValueError(f"config.json lacks the whole number(s) {', '.join(missing)}")
     num_heads, num_layers = hf["num_attention_heads"], hf["num_hidden_layers"]
-    max_positions = hf.get("max_position_embeddings") or 2048
+    positions = hf.get("max_position_embeddings") or 2048
+    rope = _rope(hf, positions)
     head_dim = hf.get("head_dim")
     if head_dim is None:
         if num_heads < 1 or hf["hidden_size"] % num_heads:
@@ -235,7 +284,12 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
                 f"hidden_size={hf['hidden_size']} is not a multiple of num_attention_heads={num_heads}; set head_dim"
             )
         head_dim = hf["hidden_size"] // num_heads
-    qwen2 = architecture == "qwen2"
+    if architecture == "phi3" and rope.kind != "default":
+        raise ValueError(f"rope type {rope.kind!r} is not supported for phi3; this decoder computes its type default")
+    # As in transformers, other architectures do not read these fields, which some configurations hold nevertheless.
+    attention_bias = architecture in ("llama", "qwen3", "smollm3") and bool(hf.get("attention_bias"))
+    mlp_bias = architecture in ("llama", "smollm3") and bool(hf.get("mlp_bias"))
+    no_rope_layers = _no_rope_layers(hf, num_layers) if architecture == "smollm3" else ()
     return ModelConfig(
         vocab_size=hf["vocab_size"],
         width=hf["hidden_size"],
@@ -244,46 +298,81 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         num_heads=num_heads,
         num_kv_heads=hf.get("num_key_value_heads") or num_heads,
         head_dim=head_dim,
-        max_positions=max_positions,
-        windows=_windows(hf, num_layers),
-        rope=_rope(hf, max_positions),
+        max_positions=rope.max_positions(positions),
+        windows=_windows(hf, num_layers, no_rope_layers),
+        rope=rope,
         norm_eps=hf.get("rms_norm_eps", 1e-6),
-        qkv_bias=qwen2 or bool(hf.get("attention_bias")),
-        out_bias=not qwen2 and bool(hf.get("attention_bias")),
-        mlp_bias=bool(hf.get("mlp_bias")),
+        qkv_bias=attention_bias or architecture == "qwen2",
+        out_bias=attention_bias,
+        mlp_bias=mlp_bias,
         tie_embeddings=bool(hf.get("tie_word_embeddings")),
         architecture=architecture,
+        qk_norm=architecture == "qwen3",
+        no_rope_layers=no_rope_layers,
     )
 
 
-def _windows(hf: Mapping[str, Any], num_layers: int) -> tuple[int | None, ...]:
-    window = hf.get("sliding_window")
-    if hf["model_type"] == "llama" or (hf["model_type"] == "qwen2" and not hf.get("use_sliding_window")):
-        window = None
-    kinds = hf.get("layer_types")
-    if kinds is None and hf["model_type"] == "qwen2":
-        first = hf.get("max_window_layers", 28)
-        kinds = ["full_attention" if layer < first else "sliding_attention" for layer in range(num_layers)]
-    if kinds is None or window is None:
+def _no_rope_layers(hf: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
+    """The layers of SmolLM3 without rotary embedding: those with a 0 in `no_rope_layers`, or each fourth one."""
+    flags, interval = hf.get("no_rope_layers"), hf.get("no_rope_layer_interval", 4)
+    if flags is None:
+        return tuple(range(interval - 1, num_layers, interval))
+    if not isinstance(flags, list) or len(flags) < num_layers:
+        raise ValueError(f"no_rope_layers={flags!r} must hold 0 or 1 for each of {num_layers} layers")
+    return tuple(layer for layer in range(num_layers) if not flags[layer])
+
+
+def _windows(hf: Mapping[str, Any], num_layers: int, no_rope_layers: tuple[int, ...]) -> tuple[int | None, ...]:
+    architecture, window, kinds = hf["model_type"], hf.get("sliding_window"), hf.get("layer_types")
+    is_optional = architecture in ("qwen2", "qwen3", "smollm3")
+    if window is None or architecture == "llama" or (is_optional and not hf.get("use_sliding_window")):
+        return (None,) * num_layers
+    if architecture in ("mistral", "phi3"):
         return (window,) * num_layers
+    if kinds is None:
+        first = hf.get("max_window_layers", 28) if architecture in ("qwen2", "qwen3") else 0
+        layers = no_rope_layers if architecture == "smollm3" else range(first, num_layers)
+        return tuple(window if layer in layers else None for layer in range(num_layers))
+    if unknown := sorted({*kinds} - {"full_attention", "sliding_attention"}):
+        raise ValueError(f"layer_types holds {unknown[0]!r}; supported: full_attention, sliding_attention")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
-def _rope(hf: Mapping[str, Any], max_positions: int) -> RopeConfig:
-    scaling = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+def _rope(hf: Mapping[str, Any], positions: int) -> RopeConfig:
+    """Reads every field that transformers reads for the type of rotary embedding."""
+    scaling = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    if not isinstance(scaling, Mapping):
+        raise ValueError(f"rope_scaling={scaling!r} must be a mapping of fields, or null")
     kind = scaling.get("rope_type", scaling.get("type")) or "default"
-    fields = {
-        name: scaling[name]
-        for name in (
-            "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor",
-            "mscale", "mscale_all_dim", "truncate",
+    if nested := [name for name, value in scaling.items() if isinstance(value, Mapping)]:
+        raise ValueError(
+            f"rope_parameters has fields for {nested[0]!r} alone; all layers must share one rotary embedding"
         )
-        if scaling.get(name) is not None
-    }  # fmt: skip
-    original = scaling.get("original_max_position_embeddings") or max_positions
-    if kind == "yarn" and "factor" not in fields:
-        fields["factor"] = max_positions / original
+    if scaling.get("mrope_section") is not None:
+        raise ValueError(f"mrope_section={scaling['mrope_section']!r} is not supported; this decoder reads text alone")
+    partial = scaling.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
+    if partial not in (None, 1):
+        raise ValueError(
+            f"partial_rotary_factor={partial!r} is not supported; this decoder turns all of a head's channels"
+        )
+    fields: dict[str, Any] = {name: scaling.get(name) for name in _ROPE_NUMBERS.get(kind, ())}
+    fields = {name: _number(name, value) for name, value in fields.items() if value is not None}
+    # As in transformers, the length beside rope_scaling comes before the length in it. linear needs one for the model's
+    # positions alone.
+    original = (hf.get(_ORIGINAL) if kind in ("llama3", "yarn") else None) or scaling.get(_ORIGINAL) or positions
+    if not isinstance(original, int):
+        raise ValueError(f"{_ORIGINAL}={original!r} must be a whole number")
+    if kind == "yarn":
+        fields = {name: value for name, value in fields.items() if value or not name.startswith("beta_")}  # 0: default
+        fields.setdefault("factor", positions / original)
+        fields["truncate"] = bool(scaling.get("truncate", True))
+    if kind in _ROPE_NUMBERS and "factor" not in fields:
+        raise ValueError(f"rope_scaling of type {kind!r} lacks factor")
     theta = scaling.get("rope_theta") or hf.get("rope_theta") or 10_000.0
-    if not isinstance(theta, int | float) or not math.isfinite(theta):
-        raise ValueError(f"rope_theta={theta!r} must be a finite number")
-    return RopeConfig(kind=kind, theta=float(theta), original_max_positions=original, **fields)
+    return RopeConfig(kind=kind, theta=_number("rope_theta", theta), original_max_positions=original, **fields)
+
+
+def _number(name: str, value: Any) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"{name}={value!r} must be a finite number")
+    return float(value)

@@ -1,4 +1,4 @@
-"""The decoder: one Flax module computes LLaMA, Mistral and Qwen2, which differ in their `ModelConfig` alone.
+"""The decoder: one Flax module computes LLaMA and its relatives, which differ in their `ModelConfig` alone.
 
 The module is written in Flax Linen, because parameters and caches are explicit pytrees here and attention is passed in
 as a function, whereas NNX modules own their state. For NNX programs there is `flax.nnx.bridge.ToNNX(Decoder(config))`.
@@ -29,10 +29,10 @@ Rotation = tuple[Float[Array, "B T 1 half"], Float[Array, "B T 1 half"]]
 class Attend(Protocol[State]):
     """Attention of one layer: stores the new keys and values, attends, and returns (output, new state).
 
-    Queries and keys arrive rotated. k and v belong to layer `ModelConfig.kv_layer`. They are None if the state holds
-    them already, because that layer has stored them; then nothing is to be stored. `ModelConfig.sees` says which
-    positions the layer sees. Dense decoding, prefill, sparse decoding and training are all functions of this type, so
-    the model knows nothing of caches, masks or lists.
+    Queries and keys arrive normed and rotated, as far as the layer does either. k and v belong to layer
+    `ModelConfig.kv_layer`. They are None if the state holds them already, because that layer has stored them; then
+    nothing is to be stored. `ModelConfig.sees` says which positions the layer sees. Dense decoding, prefill, sparse
+    decoding and training are all functions of this type, so the model knows nothing of caches, masks or lists.
     """
 
     def __call__(
@@ -55,6 +55,10 @@ class DecoderLayer(nn.Module):
             self.qkv = Linear(query_width + 2 * kv_width, c.qkv_bias, self.project)
         else:
             self.q = Linear(query_width, c.qkv_bias, self.project)
+        if c.qk_norm:
+            self.q_norm = RMSNorm(c.norm_eps)
+            if c.kv_layer(self.layer) == self.layer:
+                self.k_norm = RMSNorm(c.norm_eps)
         self.out = Linear(c.width, c.out_bias, self.project)
         self.mlp_norm = RMSNorm(c.norm_eps)
         self.mlp = GatedMLP(c.mlp_width, c.mlp_bias, self.project)
@@ -80,10 +84,10 @@ class DecoderLayer(nn.Module):
         normed = self.attention_norm(x)
         if c.kv_layer(self.layer) == self.layer:
             q, k, v = jnp.split(self.qkv(normed).reshape(B, T, N + 2 * K, H), [N, N + K], axis=2)
-            kv = rotate(k, *turn), v
+            kv = self._finish_keys(k, turn), v
         else:
             q, kv = self.q(normed).reshape(B, T, N, H), looked_up
-        out, state = attend(self.layer, rotate(q, *turn), *(kv or (None, None)), state)
+        out, state = attend(self.layer, self._finish_queries(q, turn), *(kv or (None, None)), state)
         x = x + self.out(out.reshape(B, T, N * H))
         return x + self.mlp(self.mlp_norm(x)), state, kv
 
@@ -93,7 +97,15 @@ class DecoderLayer(nn.Module):
         B, T, _ = x.shape
         fused = self.qkv(self.attention_norm(x), first=c.num_heads * c.head_dim)
         k, v = jnp.split(fused.reshape(B, T, 2 * c.num_kv_heads, c.head_dim), 2, axis=2)
-        return rotate(k, *turn), v
+        return self._finish_keys(k, turn), v
+
+    def _finish_queries(self, q: Queries, turn: Rotation) -> Queries:
+        q = self.q_norm(q) if self.config.qk_norm else q
+        return rotate(q, *turn) if self.config.is_rotated(self.layer) else q
+
+    def _finish_keys(self, k: NewKeysValues, turn: Rotation) -> NewKeysValues:
+        k = self.k_norm(k) if self.config.qk_norm else k
+        return rotate(k, *turn) if self.config.is_rotated(self.layer) else k
 
 
 class Decoder(nn.Module):

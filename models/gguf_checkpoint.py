@@ -14,8 +14,10 @@ from hshare_jax.models.config import ModelConfig, RopeConfig
 from hshare_jax.models.gguf_file import GGUFFile, GGUFTensor
 from hshare_jax.models.weights import BLOCK_BYTES
 
-ARCHITECTURES = ("llama", "qwen2")  # llama.cpp calls Mistral llama too
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "smollm3", "phi3")  # llama.cpp calls Mistral llama too
 _ROPE_DIVISORS = "rope_freqs.weight"
+_LONGROPE = "rope_factors_long.weight"
+_SMOLLM3_INTERVAL = 4  # each fourth layer has no rotary embedding; llama.cpp keeps this in its code, not in the file
 _PERMUTED = re.compile(r"blk\.\d+\.attn_[qk]\.(weight|bias)$")
 _TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER_NAMES = {
@@ -23,7 +25,9 @@ _LAYER_NAMES = {
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
     "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+    "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
 }  # fmt: skip
+_PHI3_NAMES = {**_LAYER_NAMES, "attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
 
 
 def config_from_gguf(file: GGUFFile) -> ModelConfig:
@@ -56,8 +60,14 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
     if embedding is None:
         raise CheckpointError(f"{file.path}: tensor token_embd.weight is missing")
     names = file.tensors.keys()
-    window = entries.size("attention.sliding_window", 0) if architecture == "llama" else 0
+    if _LONGROPE in names:
+        raise ValueError(f"{file.path}: tensor {_LONGROPE}: rope scaling 'longrope' is not supported")
+    # 0: no window. Old files of phi3 lack this number, and only some of these models have no window.
+    defaults = {"llama": 0, "phi3": None}
+    window = entries.size("attention.sliding_window", defaults[architecture]) if architecture in defaults else 0
+    no_rope_layers = range(_SMOLLM3_INTERVAL - 1, num_layers, _SMOLLM3_INTERVAL) if architecture == "smollm3" else ()
     try:
+        rope = _rope(file, entries)
         return ModelConfig(
             vocab_size=entries.size("vocab_size", embedding.shape[0]),
             width=width,
@@ -66,15 +76,17 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
             num_heads=num_heads,
             num_kv_heads=entries.size("attention.head_count_kv", num_heads),
             head_dim=head_dim,
-            max_positions=entries.size("context_length"),
+            max_positions=rope.max_positions(entries.size("context_length")),
             windows=(window or None,) * num_layers,
-            rope=_rope(file, entries),
+            rope=rope,
             norm_eps=entries.number("attention.layer_norm_rms_epsilon"),
             qkv_bias="blk.0.attn_q.bias" in names,
             out_bias="blk.0.attn_output.bias" in names,
             mlp_bias="blk.0.ffn_down.bias" in names,
             tie_embeddings="output.weight" not in names,
             architecture=architecture,
+            qk_norm=architecture == "qwen3",
+            no_rope_layers=tuple(no_rope_layers),
         )
     except CheckpointError:
         raise
@@ -217,9 +229,10 @@ class GGUFTensors:
 
     def __init__(self, file: GGUFFile, config: ModelConfig) -> None:
         self._file, self._head_dim = file, config.head_dim
-        # llama.cpp rotates neighbouring channels in the llama architecture, so converters permute the rows of q and k.
-        self._is_permuted = config.architecture == "llama"
-        self._names = {_hf_name(name): name for name in file.tensors if name != _ROPE_DIVISORS}
+        # llama.cpp rotates neighbouring channels in these architectures, so converters permute the rows of q and k.
+        self._is_permuted = config.architecture in ("llama", "smollm3")
+        known = _PHI3_NAMES if config.architecture == "phi3" else _LAYER_NAMES
+        self._names = {_hf_name(name, known): name for name in file.tensors if name != _ROPE_DIVISORS}
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -249,12 +262,12 @@ class GGUFTensors:
         return rows.reshape(-1, half, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
-def _hf_name(name: str) -> str:
-    """The Hugging Face name of a GGUF tensor. A name that no LLaMA decoder has stays as it is."""
+def _hf_name(name: str, known: Mapping[str, str]) -> str:
+    """The Hugging Face name of a GGUF tensor, by the `known` names in a layer. Any other name stays as it is."""
     stem, _, kind = name.rpartition(".")
     if stem in _TOP_NAMES:
         return f"{_TOP_NAMES[stem]}.{kind}"
     match = re.match(r"blk\.(\d+)\.(\w+)$", stem)
-    if match and match[2] in _LAYER_NAMES:
-        return f"model.layers.{match[1]}.{_LAYER_NAMES[match[2]]}.{kind}"
+    if match and match[2] in known:
+        return f"model.layers.{match[1]}.{known[match[2]]}.{kind}"
     return name

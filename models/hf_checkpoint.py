@@ -61,20 +61,26 @@ def read_hf_config(directory: Path) -> tuple[ModelConfig, tuple[int, ...]]:
 
 
 def read_hf_tokenizer(directory: Path) -> "PreTrainedTokenizerBase | None":
-    """Reads the tokenizer of a directory. None if it has none. Raises CheckpointError if it cannot be read."""
+    """Reads the tokenizer of a directory. None if it has none. Raises CheckpointError if it cannot be read.
+
+    A tokenizer.json is read as it is. AutoTokenizer may replace its rules by those of the class that
+    tokenizer_config.json names: transformers before 5.22 drops all spaces of the byte-level tokenizers that are called
+    LlamaTokenizerFast there, such as DeepSeek's (transformers issue 45488).
+    """
     if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
         return None
-    from transformers import AutoTokenizer  # slow: imports torch if that is installed
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # slow
 
     verify_checksums(directory, [*_TOKENIZER_FILES, *_TOKENIZER_EXTRAS])
+    is_model = not (directory / _TOKENIZER_FILES[0]).is_file()
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        reader = AutoTokenizer if is_model else PreTrainedTokenizerFast
+        return reader.from_pretrained(directory, local_files_only=True)
     except Exception as error:
         # For a damaged file transformers raises the types below, and the tokenizers library raises Exception itself,
         # which no narrower clause catches. Every other error (no memory, a mistake of ours) is raised again.
         if type(error) is not Exception and not isinstance(error, ImportError | KeyError | TypeError | ValueError):
             raise
-        is_model = not (directory / _TOKENIZER_FILES[0]).is_file()
         hint = "; a tokenizer.model is read by another package: pip install sentencepiece" if is_model else ""
         raise CheckpointError(f"{directory}: its tokenizer cannot be read: {error}{hint}") from error
 

@@ -288,14 +288,14 @@ def layer_passes(config: ModelConfig, num_tokens: int) -> tuple[int, ...]:
 def share_weights(params: Mapping[str, Any], config: ModelConfig, shared_config: ModelConfig, init: Init) -> dict:
     """Makes parameters of `shared_config` from parameters of `config` (section 3.3). They are useless before training.
 
-    Only key and value projections change. Parameters that do not change are not copied.
+    Only key and value projections and the norms of keys change. Parameters that do not change are not copied.
 
     Args:
         params: the parameter tree of `config`. Weights in few bits become floats.
         config: the configuration of the model that is converted.
         shared_config: the same model with more sharing, from `share_kv`.
-        init: where the key and value projections (weights and biases) of a KV layer come from. "mean": the mean of the
-            projections of all layers that will use them. "copy": the layer's present projections.
+        init: where the key and value projections (weights, biases and norms) of a KV layer come from. "mean": the mean
+            of the projections of all layers that will use them. "copy": the layer's present projections.
 
     Raises:
         ValueError: `init` is not known, or the configurations differ in more than their sharing.
@@ -318,16 +318,20 @@ def share_weights(params: Mapping[str, Any], config: ModelConfig, shared_config:
         weights, own = dict(params[name]), params[name]["qkv"]
         if layer not in shared_config.kv_layers:
             del weights["qkv"]
+            weights.pop("k_norm", None)
             weights["q"] = {kind: array[:first] for kind, array in own.items()}
             result[name] = weights
             continue
         served = [user for user in range(config.num_layers) if shared_config.kv_layer(user) == layer]
-        sources = [params[f"layers_{config.kv_layer(user)}"]["qkv"] for user in served]
+        used = [params[f"layers_{config.kv_layer(user)}"] for user in served]
+        sources = [layer_weights["qkv"] for layer_weights in used]
         if init == "mean" and any(source is not own for source in sources):
             weights["qkv"] = {
                 kind: jnp.concatenate([array[:first], _mean([source[kind][first:] for source in sources])])
                 for kind, array in own.items()
             }
+            if config.qk_norm:
+                weights["k_norm"] = {"scale": _mean([layer_weights["k_norm"]["scale"] for layer_weights in used])}
             result[name] = weights
     return result
 

@@ -149,6 +149,7 @@ def read_checkpoint_info(directory: Path) -> CheckpointInfo:
         fields = found.pop("config")
         for name in ("windows", "kv_layer_map"):
             fields[name] = fields.get(name) and tuple(fields[name])  # JSON has no tuples
+        fields["no_rope_layers"] = tuple(fields.get("no_rope_layers", ()))
         config = ModelConfig(**fields, rope=RopeConfig(**rope))
         dtype_of(found["dtype"])
         return CheckpointInfo(config=config, eos_token_ids=tuple(found.pop("eos_token_ids")), **found)

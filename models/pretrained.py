@@ -48,6 +48,10 @@ _HUB_FILES = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja", "SHA256SU
 _NOT_HUB_FILES = ("consolidated*", "*/*")  # the same weights in other formats
 # Tokens that end a turn in a chat template. The one end token that a file names often ends only whole documents.
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "</s>")
+# A text that every tokenizer can try, and the symbols of byte-level BPE and SentencePiece for spaces and line ends.
+_SAMPLE = "one two\nthree caf\u00e9"
+_SPACES = ("\u0120", "\u2581")
+_RAW = (*_SPACES, "\u010a", "\u00c3")  # the last is the first byte of the e with an accent
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -142,8 +146,14 @@ def open_model(
 
     See `load_model` for arguments and errors. A model that is not on this machine is fetched.
     """
-    form = check_model_name(name_or_path, revision=revision)
-    name = os.fspath(name_or_path)
+    form, name = check_model_name(name_or_path, revision=revision), os.fspath(name_or_path)
+    files = _open(form, name, cache_dir, revision)
+    if files.tokenizer is not None:
+        _check_tokenizer(files.tokenizer, files.name)
+    return files
+
+
+def _open(form: ModelForm, name: str, cache_dir: str | os.PathLike[str] | None, revision: str | None) -> ModelFiles:
     if form == "built-in":
         return _open_builtin(name, cache_dir)
     if form == "hub":
@@ -283,6 +293,26 @@ def _end_tokens(
     """The ids that end an answer: `ends`, which the files name, and the tokens that end a turn of the chat template."""
     distinct = dict.fromkeys([*ends, *_turn_ends(tokenizer)])
     return tuple(end for end in distinct if 0 <= end < config.vocab_size)
+
+
+def _check_tokenizer(tokenizer: "PreTrainedTokenizerBase", name: str) -> None:
+    """Raises CheckpointError if the tokenizer shows the signs of rules that do not suit its tokens.
+
+    Not every tokenizer gives a text back exactly: some write small letters, or one space for several. The signs are
+    that the decoded text holds symbols which stand for spaces, line ends or bytes in a vocabulary, or that it has lost
+    all spaces although the vocabulary has a symbol for the space.
+    """
+    found = tokenizer.decode(tokenizer(_SAMPLE, add_special_tokens=False)["input_ids"])
+    known = [tokenizer.convert_tokens_to_ids(symbol) for symbol in _SPACES]  # None or the unknown token if it has none
+    has_space = any(tokenizer.convert_ids_to_tokens(token) in _SPACES for token in known if token is not None)
+    if any(symbol in found for symbol in _RAW) or (has_space and " " not in found):
+        from transformers import __version__
+
+        raise CheckpointError(
+            f"the tokenizer of {name} gives {_SAMPLE!r} back as {found!r}: its rules do not suit its tokens, as where "
+            f"transformers before 5.22 reads it (this is {__version__}); install 5.22 or later, and convert a "
+            "converted model again"
+        )
 
 
 def _turn_ends(tokenizer: "PreTrainedTokenizerBase | None") -> list[int]:

@@ -92,10 +92,16 @@ def tensor_layout(config: ModelConfig) -> dict[str, dict[str, tuple[int, ...]]]:
         "mlp/gate_up": ({"mlp.gate_proj": F, "mlp.up_proj": F}, D, config.mlp_bias),
         "mlp/down": ({"mlp.down_proj": D}, F, config.mlp_bias),
     }
+    if config.architecture == "phi3":  # whose files hold these projections stacked already
+        own["qkv"] = ({"self_attn.qkv_proj": queries + 2 * keys}, D, config.qkv_bias)
+        rest["mlp/gate_up"] = ({"mlp.gate_up_proj": 2 * F}, D, config.mlp_bias)
     for layer in range(config.num_layers):
         ours, theirs = f"layers_{layer}", f"model.layers.{layer}"
         layout[f"{ours}/attention_norm/scale"] = {f"{theirs}.input_layernorm.weight": (D,)}
         layout[f"{ours}/mlp_norm/scale"] = {f"{theirs}.post_attention_layernorm.weight": (D,)}
+        if config.qk_norm:
+            for name in ("q_norm", "k_norm") if layer in config.kv_layers else ("q_norm",):
+                layout[f"{ours}/{name}/scale"] = {f"{theirs}.self_attn.{name}.weight": (config.head_dim,)}
         projections = (own if layer in config.kv_layers else shared) | rest
         for name, (parts, inputs, has_bias) in projections.items():
             layout[f"{ours}/{name}/weight"] = {f"{theirs}.{part}.weight": (out, inputs) for part, out in parts.items()}
@@ -232,7 +238,10 @@ def identify(config: ModelConfig, arrays: Iterator[tuple[str, Parameter]]) -> tu
 
 
 def _identity(config: ModelConfig, samples: Mapping[str, str]) -> str:
-    digest = sha256(json.dumps([dataclasses.asdict(config), sorted(samples.items())], sort_keys=True).encode())
+    # A field that came later leaves no trace while it has its default, so that calibration files go on to fit.
+    later = ("qk_norm", "no_rope_layers")
+    fields = {name: value for name, value in dataclasses.asdict(config).items() if value or name not in later}
+    digest = sha256(json.dumps([fields, sorted(samples.items())], sort_keys=True).encode())
     return digest.hexdigest()[:16]
 
 

@@ -12,6 +12,7 @@ from decoding import SAME, decode, lists_of, on_schedule, shared_of, start, toke
 from tiny_decoder import (
     LENGTHS,
     MODEL,
+    NORMED,
     PUBLISHED,
     SHARED_KV,
     TAILED,
@@ -60,7 +61,7 @@ def test_cached_decode_equals_full_forward():
 WHOLE = {
     "published": (MODEL, PUBLISHED, LENGTHS),
     "units": (MODEL, TAILED, LENGTHS),
-    "units, shared KV, gate": (SHARED_KV, vary(TAILED, min_length=20), LENGTHS),
+    "units, shared KV, norms of queries and keys, gate": (NORMED, vary(TAILED, min_length=20), LENGTHS),
     "published, shared KV, dense layers": (SHARED_KV, vary(PUBLISHED, dense_layers=1), LENGTHS),
     "anchors, shared KV, exact, no dense layers": (
         SHARED_KV,

@@ -264,7 +264,8 @@ def test_the_second_call_compiles_nothing(greedy):
         (
             [[1], [1] * 1000],
             {"max_new_tokens": 25},
-            r"max_new_tokens=25 is too much after the 1000 tokens of prompts\[1\]: .* model's 1024 positions; shorten",
+            r"max_new_tokens=25 is too much after the 1000 tokens of prompts\[1\]: .* model's 1024 positions "
+            r"\(max_position_embeddings\); shorten",
         ),
         ([[1] * 30], {"capacity": 40, "max_new_tokens": 11}, r"capacity=40 must be at least 41: prompts\[0\] and max"),
         ([[1], [2]], {"seeds": [1]}, "seeds has 1 entries; it needs one for each of the 2 prompts"),

@@ -91,7 +91,6 @@ def _facts(config: "ModelConfig", files: "ModelFiles", dtype: str, identity: str
     if config.kv_layer_map is not None:
         facts |= {name: getattr(config, name) for name in of_sharing} | {"kv_layer_map": write_notation(config)}
     is_unbounded = config.kv_layer_map is not None and config.forward_passes is None
-    kv_width = 2 * config.num_kv_heads * config.head_dim  # of the keys and values of one layer
     return facts | {
         "num_kv_layers": len(config.kv_layers),
         # How many layers a long prompt evaluates, relative to the model without sharing. None: the prompt decides.
@@ -100,7 +99,7 @@ def _facts(config: "ModelConfig", files: "ModelFiles", dtype: str, identity: str
         "rope": config.rope.kind,
         "rope_theta": config.rope.theta,
         "parameters": config.num_parameters,
-        "kv_parameters": len(config.kv_layers) * kv_width * (config.width + config.qkv_bias),
+        "kv_parameters": config.num_kv_parameters,
         "dtype": dtype,
         "parameter_bytes": size,
         "cache_bytes_per_token": config.cache_bytes_per_token(_BYTES[dtype]),

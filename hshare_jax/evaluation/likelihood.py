@@ -79,7 +79,7 @@ def _check_request(model: Model, index: int, request: Request) -> None:
     if needed > config.max_positions:
         raise ValueError(
             f"requests[{index}] has {len(context)} tokens of context and {len(continuation)} of continuation; that is "
-            f"beyond the model's {config.max_positions} positions; shorten either"
+            f"beyond the model's {config.positions_told}; shorten either"
         )
     ids = (*context, *continuation)
     if not 0 <= min(ids) <= max(ids) < config.vocab_size:

@@ -104,7 +104,7 @@ def check_prompt(config: ModelConfig, num_tokens: int, *, settings: HShareSettin
             f"tokens{decoded}: give a longer one or a smaller budget"
         )
     if num_tokens > config.max_positions:
-        raise ValueError(f"the prompt's {num_tokens} tokens are beyond the model's {config.max_positions} positions")
+        raise ValueError(f"the prompt's {num_tokens} tokens are beyond the model's {config.positions_told}")
 
 
 @functools.partial(jax.jit, static_argnames=("config", "settings"))

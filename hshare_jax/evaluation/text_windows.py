@@ -47,7 +47,7 @@ def cut_windows(
     if model.tokenizer is None:
         raise ValueError(f"{model.name} has no tokenizer, so text cannot be given to it")
     if not 2 <= context <= model.config.max_positions:
-        rule = f"must lie between 2 and the model's {model.config.max_positions} positions"
+        rule = f"must lie between 2 and the model's {model.config.positions_told}"
         raise SettingError("context", context, rule)
     if count is not None and count < 1:
         raise SettingError("count", count, "must be at least 1, or None for all that fit")

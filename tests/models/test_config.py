@@ -3,10 +3,14 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+import transformers
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from hshare_jax.models.config import ModelConfig, RopeConfig, config_from_hf
+from hshare_jax.models.config import ARCHITECTURES, ModelConfig, RopeConfig, config_from_hf
 from hshare_jax.models.rope import inverse_frequencies
 
+EVERY_SECOND = {"no_rope_layer_interval": 2}
 LLAMA = {
     "model_type": "llama",
     "vocab_size": 32,
@@ -31,7 +35,11 @@ SIZES = {
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2"}, r"model_type='gpt2' is not supported; supported: llama, mistral, qwen2"),
+        (
+            {"model_type": "gpt2"},
+            r"model_type='gpt2' is not supported; supported: llama, mistral, ministral, qwen2, qwen3, "
+            "smollm3, phi3$",
+        ),
         ({"model_type": None}, r"model_type=None is not supported"),
         ({"hidden_act": "gelu"}, r"hidden_act='gelu' is not supported; this decoder computes silu"),
         ({"vocab_size": None}, r"lacks the whole number\(s\) vocab_size$"),
@@ -47,6 +55,44 @@ SIZES = {
             r"rope type 'longrope' is not known; known types: default, linear, llama3, yarn$",
         ),
         ({"rope_parameters": {"rope_type": "linear", "factor": 0.0}}, r"rope factor=0.0 must be positive"),
+        ({"rope_scaling": {"rope_type": "linear"}}, r"rope_scaling of type 'linear' lacks factor"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": "4"}}, r"factor='4' must be a finite number"),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            r"rope type 'dynamic' is not known; known types: default",
+        ),
+        ({"rope_scaling": "yarn"}, r"rope_scaling='yarn' must be a mapping of fields, or null"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "beta_slow": -1}}, r"rope beta_slow=-1.0 must be positive"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": "32"}},
+            r"original_max_position_embeddings='32' must be a whole number",
+        ),
+        (
+            {"rope_scaling": {"type": "llama3", "factor": 2.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0}},
+            r"low_freq_factor=4.0 must be below high_freq_factor=4.0",
+        ),
+        (
+            {"model_type": "phi3", "rope_scaling": {"type": "linear", "factor": 2.0}},
+            r"rope type 'linear' is not supported for phi3",
+        ),
+        (
+            {"model_type": "smollm3", "no_rope_layers": [1, 0]},
+            r"no_rope_layers=\[1, 0\] must hold 0 or 1 for each of 3",
+        ),
+        (
+            {"model_type": "ministral", "sliding_window": 4, "layer_types": ["chunked_attention"] * 3},
+            r"layer_types holds 'chunked_attention'; supported: full_attention, sliding_attention",
+        ),
+        ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor=0.5 is not supported"),
+        (
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            r"partial_rotary_factor=0.5 is not",
+        ),
+        (
+            {"rope_scaling": {"type": "default", "mrope_section": [2, 1, 1]}},
+            r"mrope_section=\[2, 1, 1\] is not supported",
+        ),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, r"has fields for 'full_attention' alone"),
     ],
 )
 def test_what_the_decoder_does_not_compute_is_refused_by_name(change, message):
@@ -59,6 +105,7 @@ def test_what_the_decoder_does_not_compute_is_refused_by_name(change, message):
     [
         ({"num_layers": 0, "windows": ()}, "num_layers=0 must be at least 1"),
         ({"windows": (None,)}, "windows has 1 entries; it needs one for each of 3 layers"),
+        ({"no_rope_layers": (1, 3)}, r"no_rope_layers=\(1, 3\) must name layers in \[0, 3\)"),
         ({"windows": (0, None, None)}, "a sliding window must be at least 1, or None"),
         ({"rope": RopeConfig(divisors=(1.0,))}, "rope has 1 divisors; head_dim=8 needs 4"),
         ({"kv_layer_map": (0, 0)}, "kv_layer_map has 2 entries; it needs one for each of 3 layers"),
@@ -107,6 +154,68 @@ def test_both_spellings_of_rotary_scaling_mean_the_same():
     assert new.rope == RopeConfig("llama3", 5e5, 8.0, 64, low_freq_factor=1.0, high_freq_factor=4.0)
 
 
+BANDS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_scaling": {"type": "linear", "factor": 4.0}},
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 32, **BANDS}},
+        {
+            "rope_scaling": {"rope_type": "llama3", "factor": 8.0, **BANDS},
+            "original_max_position_embeddings": 16,
+        },
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, **BANDS}},
+        {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+        {"rope_scaling": {"type": "yarn", "factor": 4.0}, "original_max_position_embeddings": 32},
+        {
+            "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+            "original_max_position_embeddings": 32,
+        },
+        {"rope_scaling": {"type": "yarn", "factor": None, "original_max_position_embeddings": 32}},
+        {"rope_scaling": {"type": "yarn", "factor": 4.0, "beta_fast": 8, "beta_slow": 0, "finetuned": True}},
+        {"rope_scaling": {"type": "yarn", "factor": 4.0, "beta_fast": 8.0, "beta_slow": 0.5, "truncate": False}},
+        {"rope_scaling": {"type": "yarn", "factor": 4.0, "beta_fast": 8.0, "beta_slow": 0.5, "truncate": None}},
+        {"rope_scaling": {"type": "yarn", "factor": 4.0, "attention_factor": 1.5}},
+        {"rope_scaling": {"type": "yarn", "factor": 4.0, "mscale": 0.7, "mscale_all_dim": 0.3}},
+        {"rope_scaling": {"type": "yarn", "factor": 4.0, "mscale": 0.7}},
+        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 5e5, "beta_fast": 4.0}},
+    ],
+)
+def test_angles_are_those_of_transformers(fields):
+    # As config.json gives the fields, and as the class of transformers hands them on.
+    theirs = transformers.LlamaConfig(**{**LLAMA, "max_position_embeddings": 128, "rope_theta": 100.0, **fields})
+    handed_on = theirs.to_dict()  # before the next line, which changes it
+    expected, factor = ROPE_INIT_FUNCTIONS[handed_on["rope_parameters"]["rope_type"]](theirs, torch.device("cpu"))
+    for hf in ({**LLAMA, "max_position_embeddings": 128, "rope_theta": 100.0, **fields}, handed_on):
+        found, ours = inverse_frequencies(config_from_hf(hf).rope, 8)
+        np.testing.assert_allclose(found, expected.numpy(), rtol=1e-6)
+        assert ours == pytest.approx(factor, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "positions"),
+    [
+        (None, 256),
+        ({"type": "linear", "factor": 4.0}, 1024),
+        ({"type": "yarn", "factor": 4.0}, 1024),
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}, 512),
+        ({"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}, 256),  # already stated
+        ({"type": "llama3", "factor": 4.0, "original_max_position_embeddings": 128, **BANDS}, 256),
+    ],
+)
+def test_scaled_rotary_embedding_lengthens_the_model(scaling, positions):
+    config = config_from_hf({**LLAMA, "max_position_embeddings": 256, "rope_scaling": scaling})
+    assert config.max_positions == positions
+
+
+def test_messages_about_positions_name_the_fields_that_say_so():
+    assert ModelConfig(**SIZES).positions_told == "64 positions (max_position_embeddings)"
+    stretched = ModelConfig(**SIZES, rope=RopeConfig("linear", factor=2.0))
+    assert stretched.positions_told == "64 positions (max_position_embeddings and the factor of rope_scaling)"
+
+
 def test_yarn_without_a_factor_scales_to_the_models_positions():
     scaling = {"rope_type": "yarn", "original_max_position_embeddings": 512}
     assert config_from_hf({**LLAMA, "max_position_embeddings": 2048, "rope_scaling": scaling}).rope.factor == 4.0
@@ -118,6 +227,12 @@ def test_yarn_without_a_factor_scales_to_the_models_positions():
         ({"model_type": "llama", "sliding_window": 5}, (None, None, None)),
         ({"model_type": "mistral", "sliding_window": 5}, (5, 5, 5)),
         ({"model_type": "mistral", "sliding_window": None}, (None, None, None)),
+        ({"model_type": "mistral", "sliding_window": 5, "layer_types": ["full_attention"] * 3}, (5, 5, 5)),
+        ({"model_type": "phi3", "sliding_window": 5}, (5, 5, 5)),
+        ({"model_type": "ministral", "sliding_window": 5}, (5, 5, 5)),
+        ({"model_type": "ministral", "sliding_window": None}, (None, None, None)),
+        ({"model_type": "qwen3", "sliding_window": 5}, (None, None, None)),
+        ({"model_type": "smollm3", "sliding_window": 5, "use_sliding_window": True, **EVERY_SECOND}, (None, 5, None)),
         ({"model_type": "qwen2", "sliding_window": 5, "use_sliding_window": False}, (None, None, None)),
         (
             {"model_type": "qwen2", "sliding_window": 5, "use_sliding_window": True, "max_window_layers": 2},
@@ -138,9 +253,38 @@ def test_sliding_windows_belong_to_the_layers_that_have_them(fields, windows):
     assert config_from_hf({**LLAMA, **fields}).windows == windows
 
 
-def test_qwen2_has_biases_on_queries_keys_and_values_only():
-    config = config_from_hf({**LLAMA, "model_type": "qwen2"})
-    assert (config.qkv_bias, config.out_bias, config.mlp_bias) == (True, False, False)
+@pytest.mark.parametrize(
+    ("architecture", "biases"),
+    [
+        ("llama", (True, True, True)),
+        ("mistral", (False, False, False)),
+        ("ministral", (False, False, False)),
+        ("qwen2", (True, False, False)),
+        ("qwen3", (True, True, False)),
+        ("smollm3", (True, True, True)),
+        ("phi3", (False, False, False)),
+    ],
+)
+def test_biases_are_where_the_architecture_has_them_whatever_else_is_written(architecture, biases):
+    config = config_from_hf({**LLAMA, "model_type": architecture, "attention_bias": True, "mlp_bias": True})
+    assert (config.qkv_bias, config.out_bias, config.mlp_bias) == biases
+
+
+def test_layers_without_rotary_embedding_are_listed_or_each_fourth():
+    smollm3 = {**LLAMA, "model_type": "smollm3", "num_hidden_layers": 9}
+    assert config_from_hf(smollm3).no_rope_layers == (3, 7)
+    assert config_from_hf({**smollm3, **EVERY_SECOND}).no_rope_layers == (1, 3, 5, 7)
+    assert config_from_hf({**smollm3, "no_rope_layers": [0, 1, 1] * 3}).no_rope_layers == (0, 3, 6)
+    assert config_from_hf({**LLAMA, "no_rope_layers": [0, 0, 0]}).no_rope_layers == ()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_fields_that_config_json_leaves_out_are_those_of_transformers(architecture):
+    sizes = {**LLAMA, "model_type": architecture}
+    theirs = transformers.AutoConfig.for_model(**sizes, num_key_value_heads=4, max_position_embeddings=2048)
+    assert config_from_hf({**sizes, "sliding_window": theirs.to_dict().get("sliding_window")}) == config_from_hf(
+        theirs.to_dict()
+    )
 
 
 def test_parameters_and_cache_bytes_are_counted():

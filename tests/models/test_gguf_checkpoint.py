@@ -1,5 +1,6 @@
 """GGUF files: configuration, weights and tokenizer are read as they were written, and damage is an error."""
 
+import dataclasses
 import itertools
 import json
 from argparse import Namespace
@@ -20,7 +21,7 @@ from hshare_jax.errors import CheckpointError
 from hshare_jax.files.checksums import write_checksums
 from hshare_jax.kernels.block_weights import BlockWeights, floats_of
 from hshare_jax.models.config import RopeConfig, config_from_hf
-from hshare_jax.models.gguf_checkpoint import GGUFTensors
+from hshare_jax.models.gguf_checkpoint import GGUFTensors, config_from_gguf
 from hshare_jax.models.gguf_file import read_gguf
 from hshare_jax.models.pretrained import load_model
 from hshare_jax.models.weights import stream_parameters
@@ -45,13 +46,17 @@ def sound(tmp_path_factory, model):
         ("llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4}),
         ("qwen2", {}),
         ("qwen2", {"tie_word_embeddings": True}),
+        ("qwen3", {"head_dim": 32}),
+        ("smollm3", {"num_hidden_layers": 4}),
+        ("phi3", {"sliding_window": 32}),
     ],
 )
 def test_float32_parameters_and_configuration_are_the_ones_written(tmp_path, architecture, changes):
     model = tiny_model(architecture, **changes)
-    loaded = load_model(write_gguf(tmp_path / "model.gguf", model))
+    window = {"attention.sliding_window": 32} if architecture == "phi3" else {}
+    loaded = load_model(write_gguf(tmp_path / "model.gguf", model, metadata=window))
     assert loaded.config == config_from_hf(model.config.to_dict())
-    assert_equal_trees(loaded.params, fused(state_of(model)))
+    assert_equal_trees(loaded.params, fused(state_of(model), model.config.num_hidden_layers))
 
 
 def test_a_mistral_written_as_llama_is_read_as_llama(tmp_path):
@@ -107,23 +112,25 @@ def test_a_scale_that_is_not_finite_is_named(tmp_path, model):
 
 
 @pytest.mark.parametrize(
-    ("metadata", "divisors", "rope"),
+    ("metadata", "divisors", "rope", "positions"),
     [
-        ({}, None, {}),
-        ({"rope.scaling.type": "none"}, None, {}),
-        ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, None, {"kind": "linear", "factor": 4.0}),
-        ({"rope.scale_linear": 2.0}, None, {"kind": "linear", "factor": 2.0}),
+        ({}, None, {}, 128),
+        ({"rope.scaling.type": "none"}, None, {}, 128),
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, None, {"kind": "linear", "factor": 4.0}, 512),
+        ({"rope.scale_linear": 2.0}, None, {"kind": "linear", "factor": 2.0}, 256),
         (
-            {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 32},
+            {"rope.scaling.type": "yarn", "rope.scaling.factor": 8.0, "rope.scaling.original_context_length": 32},
             None,
-            {"kind": "yarn", "factor": 4.0, "original_max_positions": 32},
+            {"kind": "yarn", "factor": 8.0, "original_max_positions": 32},
+            256,
         ),
-        ({}, [1.0, 1.0, 1.5, 2.0, 4.0, 8.0, 8.0, 8.0], {"divisors": (1.0, 1.0, 1.5, 2.0, 4.0, 8.0, 8.0, 8.0)}),
+        ({}, [1.0, 1.0, 1.5, 2.0, 4.0, 8.0, 8.0, 8.0], {"divisors": (1.0, 1.0, 1.5, 2.0, 4.0, 8.0, 8.0, 8.0)}, 128),
     ],
 )
-def test_rotary_scaling_is_read(tmp_path, model, metadata, divisors, rope):
-    path = write_gguf(tmp_path / "model.gguf", model, metadata=metadata, rope_divisors=divisors)
-    assert load_model(path).config.rope == RopeConfig(**{"original_max_positions": 128, **rope})
+def test_rotary_scaling_is_read(tmp_path, model, metadata, divisors, rope, positions):
+    config = load_model(write_gguf(tmp_path / "model.gguf", model, metadata=metadata, rope_divisors=divisors)).config
+    assert config.rope == RopeConfig(**{"original_max_positions": 128, **rope})
+    assert config.max_positions == positions
 
 
 @pytest.mark.parametrize(
@@ -137,6 +144,18 @@ def test_rotary_scaling_is_read(tmp_path, model, metadata, divisors, rope):
 def test_metadata_that_is_not_supported_is_refused(tmp_path, model, metadata, error, message):
     with pytest.raises(error, match=message):
         load_model(write_gguf(tmp_path / "model.gguf", model, metadata=metadata))
+
+
+def test_a_phi3_with_longrope_or_without_a_window_is_refused(tmp_path):
+    model = tiny_model("phi3")
+    path = write_gguf(tmp_path / "model.gguf", model)
+    with pytest.raises(CheckpointError, match=r"metadata phi3.attention.sliding_window is missing"):
+        load_model(path)
+    file = read_gguf(write_gguf(path, model, metadata={"attention.sliding_window": 0}))
+    assert config_from_gguf(file).windows == (None, None)
+    tensors = {**file.tensors, "rope_factors_long.weight": file.tensors["output_norm.weight"]}
+    with pytest.raises(ValueError, match=r"rope_factors_long.weight: rope scaling 'longrope' is not supported"):
+        config_from_gguf(dataclasses.replace(file, tensors=tensors))
 
 
 def test_an_unknown_architecture_is_refused_with_the_known_ones(tmp_path):

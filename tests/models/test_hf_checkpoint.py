@@ -11,11 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import assert_equal_trees, flipped, fused, state_of, tiny_model
+from tiny_tokenizer import byte_fallback_tokenizer, byte_tokenizer
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from hshare_jax.errors import CheckpointError
 from hshare_jax.files.checksums import write_checksums
 from hshare_jax.models.config import config_from_hf
-from hshare_jax.models.pretrained import load_model
+from hshare_jax.models.pretrained import load_model, open_model
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +50,11 @@ def write_all(directory, files):
         ("llama", {}),
         ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
         ("mistral", {"sliding_window": 32, "head_dim": 32}),
+        ("ministral", {"sliding_window": None, "head_dim": 16}),
         ("qwen2", {"tie_word_embeddings": True}),
+        ("qwen3", {"head_dim": 32}),
+        ("smollm3", {"no_rope_layers": [1, 0]}),
+        ("phi3", {}),
     ],
 )
 def test_parameters_equal_the_state_of_transformers(tmp_path, architecture, changes, max_shard_size):
@@ -216,7 +224,7 @@ def test_a_flipped_bit_in_a_tensor_passes_without_checksums_and_not_with_them(tm
 def test_loading_works_without_torch(llama):
     script = (
         "import sys; sys.modules['torch'] = None\n"
-        "from hshare_jax.models.pretrained import load_model\n"
+        "from hshare_jax.models.pretrained import load_model, open_model\n"
         "print(load_model(sys.argv[1]).identity)"
     )
     result = subprocess.run([sys.executable, "-c", script, str(llama[0])], capture_output=True, text=True, check=False)
@@ -225,12 +233,9 @@ def test_loading_works_without_torch(llama):
 
 
 def test_the_tokenizer_of_the_directory_is_read(tmp_path, llama):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     directory = write_all(tmp_path / "model", read_all(llama[0]))
     assert load_model(directory).tokenizer is None
-    backend = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "b": 2}, unk_token="<unk>"))
+    backend = Backend(models.WordLevel({"<unk>": 0, "a": 1, "b": 2}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="b").save_pretrained(directory)
     loaded = load_model(directory)
@@ -241,3 +246,64 @@ def test_the_tokenizer_of_the_directory_is_read(tmp_path, llama):
         (directory / "tokenizer.json").write_text(damaged)
         with pytest.raises(CheckpointError, match=r"its tokenizer cannot be read: "):
             load_model(directory)
+
+
+def test_a_tokenizer_json_is_read_as_it_is_whatever_class_is_named_beside_it(tmp_path, llama):
+    # The classes LlamaTokenizer and Qwen2Tokenizer bring rules of their own, such as Qwen's single digits.
+    for model_type, name in (("llama", "LlamaTokenizerFast"), ("qwen2", "Qwen2Tokenizer")):
+        directory = write_all(tmp_path / name, read_all(llama[0]))
+        config = json.loads((directory / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
+        byte_tokenizer(merges=("12",)).save_pretrained(directory)
+        (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name}))
+        tokenizer = open_model(directory).tokenizer
+        assert tokenizer is not None
+        ids = tokenizer("12 caf\u00e9\n").input_ids
+        assert ids == [256, *b" caf\xc3\xa9\n"]
+        assert tokenizer.decode(ids) == "12 caf\u00e9\n"
+
+
+def with_rules(**rules) -> PreTrainedTokenizerFast:
+    tokenizer = byte_tokenizer()
+    for name, rule in rules.items():
+        setattr(tokenizer.backend_tokenizer, name, rule)
+    return tokenizer
+
+
+LLAMA_RULES = {
+    "pre_tokenizer": pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme="always", split=False),
+    "decoder": decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]),
+}
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "found"),
+    [
+        (with_rules(**LLAMA_RULES), "onetwothreecaf"),  # what transformers 5.0 to 5.21 makes of DeepSeek's tokenizer
+        (with_rules(decoder=LLAMA_RULES["decoder"]), "one\u0120two\u010athree\u0120caf\u00c3\u00a9"),
+    ],
+)
+def test_a_tokenizer_whose_rules_do_not_suit_its_tokens_is_refused(tmp_path, llama, tokenizer, found):
+    directory = write_all(tmp_path / "model", read_all(llama[0]))
+    tokenizer.save_pretrained(directory)
+    message = rf"the tokenizer of model gives 'one two\\nthree caf\u00e9' back as '{found}\S*: .* install 5.22 or later"
+    with pytest.raises(CheckpointError, match=message):
+        open_model(directory)
+
+
+WORDS = PreTrainedTokenizerFast(tokenizer_object=Backend(models.WordLevel({"?": 0, "a": 1}, unk_token="?")))
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        with_rules(normalizer=normalizers.Sequence([normalizers.Lowercase(), normalizers.Strip()])),
+        byte_tokenizer(b"onethr", merges=["th"]),  # knows no space
+        byte_fallback_tokenizer(["\u2581", "\u2581two"]),
+        WORDS,
+    ],
+)
+def test_a_tokenizer_that_does_not_give_every_text_back_is_read(tmp_path, llama, tokenizer):
+    directory = write_all(tmp_path / "model", read_all(llama[0]))
+    tokenizer.save_pretrained(directory)
+    assert open_model(directory).tokenizer is not None

@@ -21,6 +21,7 @@ from hshare_jax.kv_cache import init_cache
 from hshare_jax.models.config import ModelConfig, RopeConfig
 from hshare_jax.models.decoder import parameter_shapes, run_decoder
 from hshare_jax.models.kv_sharing import (
+    INITS,
     PATTERNS,
     TARGETS,
     SpecError,
@@ -318,6 +319,17 @@ def test_key_and_value_weights_are_a_mean_or_their_own(spec, served, init):
             )  # float32 sums in another order
 
 
+def test_the_norm_of_keys_is_a_mean_or_its_own():
+    config = dataclasses.replace(TINY, qk_norm=True)
+    shared, names = share_kv(config, "0_0_2_2"), [f"model.layers.{layer}.self_attn.k_norm.weight" for layer in range(4)]
+    scales = [random_tensor(name, (8,)) for name in names]
+    for init, expected in zip(INITS, ((scales[2] + scales[3]) / 2, scales[2]), strict=True):
+        found = share_weights(random_params(config), config, shared, init)
+        np.testing.assert_allclose(found["layers_2"]["k_norm"]["scale"], expected, atol=2e-7)
+        assert "k_norm" not in found["layers_3"]
+        assert "q_norm" in found["layers_3"]
+
+
 def test_what_does_not_change_is_not_copied():
     params, shared = random_params(TINY), share_kv(TINY, "0_1_2_2")
     found = share_weights(params, TINY, shared, "mean")
@@ -356,7 +368,7 @@ def test_weights_of_another_model_are_refused():
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("target", TARGETS)
 def test_counts_are_the_sizes_of_the_arrays(pattern, target):
-    config = layers(12, width=8, mlp_width=8, vocab_size=8, num_heads=2, num_kv_heads=1, head_dim=4)
+    config = layers(12, width=8, mlp_width=8, vocab_size=8, num_heads=2, num_kv_heads=1, head_dim=4, qk_norm=True)
     shared = share_kv(config, f"{pattern}-{target}:4")
     shapes = parameter_shapes(shared)
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == shared.num_parameters
@@ -366,7 +378,8 @@ def test_counts_are_the_sizes_of_the_arrays(pattern, target):
     num_bytes = sum(array.nbytes for array in (*cache.keys, *cache.values))
     assert num_bytes == 3 * cache.capacity * shared.cache_bytes_per_token(2)
     assert Fraction(shared.cache_bytes_per_token(2), config.cache_bytes_per_token(2)) == 1 - Fraction(12 - 4, 12)
-    kv = 2 * 4 * (8 + 1)  # keys and values of a layer, with biases
+    kv = 2 * 4 * (8 + 1) + 4  # keys and values of a layer, with biases, and the norm of keys
+    assert config.num_kv_parameters == 12 * kv
     assert config.num_parameters - shared.num_parameters == (12 - 4) * kv
 
 
@@ -379,11 +392,11 @@ def test_a_shared_checkpoint_is_loaded_as_it_was_saved(tmp_path):
     assert_equal_trees(loaded.params, params)
 
 
-def test_a_checkpoint_from_before_kv_sharing_still_loads(tmp_path):
+def test_a_checkpoint_from_before_the_later_fields_still_loads(tmp_path):
     path = tmp_path / "plain"
     save_model(Model(TINY, random_params(TINY), None, (), "tiny", ""), path)
     description = json.loads((path / "model.json").read_text())
-    for name in ("kv_layer_map", "forward_passes", "backward_passes"):
+    for name in ("kv_layer_map", "forward_passes", "backward_passes", "qk_norm", "no_rope_layers"):
         del description["config"][name]
     (path / "model.json").write_text(json.dumps(description))
     write_checksums(path)

@@ -16,6 +16,8 @@ from hshare_jax.attend import prefill_attend
 from hshare_jax.decode_state import init_state
 from hshare_jax.decode_step import decode_step
 from hshare_jax.kv_cache import init_cache
+from hshare_jax.methods import double_sparsity
+from hshare_jax.methods.hshare.settings import HShareSettings
 from hshare_jax.models.config import ModelConfig, config_from_hf
 from hshare_jax.models.decoder import run_decoder, unembed
 from hshare_jax.prefill import prefill
@@ -69,18 +71,31 @@ def test_logits_equal_transformers_at_every_position(name):
     np.testing.assert_allclose(logits, transformers_logits(model, tokens), atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["llama, biases", "mistral, window", "rope llama3"])
-def test_prefill_and_decode_equal_transformers(name):
+# Sparse decoding whose budget covers every row, and which estimates nothing, is dense decoding.
+COVERING = double_sparsity(HShareSettings(num_critical=120, min_length=0))
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("llama, biases", None),
+        ("mistral, window", None),
+        ("rope llama3", None),
+        ("qwen3", None),
+        ("qwen3", COVERING),
+        ("smollm3", COVERING),
+    ],
+)
+def test_prefill_and_decode_equal_transformers(name, method):
     model = transformers_model(name)
     config = config_from_hf(model.config.to_dict())
     params = random_params(config)
     tokens = np.random.default_rng(12).integers(0, VOCAB_SIZE, (3, NUM_TOKENS))
     lengths = np.array([1, 8, 33])  # the window is 9
     expected = np.stack([transformers_logits(model, row) for row in tokens])
-    state = init_state(config, 3, NUM_TOKENS)
-    logits, state = prefill(
-        params, jnp.asarray(tokens[:, :33], jnp.int32), jnp.asarray(lengths, jnp.int32), state, config=config
-    )
+    state = init_state(config, 3, NUM_TOKENS, method=method)
+    prompts = jnp.asarray(tokens[:, :33], jnp.int32), jnp.asarray(lengths, jnp.int32)
+    logits, state = prefill(params, *prompts, state, config=config, method=method)
     rows = np.arange(3)
     for step in range(6):
         np.testing.assert_allclose(np.asarray(logits), expected[rows, lengths + step - 1], atol=TOLERANCE, rtol=0)

@@ -95,11 +95,23 @@ def test_floats_are_quantised_alike_from_a_file_and_from_a_checkpoint(tmp_path, 
 
 def test_every_field_of_the_configuration_survives(tmp_path, model):
     rope = RopeConfig("yarn", 5e5, 4.0, 64, beta_fast=16.0, attention_factor=1.25, mscale=0.5, truncate=False)
-    config = dataclasses.replace(model.config, rope=rope, windows=(None, 32), norm_eps=3e-6, architecture="mistral")
+    config = dataclasses.replace(
+        model.config, rope=rope, windows=(None, 32), norm_eps=3e-6, architecture="mistral", no_rope_layers=(1,)
+    )
     save_model(dataclasses.replace(model, config=config, tokenizer=None), tmp_path / "saved")
     loaded = load_model(tmp_path / "saved")
     assert loaded.config == config
     assert loaded.tokenizer is None
+
+
+@pytest.mark.parametrize(("architecture", "changes"), [("qwen3", {"head_dim": 16}), ("phi3", {})])
+def test_a_model_with_norms_or_stacked_tensors_survives(tmp_path, architecture, changes):
+    tiny_model(architecture, **changes).save_pretrained(tmp_path / "hf")
+    read = load_model(tmp_path / "hf")
+    save_model(read, tmp_path / "saved")
+    loaded = load_model(tmp_path / "saved")
+    assert (loaded.config, loaded.identity) == (read.config, read.identity)
+    assert_equal_trees(loaded.params, read.params)
 
 
 def test_another_dtype_is_the_stored_one_cast(saved):

@@ -14,6 +14,7 @@ SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
+    "pad_token_id": None,  # of some classes it lies beyond this vocabulary
 }
 
 
@@ -48,6 +49,14 @@ CASES: dict[str, tuple[str, dict]] = {
         "qwen2",
         {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
     ),
+    "ministral, a window in one layer": (
+        "ministral",
+        {"sliding_window": 9, "head_dim": 16, "layer_types": ["full_attention", "sliding_attention"]},
+    ),
+    "qwen3": ("qwen3", {"head_dim": 16}),
+    "qwen3, biases": ("qwen3", {"head_dim": 16, "attention_bias": True}),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0], "tie_word_embeddings": False}),
+    "phi3, window": ("phi3", {"sliding_window": 9}),
 }
 
 

@@ -9,8 +9,8 @@ import tail_oracle
 
 
 def rms_norm(x, scale, eps):
-    """Divides x by the root mean square of x, then scales."""
-    return x / np.sqrt(np.mean(x * x) + eps) * scale
+    """Divides x by the root mean square over its last axis, then scales."""
+    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * scale
 
 
 def rotate(x, position, theta):
@@ -32,6 +32,7 @@ class Row:
     theta: float
     eps: float
     kv_map: tuple  # the layer whose keys and values serve each layer
+    no_rope_layers: tuple  # the layers that do not rotate; those that borrow their keys do not either
 
     def __post_init__(self):
         self.keys = [[] for _ in self.windows]  # L x length x [K, H]; empty in a layer that borrows keys
@@ -73,9 +74,9 @@ class Row:
             normed = rms_norm(x, weights["attention_norm"]["scale"], self.eps)
             has_own = self.kv_map[layer] == layer
             fused = (weights["qkv" if has_own else "q"]["weight"].astype(np.float64) @ normed).reshape(-1, H)
-            self.queries[layer].append(rotate(fused[:N], position, self.theta))
+            self.queries[layer].append(self.finished(fused[:N], layer, position, "q_norm"))
             if has_own:
-                self.keys[layer].append(rotate(fused[N : N + K], position, self.theta))
+                self.keys[layer].append(self.finished(fused[N : N + K], layer, position, "k_norm"))
                 self.values[layer].append(fused[N + K :])
             keys, values = self.cached_keys(layer), self.cached(self.values, layer)
             q, reads = self.queries[layer][-1], reads_of(layer, position + 1)
@@ -90,6 +91,13 @@ class Row:
             x = x + weights["mlp"]["down"]["weight"].astype(np.float64) @ (gate / (1 + np.exp(-gate)) * up)
         normed = rms_norm(x, self.params["final_norm"]["scale"], self.eps)
         return self.params["unembedding"].astype(np.float64) @ normed
+
+    def finished(self, x, layer, position, norm):
+        """Queries or keys [heads, H] of one token, normed if the layer has such a norm, then rotated."""
+        weights = self.params[f"layers_{layer}"]
+        if norm in weights:
+            x = rms_norm(x, weights[norm]["scale"], self.eps)
+        return x if self.kv_map[layer] in self.no_rope_layers else rotate(x, position, self.theta)
 
     def dense_step(self, token):
         """The logits [V] after `token`, where every head reads all slots that the layer sees."""

@@ -56,6 +56,8 @@ PUBLISHED = vary(
 SHARED_KV = dataclasses.replace(
     MODEL, kv_layer_map=(0, 2, 2, 2), windows=(None, 20, None, 9), forward_passes=None
 )  # fmt: skip
+# Queries and keys have norms, as in Qwen3. Layers 1 to 3 rotate nothing, because layer 2 does not, as in SmolLM3.
+NORMED = dataclasses.replace(SHARED_KV, qk_norm=True, no_rope_layers=(2,))
 CAPACITY = 256
 # A row shorter than the sinks, one shorter than sinks and recent tokens, one shorter than the budget of 12, a long one.
 LENGTHS = (1, 5, 11, 60)
@@ -104,6 +106,7 @@ def oracle_row(config: ModelConfig = MODEL) -> row_oracle.Row:
         config.rope.theta,
         config.norm_eps,
         tuple(map(config.kv_layer, range(config.num_layers))),
+        config.no_rope_layers,
     )
 
 

@@ -10,7 +10,11 @@ import transformers
 CLASSES = {
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
     "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
+    "ministral": (transformers.MinistralConfig, transformers.MinistralForCausalLM),
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+    "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    "smollm3": (transformers.SmolLM3Config, transformers.SmolLM3ForCausalLM),
+    "phi3": (transformers.Phi3Config, transformers.Phi3ForCausalLM),
 }
 SIZES = {
     "vocab_size": 96,
@@ -22,6 +26,7 @@ SIZES = {
     "max_position_embeddings": 128,
     "bos_token_id": 1,
     "eos_token_id": 2,
+    "pad_token_id": None,
 }
 GGUF_NAMES = {
     "model.embed_tokens": "token_embd",
@@ -36,6 +41,10 @@ GGUF_NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "self_attn.qkv_proj": "attn_qkv",
+    "mlp.gate_up_proj": "ffn_up",
 }
 
 
@@ -75,16 +84,20 @@ def fused(state: dict[str, np.ndarray], num_layers: int = 2) -> dict:
         tree["unembedding"] = state["lm_head.weight"]
     for layer in range(num_layers):
         at = f"model.layers.{layer}"
+        is_stacked = f"{at}.self_attn.qkv_proj.weight" in state
         tree[f"layers_{layer}"] = {
             "attention_norm": {"scale": state[f"{at}.input_layernorm.weight"]},
             "mlp_norm": {"scale": state[f"{at}.post_attention_layernorm.weight"]},
-            "qkv": pick(f"{at}.self_attn.q_proj", f"{at}.self_attn.k_proj", f"{at}.self_attn.v_proj"),
+            "qkv": pick(*(f"{at}.self_attn.{name}_proj" for name in (["qkv"] if is_stacked else "qkv"))),
             "out": pick(f"{at}.self_attn.o_proj"),
             "mlp": {
-                "gate_up": pick(f"{at}.mlp.gate_proj", f"{at}.mlp.up_proj"),
+                "gate_up": pick(*(f"{at}.mlp.{name}_proj" for name in (["gate_up"] if is_stacked else ["gate", "up"]))),
                 "down": pick(f"{at}.mlp.down_proj"),
             },
         }
+        for name in ("q_norm", "k_norm"):
+            if f"{at}.self_attn.{name}.weight" in state:
+                tree[f"layers_{layer}"][name] = {"scale": state[f"{at}.self_attn.{name}.weight"]}
     return tree
 
 
@@ -100,11 +113,12 @@ def write_gguf(
 ) -> Path:
     """Writes a model as llama.cpp's converter does.
 
-    Mistral is written as llama. In llama the rows of q and k are permuted. Vectors are float32. With `tensors_in_part`
-    there are several files, which `path` is the beginning of.
+    Mistral is written as llama. In llama and smollm3 the rows of q and k are permuted. Vectors are float32. With
+    `tensors_in_part` there are several files, which `path` is the beginning of.
     """
     config = model.config
-    architecture = "qwen2" if config.model_type == "qwen2" else "llama"
+    architecture = "llama" if config.model_type == "mistral" else config.model_type
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer = gguf.GGUFWriter(path, architecture, split_max_tensors=tensors_in_part)
     writer.add_name("tiny")
     writer.add_block_count(config.num_hidden_layers)
@@ -114,7 +128,10 @@ def write_gguf(
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_rope_dimension_count(head_dim)
+    if head_dim * config.num_attention_heads != config.hidden_size:
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     for key, value in (metadata or {}).items():
@@ -147,7 +164,7 @@ def write_gguf(
             _, _, layer, stem = stem.split(".", 3)
             prefix = f"blk.{layer}."
         stem = GGUF_NAMES[stem]
-        if architecture == "llama" and stem in heads:
+        if architecture in ("llama", "smollm3") and stem in heads:
             tensor = permuted(tensor, heads[stem])
         stored = gguf.GGMLQuantizationType.F32 if tensor.ndim == 1 else kind
         packed = gguf.quants.quantize(tensor, stored)
