@@ -27,14 +27,15 @@ ls "$work/dist"
 
 for python in "$@"; do
   echo "== $python${JAX:+, jax $JAX}"
-  "$python" -m venv "$work/$python"
-  own=$work/$python/bin/python
-  "$own" "${install[@]}" "$(echo "$work"/dist/*.whl)[test]" ${JAX:+"jax==$JAX" "jaxlib==$JAX"}
+  rm -rf "$work/own"
+  "$python" -m venv "$work/own"
+  own=$work/own/bin
+  "$own/python" "${install[@]}" "$(echo "$work"/dist/*.whl)[test]" ${JAX:+"jax==$JAX" "jaxlib==$JAX"}
   (
     cd "$work"
-    "$work/$python/bin/hshare-jax" info
-    "$work/$python/bin/hshare-jax" generate "Name the primary colours." --max-new-tokens 16
+    "$own/hshare-jax" info
+    "$own/hshare-jax" generate "Name the primary colours." --max-new-tokens 16
     # -P keeps the checkout, in whose folder pytest would otherwise look for the package, off the import path.
-    "$own" -P -m pytest -q -n 2 --dist loadfile --rootdir "$root" -c "$root/pyproject.toml" ${TESTS:-"$root/tests"}
+    "$own/python" -P -m pytest -q -n 2 --dist loadfile -c "$root/pyproject.toml" --rootdir "$root" "$root/${TESTS:-tests}"
   )
 done

@@ -12,7 +12,7 @@
 #
 # On Linux, PyPI's torch brings several gigabytes of CUDA packages that no test uses. If pip knows a CPU build of the
 # same version (from PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL or its configuration), it takes that, because 2.13.0+cpu sorts
-# higher.
+# higher. EXTRAS=test leaves torch out, and the tests that need it are skipped; the default is EXTRAS=test,torch.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -56,12 +56,13 @@ python=$venv/bin/python
 # The checkout's place counts because an editable install from another checkout would test that checkout's sources. The
 # environment is asked where it finds the package, because another install may have replaced the editable one.
 stamp=$venv/hshare-jax-test-extra
-wanted=$(cat pyproject.toml && pwd -P)
+extras=${EXTRAS:-test,torch}
+wanted=$(cat pyproject.toml && pwd -P && echo "$extras")
 found=$(cd / && "$python" -c 'from importlib import util; print(getattr(util.find_spec("hshare_jax"), "origin", None))')
 if [[ $(cat "$stamp" 2>/dev/null) != "$wanted" || $found != "$(pwd -P)/hshare_jax/__init__.py" ]]; then
-  section "install the package, editable, with its test extra"
+  section "install the package, editable, with the extras $extras"
   # Python compiles a module when it is first imported; of these packages few are.
-  "$python" -m pip install --quiet --no-compile --disable-pip-version-check --editable '.[test]'
+  "$python" -m pip install --quiet --no-compile --disable-pip-version-check --editable ".[$extras]"
   echo "$wanted" > "$stamp"
 fi
 

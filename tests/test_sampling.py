@@ -81,7 +81,7 @@ def test_the_likeliest_token_always_stays(sampling, logits):
 
 @pytest.mark.parametrize("sampling", CASES)
 def test_the_kept_tokens_equal_transformers(sampling):
-    import torch
+    torch = pytest.importorskip("torch", reason="the extra 'torch' is not installed")
     from transformers.generation import logits_process
 
     logits = random_logits(2)
@@ -104,7 +104,7 @@ def test_the_repetition_penalty_divides_positive_logits_and_multiplies_negative_
 
 
 def test_the_repetition_penalty_equals_transformers():
-    import torch
+    torch = pytest.importorskip("torch", reason="the extra 'torch' is not installed")
     from transformers.generation import logits_process
 
     logits, prompts = random_logits(3), np.array([[0, 1], [5, 5], [7, 11], [2, 3]])

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from command_line import TEXT, call
+from comparing import assert_equal_trees
 from random_weights import random_params
-from tiny_models import assert_equal_trees
 from tiny_tokenizer import LETTERS, byte_tokenizer
 from transformers import PreTrainedTokenizerFast
 

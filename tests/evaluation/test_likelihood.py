@@ -5,9 +5,8 @@ import importlib
 
 import numpy as np
 import pytest
-import torch
 from tiny_decoder import HSHARE, MODEL, oracle_rows, params, vary
-from tiny_models import tiny_model
+from tiny_models import tiny_model, torch
 
 from hshare_jax.evaluation import likelihood
 from hshare_jax.evaluation.likelihood import _pad_steps, log_likelihoods

@@ -10,10 +10,11 @@ import gguf
 import numpy as np
 import pytest
 import regex
+from comparing import assert_equal_trees, flipped
 from gguf import GGMLQuantizationType as Kind
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import assert_equal_trees, flipped, fused, state_of, tiny_model, write_gguf
+from tiny_models import fused, state_of, tiny_model, write_gguf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer
 

@@ -7,10 +7,10 @@ import sys
 
 import numpy as np
 import pytest
-import torch
+from comparing import assert_equal_trees, flipped
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import assert_equal_trees, flipped, fused, state_of, tiny_model
+from tiny_models import fused, state_of, tiny_model, torch
 from tiny_tokenizer import byte_fallback_tokenizer, byte_tokenizer
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from comparing import assert_equal_trees
 from hypothesis import given
 from hypothesis import strategies as st
 from random_weights import random_params, random_tensor
-from tiny_models import assert_equal_trees
 
 from hshare_jax.errors import SettingError
 from hshare_jax.files.checksums import write_checksums

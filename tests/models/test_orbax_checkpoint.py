@@ -8,10 +8,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from comparing import assert_equal_trees, flipped
 from gguf import GGMLQuantizationType as Kind
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import assert_equal_trees, flipped, fused, state_of, tiny_model, write_gguf
+from tiny_models import fused, state_of, tiny_model, write_gguf
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from comparing import assert_equal_trees
 from huggingface_hub.errors import LocalEntryNotFoundError
-from tiny_models import assert_equal_trees, fused, state_of, tiny_model, write_gguf
+from tiny_models import fused, state_of, tiny_model, write_gguf
 
 from hshare_jax.errors import CheckpointError
 from hshare_jax.models import builtin_model

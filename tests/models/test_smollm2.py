@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 import transformers
+from comparing import assert_equal_trees
 from harness_tasks import write_tasks
 from lm_eval.evaluator import simple_evaluate
-from tiny_models import assert_equal_trees, fused
+from tiny_models import fused, torch
 
 from hshare_jax.evaluation.lm_eval_model import HShareLM
 from hshare_jax.kernels.block_weights import floats_of

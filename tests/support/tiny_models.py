@@ -1,11 +1,13 @@
-"""Tiny random models of transformers, and the checkpoints that the tests read."""
+"""Tiny random models of transformers, and the checkpoints that the tests read. They need torch."""
 
 from pathlib import Path
 
 import gguf
 import numpy as np
-import torch
+import pytest
 import transformers
+
+torch = pytest.importorskip("torch", reason="the extra 'torch' is not installed")
 
 CLASSES = {
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
@@ -186,21 +188,3 @@ def permuted(tensor: np.ndarray, num_heads: int) -> np.ndarray:
         for half in range(2)
     ]
     return tensor[order]
-
-
-def flipped(data: bytes, position: int, bit: int) -> bytes:
-    """`data` with one bit flipped. The position wraps around."""
-    position %= len(data)
-    return data[:position] + bytes([data[position] ^ (1 << bit)]) + data[position + 1 :]
-
-
-def assert_equal_trees(found, expected, atol: float = 0.0) -> None:
-    """Fails unless two parameter trees have the same keys and values, bit for bit or within `atol`."""
-    if isinstance(expected, dict):
-        assert found.keys() == expected.keys()
-        for key in expected:
-            assert_equal_trees(found[key], expected[key], atol)
-    elif atol:
-        np.testing.assert_allclose(np.asarray(found, np.float32), np.asarray(expected, np.float32), atol=atol, rtol=0)
-    else:
-        np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))

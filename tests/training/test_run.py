@@ -16,8 +16,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from comparing import assert_equal_trees, flipped
 from orbax.checkpoint import v1 as ocp
-from tiny_models import assert_equal_trees, flipped
 from tiny_training import CONFIG, SETTINGS, tiny_data, tiny_model, tiny_run
 
 from hshare_jax.errors import CheckpointError
