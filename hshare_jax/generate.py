@@ -16,6 +16,7 @@ from hshare_jax.compile_clock import compile_clock
 from hshare_jax.decode_loop import NO_TOKEN, LoopState, decode_tokens, refresh_interval, take_token
 from hshare_jax.decode_state import DecodeState, init_state
 from hshare_jax.errors import SettingError, check_whole
+from hshare_jax.files.texts import check_text
 from hshare_jax.kernels.api import check_impl
 from hshare_jax.methods.base import Method, count_dense
 from hshare_jax.methods.hshare.method import HShare
@@ -116,9 +117,9 @@ def generate(
         impl: which implementation computes decode steps, as for `decode_step`.
 
     Raises:
-        ValueError: an empty batch or prompt, a token id outside the vocabulary, more tokens than the model has
-            positions, a method that does not fit the model, or an `impl` that cannot run here. All are found before
-            anything is computed.
+        ValueError: an empty batch or prompt, a text that is not Unicode, a token id that is no whole number or outside
+            the vocabulary, more tokens than the model has positions, a method that does not fit the model, or an `impl`
+            that cannot run here. All are found before anything is computed.
     """
     options = _Options(max_new_tokens, method, sampling, seeds, stop, capacity, impl)
     run = _Run(model, prompts, options)
@@ -345,6 +346,8 @@ def _check_tokenizer(model: "Model", stop: Sequence[str]) -> "PreTrainedTokenize
         raise SettingError("stop", stop, "must be a sequence of strings; put a single one in a list")
     if not all(stop):
         raise ValueError("stop holds an empty string, which would end every row at once; leave it out")
+    for index, text in enumerate(stop):
+        check_text(text, f"stop[{index}]")
     if model.tokenizer is None:
         return None
     from transformers import PreTrainedTokenizerFast

@@ -28,7 +28,7 @@ def test_text_goes_to_stdout_and_statistics_to_stderr(capsys: pytest.CaptureFixt
 def test_prompts_from_everywhere_form_one_json_batch(
     tiny: str, text_file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO("name a fruit."))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfname a fruit.")))
     files = ["--prompt-file", text_file, "-f", "-"]
     status, out, _ = call(["generate", "say hello.", *files, "--model", tiny, "--json", "-n", "16"], capsys)
     result = json.loads(out)
@@ -63,4 +63,4 @@ def test_a_chat_template_that_refuses_is_told(tmp_path: Path, capsys: pytest.Cap
     pretrained.save_model(pretrained.Model(TINY, random_params(TINY), tokenizer, (), "tiny", ""), tmp_path / "tiny")
     status, _, err = call(["generate", "hi", "--model", str(tmp_path / "tiny"), "--system", "be kind"], capsys)
     assert status == 2
-    assert "the chat template of tiny refuses: there is no system here; leave out --system, or give --no-chat" in err
+    assert "tiny: the chat template refuses: there is no system here; leave out --system, or give --no-chat" in err
