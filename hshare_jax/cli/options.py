@@ -373,17 +373,23 @@ def check_not_empty(names: Sequence[str], texts: Sequence[str]) -> None:
 
 
 def check_output(
-    path: Path, *, overwrite: bool, may_replace: Callable[[Path], bool] = lambda path: not path.is_dir()
+    path: Path,
+    *,
+    inputs: Sequence[str | Path | None],
+    overwrite: bool,
+    may_replace: Callable[[Path], bool] = lambda path: not path.is_dir(),
 ) -> None:
-    """Raises UsageError if a file cannot be written, or is there already.
+    """Raises UsageError if a file cannot be written, is there already, or is one that the command reads.
 
     Args:
         path: the file or directory that a command will write.
+        inputs: what the command reads, for `check_not_input`.
         overwrite: whether an existing one may be replaced.
         may_replace: whether what exists is something that this command may replace.
     """
     if path.exists() and not may_replace(path):
         raise UsageError(f"{path} exists, and is nothing that this command writes; name another path")
+    check_not_input(path, inputs)
     if path.exists() and not overwrite:
         raise UsageError(f"{path} exists; give --overwrite to replace it")
     nearest = next(parent for parent in path.absolute().parents if parent.exists())
@@ -391,6 +397,32 @@ def check_output(
         raise UsageError(f"{path} cannot be written: {nearest} is not a directory")
     if not os.access(nearest, os.W_OK):
         raise UsageError(f"{path} cannot be written: no permission to write in {nearest}")
+
+
+def check_not_input(path: Path, inputs: Sequence[str | Path | None]) -> None:
+    """Raises UsageError if writing a path would replace something that the same command reads.
+
+    Symbolic and hard links are followed. A directory that is replaced must hold no input, and a file that is replaced
+    must not lie in the directory of a model.
+
+    Args:
+        path: the file or directory that a command will write.
+        inputs: files, - for standard input, and models, which may be names of no file; None is no input.
+    """
+    for name in inputs:
+        found = Path("/dev/stdin" if name == "-" else os.path.expanduser(name or ""))
+        if name and path.exists() and found.exists() and (_lies_in(found, path) or _lies_in(path, found)):
+            raise UsageError(f"{path} would replace {name}, which this command reads; name another path")
+
+
+def _lies_in(path: Path, directory: Path) -> bool:
+    """Whether a path is the same file as another one, or lies below that one."""
+    return any(place.samefile(directory) for place in (path, *path.resolve().parents) if place.exists())
+
+
+def is_same_file(one: Path, other: Path) -> bool:
+    """Whether two paths name one file, which need not exist yet."""
+    return one.resolve() == other.resolve() or (one.exists() and other.exists() and one.samefile(other))
 
 
 def open_named(options: argparse.Namespace) -> "ModelFiles":

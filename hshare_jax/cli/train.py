@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from hshare_jax.cli.options import (
     add_fields,
     add_kv_sharing,
     check_kv_sharing,
+    check_not_input,
     check_output,
     read_text,
     real,
@@ -47,6 +49,7 @@ examples:
   hshare-jax train --text books/*.txt --output runs/shared --model smollm2-135m-instruct \\
       --kv-sharing sandwich-middle:15 --learning-rate 3e-4 --sequence-length 512 --batch-size 8
 """
+PLOT = "metrics.png"
 WARMUP = TrainingSettings().warmup_steps  # unless a tenth of all steps is fewer
 
 
@@ -126,10 +129,13 @@ def _prepare(options: argparse.Namespace) -> "tuple[TrainingSettings, ModelFiles
 def _read_settings(options: argparse.Namespace) -> TrainingSettings:
     """The settings that the options ask for; UsageError or SettingError if an option cannot be used."""
     from hshare_jax.training.data import check_eval_windows
-    from hshare_jax.training.run import METRICS
+    from hshare_jax.training.run import METRICS, MODEL
 
-    options.output = options.output.expanduser()
-    check_output(options.output / METRICS, overwrite=True)
+    options.output = Path(os.path.expanduser(options.output))
+    inputs = [options.model, options.tokenizer, options.config, *options.text, *(options.eval_text or ())]
+    check_output(options.output / METRICS, inputs=inputs, overwrite=True)
+    for name in (PLOT, MODEL):
+        check_not_input(options.output / name, inputs)
     names = [field.name for field in dataclasses.fields(TrainingSettings)]
     given = {name: getattr(options, name) for name in names if hasattr(options, name)}
     if "warmup_steps" not in given:
@@ -253,7 +259,7 @@ def _train(
         from hshare_jax.files.figures import save
         from hshare_jax.training.curves import plot_training, read_metrics
 
-        summary["plot"] = str(options.output / "metrics.png")
+        summary["plot"] = str(options.output / PLOT)
         lines = read_metrics(options.output / METRICS)
         save(plot_training(lines, subject=f"{model.name}, {settings.tokens_per_step:,} tokens a step"), summary["plot"])
     print(json.dumps(summary))
