@@ -132,8 +132,8 @@ def encode_chat(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Mapping
     templates = tokenizer.chat_template
     if isinstance(templates, dict) and "default" not in templates:
         raise ValueError(
-            f"the tokenizer has chat templates called {', '.join(templates)}, and none is called default; set its "
-            "chat_template to one of them"
+            f"the tokenizer has chat templates called {', '.join(sorted(templates))}, and none is called default; call "
+            "one of them so"
         )
     copies = [dict(message) for message in messages]
     # A template is a program. It refuses with a TemplateError, and its mistakes are Python's errors.

@@ -87,7 +87,7 @@ def save_checkpoint(
         FileExistsError: `path` exists and `overwrite` is False, or `path` is not one of our checkpoints.
         ValueError: the parameters do not have the shapes of `info.config` or the dtype `info.dtype`.
     """
-    path = Path(path).expanduser().absolute()  # Orbax asks for absolute paths
+    path = Path(os.path.expanduser(path)).absolute()  # Orbax asks for absolute paths
     if path.exists() and not (overwrite and is_orbax_directory(path)):
         way_out = (
             "it is not a checkpoint of this library" if overwrite else "choose another path, or ask to overwrite it"

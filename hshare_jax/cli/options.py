@@ -355,10 +355,13 @@ def read_text(name: str, option: str = "") -> str:
         name: the file.
         option: the option that named the file and a blank, for the message.
     """
-    if name == "-" and sys.stdin is None:
-        raise UsageError(f"{option}-: standard input is closed")
+    if name == "-":
+        if sys.stdin is None:
+            raise UsageError(f"{option}-: standard input is closed")
+        with usage_errors():
+            return decode_text(sys.stdin.buffer.read(), "standard input")
     try:
-        return decode_text(sys.stdin.buffer.read(), "standard input") if name == "-" else read_text_file(name)
+        return read_text_file(name)
     except OSError as error:
         raise UsageError(f"{option}{name}: {error.strerror}") from error
     except ValueError as error:  # also a name that no file can have
