@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hshare_jax.errors import SettingError
+from hshare_jax.errors import SettingError, check_whole
 from hshare_jax.files.texts import check_text
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.pretrained import Model, ModelFiles
@@ -30,7 +30,8 @@ def encode_prompts(model: Model | ModelFiles, prompts: Sequence[Prompt], *, name
         ValueError: no prompt, an empty prompt, a text without a tokenizer or that is not Unicode, ids that are not
             whole numbers, or an id outside the vocabulary.
     """
-    if isinstance(prompts, str | bytes) or len(prompts) == 0 or isinstance(prompts[0], int):
+    is_batch = hasattr(prompts, "__len__") and not isinstance(prompts, str | bytes)
+    if not is_batch or len(prompts) == 0 or isinstance(prompts[0], int):
         raise ValueError(f"{name}={prompts!r} must be a sequence of at least one prompt; put a single one in a list")
     encoded = []
     for row, prompt in enumerate(prompts):
@@ -87,6 +88,8 @@ def choose_capacity(config: ModelConfig, prompts: list[list[int]], max_new_token
     Raises:
         ValueError: prompts and answers that do not fit into the capacity or the model's positions.
     """
+    if capacity is not None:
+        check_whole("capacity", capacity, 1)
     longest = max(range(len(prompts)), key=lambda row: len(prompts[row]))
     needed = len(prompts[longest]) + max_new_tokens
     if needed > config.max_positions:

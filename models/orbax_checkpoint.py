@@ -24,6 +24,7 @@ from jax import tree
 from hshare_jax.errors import CheckpointError
 from hshare_jax.files.atomic import whole_directory
 from hshare_jax.files.checksums import verify_all
+from hshare_jax.files.texts import parse_json
 from hshare_jax.kernels.block_weights import BLOCK, BlockWeights
 from hshare_jax.models.config import ModelConfig, RopeConfig
 from hshare_jax.models.weights import (
@@ -119,7 +120,7 @@ def read_checkpoint_info(directory: Path) -> CheckpointInfo:
     verify_all(directory)
     path = directory / _MODEL
     try:
-        found = json.loads(path.read_bytes())
+        found = parse_json(path.read_bytes())
         if found.pop("format") != _FORMAT:
             raise CheckpointError(
                 f"{path} has another format than {_FORMAT}; write the checkpoint anew with this version"

@@ -281,6 +281,10 @@ def test_the_second_call_compiles_nothing(greedy):
         ),
         ([[1] * 30], {"capacity": 40, "max_new_tokens": 11}, r"capacity=40 must be at least 41: prompts\[0\] and max"),
         ([[1], [2]], {"seeds": [1]}, "seeds has 1 entries; it needs one for each of the 2 prompts"),
+        (7, {}, "prompts=7 must be a sequence of at least one prompt"),
+        ([[1]], {"seeds": [1.5]}, r"seeds=\[1.5\] must be whole numbers"),
+        ([[1]], {"capacity": "x"}, "capacity='x' must be at least 1, a whole number"),
+        ([[1]], {"stop": [1]}, r"stop=\[1\] must be a sequence of strings"),
         ([[1]], {"stop": ["a"]}, "stop strings need a model with a tokenizer; this one has none, so use its end tok"),
     ],
 )

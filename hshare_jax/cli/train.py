@@ -23,6 +23,7 @@ from hshare_jax.cli.options import (
     whole,
 )
 from hshare_jax.errors import SettingError
+from hshare_jax.files.texts import parse_json
 from hshare_jax.host_memory import keep_freed_memory
 from hshare_jax.training.presets import PRESETS, preset
 from hshare_jax.training.settings import TrainingSettings
@@ -172,7 +173,7 @@ def _read_sizes(path: Path) -> "ModelConfig":
     from hshare_jax.models.config import config_from_hf
 
     try:
-        sizes = json.loads(read_text(str(path), "--config "))
+        sizes = parse_json(read_text(str(path), "--config "))
     except ValueError as error:
         raise UsageError(f"--config {path} is not JSON: {error}") from error
     if not isinstance(sizes, dict):

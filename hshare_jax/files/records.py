@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hshare_jax.files.atomic import whole_file
-from hshare_jax.files.texts import to_json
+from hshare_jax.files.texts import parse_json, to_json
 
 _MARK = {"results": "hshare_jax"}  # the beginning of the first line of every results file
 
@@ -63,7 +63,7 @@ class Records:
 
     def _parse(self, number: int, line: bytes) -> dict[str, Any]:
         try:
-            parsed = json.loads(line)
+            parsed = parse_json(line)
         except ValueError as error:
             raise ValueError(f"{self.path}:{number} is not JSON ({error}); this is no results file") from error
         if not isinstance(parsed, dict):

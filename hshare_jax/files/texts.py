@@ -69,6 +69,14 @@ def check_text(text: str, name: str) -> None:
         ) from error
 
 
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text that comes from outside; ValueError for a text that is none, or is nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def to_json(value: Any, encoding: str = "utf-8") -> str:
     r"""A value as JSON in one line. Its characters are escaped (`\u00e9`) if the encoding lacks one of them."""
     text = json.dumps(value, ensure_ascii=False)

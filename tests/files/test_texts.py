@@ -4,7 +4,7 @@ import codecs
 
 import pytest
 
-from hshare_jax.files.texts import check_text, decode_text, read_text, to_json
+from hshare_jax.files.texts import check_text, decode_text, parse_json, read_text, to_json
 
 
 @pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8])
@@ -25,6 +25,11 @@ def test_other_bytes_and_halves_of_characters_are_named():
     with pytest.raises(ValueError, match=r"it is not UTF-8 text \(character 1 is U\+D83D, half a character\)"):
         check_text("a\ud83d", "it")
     check_text("\ufeff\U0001f600", "it")
+
+
+def test_json_that_is_nested_too_deeply_is_named():
+    with pytest.raises(ValueError, match="nested too deeply"):
+        parse_json(b"[" * 100_000)
 
 
 def test_json_is_escaped_only_where_the_encoding_cannot_hold_it():

@@ -1,14 +1,13 @@
 """Examples: prompts with right answers, read from files. Bad data is named by file and line."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from hshare_jax.errors import SettingError
-from hshare_jax.files.texts import MARK, check_mark, check_text, decode_text
+from hshare_jax.files.texts import MARK, check_mark, check_text, decode_text, parse_json
 
 
 class DataError(ValueError):
@@ -110,8 +109,8 @@ def load_json(where: str, data: bytes) -> Any:
     except ValueError as error:
         raise DataError(str(error)) from error
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return parse_json(text)
+    except ValueError as error:
         raise DataError(f"{where}: not JSON: {error}") from error
 
 
