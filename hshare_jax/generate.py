@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import operator
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
@@ -16,6 +17,7 @@ from hshare_jax.compile_clock import compile_clock
 from hshare_jax.decode_loop import NO_TOKEN, LoopState, decode_tokens, refresh_interval, take_token
 from hshare_jax.decode_state import DecodeState, init_state
 from hshare_jax.errors import SettingError, check_whole
+from hshare_jax.files.texts import check_text
 from hshare_jax.kernels.api import check_impl
 from hshare_jax.methods.base import Method, count_dense
 from hshare_jax.methods.hshare.method import HShare
@@ -116,9 +118,9 @@ def generate(
         impl: which implementation computes decode steps, as for `decode_step`.
 
     Raises:
-        ValueError: an empty batch or prompt, a token id outside the vocabulary, more tokens than the model has
-            positions, a method that does not fit the model, or an `impl` that cannot run here. All are found before
-            anything is computed.
+        ValueError: an empty batch or prompt, a text that is not Unicode, a token id that is no whole number or outside
+            the vocabulary, more tokens than the model has positions, a method that does not fit the model, or an `impl`
+            that cannot run here. All are found before anything is computed.
     """
     options = _Options(max_new_tokens, method, sampling, seeds, stop, capacity, impl)
     run = _Run(model, prompts, options)
@@ -329,7 +331,10 @@ class _Run:
 
 
 def _check_seeds(seeds: Sequence[int] | None, num_prompts: int) -> list[int]:
-    checked = list(range(num_prompts)) if seeds is None else list(seeds)
+    try:
+        checked = list(range(num_prompts)) if seeds is None else [operator.index(seed) for seed in seeds]
+    except TypeError as error:
+        raise SettingError("seeds", seeds, "must be whole numbers, one for each prompt") from error
     if len(checked) != num_prompts:
         raise ValueError(f"seeds has {len(checked)} entries; it needs one for each of the {num_prompts} prompts")
     if not all(0 <= seed < 2**31 for seed in checked):
@@ -339,12 +344,14 @@ def _check_seeds(seeds: Sequence[int] | None, num_prompts: int) -> list[int]:
 
 def _check_tokenizer(model: "Model", stop: Sequence[str]) -> "PreTrainedTokenizerFast | None":
     """The model's tokenizer, if it has one. ValueError where stop strings or streams are not possible with it."""
+    if isinstance(stop, str) or not isinstance(stop, Sequence) or not all(isinstance(text, str) for text in stop):
+        raise SettingError("stop", stop, "must be a sequence of strings; put a single one in a list")
     if stop and model.tokenizer is None:
         raise ValueError("stop strings need a model with a tokenizer; this one has none, so use its end tokens")
-    if isinstance(stop, str):
-        raise SettingError("stop", stop, "must be a sequence of strings; put a single one in a list")
     if not all(stop):
         raise ValueError("stop holds an empty string, which would end every row at once; leave it out")
+    for index, text in enumerate(stop):
+        check_text(text, f"stop[{index}]")
     if model.tokenizer is None:
         return None
     from transformers import PreTrainedTokenizerFast

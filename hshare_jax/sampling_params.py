@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 
 from hshare_jax.errors import SettingError, setting
 
@@ -22,9 +23,13 @@ class SamplingParams:
     repetition_penalty: float = setting(1.0, "make tokens that were seen less likely; 1 is no penalty")
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            value = getattr(self, name)
+            if not isinstance(value, numbers.Real) or isinstance(value, bool):
+                raise SettingError(name, value, "must be a number")
         if not 0 <= self.temperature < math.inf:
             raise SettingError("temperature", self.temperature, "must be at least 0 (0 is greedy), and finite")
-        if not isinstance(self.top_k, int):
+        if not isinstance(self.top_k, int) or isinstance(self.top_k, bool):
             raise SettingError("top_k", self.top_k, "must be a whole number")
         if self.top_k < 0:
             raise SettingError("top_k", self.top_k, "must be at least 0 (0 keeps all)")

@@ -29,7 +29,7 @@ def cache_directory(cache_dir: str | os.PathLike[str] | None) -> Path:
     users_cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     if cache_dir is None:
         cache_dir = os.environ.get("HSHARE_JAX_CACHE") or users_cache / "hshare-jax"
-    return Path(cache_dir).expanduser().absolute()
+    return Path(os.path.expanduser(cache_dir)).absolute()
 
 
 def builtin_checkpoint(

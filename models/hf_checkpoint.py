@@ -5,7 +5,6 @@ the change has no effect on the model. A flipped bit inside a tensor gives anoth
 noticed if SHA256SUMS lies beside the files (checksums.py). Then it is an error.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ import numpy as np
 
 from hshare_jax.errors import CheckpointError
 from hshare_jax.files.checksums import verify_checksums
+from hshare_jax.files.texts import parse_json
 from hshare_jax.models.config import ARCHITECTURES, ModelConfig, config_from_hf
 from hshare_jax.models.weights import BLOCK_BYTES, is_rotary_buffer
 
@@ -79,7 +79,8 @@ def read_hf_tokenizer(directory: Path) -> "PreTrainedTokenizerBase | None":
     except Exception as error:
         # For a damaged file transformers raises the types below, and the tokenizers library raises Exception itself,
         # which no narrower clause catches. Every other error (no memory, a mistake of ours) is raised again.
-        if type(error) is not Exception and not isinstance(error, ImportError | KeyError | TypeError | ValueError):
+        known = ImportError | LookupError | TypeError | ValueError | AttributeError | RecursionError
+        if type(error) is not Exception and not isinstance(error, known):
             raise
         hint = "; a tokenizer.model is read by another package: pip install sentencepiece" if is_model else ""
         raise CheckpointError(f"{directory}: its tokenizer cannot be read: {error}{hint}") from error
@@ -174,7 +175,7 @@ def check_hf_directory(directory: Path, name: str) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_bytes())
+        found = parse_json(path.read_bytes())
     except ValueError as error:  # not UTF-8, or not JSON
         raise CheckpointError(f"{path} is damaged: {error}") from error
     if not isinstance(found, dict):

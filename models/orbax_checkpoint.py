@@ -29,6 +29,7 @@ from jax import tree
 from hshare_jax.errors import CheckpointError
 from hshare_jax.files.atomic import whole_directory
 from hshare_jax.files.checksums import verify_all
+from hshare_jax.files.texts import parse_json
 from hshare_jax.kernels.block_weights import BLOCK, BlockWeights
 from hshare_jax.models.config import ModelConfig, RopeConfig
 from hshare_jax.models.weights import (
@@ -93,7 +94,7 @@ def save_checkpoint(
         FileExistsError: `path` exists and `overwrite` is False, or `path` is not one of our checkpoints.
         ValueError: the parameters do not have the shapes of `info.config` or the dtype `info.dtype`.
     """
-    path = Path(path).expanduser().absolute()  # Orbax asks for absolute paths
+    path = Path(os.path.expanduser(path)).absolute()  # Orbax asks for absolute paths
     if path.exists() and not (overwrite and is_orbax_directory(path)):
         way_out = (
             "it is not a checkpoint of this library" if overwrite else "choose another path, or ask to overwrite it"
@@ -139,7 +140,7 @@ def read_checkpoint_info(directory: Path) -> CheckpointInfo:
     verify_all(directory, _PARTS)
     path = directory / _MODEL
     try:
-        found = json.loads(path.read_bytes())
+        found = parse_json(path.read_bytes())
         if found.pop("format") != _FORMAT:
             raise CheckpointError(
                 f"{path} has another format than {_FORMAT}; write the checkpoint anew with this version"

@@ -160,7 +160,7 @@ def _open(form: ModelForm, name: str, cache_dir: str | os.PathLike[str] | None, 
         directory = _snapshot(name, cache_dir, revision)
         check_hf_directory(directory, name)
         return _open_hf(directory, name)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if form == "gguf":
         return _open_gguf(path, gguf_name(path))
     if form == "checkpoint":
@@ -197,7 +197,7 @@ def check_model_name(name_or_path: str | os.PathLike[str], *, revision: str | No
 def _form(name: str) -> ModelForm:
     if name in BUILTIN_MODELS:
         return "built-in"
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if name and path.is_dir():
         if is_orbax_directory(path):
             return "checkpoint"
@@ -318,7 +318,9 @@ def _check_tokenizer(tokenizer: "PreTrainedTokenizerBase", name: str) -> None:
 def _turn_ends(tokenizer: "PreTrainedTokenizerBase | None") -> list[int]:
     if tokenizer is None:
         return []
-    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
+    template = tokenizer.chat_template or ""
+    if isinstance(template, dict):  # several, by their names
+        template = template.get("default", "")
     known: dict[str, int] = getattr(tokenizer, "get_added_vocab", dict)()
     ends = [known[token] for token in _TURN_ENDS if token in template and token in known]
     end = tokenizer.eos_token_id

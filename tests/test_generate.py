@@ -256,6 +256,19 @@ def test_the_second_call_compiles_nothing(greedy):
     [
         ([], {}, r"prompts=\[\] must be a sequence of at least one prompt; put a single one in a list"),
         ("there", {}, "prompts='there' must be a sequence of at least one prompt"),
+        (b"there", {}, "prompts=b'there' must be a sequence of at least one prompt"),
+        (
+            [b"there"],
+            {},
+            r"prompts\[0\] must be a str or a sequence of token ids, whole numbers: bytes are no token ids",
+        ),
+        (
+            [[1], [1.0, 2.5]],
+            {},
+            r"prompts\[1\] must be a str or a sequence of token ids, whole numbers: 'float' object",
+        ),
+        (np.array([1, 2]), {}, r"prompts\[0\] must be a str or a sequence of token ids"),
+        ([np.array([1.0])], {}, r"prompts\[0\] must be a str or a sequence of token ids"),
         ([[1], []], {}, r"prompts\[1\] is empty; it must hold at least one token"),
         ([[1, 48]], {}, r"prompts\[0\] holds token id 48; ids must lie in \[0, vocab_size=48\)"),
         ([[1, -2]], {}, r"prompts\[0\] holds token id -2"),
@@ -269,10 +282,14 @@ def test_the_second_call_compiles_nothing(greedy):
         ),
         ([[1] * 30], {"capacity": 40, "max_new_tokens": 11}, r"capacity=40 must be at least 41: prompts\[0\] and max"),
         ([[1], [2]], {"seeds": [1]}, "seeds has 1 entries; it needs one for each of the 2 prompts"),
+        (7, {}, "prompts=7 must be a sequence of at least one prompt"),
+        ([[1]], {"seeds": [1.5]}, r"seeds=\[1.5\] must be whole numbers"),
+        ([[1]], {"capacity": "x"}, "capacity='x' must be at least 1, a whole number"),
+        ([[1]], {"stop": [1]}, r"stop=\[1\] must be a sequence of strings"),
         ([[1]], {"stop": ["a"]}, "stop strings need a model with a tokenizer; this one has none, so use its end tok"),
     ],
 )
-def test_mistakes_are_refused_before_anything_is_computed(monkeypatch, prompts, settings, message):
+def test_mistakes_are_refused_before_anything_is_computed(monkeypatch, unchecked, prompts, settings, message):
     module = importlib.import_module("hshare_jax.generate")  # the package's attribute of this name is the function
     monkeypatch.setattr(module, "prefill", None)
     monkeypatch.setattr(module, "init_state", None)
@@ -283,6 +300,17 @@ def test_mistakes_are_refused_before_anything_is_computed(monkeypatch, prompts, 
 def test_an_empty_stop_string_is_refused():
     with pytest.raises(ValueError, match="stop holds an empty string, which would end every row at once; leave it out"):
         generate(MODEL_OF_TEXT, PROMPTS, stop=["a", ""])
+
+
+def test_text_that_is_not_unicode_is_refused(monkeypatch):
+    module = importlib.import_module("hshare_jax.generate")
+    monkeypatch.setattr(module, "init_state", None)
+    with pytest.raises(
+        ValueError, match=r"prompts\[1\] is not UTF-8 text \(character 3 is U\+DCE9, half a character\)"
+    ):
+        stream(MODEL_OF_TEXT, ["there", "caf\udce9"])
+    with pytest.raises(ValueError, match=r"stop\[0\] is not UTF-8 text"):
+        generate(MODEL_OF_TEXT, PROMPTS, stop=["\udce9"])
 
 
 def test_streaming_needs_a_tokenizer_and_says_so_at_once():

@@ -143,6 +143,7 @@ def test_a_rows_draw_depends_on_its_own_seed_and_logits_only():
     ("settings", "message"),
     [
         ({"temperature": -0.1}, r"temperature=-0.1 must be at least 0 \(0 is greedy\)"),
+        ({"temperature": "hot"}, "temperature='hot' must be a number"),
         ({"temperature": float("nan")}, "temperature=nan must be at least 0"),
         ({"top_k": -1}, r"top_k=-1 must be at least 0 \(0 keeps all\)"),
         ({"top_p": 0.0}, r"top_p=0.0 must lie in \(0, 1\]"),
@@ -151,7 +152,7 @@ def test_a_rows_draw_depends_on_its_own_seed_and_logits_only():
         ({"repetition_penalty": 0.0}, r"repetition_penalty=0.0 must be above 0"),
     ],
 )
-def test_settings_out_of_range_are_refused(settings, message):
+def test_settings_out_of_range_are_refused(unchecked, settings, message):
     with pytest.raises(ValueError, match=message):
         SamplingParams(**settings)
 

@@ -11,6 +11,7 @@ from hshare_jax.cli.options import (
     add_settings,
     check_not_empty,
     check_output,
+    is_same_file,
     open_named,
     read_method,
     read_quantize,
@@ -42,10 +43,10 @@ def run_calibrate(options: argparse.Namespace) -> int:
     outputs = [path for path in (options.channels_file, options.plan_file) if path is not None]
     if not outputs:
         raise UsageError("nothing to write: give --channels-file, --plan-file or both")
-    if len(outputs) == 2 and outputs[0] == outputs[1]:
+    if len(outputs) == 2 and is_same_file(*outputs):
         raise UsageError(f"--channels-file and --plan-file are both {outputs[0]}; they need a file each")
     for path in outputs:
-        check_output(path, overwrite=options.overwrite)
+        check_output(path, inputs=[options.model, *options.text], overwrite=options.overwrite)
     texts = [read_text(name) for name in options.text]
     check_not_empty(options.text, texts)
     method = read_method(options)

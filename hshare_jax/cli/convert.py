@@ -43,7 +43,8 @@ def run_convert(options: argparse.Namespace) -> int:
     """Writes a checkpoint. Returns the exit status."""
     from hshare_jax.models.orbax_checkpoint import is_orbax_directory
 
-    check_output(options.output, overwrite=options.overwrite, may_replace=is_orbax_directory)
+    inputs = [options.model, options.perplexity]
+    check_output(options.output, inputs=inputs, overwrite=options.overwrite, may_replace=is_orbax_directory)
     check_kv_sharing(options)
     text = None if options.perplexity is None else read_text(options.perplexity, "--perplexity ")
     if options.kv_sharing is not None and options.quantize not in ("auto", "none"):

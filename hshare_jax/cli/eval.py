@@ -18,6 +18,7 @@ from hshare_jax.cli.options import (
     add_settings,
     argument_of,
     check_method,
+    check_not_input,
     check_output,
     default_of,
     open_named,
@@ -156,9 +157,12 @@ def _check_files(options: argparse.Namespace, task: Task) -> None:
     if options.skip_bad and not task.has_examples:
         takers = " or ".join(name for name, kind in TASKS.items() if kind.has_examples)
         raise UsageError(f"--skip-bad is for --task {takers}, not {task.name}, whose data holds no examples")
+    files = [getattr(options, name, None) for name in ("plan_file", "channels_file")]
+    inputs = [*options.data, *files]  # and not the model: `Records` adds to files of results alone
     if not options.output.exists():
-        check_output(options.output, overwrite=False)
-    elif not os.access(options.output, os.W_OK):  # a run is resumed from a file that exists
+        check_output(options.output, inputs=inputs, overwrite=False)
+    check_not_input(options.output, inputs)
+    if options.output.exists() and not os.access(options.output, os.W_OK):  # a run is resumed from a file that exists
         raise UsageError(f"--output {options.output} cannot be written: no permission")
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 import resource
 import sys
 from collections.abc import Callable
@@ -23,8 +22,10 @@ from hshare_jax.cli.options import (
     read_method,
     read_prompts,
     read_quantize,
+    unicode_text,
     whole,
 )
+from hshare_jax.files.texts import to_json
 from hshare_jax.methods.names import METHODS
 from hshare_jax.sampling_params import SamplingParams
 
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 def add_generate(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `generate`."""
     parser.set_defaults(run=run_generate)
-    parser.add_argument("prompt", nargs="*", help="one or more prompts; none reads standard input")
+    parser.add_argument("prompt", nargs="*", type=unicode_text, help="one or more prompts; none reads standard input")
     add_prompt_files(parser)
     add_named_model(parser)
     parser.add_argument(
@@ -49,7 +50,7 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add_impl(parser)
     parser.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT",
+        "--stop", action="append", type=unicode_text, default=[], metavar="TEXT",
         help="end an answer before this text; give it again for another text",
     )  # fmt: skip
     parser.add_argument("--no-stream", action="store_true", help="print the answer when it is complete")
@@ -256,7 +257,8 @@ def _print_json(model: "Model", result: "Generation", statistics: dict[str, obje
         {"text": text, "tokens": tokens, "finish_reason": reason}
         for text, tokens, reason in zip(result.texts, result.tokens, result.finish_reasons, strict=True)
     ]
-    print(json.dumps({"model": model.name, "outputs": outputs, "statistics": statistics}, ensure_ascii=False))
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"  # a stand-in for standard output may have none
+    print(to_json({"model": model.name, "outputs": outputs, "statistics": statistics}, encoding))
 
 
 def _statistics_line(s: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -32,17 +33,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0, `FAILURE`, or `USAGE` for a mistake in the call.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    options = _parser(arguments).parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
+        sys.stdout.reconfigure(errors="replace")  # a character that standard output lacks must not end an answer
     try:
-        return options.run(options)
+        options = _parser(arguments).parse_args(arguments)
+        status = options.run(options)
+        if sys.stdout is not None:  # None where standard output is closed
+            sys.stdout.flush()  # here, because Python would tell a full disk in a traceback
+        return status
     except UsageError as error:
         return _complain(str(error), USAGE)
     except (ValueError, OSError, MemoryError) as error:
-        if isinstance(error, BrokenPipeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return FAILURE
         if isinstance(error, OSError) and error.filename is not None:
             return _complain(f"{error.filename}: {error.strerror}", FAILURE)
+        if isinstance(error, OSError):
+            _drop_output()
+        if isinstance(error, BrokenPipeError):
+            return FAILURE
         return _complain(str(error) or type(error).__name__, FAILURE)
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):  # the word with which JAX says that a device is out of memory
@@ -55,6 +62,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _complain(message: str, status: int) -> int:
     print(f"hshare-jax: error: {' '.join(message.split())}", file=sys.stderr)
     return status
+
+
+def _drop_output() -> None:
+    """Sends what standard output cannot take to nowhere, because Python would try to write it once more at its end."""
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser(arguments: Sequence[str]) -> Parser:

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hshare_jax.cli.errors import UsageError, option_name, usage_errors
+from hshare_jax.files.texts import check_text, decode_text
+from hshare_jax.files.texts import read_text as read_text_file
 from hshare_jax.kernels.implementations import IMPLS
 from hshare_jax.methods.hshare.settings import HShareSettings, PlanSearch
 from hshare_jax.methods.names import METHODS, takes_setting
@@ -66,6 +68,15 @@ def reader(kind: type | None, words: Mapping[str, object] | None = None) -> Call
 
 
 whole, real, fraction = reader(int), reader(float), reader(Fraction)
+
+
+def unicode_text(argument: str) -> str:
+    """A type for argparse that takes Unicode text. Its byte order mark, which a shell keeps, is left out."""
+    try:
+        check_text(argument, "the text")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return argument.removeprefix("\ufeff")
 
 
 def add_fields(group: argparse._ActionsContainer, record: type, *, leave_out: Sequence[str] = ()) -> None:
@@ -217,7 +228,7 @@ def add_prompt_files(parser: argparse.ArgumentParser) -> None:
         "--prompt-file", "-f", action="append", default=[], metavar="FILE",
         help="file that holds a prompt, or - for standard input; give it again for another prompt",
     )  # fmt: skip
-    parser.add_argument("--system", metavar="TEXT", help="system message of the chat template")
+    parser.add_argument("--system", type=unicode_text, metavar="TEXT", help="system message of the chat template")
     parser.add_argument("--no-chat-template", action="store_true", help="give the model the prompt without a template")
 
 
@@ -338,16 +349,23 @@ def read_files(
 def read_text(name: str, option: str = "") -> str:
     """The text of a file, or of standard input for -; UsageError where there is no text.
 
+    Both are UTF-8, whatever the locale says.
+
     Args:
         name: the file.
         option: the option that named the file and a blank, for the message.
     """
+    if name == "-":
+        if sys.stdin is None:
+            raise UsageError(f"{option}-: standard input is closed")
+        with usage_errors():
+            return decode_text(sys.stdin.buffer.read(), "standard input")
     try:
-        return sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+        return read_text_file(name)
     except OSError as error:
         raise UsageError(f"{option}{name}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{option}{name} is not UTF-8 text (byte {error.start})") from error
+    except ValueError as error:  # also a name that no file can have
+        raise UsageError(f"{option}{error}") from error
 
 
 def check_not_empty(names: Sequence[str], texts: Sequence[str]) -> None:
@@ -358,17 +376,23 @@ def check_not_empty(names: Sequence[str], texts: Sequence[str]) -> None:
 
 
 def check_output(
-    path: Path, *, overwrite: bool, may_replace: Callable[[Path], bool] = lambda path: not path.is_dir()
+    path: Path,
+    *,
+    inputs: Sequence[str | Path | None],
+    overwrite: bool,
+    may_replace: Callable[[Path], bool] = lambda path: not path.is_dir(),
 ) -> None:
-    """Raises UsageError if a file cannot be written, or is there already.
+    """Raises UsageError if a file cannot be written, is there already, or is one that the command reads.
 
     Args:
         path: the file or directory that a command will write.
+        inputs: what the command reads, for `check_not_input`.
         overwrite: whether an existing one may be replaced.
         may_replace: whether what exists is something that this command may replace.
     """
     if path.exists() and not may_replace(path):
         raise UsageError(f"{path} exists, and is nothing that this command writes; name another path")
+    check_not_input(path, inputs)
     if path.exists() and not overwrite:
         raise UsageError(f"{path} exists; give --overwrite to replace it")
     nearest = next(parent for parent in path.absolute().parents if parent.exists())
@@ -376,6 +400,32 @@ def check_output(
         raise UsageError(f"{path} cannot be written: {nearest} is not a directory")
     if not os.access(nearest, os.W_OK):
         raise UsageError(f"{path} cannot be written: no permission to write in {nearest}")
+
+
+def check_not_input(path: Path, inputs: Sequence[str | Path | None]) -> None:
+    """Raises UsageError if writing a path would replace something that the same command reads.
+
+    Symbolic and hard links are followed. A directory that is replaced must hold no input, and a file that is replaced
+    must not lie in the directory of a model.
+
+    Args:
+        path: the file or directory that a command will write.
+        inputs: files, - for standard input, and models, which may be names of no file; None is no input.
+    """
+    for name in inputs:
+        found = Path("/dev/stdin" if name == "-" else os.path.expanduser(name or ""))
+        if name and path.exists() and found.exists() and (_lies_in(found, path) or _lies_in(path, found)):
+            raise UsageError(f"{path} would replace {name}, which this command reads; name another path")
+
+
+def _lies_in(path: Path, directory: Path) -> bool:
+    """Whether a path is the same file as another one, or lies below that one."""
+    return any(place.samefile(directory) for place in (path, *path.resolve().parents) if place.exists())
+
+
+def is_same_file(one: Path, other: Path) -> bool:
+    """Whether two paths name one file, which need not exist yet."""
+    return one.resolve() == other.resolve() or (one.exists() and other.exists() and one.samefile(other))
 
 
 def open_named(options: argparse.Namespace) -> "ModelFiles":
@@ -398,7 +448,11 @@ def keep_compiled_programs(directory: Path) -> None:
 
 
 def read_prompts(options: argparse.Namespace) -> list[str]:
-    """The prompts in arguments and files, or else in standard input; UsageError for an empty prompt."""
+    """The prompts in arguments and files, or else in standard input.
+
+    Raises:
+        UsageError: no prompt, or a prompt that is empty or not UTF-8.
+    """
     prompts, names = list(options.prompt), [f"prompt {row}" for row in range(1, len(options.prompt) + 1)]
     files = options.prompt_file
     if not prompts and not files:
@@ -414,12 +468,10 @@ def apply_chat_template(model: "ModelFiles", prompts: Sequence[str], options: ar
     """The token ids of prompts. Where there is a chat template, a prompt is the user's turn of a conversation.
 
     Raises:
-        UsageError: the template refuses the conversation, or --system without a template.
+        UsageError: the template refuses the conversation, no template is the default, or --system without a template.
         ValueError: a model without a tokenizer.
     """
-    from jinja2 import TemplateError
-
-    from hshare_jax.prompts import encode_chat
+    from hshare_jax.prompts import encode_chat, tokenize
 
     tokenizer = model.tokenizer
     if tokenizer is None:
@@ -427,10 +479,10 @@ def apply_chat_template(model: "ModelFiles", prompts: Sequence[str], options: ar
     if options.no_chat_template or not tokenizer.chat_template:
         if options.system:
             raise UsageError("--system needs a chat template; this model or --no-chat-template gives none")
-        return [tokenizer(prompt)["input_ids"] for prompt in prompts]
+        return [tokenize(tokenizer, prompt) for prompt in prompts]
     system = [{"role": "system", "content": options.system}] if options.system else []
     try:
         return [encode_chat(tokenizer, [*system, {"role": "user", "content": prompt}]) for prompt in prompts]
-    except TemplateError as error:  # also what a template raises itself: some know no system message
+    except ValueError as error:
         way_out = "leave out --system, or give --no-chat-template" if system else "give --no-chat-template"
-        raise UsageError(f"the chat template of {model.name} refuses: {error}; {way_out}") from error
+        raise UsageError(f"{model.name}: {error}; {way_out}") from error

@@ -15,6 +15,7 @@ from hshare_jax.cli.options import (
     apply_chat_template,
     check_not_empty,
     check_output,
+    is_same_file,
     open_named,
     read_files,
     read_method,
@@ -89,16 +90,20 @@ def run_plot(options: argparse.Namespace) -> int:
 
 
 def _check_outputs(options: argparse.Namespace) -> None:
+    if options.figure in OF_TEXT:
+        inputs = [*options.prompt_file, getattr(options, "channels_file", None)]
+    else:
+        inputs = options.results
     for index, path in enumerate(options.output):
         try:
             check_suffix(path)
         except ValueError as error:
             raise UsageError(f"--output {error}") from error
-        if path in options.output[:index]:
+        if any(is_same_file(path, other) for other in options.output[:index]):
             raise UsageError(f"--output names {path} twice")
         if path.is_dir():
             raise UsageError(f"--output {path}: Is a directory")
-        check_output(path, overwrite=options.overwrite)
+        check_output(path, inputs=inputs, overwrite=options.overwrite)
 
 
 def _draw_text(options: argparse.Namespace) -> "Figure":

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from hshare_jax.cli.options import (
     add_fields,
     add_kv_sharing,
     check_kv_sharing,
+    check_not_input,
     check_output,
     read_text,
     real,
@@ -21,6 +23,7 @@ from hshare_jax.cli.options import (
     whole,
 )
 from hshare_jax.errors import SettingError
+from hshare_jax.files.texts import parse_json
 from hshare_jax.host_memory import keep_freed_memory
 from hshare_jax.training.presets import PRESETS, preset
 from hshare_jax.training.settings import TrainingSettings
@@ -47,6 +50,7 @@ examples:
   hshare-jax train --text books/*.txt --output runs/shared --model smollm2-135m-instruct \\
       --kv-sharing sandwich-middle:15 --learning-rate 3e-4 --sequence-length 512 --batch-size 8
 """
+PLOT = "metrics.png"
 WARMUP = TrainingSettings().warmup_steps  # unless a tenth of all steps is fewer
 
 
@@ -126,10 +130,13 @@ def _prepare(options: argparse.Namespace) -> "tuple[TrainingSettings, ModelFiles
 def _read_settings(options: argparse.Namespace) -> TrainingSettings:
     """The settings that the options ask for; UsageError or SettingError if an option cannot be used."""
     from hshare_jax.training.data import check_eval_windows
-    from hshare_jax.training.run import METRICS
+    from hshare_jax.training.run import METRICS, MODEL
 
-    options.output = options.output.expanduser()
-    check_output(options.output / METRICS, overwrite=True)
+    options.output = Path(os.path.expanduser(options.output))
+    inputs = [options.model, options.tokenizer, options.config, *options.text, *(options.eval_text or ())]
+    check_output(options.output / METRICS, inputs=inputs, overwrite=True)
+    for name in (PLOT, MODEL):
+        check_not_input(options.output / name, inputs)
     names = [field.name for field in dataclasses.fields(TrainingSettings)]
     given = {name: getattr(options, name) for name in names if hasattr(options, name)}
     if "warmup_steps" not in given:
@@ -166,7 +173,7 @@ def _read_sizes(path: Path) -> "ModelConfig":
     from hshare_jax.models.config import config_from_hf
 
     try:
-        sizes = json.loads(read_text(str(path), "--config "))
+        sizes = parse_json(read_text(str(path), "--config "))
     except ValueError as error:
         raise UsageError(f"--config {path} is not JSON: {error}") from error
     if not isinstance(sizes, dict):
@@ -253,7 +260,7 @@ def _train(
         from hshare_jax.files.figures import save
         from hshare_jax.training.curves import plot_training, read_metrics
 
-        summary["plot"] = str(options.output / "metrics.png")
+        summary["plot"] = str(options.output / PLOT)
         lines = read_metrics(options.output / METRICS)
         save(plot_training(lines, subject=f"{model.name}, {settings.tokens_per_step:,} tokens a step"), summary["plot"])
     print(json.dumps(summary))

@@ -35,6 +35,7 @@ from hshare_jax.methods.hshare.settings import HShareSettings, PlanSearch
 from hshare_jax.methods.names import METHODS, takes_setting
 from hshare_jax.methods.registry import method_named, notes_on_short_texts
 from hshare_jax.models.pretrained import Model, load_model
+from hshare_jax.prompts import tokenize
 from hshare_jax.sampling_params import SamplingParams
 
 _DEFAULTS = {field.name: field.default for part in (HShareSettings, PlanSearch) for field in dataclasses.fields(part)}
@@ -164,7 +165,7 @@ class HShareLM(TemplateLM):
         """Token ids of a text. None adds the tokenizer's special tokens, unless the text begins with one."""
         if add_special_tokens is None:
             add_special_tokens = not string.startswith(str(self.tokenizer.decode([self.prefix_token_id])))
-        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+        return tokenize(self.tokenizer, string, add_special_tokens=add_special_tokens)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """The log-likelihood of each continuation, and whether greedy decoding would choose it."""

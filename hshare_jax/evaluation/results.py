@@ -1,11 +1,11 @@
 """Results files read back: lines of `hshare-jax eval` and of the studies in scripts/study, in one form."""
 
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from hshare_jax.files.texts import parse_json
 from hshare_jax.methods.names import METHODS, takes_setting
 
 # The fields of each kind of line, beside context, budget and name of the method. Lines of other kinds are left out.
@@ -96,7 +96,7 @@ def _read_file(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     objects = []
     for number, line in enumerate(whole.splitlines(), start=1):
         try:
-            objects.append(json.loads(line))
+            objects.append(parse_json(line))
         except ValueError as error:
             raise ValueError(f"{path}:{number} is not JSON ({error}); this is no results file") from error
         if not isinstance(objects[-1], dict):
@@ -104,30 +104,68 @@ def _read_file(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     if not objects or not isinstance(objects[0].get("model"), str):
         raise ValueError(f"{path} does not begin with a line that names the model; this is no results file")
     study, *lines = objects
-    try:
-        results = [_to_result(study, line) for line in lines]
-    except KeyError as error:
-        raise ValueError(f"{path} has a line without {error}; these results cannot be plotted") from error
+    if not isinstance(study.get("settings", {}), dict):
+        raise ValueError(f"{path}: settings={study['settings']!r} must be an object; these results cannot be plotted")
+    results = []
+    for number, line in enumerate(lines, start=2):
+        try:
+            result = _to_result(study, line)
+            _check_result(result or {})
+        except KeyError as error:
+            raise ValueError(f"{path}:{number} is without {error}; these results cannot be plotted") from error
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}; these results cannot be plotted") from error
+        results.append(result)
     return study, [result for result in results if result is not None]
+
+
+def _check_result(result: dict[str, Any]) -> None:
+    """Raises ValueError for a value that cannot be plotted."""
+    for name, value in result.items():
+        if name in ("kind", "name"):
+            if not isinstance(value, str):
+                raise ValueError(f"{name}={value!r} must be a text")
+        elif name in ("context", "budget", "batch"):
+            _whole(result, name)
+        elif not _is_finite(value):
+            raise ValueError(f"{name}={value!r} must be finite numbers")
+
+
+def _whole(record: dict[str, Any], name: str) -> int:
+    """The whole number at a key, which may be written as a text; ValueError if it is none."""
+    value = record[name]
+    if isinstance(value, bool) or not str(value).isdecimal():
+        raise ValueError(f"{name}={value!r} must be a whole number")
+    return int(value)
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether a value is a number, or a list of such values, and not an empty one."""
+    if isinstance(value, list):
+        return bool(value) and all(map(_is_finite, value))
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def _to_result(study: dict[str, Any], line: dict[str, Any]) -> dict[str, Any] | None:
     """A line of a study or of `hshare-jax eval` as a result; None if it is of no kind that is plotted."""
     if "kind" in line:
-        if line["kind"] not in _KINDS:
+        if str(line["kind"]) not in _KINDS:
             return None
         names = ("kind", "context", "budget", "name", *_KINDS[line["kind"]])
         return {name: line[name] for name in names}
-    if line.get("task") != "perplexity" or "divergence" not in line["scores"]:
+    scores = line["scores"] if line.get("task") == "perplexity" else {}
+    if not isinstance(scores, dict):
+        raise ValueError(f"scores={scores!r} must be an object")
+    if "divergence" not in scores:
         return None
     settings = _settings_of(study)
     return {
         "kind": "text",
-        "context": int(study["context"]),
-        "budget": sum(int(settings[name]) for name in ("num_sinks", "num_critical", "num_recent")),
+        "context": _whole(study, "context"),
+        "budget": sum(_whole(settings, name) for name in ("num_sinks", "num_critical", "num_recent")),
         "name": _name_of(study, line["method"]),
         "reads": line["reads"],
-        "divergence": line["scores"]["divergence"],
+        "divergence": scores["divergence"],
     }
 
 
@@ -136,9 +174,9 @@ def _name_of(study: dict[str, Any], method: str) -> str:
     if method != "hshare":
         return method
     if "plan_file" in study:
-        return f"hshare {Path(study['plan_file']).name}"
+        return f"hshare {Path(str(study['plan_file'])).name}"
     settings = _settings_of(study)
-    interval = int(settings["refresh_interval"])
+    interval = _whole(settings, "refresh_interval")
     query = "1" if interval == 1 else f"1/{interval}"
     kind = "hshare" if settings["plan_kind"] == "units" else settings["plan_kind"]
     return f"{kind} {settings['layer_ratio']}-{settings['head_ratio']}-{query}"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hshare_jax.files.atomic import whole_file
+from hshare_jax.files.texts import parse_json, to_json
 
 _MARK = {"results": "hshare_jax"}  # the beginning of the first line of every results file
 
@@ -62,7 +63,7 @@ class Records:
 
     def _parse(self, number: int, line: bytes) -> dict[str, Any]:
         try:
-            parsed = json.loads(line)
+            parsed = parse_json(line)
         except ValueError as error:
             raise ValueError(f"{self.path}:{number} is not JSON ({error}); this is no results file") from error
         if not isinstance(parsed, dict):
@@ -116,7 +117,7 @@ class Records:
 
 
 def _encode(lines: Iterable[dict[str, Any]]) -> bytes:
-    return b"".join(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in lines)
+    return b"".join(to_json(line).encode() + b"\n" for line in lines)
 
 
 def difference(found: dict[str, Any], study: dict[str, Any]) -> str:

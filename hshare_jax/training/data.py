@@ -12,6 +12,7 @@ from jaxtyping import Int
 from transformers import PreTrainedTokenizerBase
 
 from hshare_jax.errors import SettingError
+from hshare_jax.files.texts import read_text
 from hshare_jax.prompts import encode_text
 
 
@@ -67,10 +68,7 @@ def encode_files(tokenizer: PreTrainedTokenizerBase, paths: Sequence[str | os.Pa
         raise ValueError("tokenizer has no end-of-text token to put between files; set its eos_token")
     parts = []
     for path in map(Path, paths):
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 text (byte {error.start})") from error
+        text = read_text(path)
         if not text.strip():
             raise ValueError(f"{path} is empty")
         ids, prefix = encode_text(tokenizer, text)

@@ -84,7 +84,7 @@ def train(
         OSError: a file cannot be written. The last good checkpoint stays.
         FloatingPointError: the loss or the gradients are no longer finite numbers.
     """
-    directory = Path(directory).expanduser().absolute()
+    directory = Path(os.path.expanduser(directory)).absolute()
     model = dataclasses.replace(model, params=floats_of(model.params))
     _check(model, data, settings, directory)
     mesh = data_mesh(settings)

@@ -61,7 +61,15 @@ def test_what_calibrate_writes_generate_reads_once(
     [
         (["{text}"], "nothing to write: give --channels-file, --plan-file or both"),
         (["{text}", "--plan-file", "a", "--channels-file", "a"], "--channels-file and --plan-file are both a"),
-        (["{text}", "--plan-file", "{text}"], "exists; give --overwrite to replace it"),
+        (["{text}", "--plan-file", "{tmp}/there"], "exists; give --overwrite to replace it"),
+        (["{text}", "--plan-file", "{text}", "--overwrite"], "text.txt, which this command reads; name another path"),
+        (["{text}", "--plan-file", "{tmp}/soft", "--overwrite"], "soft would replace"),
+        (["{text}", "--channels-file", "{tmp}/hard", "--overwrite"], "hard would replace"),
+        (["{text}", "--plan-file", "{model}/model.json", "--overwrite"], "/tiny, which this command reads; name"),
+        (
+            ["{text}", "--plan-file", "{tmp}/a", "--channels-file", "{tmp}/b/../a"],
+            "--channels-file and --plan-file are",
+        ),
         (["{text}", "--plan-file", "/", "--overwrite"], "/ exists, and is nothing that this command writes; name"),
         (["no/text.txt", "--plan-file", "a"], "no/text.txt: No such file"),
         (["{text}", "--plan-file", "a", "--num-critical", "90"], "a plan needs 186, with which there are twice"),
@@ -71,11 +79,15 @@ def test_what_calibrate_writes_generate_reads_once(
     ],
 )
 def test_a_mistake_in_calibrate_is_told_before_the_model_is_loaded(
-    arguments: list[str], message: str, tiny: str, text_file: str,
+    arguments: list[str], message: str, tiny: str, text_file: str, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.setattr(pretrained.ModelFiles, "load", None)
-    arguments = [argument.replace("{text}", text_file) for argument in arguments]
+    (tmp_path / "there").touch()
+    (tmp_path / "soft").symlink_to(text_file)
+    (tmp_path / "hard").hardlink_to(text_file)
+    for name, path in {"{text}": text_file, "{tmp}": str(tmp_path), "{model}": tiny}.items():
+        arguments = [argument.replace(name, path) for argument in arguments]
     status, out, err = call(["calibrate", "--model", tiny, *SMALL, *arguments], capsys)
     assert (status, out) == (2, "")
     assert message in err

@@ -180,6 +180,16 @@ def test_a_mistake_in_convert_is_told_before_the_model_is_loaded(
     assert not (tmp_path / "shared").exists()
 
 
+def test_convert_refuses_to_replace_what_it_reads(
+    tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "link").symlink_to(tiny)
+    for output in (tiny, str(tmp_path / "link")):
+        status, _, err = call(["convert", tiny, output, "--overwrite"], capsys)
+        assert status == 2
+        assert f"{output} would replace {tiny}, which this command reads; name another path" in err
+
+
 def test_convert_refuses_an_existing_target_before_the_model_is_loaded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

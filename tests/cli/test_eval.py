@@ -252,6 +252,10 @@ MISTAKES = {
         ["--task", "perplexity", "--data", "{data}/rain.txt", "--context", "120", "--steps", "8", "--limit", "10000"],
         "--limit 10000 must be at most",
     ),
+    "output that is an input": (
+        ["--task", "gsm8k", "--data", "{data}/questions.jsonl", "--output", "{data}/questions.jsonl"],
+        "questions.jsonl, which this command reads; name another path",
+    ),
     "output below a file": (
         ["--task", "passkey", "--data", "{data}/rain.txt", "--output", "{data}/rain.txt/new/out.jsonl"],
         "rain.txt is not a directory",

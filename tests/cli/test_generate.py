@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from command_line import SMALL, TEXT, TINY, call
 from random_weights import random_params
-from tiny_tokenizer import byte_tokenizer
+from tiny_tokenizer import LETTERS, byte_tokenizer
 
 from hshare_jax.kernels.api import describe
 from hshare_jax.models import pretrained
@@ -28,7 +28,7 @@ def test_text_goes_to_stdout_and_statistics_to_stderr(capsys: pytest.CaptureFixt
 def test_prompts_from_everywhere_form_one_json_batch(
     tiny: str, text_file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO("name a fruit."))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfname a fruit.")))
     files = ["--prompt-file", text_file, "-f", "-"]
     status, out, _ = call(["generate", "say hello.", *files, "--model", tiny, "--json", "-n", "16"], capsys)
     result = json.loads(out)
@@ -63,4 +63,15 @@ def test_a_chat_template_that_refuses_is_told(tmp_path: Path, capsys: pytest.Cap
     pretrained.save_model(pretrained.Model(TINY, random_params(TINY), tokenizer, (), "tiny", ""), tmp_path / "tiny")
     status, _, err = call(["generate", "hi", "--model", str(tmp_path / "tiny"), "--system", "be kind"], capsys)
     assert status == 2
-    assert "the chat template of tiny refuses: there is no system here; leave out --system, or give --no-chat" in err
+    assert "tiny: the chat template refuses: there is no system here; leave out --system, or give --no-chat" in err
+
+
+def test_named_chat_templates_without_a_default_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = byte_tokenizer(LETTERS)
+    tokenizer.chat_template = {"rag": "{{ messages[0].content }}", "tool_use": "a"}
+    pretrained.save_model(pretrained.Model(TINY, random_params(TINY), tokenizer, (), "tiny", ""), tmp_path / "tiny")
+    status, _, err = call(["generate", "hi", "--model", str(tmp_path / "tiny")], capsys)
+    assert status == 2
+    assert "tiny: the tokenizer has chat templates called rag, tool_use, and none is called default; call one" in err
+    assert err.endswith("give --no-chat-template\n")
+    assert call(["generate", "hi", "--model", str(tmp_path / "tiny"), "--no-chat-template", "-n", "1"], capsys)[0] == 0

@@ -1,11 +1,15 @@
 """The command line as a whole: where it prints, one line for a failure, and its help."""
 
+import io
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from command_line import call
+from command_line import TINY, call
+from random_weights import random_params
 
+from hshare_jax.cli import main as cli
 from hshare_jax.cli.main import COMMANDS
 from hshare_jax.models import pretrained
 
@@ -42,6 +46,18 @@ def test_help_lists_every_command_with_one_line(
 
 def test_version_is_that_of_the_installed_package(capsys: pytest.CaptureFixture[str]) -> None:
     assert call(["--version"], capsys) == (0, f"hshare-jax {version('hshare-jax')}\n", "")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_what_standard_output_cannot_hold_is_replaced(
+    encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = pretrained.Model(TINY, random_params(TINY), None, (), "t\u00efny", "")
+    pretrained.save_model(model, tmp_path / "model")
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding))
+    assert cli.main(["info", str(tmp_path / "model")]) == 0
+    assert written.getvalue().splitlines()[0].split()[1] == "t\u00efny".encode(encoding, "replace")
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,10 @@ MISTAKES = {
     "a file that is there": ("heads -f prompt.txt --output there.png", "there.png exists; give --overwrite"),
     "no such results": ("quality --results no.jsonl --output a.png", "--results no.jsonl: No such file"),
     "prose for results": ("quality --results prompt.txt --output a.png", "does not begin with a line that names"),
+    "prompt replaced": (
+        "plan --prompt-file there.png --output there.png --overwrite",
+        "would replace there.png, which",
+    ),
     "dense results": ("quality --results dense.jsonl --output a.png", "no line has a divergence to plot"),
     "no times": ("speed --results eval.jsonl --output a.png", "no method has both"),
 }

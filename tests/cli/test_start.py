@@ -36,6 +36,23 @@ def test_help_and_mistakes_in_options_load_nothing_slow(arguments: str) -> None:
     assert not loaded(CALL, *arguments.split(), *(["--help"] if arguments in COMMANDS else []))
 
 
+@pytest.mark.parametrize("module", ["argparse", "hshare_jax.cli.generate", "hshare_jax.models.pretrained"])
+def test_an_interrupt_of_an_import_ends_the_command_without_a_traceback(module: str) -> None:
+    code = f"""
+import sys
+class Interrupt:
+    def find_spec(name, *_):
+        if name == "{module}":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupt)
+sys.modules.pop("{module}", None)
+from hshare_jax.__main__ import main
+sys.exit(main())
+"""
+    done = subprocess.run([sys.executable, "-c", code, "generate", "a"], cwd=ROOT, text=True, capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 def test_a_name_of_the_package_is_imported_when_it_is_used() -> None:
     code = """
 import json, sys, hshare_jax

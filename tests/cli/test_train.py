@@ -82,6 +82,8 @@ def test_a_trained_model_loads_and_shares_as_told(tmp_path, start, capsys, freed
         (["--preset", "tiny", "--eval-text", "-"], "--eval-text must name files, not -"),
         (["--preset", "tiny", "--eval-text", "b.txt"], "--eval-text b.txt: No such file"),
         (["--preset", "tiny", "--batch-size", "3"], "--batch-size 3 in --accumulation-steps 1 makes micro-batches"),
+        (["--preset", "tiny", "--eval-text", "run/metrics.jsonl"], "run/metrics.jsonl would replace run/metrics.jsonl"),
+        (["--model", "run/model"], "run/model would replace run/model, which this command reads"),
         (["--preset", "tiny", "--output", "a.txt"], "a.txt is not a directory"),
         ([], "one of the arguments --model --preset --config is required"),
     ],
@@ -92,6 +94,8 @@ def test_mistakes_end_the_command_with_status_2(tmp_path, capsys, monkeypatch, m
     monkeypatch.chdir(tmp_path)
     Path("a.txt").write_text("words")
     Path("list.json").write_text("[]")
+    Path("run/model").mkdir(parents=True)
+    Path("run/metrics.jsonl").touch()
     Path("gpt2.json").write_text('{"model_type": "gpt2"}')
     status, out, err = call(["train", "--text", "a.txt", "--output", "run", *more], capsys)
     assert (status, out) == (2, "")

@@ -326,8 +326,8 @@ def test_special_tokens_are_not_added_twice():
         def decode(self, ids):
             return "<s>" if ids == [7] else ""
 
-        def encode(self, text, add_special_tokens):
-            return ([7] if add_special_tokens else []) + [len(text)]
+        def __call__(self, text, add_special_tokens):
+            return {"input_ids": ([7] if add_special_tokens else []) + [len(text)]}
 
     model = HShareLM(TINY)
     model.tokenizer = Beginning()  # pyright: ignore[reportAttributeAccessIssue]

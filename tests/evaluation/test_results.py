@@ -59,7 +59,9 @@ def test_files_of_earlier_versions_are_read(tmp_path: Path) -> None:
     [
         ([], "does not begin with a line that names the model"),
         ([{"text": "a story"}], "does not begin with a line that names the model"),
-        ([STUDY, {"kind": "text", "context": 1024}], "has a line without 'budget'"),
+        ([STUDY, {"kind": "text", "context": 1024}], "second.jsonl:2 is without 'budget'"),
+        ([STUDY, text_line("h2o", 64, 90, float("nan"))], "second.jsonl:2: divergence=nan must be finite numbers"),
+        ([EVAL | {"settings": 3}, eval_line("h2o", 0.1)], "second.jsonl: settings=3 must be an object"),
         ([STUDY | {"model": "other"}], "first.jsonl and .*second.jsonl both hold .* differ in model, tiny and other"),
         ([STUDY | {"identity": "1"}], "first.jsonl and .*second.jsonl both hold .* differ in identity, None and 1"),
         (

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from hshare_jax.errors import SettingError, check_whole, setting
 from hshare_jax.evaluation.tasks.examples import FileError
+from hshare_jax.files.texts import read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -115,9 +116,9 @@ def read_texts(paths: Sequence[Path]) -> dict[str, str]:
     texts = {}
     for path in paths:
         try:
-            texts[path.name] = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise FileError(f"{path} is not UTF-8 text (byte {error.start})") from error
+            texts[path.name] = read_text(path)
+        except ValueError as error:
+            raise FileError(str(error)) from error
     return texts
 
 

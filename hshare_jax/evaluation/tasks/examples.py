@@ -1,13 +1,13 @@
 """Examples: prompts with right answers, read from files. Bad data is named by file and line."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from hshare_jax.errors import SettingError
+from hshare_jax.files.texts import MARK, check_mark, check_text, decode_text, parse_json
 
 
 class DataError(ValueError):
@@ -49,14 +49,18 @@ def read_json_lines(
         skip_bad: skips bad lines and counts them. Otherwise the first bad line raises.
 
     Raises:
-        DataError: a bad line; FileError, a file without examples.
+        DataError: a bad line; FileError, a file without examples, or with the mark of another encoding than UTF-8.
         OSError: a file that cannot be read.
     """
     name = Path(path).name
-    with open(
-        path, "rb"
-    ) as file:  # in bytes, because text mode also ends lines at characters that JSON strings may hold
-        lines = ((f"{name}:{number}", line) for number, line in enumerate(file, 1) if line.strip())
+    # In bytes, because text mode also ends lines at characters that JSON strings may hold.
+    with open(path, "rb") as file:
+        try:
+            check_mark(file.peek(4), name)
+        except ValueError as error:
+            raise FileError(str(error)) from error
+        numbered = ((number, line.removeprefix(MARK)) for number, line in enumerate(file, 1))
+        lines = ((f"{name}:{number}", line) for number, line in numbered if line.strip())
         return gather(
             name, lines, lambda where, line: parse(where, load_json(where, line)), limit=limit, skip_bad=skip_bad
         )
@@ -101,10 +105,12 @@ def gather(
 def load_json(where: str, data: bytes) -> Any:
     """The value of a JSON text in UTF-8; DataError if the text is not one."""
     try:
-        return json.loads(data.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8: {error}") from error
-    except (ValueError, RecursionError) as error:
+        text = decode_text(data, where)
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    try:
+        return parse_json(text)
+    except ValueError as error:
         raise DataError(f"{where}: not JSON: {error}") from error
 
 
@@ -127,10 +133,7 @@ def text_at(where: str, record: dict[str, Any], key: str, *, may_be_empty: bool 
         raise DataError(f"{where}: key {key!r} must be a text; it is a {type(text).__name__}")
     if not text.strip() and not may_be_empty:
         raise DataError(f"{where}: key {key!r} is empty")
-    try:
-        text.encode("utf-8")  # JSON can spell half a character (a lone surrogate), which no tokenizer takes
-    except UnicodeEncodeError as error:
-        raise DataError(f"{where}: key {key!r} is no Unicode text: {error}") from error
+    _check_text(where, key, text)
     return text
 
 
@@ -139,4 +142,13 @@ def texts_at(where: str, record: dict[str, Any], key: str) -> tuple[str, ...]:
     texts = record[key]
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         raise DataError(f"{where}: key {key!r} must be a list of texts, at least one")
+    for text in texts:
+        _check_text(where, key, text)
     return tuple(texts)
+
+
+def _check_text(where: str, key: str, text: str) -> None:
+    try:
+        check_text(text, f"{where}: key {key!r}")
+    except ValueError as error:
+        raise DataError(str(error)) from error

@@ -97,11 +97,11 @@ class GenerationTask(Task[list[Example], Example]):
 
 def encode_prompt(tokenizer: "PreTrainedTokenizerBase", example: Example) -> list[int]:
     """Token ids of an example's prompt, in the tokenizer's chat template if the example wants one and there is one."""
-    from hshare_jax.prompts import encode_chat
+    from hshare_jax.prompts import encode_chat, tokenize
 
     if has_template(tokenizer, example):
         return encode_chat(tokenizer, [{"role": "user", "content": example.prompt}])
-    return list(tokenizer(example.prompt)["input_ids"])
+    return tokenize(tokenizer, example.prompt, name=example.id)
 
 
 def has_template(tokenizer: "PreTrainedTokenizerBase", example: Example) -> bool:

@@ -177,10 +177,12 @@ class LongBench(GenerationTask):
 
     def shorten(self, tokenizer: "PreTrainedTokenizerBase", example: Example, room: int) -> list[int]:
         """The token ids of a prompt without the middle of the text. The chat template stays whole, as published."""
+        from hshare_jax.prompts import tokenize
+
         of_template = 0
         if has_template(tokenizer, example):
             of_template = len(encode_prompt(tokenizer, dataclasses.replace(example, prompt="")))
-        text = tokenizer(example.prompt, add_special_tokens=False)["input_ids"]
+        text = tokenize(tokenizer, example.prompt, name=example.id, add_special_tokens=False)
         tokens = encode_prompt(tokenizer, example)
         # A text that is cut and encoded again may have some tokens more than were kept. Then less of it is kept.
         for kept in range(room - of_template, 1, -8):

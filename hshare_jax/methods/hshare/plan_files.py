@@ -17,6 +17,7 @@ from jaxtyping import Int
 
 from hshare_jax.errors import SettingError
 from hshare_jax.files.atomic import whole_file
+from hshare_jax.files.texts import parse_json
 from hshare_jax.methods.hshare.channels import check_channels
 from hshare_jax.methods.hshare.method import HShare
 from hshare_jax.methods.hshare.settings import HShareSettings, PlanSearch
@@ -280,7 +281,7 @@ def _origin(kind: Literal["channels", "plan"], model: Model) -> dict[str, object
 
 def _read(path: str | os.PathLike[str], kind: Literal["channels", "plan"]) -> tuple[dict[str, Any], FileOrigin]:
     try:
-        table = json.loads(Path(path).read_bytes())
+        table = parse_json(Path(path).read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(table, dict):

@@ -153,7 +153,7 @@ def test_bad_conversations_are_named_or_skipped(write, record, message):
     [
         (b"", "coqa.json: not JSON"),
         (b'{"data": [', "coqa.json: not JSON"),
-        (b'{"data": ["caf\xe9"]}', "coqa.json: not UTF-8"),
+        (b'{"data": ["caf\xe9"]}', "coqa.json is not UTF-8"),
         (b"[]", "coqa.json: must be an object"),
         (b"{}", "coqa.json: key 'data' is missing"),
         (b'{"data": {}}', "coqa.json: key 'data' must be a list; it is a dict"),

@@ -4,7 +4,15 @@ import json
 
 import pytest
 
-from hshare_jax.evaluation.tasks.examples import DataError, Example, as_record, read_json_lines, text_at, texts_at
+from hshare_jax.evaluation.tasks.examples import (
+    DataError,
+    Example,
+    FileError,
+    as_record,
+    read_json_lines,
+    text_at,
+    texts_at,
+)
 
 
 def parse(where, value):
@@ -40,7 +48,7 @@ BAD = [
     ({"question": "1?", "answer": ["1", 1]}, "key 'answer' must be a list of texts"),
     (["1?", "1"], "must be an object, with keys and values; it is a list"),
     (b'{"question": "1?", "ans', "not JSON"),
-    (b'{"question": "\\ud800", "answer": ["1"]}', "key 'question' is no Unicode text"),
+    (b'{"question": "\\ud800", "answer": ["1"]}', "key 'question' is not UTF-8 text (character 0"),
     (b'{"question": "caf\xe9", "answer": ["1"]}', "not UTF-8"),
     (b"[" * 100_000, "not JSON"),
 ]
@@ -49,7 +57,7 @@ BAD = [
 @pytest.mark.parametrize(("line", "message"), BAD)
 def test_first_bad_line_is_named(write, line, message):
     path = write(good(1), b"", line, good(2))
-    with pytest.raises(DataError, match=r"^test\.jsonl:3: ") as raised:
+    with pytest.raises(DataError, match=r"^test\.jsonl:3:? ") as raised:
         read(path)
     assert message in str(raised.value)
 
@@ -65,6 +73,21 @@ def test_blank_lines_are_ignored_but_numbered(write):
     examples, num_bad = read(write(b"", good(1), b" \r", good(2), b"", b""))
     assert [(example.id, example.prompt) for example in examples] == [("test.jsonl:2", "1?"), ("test.jsonl:4", "2?")]
     assert num_bad == 0
+
+
+def test_a_byte_order_mark_is_no_part_of_a_line(write):
+    path = write(b"\xef\xbb\xbf" + json.dumps(good(1)).encode(), good(2))
+    for skip_bad in (False, True):
+        examples, num_bad = read(path, skip_bad=skip_bad)
+        assert ([example.prompt for example in examples], num_bad) == (["1?", "2?"], 0)
+
+
+def test_a_file_in_another_encoding_is_refused_even_where_bad_lines_are_skipped(write):
+    path = write(json.dumps(good(1)).encode("utf-16"))
+    with pytest.raises(
+        FileError, match=r"test\.jsonl is not UTF-8 text \(byte 0\): it has the mark of UTF-16; convert"
+    ):
+        read(path, skip_bad=True)
 
 
 def test_a_line_ends_at_a_newline_only(write):
