@@ -39,9 +39,10 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu
 import jax
 import numpy as np
 from command_line import SMALL, TEXT, TINY
+from comparing import flipped
 from random_weights import random_params
 from result_lines import EVAL, STUDY, eval_line, speed_line, text_line, write
-from tiny_models import flipped, tiny_model, write_gguf
+from tiny_models import tiny_model, write_gguf
 from tiny_tokenizer import LETTERS, byte_tokenizer
 
 import hshare_jax
@@ -401,7 +402,7 @@ def run_case(seed: int, seeds: Seeds) -> tuple[str, str | None]:
     """Runs the case of a seed. Returns what it ended in, and what is wrong with that, or None."""
     rng = random.Random(seed)
     case = rng.choice(CASES)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # a command may write to a name like "1"
         try:
             with time_limit(LIMIT):
                 return case(rng, seeds, Path(folder)), None

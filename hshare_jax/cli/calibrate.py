@@ -21,6 +21,8 @@ from hshare_jax.cli.options import (
 
 # jax and the modules that need it are imported in the functions that run after the options have been read.
 
+_BEGINNING = b'{"hshare_jax": '  # of the files that this command writes
+
 
 def add_calibrate(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `calibrate`."""
@@ -29,7 +31,7 @@ def add_calibrate(parser: argparse.ArgumentParser) -> None:
     add_named_model(parser)
     parser.add_argument("--channels-file", type=Path, metavar="OUT", help="file that gets the label channels")
     parser.add_argument("--plan-file", type=Path, metavar="OUT", help="file that gets the plan")
-    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    parser.add_argument("--overwrite", action="store_true", help="replace earlier files of this command")
     parser.add_argument(
         "--block-length", type=whole, metavar="N",
         help="tokens that are read together (default: 2048, or more for a large budget)",
@@ -46,7 +48,7 @@ def run_calibrate(options: argparse.Namespace) -> int:
     if len(outputs) == 2 and is_same_file(*outputs):
         raise UsageError(f"--channels-file and --plan-file are both {outputs[0]}; they need a file each")
     for path in outputs:
-        check_output(path, inputs=[options.model, *options.text], overwrite=options.overwrite)
+        check_output(path, inputs=options.text, overwrite=options.overwrite, may_replace=_is_calibrated)
     texts = [read_text(name) for name in options.text]
     check_not_empty(options.text, texts)
     method = read_method(options)
@@ -70,3 +72,11 @@ def run_calibrate(options: argparse.Namespace) -> int:
         file=sys.stderr,
     )
     return 0
+
+
+def _is_calibrated(path: Path) -> bool:
+    """Whether a file begins as those that this command writes. Any other file stays as it is, a model's above all."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(_BEGINNING)) == _BEGINNING

@@ -405,8 +405,7 @@ def check_output(
 def check_not_input(path: Path, inputs: Sequence[str | Path | None]) -> None:
     """Raises UsageError if writing a path would replace something that the same command reads.
 
-    Symbolic and hard links are followed. A directory that is replaced must hold no input, and a file that is replaced
-    must not lie in the directory of a model.
+    Symbolic and hard links are followed. A directory that is replaced must hold no input.
 
     Args:
         path: the file or directory that a command will write.
@@ -414,7 +413,7 @@ def check_not_input(path: Path, inputs: Sequence[str | Path | None]) -> None:
     """
     for name in inputs:
         found = Path("/dev/stdin" if name == "-" else os.path.expanduser(name or ""))
-        if name and path.exists() and found.exists() and (_lies_in(found, path) or _lies_in(path, found)):
+        if name and path.exists() and found.exists() and _lies_in(found, path):
             raise UsageError(f"{path} would replace {name}, which this command reads; name another path")
 
 

@@ -62,10 +62,13 @@ def test_what_calibrate_writes_generate_reads_once(
         (["{text}"], "nothing to write: give --channels-file, --plan-file or both"),
         (["{text}", "--plan-file", "a", "--channels-file", "a"], "--channels-file and --plan-file are both a"),
         (["{text}", "--plan-file", "{tmp}/there"], "exists; give --overwrite to replace it"),
-        (["{text}", "--plan-file", "{text}", "--overwrite"], "text.txt, which this command reads; name another path"),
-        (["{text}", "--plan-file", "{tmp}/soft", "--overwrite"], "soft would replace"),
-        (["{text}", "--channels-file", "{tmp}/hard", "--overwrite"], "hard would replace"),
-        (["{text}", "--plan-file", "{model}/model.json", "--overwrite"], "/tiny, which this command reads; name"),
+        (
+            ["{text}", "--plan-file", "{text}", "--overwrite"],
+            "text.txt exists, and is nothing that",
+        ),
+        (["{text}", "--plan-file", "{tmp}/soft", "--overwrite"], "soft exists, and is nothing that"),
+        (["{text}", "--channels-file", "{tmp}/hard", "--overwrite"], "hard exists, and is nothing that"),
+        (["{text}", "--plan-file", "{model}/model.json", "--overwrite"], "model.json exists, and is nothing that"),
         (
             ["{text}", "--plan-file", "{tmp}/a", "--channels-file", "{tmp}/b/../a"],
             "--channels-file and --plan-file are",
@@ -83,7 +86,7 @@ def test_a_mistake_in_calibrate_is_told_before_the_model_is_loaded(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.setattr(pretrained.ModelFiles, "load", None)
-    (tmp_path / "there").touch()
+    (tmp_path / "there").write_text('{"hshare_jax": {"kind": "plan"}}')
     (tmp_path / "soft").symlink_to(text_file)
     (tmp_path / "hard").hardlink_to(text_file)
     for name, path in {"{text}": text_file, "{tmp}": str(tmp_path), "{model}": tiny}.items():
