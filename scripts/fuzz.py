@@ -33,13 +33,12 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Programs run for microseconds here, so they are compiled quickly rather than well.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
 
 import jax
 import numpy as np
 from command_line import SMALL, TEXT, TINY
 from comparing import flipped
+from quick_compile import compile_quickly
 from random_weights import random_params
 from result_lines import EVAL, STUDY, eval_line, speed_line, text_line, write
 from tiny_models import tiny_model, write_gguf
@@ -53,6 +52,7 @@ from hshare_jax.methods.names import METHODS
 from hshare_jax.methods.registry import method_named
 from hshare_jax.models.pretrained import Model
 
+compile_quickly()
 LIMIT = 300  # seconds of one case; the first case of a method compiles, and other work may slow the machine down
 NEW = 6  # most new tokens of an answer that is compared
 FLAT = HShareSettings(num_sinks=2, num_critical=16, num_recent=6, label_channels=4, min_length=0)

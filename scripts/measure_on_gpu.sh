@@ -22,7 +22,7 @@ if [[ ${1:-} == --toy ]]; then
   shift
   export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
   # The interpreter's many small programs run for microseconds each, so they are compiled without optimisation.
-  export XLA_FLAGS="${XLA_FLAGS:-} --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+  export XLA_FLAGS=${XLA_FLAGS---xla_backend_optimization_level=0}
 fi
 out=${1:-measured-$(date +%Y-%m-%d-%H%M%S)}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-2}

@@ -4,15 +4,14 @@ import os
 
 # Set before jax is imported. On the CPU the tests are the same on every machine.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# The tests compile thousands of small programs, and each runs for microseconds. Without LLVM's optimisation they take
-# half the time, and with XLA's older way to write loops two thirds of that. With XLA_FLAGS= (empty) programs are
-# compiled as users' programs are.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
 
 import hypothesis
 import jax
 import jaxtyping
 import pytest
+from quick_compile import compile_quickly
+
+compile_quickly()  # with XLA_FLAGS= (empty) programs are compiled as users' programs are
 
 # Accidental broadcasting is the commonest silent error in attention code, so ranks must be matched in writing.
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -3,7 +3,6 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -184,6 +183,7 @@ BANDS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
     ],
 )
 def test_angles_are_those_of_transformers(fields):
+    torch = pytest.importorskip("torch", reason="the extra 'torch' is not installed")
     # As config.json gives the fields, and as the class of transformers hands them on.
     theirs = transformers.LlamaConfig(**{**LLAMA, "max_position_embeddings": 128, "rope_theta": 100.0, **fields})
     handed_on = theirs.to_dict()  # before the next line, which changes it

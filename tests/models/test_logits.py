@@ -65,6 +65,7 @@ def test_no_two_cases_of_the_fixtures_agree():
 
 @pytest.mark.parametrize("name", CASES)
 def test_logits_equal_transformers_at_every_position(name):
+    pytest.importorskip("torch", reason="the extra 'torch' is not installed")
     model = transformers_model(name)
     tokens = np.random.default_rng(11).integers(0, VOCAB_SIZE, NUM_TOKENS)
     logits = logits_of_all_positions(config_from_hf(model.config.to_dict()), tokens)
@@ -87,6 +88,7 @@ COVERING = double_sparsity(HShareSettings(num_critical=120, min_length=0))
     ],
 )
 def test_prefill_and_decode_equal_transformers(name, method):
+    pytest.importorskip("torch", reason="the extra 'torch' is not installed")
     model = transformers_model(name)
     config = config_from_hf(model.config.to_dict())
     params = random_params(config)

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 
 import jax
 from jax.stages import Compiled, Lowered
+from quick_compile import AS_FOR_USERS
 
 
 def compile_for_users(lowered: Lowered) -> Compiled:
     """The program as users compile it. The tests' own flags (conftest.py) fuse less, and so copy more."""
-    return lowered.compile({"xla_cpu_use_fusion_emitters": True})
+    return lowered.compile(AS_FOR_USERS)
 
 
 def count_copies(text: str, buffers: Sequence[jax.Array]) -> int:
