@@ -8,7 +8,9 @@ import os
 from importlib.metadata import version
 
 _OLD_LOOPS = version("jax").startswith(("0.10.", "0.11."))
-AS_FOR_USERS = {"xla_cpu_use_fusion_emitters": True} if _OLD_LOOPS else {}  # options of a program that tests look into
+AS_FOR_USERS: dict[str, str | bool] = (
+    {"xla_cpu_use_fusion_emitters": True} if _OLD_LOOPS else {}
+)  # options of a program that tests look into
 
 
 def compile_quickly() -> None:
