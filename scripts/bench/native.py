@@ -2,7 +2,7 @@
 
 Each line is all layers of one kind of work in SmolLM2-135M's shape, as one program. Attention and selection run on
 random keys, through random lists of 432 tokens beside 80 first and last ones; projections have the model's own 4-bit
-weights. The last column is the time that reading the bytes would take, as a share of the time.
+weights. The last column is the time that reading the bytes would take, as a share of the time. All lines take turns.
 
     python -m scripts.bench.native --batch 8 --context 4096
 """
@@ -24,21 +24,21 @@ from hshare_jax.kernels.block_weights import BlockWeights
 from hshare_jax.kernels.labels import label_query, make_labels
 from hshare_jax.models.pretrained import load_model
 from scripts.bench.gpu_timing import command
-from scripts.bench.step_bytes import read_bandwidth
 
 LAYERS = 10  # different caches, so that none stays in the CPU's; times are scaled to the model's layers
 NUM_SINKS, NUM_CRITICAL, NUM_RECENT = 16, 432, 64
 ROUNDS = 9
 
 
-def seconds_of(run: Callable, *arrays: object) -> float:
-    """The median of several calls after the first, which compiles."""
-    compiled, times = jax.jit(run), []
+def time_in_turns(sides: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """The median seconds of each side. The sides take turns, so that a slow moment of the machine meets them alike."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(ROUNDS + 1):
-        began = time.perf_counter()
-        jax.block_until_ready(compiled(*arrays))
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[1:])
+        for name, run in sides.items():
+            began = time.perf_counter()
+            jax.block_until_ready(run())
+            times[name].append(time.perf_counter() - began)
+    return {name: statistics.median(of_side[1:]) for name, of_side in times.items()}  # the first turn compiles
 
 
 def main() -> None:
@@ -50,7 +50,7 @@ def main() -> None:
     options = parser.parse_args()
     B, S, impl = options.batch, options.context, options.impl
     model = load_model("smollm2-135m-instruct", quantize="stored")
-    config, bandwidth = model.config, read_bandwidth()
+    config = model.config
     N, K, H, L = config.num_heads, config.num_kv_heads, config.head_dim, config.num_layers
     key, rng = jax.random.key(0), np.random.default_rng(0)
     keys, values = (
@@ -87,22 +87,26 @@ def main() -> None:
     per_layer, scale = 2 * B * K * H * 4, L / LAYERS
     label_bytes = L * sum(leaf.nbytes for leaf in jax.tree.leaves(labels[0]))
     weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(matrices))
-    rows = {
-        "dense attention": (scale * seconds_of(dense, keys, values), L * per_layer * S),
+    memory = jnp.ones((128 * 2**20,), jnp.float32)  # far larger than the caches
+    sides = {
+        "reading memory": (jax.jit(jnp.sum), (memory,), 1, memory.nbytes),
+        "dense attention": (jax.jit(dense), (keys, values), scale, L * per_layer * S),
         f"attention through lists, {read} tokens": (
-            scale * seconds_of(through_lists, keys, values),
-            L * per_layer * read,
+            jax.jit(through_lists), (keys, values), scale, L * per_layer * read,
         ),
-        "choice of all lists": (scale * seconds_of(choose, lists, labels), label_bytes),
-        "projections and logits": (seconds_of(project, matrices), weight_bytes),
-    }
+        "choice of all lists": (jax.jit(choose), (lists, labels), scale, label_bytes),
+        "projections and logits": (jax.jit(project), (matrices,), 1, weight_bytes),
+    }  # fmt: skip
+    seconds = time_in_turns({name: functools.partial(run, *arrays) for name, (run, arrays, *_) in sides.items()})
+    bandwidth = memory.nbytes / seconds["reading memory"]
     print(
         f"{date.today()}, {jax.devices()[0].device_kind}, {api.describe(impl)}, jax {jax.__version__}, Python "
         f"{platform.python_version()}; batch {B}, {S} tokens; read bandwidth {bandwidth / 1e9:.1f} GB/s\n\n"
         f"    {command()}\n\n| work of one step | time | bytes | share of bandwidth |\n|---|---|---|---|"
     )
-    for name, (seconds, size) in rows.items():
-        print(f"| {name} | {seconds * 1e3:.1f} ms | {size / 1e6:.0f} MB | {size / seconds / bandwidth:.0%} |")
+    for name, (_, _, factor, size) in sides.items():
+        took = factor * seconds[name]
+        print(f"| {name} | {took * 1e3:.1f} ms | {size / 1e6:.0f} MB | {size / took / bandwidth:.0%} |")
 
 
 def _is_blocks(leaf: object) -> bool:
