@@ -228,7 +228,7 @@ class _Run:
         with tqdm(total=tokens.shape[1], desc="prefill", unit="token", leave=False, disable=None) as bar:
             logits, state = prefill(
                 model.params, jnp.asarray(tokens), jnp.asarray(lengths), state,
-                config=model.config, method=self._options.method, progress=bar.update,
+                config=model.config, method=self._options.method, progress=bar.update, impl=self._options.impl,
             )  # fmt: skip
         seen = None
         if sampling.repetition_penalty != 1.0:
@@ -258,8 +258,9 @@ class _Run:
         last = [text[max(end - REFIT_TOKENS, 0) : end] for text, end in zip(texts, lengths.tolist(), strict=True)]
         tokens, sizes = pad_prompts(last)
         state = refit(
-            model.params, jnp.asarray(tokens), jnp.asarray(sizes), loop.state, config=model.config, method=method
-        )
+            model.params, jnp.asarray(tokens), jnp.asarray(sizes), loop.state,
+            config=model.config, method=method, impl=self._options.impl,
+        )  # fmt: skip
         # One pass over the cache serves all tokens that are read once more.
         reads = jnp.where(loop.is_active, count_dense(state.cache, model.config).mean(axis=0), 0)
         return dataclasses.replace(loop, state=state, reads=loop.reads + reads)

@@ -36,6 +36,7 @@ def prefill(
     config: ModelConfig,
     method: Method | None = None,
     progress: Callable[[int], object] | None = None,
+    impl: str = "auto",
 ) -> tuple[Logits, DecodeState]:
     """Reads prompts into the state, and gives float32 logits after each row's last token [B, V].
 
@@ -52,6 +53,8 @@ def prefill(
         method: the method that `init_state` was given.
         progress: called with the tokens per row of each chunk, once the chunk is computed. It makes the host wait, and
             cannot be used under jit.
+        impl: which implementation computes projections, and what the method finds, as for `decode_step`. Attention is
+            cuDNN's or plain jnp.
 
     Raises:
         ValueError: shapes that disagree, a state of another method, or rows that outgrow the capacity. Where lengths
@@ -74,13 +77,20 @@ def prefill(
     if not any(isinstance(array, Tracer) for array in (cache.lengths, lengths)):
         _check_lengths(lengths, cache.lengths, T, cache.capacity, config.max_positions)
     fits = (lengths >= 1) & (cache.lengths + lengths <= min(cache.capacity, config.max_positions))
-    hidden, state = _read(params, tokens, lengths, state, config=config, method=method, progress=progress)
-    logits = _unembed(params, hidden, config=config)
+    hidden, state = _read(params, tokens, lengths, state, config=config, method=method, progress=progress, impl=impl)
+    logits = _unembed(params, hidden, config=config, impl=impl)
     return jnp.where(fits[:, None], logits, jnp.nan), state
 
 
 def refit(
-    params: dict, tokens: Tokens, lengths: PerRow, state: DecodeState, *, config: ModelConfig, method: Method
+    params: dict,
+    tokens: Tokens,
+    lengths: PerRow,
+    state: DecodeState,
+    *,
+    config: ModelConfig,
+    method: Method,
+    impl: str = "auto",
 ) -> DecodeState:
     """The state with what a method found from the prompt found anew, from each row's last tokens, read once more.
 
@@ -97,6 +107,7 @@ def refit(
         state: from decode steps.
         config: the model.
         method: the method that `init_state` was given.
+        impl: as for `prefill`.
 
     Raises:
         ValueError: shapes that disagree.
@@ -106,7 +117,7 @@ def refit(
     check_rows("lengths", lengths, (B,), jnp.integer)
     cache = dataclasses.replace(state.cache, lengths=state.cache.lengths - lengths)
     state = DecodeState(cache, state.method_state)
-    return _read(params, tokens, lengths, state, config=config, method=method)[1]
+    return _read(params, tokens, lengths, state, config=config, method=method, impl=impl)[1]
 
 
 def _read(
@@ -118,6 +129,7 @@ def _read(
     config: ModelConfig,
     method: Method | None,
     progress: Callable[[int], object] | None = None,
+    impl: str,
 ) -> tuple[Array, DecodeState]:
     """The hidden state after each row's last token [B, D], and the state with what the method found from the tokens."""
     cache, method_state = state.cache, state.method_state
@@ -125,10 +137,10 @@ def _read(
     positions = None if method is None else method.probe_positions(starts, starts + lengths, T)
     hidden, cache, queries = read_prompt(
         params, tokens, lengths, cache, positions,
-        sums_received=method is not None and method.wants_received, config=config, progress=progress,
+        sums_received=method is not None and method.wants_received, config=config, progress=progress, impl=impl,
     )  # fmt: skip
     if method is not None and queries is not None:
-        method_state = method.after_prefill(method_state, queries, cache, config)
+        method_state = method.after_prefill(method_state, queries, cache, config, impl=impl)
     return hidden, DecodeState(cache, method_state)
 
 
@@ -142,11 +154,12 @@ def read_prompt(
     config: ModelConfig,
     sums_received: bool = False,
     progress: Callable[[int], object] | None = None,
+    impl: str = "auto",
 ) -> tuple[Array, KVCache, PromptQueries | None]:
     """Reads prompts into the cache: the hidden state after each row's last token [B, D], the cache, the kept queries.
 
     Args:
-        params, tokens, lengths, config, progress: as for `prefill`, which checks them.
+        params, tokens, lengths, config, progress, impl: as for `prefill`, which checks them.
         cache: donated.
         positions: of the queries that are kept; -1, or the capacity, where a row has none. None keeps nothing.
         sums_received: whether to add up the attention that each slot receives.
@@ -168,7 +181,7 @@ def read_prompt(
     offset = 0
     for width in widths:
         chunk, num_new = padded[:, offset : offset + width], jnp.clip(lengths - offset, 0, width)
-        hidden, cache, kept = _prefill_chunk(params, chunk, num_new, hidden, cache, kept, config=config)
+        hidden, cache, kept = _prefill_chunk(params, chunk, num_new, hidden, cache, kept, config=config, impl=impl)
         offset += width
         if progress is not None:
             hidden.block_until_ready()
@@ -197,7 +210,7 @@ def _check_lengths(lengths: Array, starts: Array, num_tokens: int, capacity: int
             )
 
 
-@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("hidden", "cache", "kept"))
+@functools.partial(jax.jit, static_argnames=("config", "impl"), donate_argnames=("hidden", "cache", "kept"))
 def _prefill_chunk(
     params: dict,
     tokens: Array,
@@ -207,6 +220,7 @@ def _prefill_chunk(
     kept: PromptQueries | None,
     *,
     config: ModelConfig,
+    impl: str,
 ) -> tuple[Array, KVCache, PromptQueries | None]:
     """Appends the first `num_new` [B] of these tokens [B, T] to each row.
 
@@ -217,10 +231,13 @@ def _prefill_chunk(
     positions = starts[:, None] + index
     slots = jnp.where(index < num_new[:, None], positions, cache.capacity)
     attend = prefill_attend(config, slots, starts)
-    out, (cache, kept) = run_decoder(params, tokens, positions, attend, (cache, kept), config=config, project=project)
+    how = {"config": config, "project": functools.partial(project, impl=impl)}
+    out, (cache, kept) = run_decoder(params, tokens, positions, attend, (cache, kept), **how)
     last = jnp.take_along_axis(out, jnp.maximum(num_new - 1, 0)[:, None, None], axis=1)[:, 0]
     hidden = jnp.where((num_new > 0)[:, None], last, hidden)
     return hidden, dataclasses.replace(cache, lengths=starts + num_new), kept
 
 
-_unembed = jax.jit(functools.partial(unembed, project=project), static_argnames=("config",))
+@functools.partial(jax.jit, static_argnames=("config", "impl"))
+def _unembed(params: dict, hidden: Array, *, config: ModelConfig, impl: str) -> Array:
+    return unembed(params, hidden, config=config, project=functools.partial(project, impl=impl))

@@ -131,7 +131,8 @@ def encode_chat(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Mapping
     from jinja2 import TemplateError
 
     for index, message in enumerate(messages):
-        check_text(message["content"], f"messages[{index}]")
+        if isinstance(content := message.get("content"), str):  # else parts, or nothing beside calls of tools
+            check_text(content, f"messages[{index}]")
     templates = tokenizer.chat_template
     if isinstance(templates, dict) and "default" not in templates:
         raise ValueError(

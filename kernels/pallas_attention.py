@@ -24,7 +24,7 @@ from hshare_jax.kernels.tail import MAX_FEATURE, Tail
 from hshare_jax.kernels.tiling import Tiles, attention_tiles
 from hshare_jax.shapes import EMPTY, Lists, Source
 
-__all__ = ["dense_decode", "sparse_decode", "split_decode"]  # the last runs once a prompt, and is left to XLA
+__all__ = ["dense_decode", "sparse_decode", "split_decode"]  # the last serves prompts alone: left to XLA
 
 LOG2_E = math.log2(math.e)  # the kernels use exp2, which the hardware has
 

@@ -78,6 +78,8 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
     path = Path(path)
     file = _read_file(path)
     count = file.metadata.get("split.count", 1)
+    if not isinstance(count, int):
+        raise CheckpointError(f"{path}: metadata split.count is {count!r}; it must be a whole number")
     if count in (0, 1):
         return file
     match = _PART.fullmatch(path.name)
@@ -89,10 +91,10 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
     paths = [path.with_name(f"{match['name']}-{part:05}-of-{count:05}{path.suffix}") for part in range(1, count + 1)]
     if lost := [part for part in paths if not part.is_file()]:
         raise FileNotFoundError(f"{lost[0]} is missing: {path} is one of {count} parts, which must lie together")
-    return _join(path, [_read_file(part) for part in paths])
+    return _join([file if part == path else _read_file(part) for part in paths])
 
 
-def _join(path: Path, parts: list[GGUFFile]) -> GGUFFile:
+def _join(parts: list[GGUFFile]) -> GGUFFile:
     """The file whose parts these are. Raises CheckpointError if they do not belong together."""
     tensors: dict[str, GGUFTensor] = {}
     for number, part in enumerate(parts):

@@ -54,7 +54,7 @@ _RULES = {
     **dict.fromkeys(
         ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral"), _Rule((_LLAMA3,), has_whole_words=True, begins=True)
     ),
-    "smaug-bpe": _Rule((_LLAMA3,)),
+    **dict.fromkeys(("smaug-bpe", "dbrx"), _Rule((_LLAMA3,))),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _Rule((_QWEN2,), is_nfc=True)),
     "tekken": _Rule((_TEKKEN,), has_whole_words=True, begins=True),
     **dict.fromkeys(("gpt-4o", "llama4"), _Rule((_GPT4O,))),

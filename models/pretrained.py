@@ -309,9 +309,9 @@ def _check_tokenizer(tokenizer: "PreTrainedTokenizerBase", name: str) -> None:
         from transformers import __version__
 
         raise CheckpointError(
-            f"the tokenizer of {name} gives {_SAMPLE!r} back as {found!r}: its rules do not suit its tokens, as where "
-            f"transformers before 5.22 reads it (this is {__version__}); install 5.22 or later, and convert a "
-            "converted model again"
+            f"the tokenizer of {name} gives {_SAMPLE!r} back as {found!r}, so its rules do not suit its tokens: take "
+            "the tokenizer.json that the model was published with. transformers before 5.22 spoils some tokenizers, "
+            f"also those saved with a converted model (this is {__version__}); convert such a model again"
         )
 
 

@@ -6,7 +6,7 @@
 #   TESTS=tests/cli bash scripts/check_install.sh python3.12   these tests; without it, all
 #
 # Each Python gets a fresh virtual environment in a temporary folder, without torch. The tests that need torch are
-# skipped there. The tests import the installed wheel, not the checkout.
+# skipped there. The tests import the installed wheel, not the checkout; those of scripts/ alone import the checkout.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [[ $# -gt 0 ]] || { sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2; }
@@ -35,7 +35,8 @@ for python in "$@"; do
     cd "$work"
     "$own/hshare-jax" info
     "$own/hshare-jax" generate "Name the primary colours." --max-new-tokens 16
-    # -P keeps the checkout, in whose folder pytest would otherwise look for the package, off the import path.
-    "$own/python" -P -m pytest -q -n 2 --dist loadfile -c "$root/pyproject.toml" --rootdir "$root" "$root/${TESTS:-tests}"
+    # Keeps the current folder, which may be the checkout, off the import path, also in the tests' own processes.
+    export PYTHONSAFEPATH=1
+    "$own/python" -m pytest -q -n 2 --dist loadfile -c "$root/pyproject.toml" --rootdir "$root" "$root/${TESTS:-tests}"
   )
 done

@@ -76,14 +76,14 @@ section "ruff check"
 pytest=("$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@")
 section "pytest, and beside it pyright and programs compiled for an H200"
 "$python" -m pyright --pythonpath "$python" &
-checks=($!)
+checks=("$! pyright")
 if ! $quick && [[ $(uname -s) == Linux ]]; then  # the CUDA compiler's wheels are for Linux alone; no GPU is needed
   bash scripts/check_h200_compile.sh "$python" &
-  checks+=($!)
+  checks+=("$! compiling for an H200")
 fi
 "${pytest[@]}" && passed=true || passed=false
 for check in "${checks[@]}"; do
-  wait "$check" || passed=false
+  wait "${check%% *}" || { passed=false; section "failed: ${check#* }"; }
 done
 section "done"
 $passed

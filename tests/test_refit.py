@@ -3,23 +3,27 @@
 import dataclasses
 import importlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from decoding import SAME, decode, lists_of, shared_of, start
 from tiny_decoder import CAPACITY, HSHARE, LENGTHS, MODEL, TAILED, oracle_rows, params, prefill_rows, random_rows, vary
 
-from hshare_jax.decode_state import count_reads
+from hshare_jax.decode_state import count_reads, init_state
 from hshare_jax.decode_step import decode_step
 from hshare_jax.errors import SettingError
 from hshare_jax.evaluation.recall import measure_recall, recall_of, without_recall
 from hshare_jax.evaluation.teacher_forcing import score_steps, score_text
 from hshare_jax.generate import generate
+from hshare_jax.kernels import native_library
+from hshare_jax.kernels.masked_softmax import MASKED
+from hshare_jax.kernels.tail import HIGH
 from hshare_jax.methods import exact_topk
 from hshare_jax.methods.hshare.method import HShare
 from hshare_jax.methods.hshare.settings import REFIT_TOKENS, PlanSearch
 from hshare_jax.models.pretrained import Model
-from hshare_jax.prefill import refit
+from hshare_jax.prefill import prefill, refit
 from hshare_jax.prompts import pad_prompts
 
 F32 = 1e-4  # absolute, against float64
@@ -135,3 +139,20 @@ def test_methods_that_find_nothing_from_a_prompt_ask_for_no_refit():
     assert OFTEN.with_settings({"refit_interval": None}).refit_interval is None
     with pytest.raises(SettingError, match="refit_interval=63 must be at least 64"):
         PlanSearch(refit_interval=63)
+
+
+@pytest.mark.skipif(native_library.obstacle() is not None, reason=f"the native library {native_library.obstacle()}")
+def test_with_the_reference_no_native_kernel_reads_a_prompt(monkeypatch):
+    def refuse(name, *_, **how):
+        raise AssertionError(name)
+
+    monkeypatch.setattr(jax.ffi, "ffi_call", refuse)
+    method = vary(TAILED, num_critical=5)  # of which nothing is compiled yet
+    tokens, sizes = jnp.ones((1, 48), jnp.int32), jnp.asarray([48])
+    how = {"config": SHALLOW, "method": method}
+    state = init_state(SHALLOW, 1, 64, method=method)
+    _, state = prefill(params(SHALLOW), tokens, sizes, state, **how, impl="reference")
+    state = refit(params(SHALLOW), tokens, sizes, state, **how, impl="reference")
+    assert (terms_of(state)[..., HIGH] > MASKED).any()
+    with pytest.raises(AssertionError, match="hshare_"):
+        refit(params(SHALLOW), tokens, sizes, state, **how)

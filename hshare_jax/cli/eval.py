@@ -161,8 +161,9 @@ def _check_files(options: argparse.Namespace, task: Task) -> None:
     inputs = [*options.data, *files]  # and not the model: `Records` adds to files of results alone
     if not options.output.exists():
         check_output(options.output, inputs=inputs, overwrite=False)
+        return
     check_not_input(options.output, inputs)
-    if options.output.exists() and not os.access(options.output, os.W_OK):  # a run is resumed from a file that exists
+    if not os.access(options.output, os.W_OK):  # a run is resumed from a file that exists
         raise UsageError(f"--output {options.output} cannot be written: no permission")
 
 

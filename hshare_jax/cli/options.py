@@ -171,9 +171,9 @@ def add_impl(parser: argparse.ArgumentParser) -> None:
     """Adds --impl, with the names of the table of implementations."""
     parser.add_argument(
         "--impl", choices=IMPLS, default="auto", metavar="NAME",
-        help="what computes decode steps: auto (default) takes Pallas kernels on an NVIDIA GPU, native kernels on a "
-        "CPU where they are compiled, else plain jnp; or pallas, native, reference (plain jnp), or interpret (Pallas' "
-        "kernels without a GPU, slowly)",
+        help="what computes decode steps, and what they need of the prompt: auto (default) takes Pallas kernels on an "
+        "NVIDIA GPU, native kernels on a CPU where they are compiled, else plain jnp; or pallas, native, reference "
+        "(plain jnp), or interpret (Pallas' kernels without a GPU, slowly)",
     )  # fmt: skip
 
 
@@ -403,9 +403,7 @@ def check_output(
 
 
 def check_not_input(path: Path, inputs: Sequence[str | Path | None]) -> None:
-    """Raises UsageError if writing a path would replace something that the same command reads.
-
-    Symbolic and hard links are followed. A directory that is replaced must hold no input.
+    """Raises UsageError if a path is a file or a model that the same command reads. Links of all kinds are followed.
 
     Args:
         path: the file or directory that a command will write.
@@ -413,13 +411,8 @@ def check_not_input(path: Path, inputs: Sequence[str | Path | None]) -> None:
     """
     for name in inputs:
         found = Path("/dev/stdin" if name == "-" else os.path.expanduser(name or ""))
-        if name and path.exists() and found.exists() and _lies_in(found, path):
+        if name and path.exists() and found.exists() and path.samefile(found):
             raise UsageError(f"{path} would replace {name}, which this command reads; name another path")
-
-
-def _lies_in(path: Path, directory: Path) -> bool:
-    """Whether a path is the same file as another one, or lies below that one."""
-    return any(place.samefile(directory) for place in (path, *path.resolve().parents) if place.exists())
 
 
 def is_same_file(one: Path, other: Path) -> bool:

@@ -45,6 +45,8 @@ def whole_directory(path: Path, *, parts: Collection[str] = (), overwrite: bool 
             directory there that is not empty is an OSError.
     """
     path = path.resolve() if path.is_symlink() else path
+    if overwrite and path.exists():
+        _check_one_device(path)
     with _draft(path) as draft:
         draft.mkdir()
         yield draft
@@ -58,13 +60,24 @@ def whole_directory(path: Path, *, parts: Collection[str] = (), overwrite: bool 
         _flush_names(path.parent)
 
 
+def _check_one_device(directory: Path) -> None:
+    """Raises OSError if another file system is mounted below a directory, because its files cannot stay in place."""
+    for folder, _, _ in os.walk(directory):
+        if os.stat(folder).st_dev != directory.stat().st_dev:
+            raise OSError(errno.EXDEV, "is another file system; unmount it, or write to another directory", folder)
+
+
 def _link_all_but(names: Collection[str], directory: Path, other: Path) -> None:
     """Gives the files below `directory` a second name below `other`, except those in `names` and the folders in it."""
 
     def left_out(folder: str, _: list[str]) -> Collection[str]:
         return names if Path(folder) == directory else ()
 
-    shutil.copytree(directory, other, symlinks=True, ignore=left_out, copy_function=_link, dirs_exist_ok=True)
+    try:
+        shutil.copytree(directory, other, symlinks=True, ignore=left_out, copy_function=_link, dirs_exist_ok=True)
+    except shutil.Error as error:
+        file, _, reason = error.args[0][0]
+        raise OSError(errno.EIO, f"cannot be kept beside what is written: {reason}", file) from error
     for folder, _, _ in os.walk(other):
         _flush_names(Path(folder))
 
@@ -75,6 +88,8 @@ def _link(file: str, other: str) -> None:
         os.link(file, other)
     except OSError:
         shutil.copy2(file, other)
+        with open(other, "rb") as copy:
+            os.fsync(copy.fileno())
 
 
 def _exchange(draft: Path, path: Path) -> None:

@@ -141,7 +141,14 @@ class Method(Protocol):
         ...
 
     def after_prefill(
-        self, state: Any, queries: PromptQueries, cache: KVCache, config: ModelConfig, *, memo: dict | None = None
+        self,
+        state: Any,
+        queries: PromptQueries,
+        cache: KVCache,
+        config: ModelConfig,
+        *,
+        memo: dict | None = None,
+        impl: str = "auto",
     ) -> MethodState:
         """The state that decoding starts from, found from the prompts.
 
@@ -152,6 +159,7 @@ class Method(Protocol):
             config: the model.
             memo: a dict that a caller keeps while it starts several methods on the same prompts. A method may store
                 results there that a variant of the method can use again. None stores nothing.
+            impl: which implementation computes selection and attention, as `kernels.api` describes it.
         """
         ...
 

@@ -140,6 +140,7 @@ class ListMethod:
         config: ModelConfig,
         *,
         memo: dict | None = None,
+        impl: str = "auto",
     ) -> "ListState":
         """Lists and memory of the prompts; arguments as for `Method.after_prefill`."""
         recent_start = self.recent_start(cache.lengths, cache.lengths)

@@ -4,7 +4,7 @@ import argparse
 import importlib.util
 import os
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -172,3 +172,25 @@ def test_a_command_is_the_one_given_with_paths_by_their_names(
     assert reports.command(options) == f"python {words}"
     monkeypatch.setenv("XLA_FLAGS", "--a=false --b=1")
     assert reports.command(options) == f"XLA_FLAGS='--a=false --b=1' python {words}"
+
+
+def test_a_directory_with_another_file_system_below_it_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with whole_directory(tmp_path / "a", parts=["b"]) as draft:
+        (draft / "b").write_text("one")
+    (tmp_path / "a" / "mounted").mkdir()
+    whole = os.stat
+
+    def stat(path: Path | str, **how: bool) -> object:
+        found = whole(path, **how)
+        is_mounted = os.fspath(path).endswith("mounted")
+        return SimpleNamespace(st_dev=found.st_dev + 1) if is_mounted else found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", stat)
+        replaced = whole_directory(tmp_path / "a", parts=["b"], overwrite=True)
+        with pytest.raises(OSError, match="is another file system") as caught, replaced:
+            pytest.fail("the directory may not be replaced")
+    assert caught.value.filename == str(tmp_path / "a" / "mounted")
+    assert (tmp_path / "a" / "b").read_text() == "one"

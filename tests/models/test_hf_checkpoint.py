@@ -286,7 +286,7 @@ LLAMA_RULES = {
 def test_a_tokenizer_whose_rules_do_not_suit_its_tokens_is_refused(tmp_path, llama, tokenizer, found):
     directory = write_all(tmp_path / "model", read_all(llama[0]))
     tokenizer.save_pretrained(directory)
-    message = rf"the tokenizer of model gives 'one two\\nthree caf\u00e9' back as '{found}\S*: .* install 5.22 or later"
+    message = rf"the tokenizer of model gives 'one two\\nthree caf\u00e9' back as '{found}\S*, so .* before 5.22 spoils"
     with pytest.raises(CheckpointError, match=message):
         open_model(directory)
 

@@ -183,6 +183,7 @@ class HShare:
         config: ModelConfig,
         *,
         memo: dict[Any, Any] | None = None,
+        impl: str = "auto",
     ) -> SharedLists:
         """The lists with labels and tails, and with channels and a plan, unless these are known beforehand.
 
@@ -190,6 +191,7 @@ class HShare:
             state, queries, cache, config: as for `Method.after_prefill`. The state may be donated.
             memo: keeps what does not depend on how many lists are shared: labels, similarity, the probes' lists. It
                 holds only the last ones, because labels are large.
+            impl: as for `Method.after_prefill`.
         """
         settings, search = self.settings, self.search
         finds_plan = self.plan is None and search.shares_lists(settings, config)
@@ -197,7 +199,7 @@ class HShare:
         key = settings, similarity, search.num_probes, self.plan, self.channels
         found = None if memo is None else memo.get(key)
         if found is None:
-            found = measure_prompt(state, queries, cache, config=config, similarity=similarity)
+            found = measure_prompt(state, queries, cache, config=config, similarity=similarity, impl=impl)
         lists = found.lists
         if memo is not None:
             memo.clear()
@@ -209,7 +211,7 @@ class HShare:
             lists = dataclasses.replace(lists, source=source)
         if settings.tail is None:
             return lists
-        return dataclasses.replace(lists, tails=_fit_tails(lists, found.listed, queries, cache, config))
+        return dataclasses.replace(lists, tails=_fit_tails(lists, found.listed, queries, cache, config, impl))
 
 
 def _as_tuples(values: Any) -> Any:
@@ -260,7 +262,7 @@ class MeasuredPrompt(NamedTuple):
     listed: Int[Array, "P L B J C"] | None  # the lists that the probes choose; None if no tail is to be fitted
 
 
-@functools.partial(jax.jit, static_argnames=("config", "similarity"), donate_argnames=("lists",))
+@functools.partial(jax.jit, static_argnames=("config", "similarity", "impl"), donate_argnames=("lists",))
 def measure_prompt(
     lists: SharedLists,
     queries: PromptQueries,
@@ -268,6 +270,7 @@ def measure_prompt(
     *,
     config: ModelConfig,
     similarity: str | None,
+    impl: str = "auto",
 ) -> MeasuredPrompt:
     """The lists with labels of the cache, and what a plan and tails are found from (jitted).
 
@@ -276,6 +279,7 @@ def measure_prompt(
         queries, cache: of the prompt.
         config: the model.
         similarity: "overlap" or "mass" (`PlanSearch.similarity`); None measures none.
+        impl: which implementation chooses the probes' lists, as `kernels.api` describes it.
     """
     lists = _with_labels(lists, queries, cache, config)
     prompt, settings = LabelledPrompt(queries, cache.keys, lists.labels, lists.channels), lists.settings
@@ -286,10 +290,11 @@ def measure_prompt(
             computes = np.asarray(lists.plan.is_computed.any(axis=1))
         layers = [layer for layer in range(settings.num_dense, config.num_layers) if computes[layer]]
         few = _tail_probes(queries)
-        listed = list_probes(prompt._replace(queries=few), config=config, settings=settings, layers=layers)
+        few_prompt = prompt._replace(queries=few)
+        listed = list_probes(few_prompt, config=config, settings=settings, layers=layers, impl=impl)
         if few.positions.shape == queries.positions.shape:  # the plan's lists are the same; they are not chosen twice
             prompt = prompt._replace(listed=listed)
-    found = None if similarity is None else MEASURES[similarity](prompt, config=config, settings=settings)
+    found = None if similarity is None else MEASURES[similarity](prompt, config=config, settings=settings, impl=impl)
     return MeasuredPrompt(lists, found, listed)
 
 
@@ -305,7 +310,12 @@ def _tail_probes(queries: PromptQueries) -> PromptQueries:
 
 
 def _fit_tails(
-    lists: SharedLists, listed: Int[Array, "P L B J C"], queries: PromptQueries, cache: KVCache, config: ModelConfig
+    lists: SharedLists,
+    listed: Int[Array, "P L B J C"],
+    queries: PromptQueries,
+    cache: KVCache,
+    config: ModelConfig,
+    impl: str,
 ) -> tuple[Tail | None, ...]:
     """Every layer's tails. The fit is compiled once and called for each layer, so that memory holds one layer's."""
     settings, queries, tails = lists.settings, _tail_probes(queries), []
@@ -317,7 +327,7 @@ def _fit_tails(
         tail = fit_tail(
             queries.probes[layer], listed, lists.source[:, layer], queries.positions, seen, cache.lengths,
             cache.keys[index], cache.values[index], lists.labels[index], lists.channels[:, layer],
-            settings=settings, window=window,
+            settings=settings, window=window, impl=impl,
         )  # fmt: skip
         tails.append(tail)
     return tuple(tails)

@@ -48,7 +48,7 @@ def probe_positions(
 
 
 def measure_overlap(
-    prompt: LabelledPrompt, *, config: ModelConfig, settings: HShareSettings
+    prompt: LabelledPrompt, *, config: ModelConfig, settings: HShareSettings, impl: str = "auto"
 ) -> tuple[Float[Array, "B L L"], Float[Array, "B L J J"]]:
     """The paper's similarity of layers, and of the lists of each layer: mean over probes of |A and B| / num_critical.
 
@@ -59,14 +59,16 @@ def measure_overlap(
     def overlap(marks: Array, queries: tuple[Array, ...], lengths: Array) -> tuple[Array, Array]:
         return jnp.einsum("LPBJS,MPBJS->BLM", marks, marks), jnp.einsum("LPBJS,LPBIS->BLJI", marks, marks)
 
-    of_layers, of_lists = _sum_over_probes(overlap, prompt, config, settings)
+    of_layers, of_lists = _sum_over_probes(overlap, prompt, config, settings, impl)
     # Divided only now: sums of whole numbers are exact, so equal overlaps are equal numbers and ties break by order.
     most = settings.pool_size * _num_probes(prompt.queries)
     J = settings.num_lists(config)
     return of_layers / (most * J)[:, None, None], of_lists / most[:, None, None, None]
 
 
-def measure_mass(prompt: LabelledPrompt, *, config: ModelConfig, settings: HShareSettings) -> Float[Array, "B U U"]:
+def measure_mass(
+    prompt: LabelledPrompt, *, config: ModelConfig, settings: HShareSettings, impl: str = "auto"
+) -> Float[Array, "B U U"]:
     """How much of list i's attention the tokens of list j would catch, the mean over probes.
 
     Entry [i, j] is the true attention mass (softmax over all that the query sees, on all channels) of the heads that
@@ -95,7 +97,7 @@ def measure_mass(prompt: LabelledPrompt, *, config: ModelConfig, settings: HShar
         mass, marks = (jnp.moveaxis(array, 0, 2).reshape(-1, B, L * J, S) for array in (mass, marks))
         return jnp.einsum("PBIS,PBJS->PBIJ", mass, marks).sum(axis=0)
 
-    total = _sum_over_probes(caught, prompt, config, settings)
+    total = _sum_over_probes(caught, prompt, config, settings, impl)
     return total / _num_probes(prompt.queries)[:, None, None]
 
 
@@ -107,13 +109,13 @@ def _num_probes(queries: PromptQueries) -> Int[Array, "B"]:
 
 
 def list_probes(
-    prompt: LabelledPrompt, *, config: ModelConfig, settings: HShareSettings, layers: Sequence[int]
+    prompt: LabelledPrompt, *, config: ModelConfig, settings: HShareSettings, layers: Sequence[int], impl: str = "auto"
 ) -> Int[Array, "P L B J C"]:
     """The lists that each probe chooses in these layers, EMPTY in the others. P is rounded up to groups of probes."""
 
     def list_group(group: tuple[tuple[Array, ...], Array]) -> Array:
         queries, positions = group
-        return _list_group(queries, positions, prompt, config, settings, layers)
+        return _list_group(queries, positions, prompt, config, settings, layers, impl)
 
     listed = lax.map(list_group, _group_probes(prompt, config, settings))
     return listed.reshape(-1, *listed.shape[2:])
@@ -124,6 +126,7 @@ def _sum_over_probes(
     prompt: LabelledPrompt,
     config: ModelConfig,
     settings: HShareSettings,
+    impl: str,
 ):
     """Adds up measure(marks [L, P, B, J, S], queries, lengths [P, B]) over each row's probes.
 
@@ -141,7 +144,7 @@ def _sum_over_probes(
         queries, position, tokens = group
         if tokens is None:
             layers = range(settings.num_dense, config.num_layers)
-            tokens = _list_group(queries, position, prompt, config, settings, layers)
+            tokens = _list_group(queries, position, prompt, config, settings, layers, impl)
         marks = jax.vmap(jax.vmap(mark))(jnp.swapaxes(tokens, 0, 1))
         return measure(marks, queries, position + 1)
 
@@ -163,6 +166,7 @@ def _list_group(
     config: ModelConfig,
     settings: HShareSettings,
     layers: Sequence[int],
+    impl: str,
 ) -> Int[Array, "P L B J C"]:
     """The lists that a group of probes chooses in these layers. All other lists, and those of no probe, are EMPTY."""
     L, J = config.num_layers, settings.num_lists(config)
@@ -176,7 +180,7 @@ def _list_group(
             index = config.kv_index(layer)
             lists = choose_lists(
                 lists, layer, q[layer], prompt.keys[index], prompt.labels[index], prompt.channels[:, layer], source,
-                position >= 0, position + 1, settings=settings, window=config.windows[layer],
+                position >= 0, position + 1, settings=settings, window=config.windows[layer], impl=impl,
             )  # fmt: skip
         return lists
 

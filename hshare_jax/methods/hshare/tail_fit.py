@@ -23,7 +23,7 @@ LEAST_VARIANCE = 1e-6  # of the queries along a direction; the value does not mo
 LEAST_RATIO = 1e-5  # of the variance along a direction to the greatest; float32 tells no smaller one from rounding
 
 
-@functools.partial(jax.jit, static_argnames=("settings", "window"))
+@functools.partial(jax.jit, static_argnames=("settings", "window", "impl"))
 def fit_tail(
     queries: Float[Array, "B P N H"],
     listed: Int[Array, "padded L B J C"],
@@ -38,6 +38,7 @@ def fit_tail(
     *,
     settings: HShareSettings,
     window: int | None,
+    impl: str = "auto",
 ) -> Tail:
     """One layer's tails, fitted on the probes of each row (jitted). A row without probes gets tails that weigh nothing.
 
@@ -55,6 +56,7 @@ def fit_tail(
         labels, channels: the layer's, by which lists are chosen in pools; without pools they are not used.
         settings: what else the probes read, and the tails' rank.
         window: the layer's sliding window.
+        impl: which implementation computes what the probes read, as `kernels.api` describes it.
     """
     rank = settings.tail_rank
     lists = through_plan(listed[: queries.shape[1]], source)  # [P, B, J, C]
@@ -62,10 +64,13 @@ def fit_tail(
     def split(probe: tuple[Array, Array, Array, Array]) -> tuple[Part, Part]:
         q, listed, length, end = probe
         if settings.pool > 1:
-            listed = choose_in_pools(q, listed, keys, labels, channels, length, settings=settings, window=window)
+            listed = choose_in_pools(
+                q, listed, keys, labels, channels, length, settings=settings, window=window, impl=impl
+            )
         # A layer that looks up does not see the probe's own token, but that token is one of the recent tokens.
         recent_start = jnp.maximum(length - settings.num_recent, 0)
-        return split_decode(q, keys, values, listed, end, recent_start, num_sinks=settings.num_sinks, window=window)
+        reads = q, keys, values, listed, end, recent_start
+        return split_decode(*reads, num_sinks=settings.num_sinks, window=window, impl=impl)
 
     parts = lax.map(split, (jnp.swapaxes(queries, 0, 1), lists, positions.T + 1, seen.T))
     read, rest = jax.tree.map(lambda array: jnp.moveaxis(array, 0, 2), parts)  # [B, N, P, ...]
