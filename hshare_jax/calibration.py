@@ -162,11 +162,9 @@ def find_plans(
 ) -> list[SharePlan]:
     """The plan that decoding each prompt would follow. A prompt too short for a probe shares nothing."""
     ids = encode_prompts(model, prompts)
-    tokens, lengths = pad_prompts(ids)
+    tokens, lengths = jax.device_put(pad_prompts(ids))
     capacity, dtype = choose_capacity(model.config, ids, 1, None), jnp.dtype(model.dtype)
     state = init_state(model.config, len(ids), capacity, method=method, dtype=dtype)
-    _, state = prefill(
-        model.params, jnp.asarray(tokens), jnp.asarray(lengths), state, config=model.config, method=method
-    )
+    _, state = prefill(model.params, tokens, lengths, state, config=model.config, method=method)
     assert isinstance(state.method_state, SharedLists)
     return [to_share_plan(source) for source in np.asarray(state.method_state.source)]

@@ -223,11 +223,11 @@ class _Run:
     def _start(self, end_tokens: Array, limit: Array) -> LoopState:
         """Prefills the prompts and samples the first token of each row."""
         model, sampling, B = self._model, self._options.sampling, len(self._prompts)
-        tokens, lengths = pad_prompts(self._prompts)
+        tokens, lengths = jax.device_put(pad_prompts(self._prompts))
         state = self._init_state()
         with tqdm(total=tokens.shape[1], desc="prefill", unit="token", leave=False, disable=None) as bar:
             logits, state = prefill(
-                model.params, jnp.asarray(tokens), jnp.asarray(lengths), state,
+                model.params, tokens, lengths, state,
                 config=model.config, method=self._options.method, progress=bar.update, impl=self._options.impl,
             )  # fmt: skip
         seen = None
@@ -256,9 +256,9 @@ class _Run:
         output = np.asarray(loop.output)
         texts = [[*prompt, *of_row.tolist()] for prompt, of_row in zip(self._prompts, output, strict=True)]
         last = [text[max(end - REFIT_TOKENS, 0) : end] for text, end in zip(texts, lengths.tolist(), strict=True)]
-        tokens, sizes = pad_prompts(last)
+        tokens, sizes = jax.device_put(pad_prompts(last))
         state = refit(
-            model.params, jnp.asarray(tokens), jnp.asarray(sizes), loop.state,
+            model.params, tokens, sizes, loop.state,
             config=model.config, method=method, impl=self._options.impl,
         )  # fmt: skip
         # One pass over the cache serves all tokens that are read once more.

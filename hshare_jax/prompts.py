@@ -74,7 +74,10 @@ def tokenize(
 
 
 def pad_prompts(prompts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [B, T] and lengths [B], int32, padded on the right with token 0."""
+    """Tokens [B, T] and lengths [B], int32, padded on the right with token 0.
+
+    Take them to the device by `jax.device_put`, because `jnp.asarray` compiles a program for every length.
+    """
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     tokens = np.zeros((len(prompts), lengths.max()), np.int32)
     for row, prompt in enumerate(prompts):

@@ -388,3 +388,21 @@ def test_the_compiled_loop_updates_its_buffers_in_place(hshare, batch):
     memory = compiled.memory_analysis()
     assert memory is not None
     assert memory.alias_size_in_bytes >= sum(array.nbytes for array in buffers)
+
+
+def test_a_prompt_of_another_length_compiles_nothing():
+    compiled = []
+
+    def count(event, duration_secs, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(duration_secs)
+
+    generate(MODEL_OF_IDS, [[1] * 17, [2] * 5], method=HSHARE, max_new_tokens=3)
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        generate(MODEL_OF_IDS, [[1] * 23, [2] * 9], method=HSHARE, max_new_tokens=4)
+        assert not compiled, "a process that lives long would compile without end"
+        generate(MODEL_OF_IDS, [[1] * 23] * 5, method=HSHARE, max_new_tokens=4)
+        assert compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)

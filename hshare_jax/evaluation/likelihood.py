@@ -105,7 +105,7 @@ def _score_batch(
         [*context[len(prompt) :], *continuation]
         for (context, continuation), prompt in zip(requests, prompts, strict=True)
     ]
-    tokens, lengths = pad_prompts(prompts)
+    tokens, lengths = jax.device_put(pad_prompts(prompts))
     forced, sizes = pad_prompts(texts)
     T = _pad_steps(max(int(sizes.max()) - 1, 1))
     forced = np.pad(forced, ((0, 0), (0, T + 1 - forced.shape[1])))
@@ -113,9 +113,7 @@ def _score_batch(
     # their tokens.
     capacity = choose_capacity(config, prompts, min(T, config.max_positions - int(lengths.max())), None)
     state = init_state(config, len(requests), capacity, method=method, dtype=jnp.dtype(model.dtype))
-    logits, state = prefill(
-        model.params, jnp.asarray(tokens), jnp.asarray(lengths), state, config=config, method=method
-    )
+    logits, state = prefill(model.params, tokens, lengths, state, config=config, method=method)
     first_loss, first_chosen = _score_first(logits, jnp.asarray(forced[:, 0]))
     scores, _ = score_text(model.params, jnp.asarray(forced), state, config=config, method=method, impl=impl)
     loss = np.concatenate([np.asarray(first_loss)[None], scores.loss])  # [T + 1, B], of each token of `forced`

@@ -191,13 +191,11 @@ def token_agreement(
     encoded = encode_prompts(model, prompts)
     if len(continuations) != len(encoded) or min(map(len, continuations)) < 2:
         raise ValueError(f"continuations must hold at least 2 tokens for each of the {len(encoded)} prompts")
-    tokens, lengths = pad_prompts(encoded)
+    tokens, lengths = jax.device_put(pad_prompts(encoded))
     forced, sizes = pad_prompts(encode_prompts(model, continuations, name="continuations"))
     capacity = choose_capacity(model.config, encoded, int(sizes.max()), None)
     state = init_state(model.config, len(encoded), capacity, method=method, dtype=jnp.dtype(model.dtype))
-    _, state = prefill(
-        model.params, jnp.asarray(tokens), jnp.asarray(lengths), state, config=model.config, method=method
-    )
+    _, state = prefill(model.params, tokens, lengths, state, config=model.config, method=method)
     scores, _ = score_text(model.params, jnp.asarray(forced), state, config=model.config, method=method, impl=impl)
     chosen = np.asarray(scores.chosen).T
     return [float((chosen[row, : size - 1] == forced[row, 1:size]).mean()) for row, size in enumerate(sizes.tolist())]
