@@ -42,7 +42,9 @@ class TextStream:
         """The text that a token completes; None if it completes none."""
         try:
             return self._stream.step(self._tokenizer, token)
-        except Exception as error:  # the library raises Exception itself, known only by its text; all else goes on
+        except Exception as error:
+            # The tokenizers library raises Exception itself, which only its text tells from a mistake; a mistake is
+            # raised again.
             if type(error) is not Exception or "Invalid prefix" not in str(error):
                 raise
         # One invalid byte can turn earlier, already shown bytes into U+FFFD. We keep what was shown and restart.

@@ -115,10 +115,8 @@ def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
     from orbax.checkpoint import v1 as ocp
 
     # Asked first, because when a disk turns out to be full each thread of Orbax prints a traceback of its own.
-    needed, free = (
-        int(_COMPRESSED * sum(leaf.nbytes for leaf in tree.leaves(arrays))),
-        shutil.disk_usage(path.parent).free,
-    )
+    needed = int(_COMPRESSED * sum(leaf.nbytes for leaf in tree.leaves(arrays)))
+    free = shutil.disk_usage(path.parent).free
     if needed > free:
         reason = f"{os.strerror(errno.ENOSPC)}: at least {needed:,} bytes are needed, {free:,} are free"
         raise OSError(errno.ENOSPC, reason, str(path))

@@ -323,7 +323,7 @@ def run_command(rng: random.Random, arguments: list[str], folder: Path, files: S
             status = cli.main(arguments)
         except SystemExit as exit:
             status = int(exit.code or 0)
-        except Exception as error:
+        except Exception as error:  # whatever a command lets through is the fault that is looked for
             place = "".join(traceback.format_exception(error)[-3:])
             raise CaseError(f"{said}\n{place}") from error
     out.flush()

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from tiny_models import fused, state_of, tiny_model, write_gguf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer
+from transformers.integrations.gguf.gguf_tokenizer_mapping import set_split_regex
 
 from hshare_jax.errors import CheckpointError
 from hshare_jax.files.checksums import write_checksums
@@ -350,9 +351,8 @@ CASES = "theTHEca'sSéÉ\u0301日あ0123\n\t.,/!_ "  # small and large letters, 
 
 @pytest.mark.parametrize("pre", ["llama-bpe", "falcon3", "pixtral", "smaug-bpe", "tekken", "gpt-4o", "llama4"])
 def test_text_is_cut_into_words_as_transformers_cuts_it(tmp_path, pre):
-    published = pytest.importorskip("transformers.integrations.gguf.gguf_tokenizer_mapping")  # newer than 5.0
     reference, metadata = byte_level(pre, pre_tokenizers.ByteLevel(add_prefix_space=False))
-    wanted = published.set_split_regex(Namespace(backend_tokenizer=reference), {"pre_tokenizer_type": pre})
+    wanted = set_split_regex(Namespace(backend_tokenizer=reference), {"pre_tokenizer_type": pre})
     cutter = loaded_tokenizer(tmp_path, metadata).backend_tokenizer.pre_tokenizer
 
     @settings(max_examples=100, deadline=None)
