@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hshare_jax.evaluation.teacher_forcing import StepScores, forced_logits, score_steps, token_agreement
     from hshare_jax.generate import Generation, StreamedText, Timing, Usage, generate, stream
     from hshare_jax.kv_cache import KVCache
+    from hshare_jax.mesh import make_mesh
     from hshare_jax.methods.base import Method, MethodState
     from hshare_jax.methods.hshare.method import HShare
     from hshare_jax.methods.hshare.plan_files import load_channels, load_plan, save_channels, save_plan
@@ -38,6 +39,7 @@ _HOMES = {
     "evaluation.teacher_forcing": ("StepScores", "forced_logits", "score_steps", "token_agreement"),
     "generate": ("Generation", "Usage", "StreamedText", "Timing", "generate", "stream"),
     "kv_cache": ("KVCache",),
+    "mesh": ("make_mesh",),
     "methods.base": ("Method", "MethodState"),
     "methods.hshare.method": ("HShare",),
     "methods.hshare.plan_files": ("load_channels", "load_plan", "save_channels", "save_plan"),
@@ -81,6 +83,7 @@ __all__ = [
     "load_channels",
     "load_model",
     "load_plan",
+    "make_mesh",
     "prefill",
     "refit",
     "save_channels",

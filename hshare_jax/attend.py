@@ -79,7 +79,7 @@ def decode_attend(step: Step) -> Attend[DecodeState]:
             out = dense_decode(query, keys, values, lengths, window=window, impl=step.impl)
         else:
             out, method_state = method_state.attend(layer, query, k, keys, values, step)
-        return out[:, None], DecodeState(cache, method_state)
+        return out[:, None], dataclasses.replace(state, cache=cache, method_state=method_state)
 
     return attend
 

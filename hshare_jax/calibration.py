@@ -15,6 +15,7 @@ from tqdm import tqdm
 from hshare_jax.decode_state import init_state
 from hshare_jax.errors import SettingError
 from hshare_jax.kv_cache import KVCache
+from hshare_jax.mesh import put, to_host
 from hshare_jax.methods.base import PromptQueries
 from hshare_jax.methods.hshare.channels import channel_statistic
 from hshare_jax.methods.hshare.method import HShare, measure_prompt, plan_from
@@ -106,7 +107,7 @@ def _rank_channels(model: "Model", blocks: list[list[int]], method: HShare, bar:
     total, capacity = np.zeros(()), max(map(len, blocks))
     for block in blocks:
         queries, cache, _ = _read_block(model, block, capacity, method, bar)
-        total = total + np.asarray(_channel_statistics(queries, cache, config=model.config), np.float64)
+        total = total + to_host(_channel_statistics(queries, cache, config=model.config)).astype(np.float64)
     return np.argsort(-total, axis=-1, kind="stable")
 
 
@@ -121,26 +122,30 @@ def _find_plan(model: "Model", blocks: list[list[int]], method: HShare, channels
             bar.update(len(block))
             continue
         queries, cache, lists = _read_block(model, block, capacity, method, bar)
-        similarity = measure_prompt(lists, queries, cache, config=config, similarity=search.similarity).similarity
+        similarity = measure_prompt(
+            lists, queries, cache, config=config, similarity=search.similarity, mesh=model.mesh
+        ).similarity
         count = int((queries.positions >= 0).sum())
-        arrays = [count * np.asarray(array, np.float64) for array in jax.tree.leaves(similarity)]
+        arrays = [count * to_host(array).astype(np.float64) for array in jax.tree.leaves(similarity)]
         total = [old + new for old, new in zip(total, arrays, strict=True)] if total else arrays
         num_probes += count
     mean = [jnp.asarray(array / num_probes, jnp.float32) for array in total]
     similarity = mean[0] if len(mean) == 1 else tuple(mean)
-    return to_share_plan(plan_from(similarity, config=config, settings=settings, search=search)[0])
+    found = plan_from(similarity, config=config, settings=settings, search=search, mesh=model.mesh)
+    return to_share_plan(to_host(found)[0])
 
 
 def _read_block(
     model: "Model", block: list[int], capacity: int, method: HShare, bar: tqdm
 ) -> tuple[PromptQueries, KVCache, SharedLists]:
-    state = init_state(model.config, 1, capacity, method=method, dtype=jnp.dtype(model.dtype))
+    dtype, mesh = jnp.dtype(model.dtype), model.mesh
+    state = init_state(model.config, 1, capacity, method=method, dtype=dtype, mesh=mesh)
     tokens, lengths = jnp.asarray([block], jnp.int32), jnp.asarray([len(block)], jnp.int32)
     lists = state.method_state
     assert isinstance(lists, SharedLists)
     positions = method.probe_positions(jnp.zeros_like(lengths), lengths, len(block))
     _, cache, queries = read_prompt(
-        model.params, tokens, lengths, state.cache, positions, config=model.config, progress=bar.update
+        model.params, tokens, lengths, state.cache, positions, config=model.config, progress=bar.update, mesh=mesh
     )
     assert queries is not None
     return queries, cache, lists
@@ -162,9 +167,10 @@ def find_plans(
 ) -> list[SharePlan]:
     """The plan that decoding each prompt would follow. A prompt too short for a probe shares nothing."""
     ids = encode_prompts(model, prompts)
-    tokens, lengths = jax.device_put(pad_prompts(ids))
+    tokens, lengths = pad_prompts(ids)
     capacity, dtype = choose_capacity(model.config, ids, 1, None), jnp.dtype(model.dtype)
-    state = init_state(model.config, len(ids), capacity, method=method, dtype=dtype)
+    state = init_state(model.config, len(ids), capacity, method=method, dtype=dtype, mesh=model.mesh)
+    tokens, lengths = put(tokens, "B T", model.mesh), put(lengths, "B", model.mesh)
     _, state = prefill(model.params, tokens, lengths, state, config=model.config, method=method)
     assert isinstance(state.method_state, SharedLists)
-    return [to_share_plan(source) for source in np.asarray(state.method_state.source)]
+    return [to_share_plan(source) for source in to_host(state.method_state.source)]

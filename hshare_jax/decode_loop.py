@@ -2,14 +2,18 @@
 
 import dataclasses
 import functools
+from dataclasses import field
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import Mesh
 
 from hshare_jax.decode_state import DecodeState, count_reads
 from hshare_jax.decode_step import decode_step
+from hshare_jax.mesh import by_parts, dims, num_parts
 from hshare_jax.models.config import ModelConfig
+from hshare_jax.models.decoder import parameter_layouts
 from hshare_jax.sampling import SamplingParams, sample
 
 NO_TOKEN = -1  # fills the output of a row beyond its last token
@@ -21,13 +25,14 @@ class LoopState:
     """What the decode loop carries from step to step."""
 
     state: DecodeState
-    token: Array  # [B] the last sampled token, not yet in the cache
-    output: Array  # [B, M] sampled tokens; NO_TOKEN beyond the last
-    count: Array  # [B] tokens in output
-    is_active: Array  # [B] rows that have not ended
-    seen: Array | None  # [B, V] tokens seen so far, for a repetition penalty
-    keys: Array  # [B] random keys
-    reads: Array  # [B] float32, tokens read, added up over steps; a step adds its mean over layers and heads
+    token: Array = field(metadata=dims("B"))  # the last sampled token, not yet in the cache
+    output: Array = field(metadata=dims("B"))  # [B, M] sampled tokens; NO_TOKEN beyond the last
+    count: Array = field(metadata=dims("B"))  # tokens in output
+    is_active: Array = field(metadata=dims("B"))  # rows that have not ended
+    seen: Array | None = field(metadata=dims("B V"))  # tokens seen so far, for a repetition penalty
+    keys: Array = field(metadata=dims("B"))  # random keys
+    # Float32, tokens read, added up over steps; a step adds its mean over layers and heads.
+    reads: Array = field(metadata=dims("B"))
 
 
 @functools.partial(jax.jit, static_argnames=("sampling",), donate_argnames=("loop",))
@@ -43,6 +48,10 @@ def take_token(
         max_new_tokens: int32 scalar, at most the width of `output`.
         sampling: how tokens are drawn.
     """
+    if (mesh := loop.state.mesh) is not None:
+        take, loop = functools.partial(take_token, sampling=sampling), _without_mesh(loop)
+        args = logits, loop, end_tokens, max_new_tokens
+        return _on_mesh(by_parts(take, mesh, args, ("B V", loop, "E", ""), loop), mesh)
     rows = jnp.arange(logits.shape[0])
     keys = jax.vmap(jax.random.fold_in)(loop.keys, loop.count)
     token = jnp.where(loop.is_active, sample(logits, keys, sampling, seen=loop.seen), loop.token)
@@ -83,6 +92,12 @@ def decode_tokens(
         config: the model.
         impl: as for `decode_step`.
     """
+    if (mesh := loop.state.mesh) is not None:
+        how = {"config": config.part(num_parts(mesh)), "sampling": sampling, "impl": impl}
+        loop = _without_mesh(loop)
+        args = params, loop, num_blocks, end_tokens, max_new_tokens
+        takes = parameter_layouts(params, mesh), loop, "", "E", ""
+        return _on_mesh(by_parts(functools.partial(decode_tokens, **how), mesh, args, takes, loop), mesh)
     interval = refresh_interval(loop.state)
 
     def is_running(carry: tuple[Array, LoopState]) -> Array:
@@ -101,6 +116,14 @@ def decode_tokens(
         return block + 1, loop
 
     return lax.while_loop(is_running, run_block, (jnp.int32(0), loop))[1]
+
+
+def _without_mesh(loop: LoopState) -> LoopState:
+    return _on_mesh(loop, None)
+
+
+def _on_mesh(loop: LoopState, mesh: Mesh | None) -> LoopState:
+    return dataclasses.replace(loop, state=dataclasses.replace(loop.state, mesh=mesh))
 
 
 def refresh_interval(state: DecodeState) -> int:

@@ -1,14 +1,19 @@
 """The state of decoding: the KV cache, and what a sparse method carries from step to step."""
 
 import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh
 from jaxtyping import Float
 
 from hshare_jax.errors import SettingError, check_one_of
 from hshare_jax.kv_cache import KVCache, init_cache
+from hshare_jax.mesh import by_parts, check_rows_divide, make_on, num_parts
 from hshare_jax.methods.base import Method, MethodState, count_dense
 from hshare_jax.models.config import ModelConfig
 
@@ -20,6 +25,8 @@ class DecodeState:
 
     cache: KVCache
     method_state: MethodState | None  # None decodes dense
+    # The devices that hold the arrays in parts; None where one device holds them.
+    mesh: Mesh | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 def init_state(
@@ -29,6 +36,7 @@ def init_state(
     *,
     method: Method | None = None,
     dtype: jnp.dtype | type = jnp.float32,
+    mesh: Mesh | None = None,
 ) -> DecodeState:
     """An empty state.
 
@@ -38,10 +46,13 @@ def init_state(
         capacity: tokens that each row must be able to hold, prompt and output together. It rounds up to whole blocks.
         method: how decode steps read the cache (`hshare_jax.methods`); None decodes dense.
         dtype: of keys, values and labels: float32, bfloat16 or float16.
+        mesh: the devices that the model was loaded on (`load_model`); None for one device. Rows lie along its axis
+            "data", heads along its axis "model".
 
     Raises:
-        SettingError: a size below 1, a capacity beyond the model's positions, or another dtype.
-        ValueError: a plan or channels of the method that are not for this model.
+        SettingError: a size below 1, a capacity beyond the model's positions, another dtype, or a mesh that cannot
+            divide rows or heads evenly.
+        ValueError: a plan or channels of the method that are not for this model, or not for this mesh.
     """
     if batch_size < 1:
         raise SettingError("batch_size", batch_size, "must be at least 1")
@@ -49,12 +60,56 @@ def init_state(
         rule = f"must lie between 1 and the model's max_positions={config.max_positions}"
         raise SettingError("capacity", capacity, rule)
     check_one_of("dtype", str(getattr(dtype, "__name__", dtype)), ("float32", "bfloat16", "float16"))
-    cache = init_cache(config, batch_size, capacity, jnp.dtype(dtype))
-    return DecodeState(cache, None if method is None else method.start(config, cache))
+    check_rows_divide("batch_size", batch_size, mesh)
+    check_parts(config, mesh)
+    if mesh is not None and method is not None:
+        method.check_mesh(config, mesh)
+
+    def make() -> DecodeState:
+        cache = init_cache(config, batch_size, capacity, jnp.dtype(dtype))
+        return DecodeState(cache, None if method is None else method.start(config, cache))
+
+    return dataclasses.replace(make_on(mesh, make), mesh=mesh)
+
+
+def check_parts(config: ModelConfig, mesh: Mesh | None) -> None:
+    """Raises SettingError unless the mesh can divide the model's kv heads as they are."""
+    parts = num_parts(mesh)
+    if config.for_parts(parts) != config:
+        rule = f"devices need as many kv heads, and this configuration has {config.num_kv_heads}"
+        way_out = "take the configuration of the model that load_model returns for this mesh"
+        raise SettingError("model", parts, rule, way_out)
 
 
 def count_reads(state: DecodeState, config: ModelConfig) -> Float[Array, "B"]:
     """Tokens that the last decode step read, the mean over layers and heads."""
-    if state.method_state is None:
-        return count_dense(state.cache, config).mean(axis=0, dtype=jnp.float32)
-    return state.method_state.count_reads(state.cache, config)
+
+    def count(state: DecodeState, *, config: ModelConfig) -> Float[Array, "B"]:
+        if state.method_state is None:
+            return count_dense(state.cache, config).mean(axis=0, dtype=jnp.float32)
+        return state.method_state.count_reads(state.cache, config)
+
+    return on_parts(count, state, config, (), (), "B")
+
+
+def on_parts(
+    function: Callable[..., Any],
+    state: DecodeState,
+    config: ModelConfig,
+    args: Sequence[Any],
+    takes: Sequence[Any],
+    returns: Any,
+) -> Any:
+    """The result of function(state, *args, config=config), computed by each device for its part (`mesh.by_parts`).
+
+    Args:
+        function: is given a state without a mesh, and the configuration of a part.
+        state: its mesh says which devices there are; None calls the function directly.
+        config: the model.
+        args, takes, returns: further arguments, and how they and the result lie on the mesh, as for `by_parts`.
+    """
+    mesh, state = state.mesh, dataclasses.replace(state, mesh=None)
+    if mesh is None:
+        return function(state, *args, config=config)
+    function = functools.partial(function, config=config.part(num_parts(mesh)))
+    return by_parts(function, mesh, (state, *args), (state, *takes), returns)

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from hshare_jax.attend import decode_attend
-from hshare_jax.decode_state import DecodeState
+from hshare_jax.decode_state import DecodeState, on_parts
 from hshare_jax.kernels.api import project
 from hshare_jax.methods.base import Step
 from hshare_jax.models.config import ModelConfig
-from hshare_jax.models.decoder import run_decoder, unembed
+from hshare_jax.models.decoder import parameter_layouts, run_decoder, unembed
 from hshare_jax.shapes import Logits, PerRow, RowMask, check_rows
 
 
@@ -48,12 +48,29 @@ def decode_step(
     Raises:
         ValueError: arrays whose shape does not fit the state, or an `impl` that cannot run here.
     """
-    cache, method_state = state.cache, state.method_state
-    positions = cache.lengths
+    positions = state.cache.lengths
     check_rows("tokens", tokens, positions.shape, jnp.integer)
     if is_active is not None:
         check_rows("is_active", is_active, positions.shape, jnp.bool_)
     active = jnp.ones_like(positions, dtype=bool) if is_active is None else is_active
+    step = functools.partial(_step, refresh=refresh, impl=impl)
+    args, takes = (params, tokens, active), (parameter_layouts(params, state.mesh), "B", "B")
+    logits, new = on_parts(step, state, config, args, takes, ("B V", state))
+    return logits, dataclasses.replace(new, mesh=state.mesh)
+
+
+def _step(
+    state: DecodeState,
+    params: dict,
+    tokens: PerRow,
+    active: RowMask,
+    *,
+    config: ModelConfig,
+    refresh: bool | None,
+    impl: str,
+) -> tuple[Logits, DecodeState]:
+    """`decode_step` on one device."""
+    cache, method_state, positions = state.cache, state.method_state, state.cache.lengths
     lengths = positions + active
     slots = jnp.where(active, positions, cache.capacity)[:, None]
     step = Step(config, slots, lengths, active, refresh, impl)

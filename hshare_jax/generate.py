@@ -19,6 +19,7 @@ from hshare_jax.decode_state import DecodeState, init_state
 from hshare_jax.errors import SettingError, check_whole
 from hshare_jax.files.texts import check_text
 from hshare_jax.kernels.api import check_impl
+from hshare_jax.mesh import check_rows_divide, put, to_host
 from hshare_jax.methods.base import Method, count_dense
 from hshare_jax.methods.hshare.method import HShare
 from hshare_jax.methods.hshare.settings import REFIT_TOKENS
@@ -173,6 +174,7 @@ class _Run:
         check_impl(options.impl)
         self._model, self._options = model, options
         self._prompts = encode_prompts(model, prompts)
+        check_rows_divide("prompts", len(prompts), model.mesh)
         check_whole("max_new_tokens", options.max_new_tokens, 1)
         self._capacity = choose_capacity(model.config, self._prompts, options.max_new_tokens, options.capacity)
         self._seeds = _check_seeds(options.seeds, len(prompts))
@@ -218,12 +220,16 @@ class _Run:
     def _init_state(self) -> DecodeState:
         model = self._model
         dtype = jnp.dtype(model.dtype)
-        return init_state(model.config, len(self._prompts), self._capacity, method=self._options.method, dtype=dtype)
+        return init_state(
+            model.config, len(self._prompts), self._capacity,
+            method=self._options.method, dtype=dtype, mesh=model.mesh,
+        )  # fmt: skip
 
     def _start(self, end_tokens: Array, limit: Array) -> LoopState:
         """Prefills the prompts and samples the first token of each row."""
         model, sampling, B = self._model, self._options.sampling, len(self._prompts)
-        tokens, lengths = jax.device_put(pad_prompts(self._prompts))
+        tokens, lengths = pad_prompts(self._prompts)
+        tokens, lengths = put(tokens, "B T", model.mesh), put(lengths, "B", model.mesh)
         state = self._init_state()
         with tqdm(total=tokens.shape[1], desc="prefill", unit="token", leave=False, disable=None) as bar:
             logits, state = prefill(
@@ -235,28 +241,31 @@ class _Run:
             seen = np.zeros((B, model.config.vocab_size), bool)
             for row, prompt in enumerate(self._prompts):
                 seen[row, prompt] = True
-            seen = jnp.asarray(seen)
+            seen = put(seen, "B V", model.mesh)
+        # Its size is rounded up to whole 64s, so that a slightly different limit does not compile anew.
+        output = np.full((B, -(-self._options.max_new_tokens // 64) * 64), NO_TOKEN, np.int32)
+        seeds = put(np.asarray(self._seeds, np.uint32), "B", model.mesh)
         loop = LoopState(
             state=state,
-            token=jnp.zeros((B,), jnp.int32),
-            # Its size is rounded up to whole 64s, so that a slightly different limit does not compile anew.
-            output=jnp.full((B, -(-self._options.max_new_tokens // 64) * 64), NO_TOKEN, jnp.int32),
-            count=jnp.zeros((B,), jnp.int32),
-            is_active=jnp.ones((B,), bool),
+            token=put(np.zeros(B, np.int32), "B", model.mesh),
+            output=put(output, "B", model.mesh),
+            count=put(np.zeros(B, np.int32), "B", model.mesh),
+            is_active=put(np.ones(B, bool), "B", model.mesh),
             seen=seen,
-            keys=jnp.stack([jax.random.key(seed) for seed in self._seeds]),
-            reads=jnp.zeros((B,), jnp.float32),
+            keys=jax.vmap(jax.random.key)(seeds),
+            reads=put(np.zeros(B, np.float32), "B", model.mesh),
         )
         return take_token(logits, loop, end_tokens, limit, sampling=sampling)
 
     def _refit(self, loop: LoopState) -> LoopState:
         """Finds anew what the method found from the prompts; the last tokens of each row are read once more."""
-        model, method, lengths = self._model, self._options.method, np.asarray(loop.state.cache.lengths)
+        model, method, lengths = self._model, self._options.method, to_host(loop.state.cache.lengths)
         assert method is not None
-        output = np.asarray(loop.output)
+        output = to_host(loop.output)
         texts = [[*prompt, *of_row.tolist()] for prompt, of_row in zip(self._prompts, output, strict=True)]
         last = [text[max(end - REFIT_TOKENS, 0) : end] for text, end in zip(texts, lengths.tolist(), strict=True)]
-        tokens, sizes = jax.device_put(pad_prompts(last))
+        tokens, sizes = pad_prompts(last)
+        tokens, sizes = put(tokens, "B T", model.mesh), put(sizes, "B", model.mesh)
         state = refit(
             model.params, tokens, sizes, loop.state,
             config=model.config, method=method, impl=self._options.impl,
@@ -267,7 +276,7 @@ class _Run:
 
     def _take_over(self, loop: LoopState) -> LoopState:
         """Copies new tokens to the host, and ends the rows whose text met a stop string."""
-        output, count = np.asarray(loop.output), np.asarray(loop.count)
+        output, count = to_host(loop.output), to_host(loop.count)
         for row, tokens in enumerate(self._tokens):
             if self.streams and self.streams[row].is_stopped:
                 continue
@@ -279,14 +288,14 @@ class _Run:
                         break
         if not any(stream.is_stopped for stream in self.streams):
             return loop
-        is_stopped = jnp.asarray([stream.is_stopped for stream in self.streams])
+        is_stopped = put(np.array([stream.is_stopped for stream in self.streams]), "B", self._model.mesh)
         return dataclasses.replace(loop, is_active=loop.is_active & ~is_stopped)
 
     def _count_usage(self, loop: LoopState) -> Usage:
-        steps = np.asarray(loop.count, np.int64) - 1
+        steps = to_host(loop.count).astype(np.int64) - 1
         prompts = np.array([len(prompt) for prompt in self._prompts])
         num_steps = max(int(steps.sum()), 1)
-        reads = np.asarray(loop.reads, np.float64)
+        reads = to_host(loop.reads).astype(np.float64)
         method_state = loop.state.method_state
         choices = (0, 0, 0) if method_state is None else method_state.count_choices(steps, self._model.config)
         refreshes, selections, possible = choices

@@ -1,6 +1,7 @@
 """The KV cache: per-layer arrays of keys and values, and how many slots each row has filled."""
 
 import dataclasses
+from dataclasses import field
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ from jax import Array
 from jaxtyping import Int, Shaped
 
 from hshare_jax.kernels.prefill_attention import PREFILL_BLOCK
+from hshare_jax.mesh import dims
 from hshare_jax.models.config import ModelConfig
 
 
@@ -20,9 +22,9 @@ class KVCache:
     `kv_index(l)`. A donated step updates each array in place; one stacked array would be copied on every step.
     """
 
-    keys: tuple[Array, ...]  # KV layers x [B, K, S, H]
-    values: tuple[Array, ...]  # KV layers x [B, K, S, H]
-    lengths: Array  # [B] int32, filled slots
+    keys: tuple[Array, ...] = field(metadata=dims("B K S H"))  # one for each KV layer
+    values: tuple[Array, ...] = field(metadata=dims("B K S H"))
+    lengths: Array = field(metadata=dims("B"))  # int32, filled slots
 
     @property
     def capacity(self) -> int:

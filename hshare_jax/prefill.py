@@ -12,16 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.core import Tracer
+from jax.sharding import Mesh
 from jaxtyping import Int
 
 from hshare_jax.attend import prefill_attend
 from hshare_jax.decode_state import DecodeState
 from hshare_jax.kernels.api import project
 from hshare_jax.kv_cache import KVCache
+from hshare_jax.mesh import by_parts, make_on, num_parts, to_host
 from hshare_jax.methods.base import Method, PromptQueries
 from hshare_jax.methods.hshare.settings import REFIT_TOKENS
 from hshare_jax.models.config import ModelConfig
-from hshare_jax.models.decoder import run_decoder, unembed
+from hshare_jax.models.decoder import parameter_layouts, run_decoder, unembed
 from hshare_jax.shapes import Logits, PerRow, Tokens, check_rows
 
 CHUNKS = (REFIT_TOKENS, 512)  # widths of the prefill programs; these two serve prompts of every length
@@ -78,7 +80,7 @@ def prefill(
         _check_lengths(lengths, cache.lengths, T, cache.capacity, config.max_positions)
     fits = (lengths >= 1) & (cache.lengths + lengths <= min(cache.capacity, config.max_positions))
     hidden, state = _read(params, tokens, lengths, state, config=config, method=method, progress=progress, impl=impl)
-    logits = _unembed(params, hidden, config=config, impl=impl)
+    logits = _unembed(params, hidden, config=config, impl=impl, mesh=state.mesh)
     return jnp.where(fits[:, None], logits, jnp.nan), state
 
 
@@ -116,7 +118,7 @@ def refit(
     check_rows("tokens", tokens, (B, getattr(tokens, "shape", (0,))[-1]), jnp.integer)
     check_rows("lengths", lengths, (B,), jnp.integer)
     cache = dataclasses.replace(state.cache, lengths=state.cache.lengths - lengths)
-    state = DecodeState(cache, state.method_state)
+    state = dataclasses.replace(state, cache=cache)
     return _read(params, tokens, lengths, state, config=config, method=method, impl=impl)[1]
 
 
@@ -138,10 +140,11 @@ def _read(
     hidden, cache, queries = read_prompt(
         params, tokens, lengths, cache, positions,
         sums_received=method is not None and method.wants_received, config=config, progress=progress, impl=impl,
+        mesh=state.mesh,
     )  # fmt: skip
     if method is not None and queries is not None:
-        method_state = method.after_prefill(method_state, queries, cache, config, impl=impl)
-    return hidden, DecodeState(cache, method_state)
+        method_state = method.after_prefill(method_state, queries, cache, config, impl=impl, mesh=state.mesh)
+    return hidden, DecodeState(cache, method_state, state.mesh)
 
 
 def read_prompt(
@@ -155,6 +158,7 @@ def read_prompt(
     sums_received: bool = False,
     progress: Callable[[int], object] | None = None,
     impl: str = "auto",
+    mesh: Mesh | None = None,
 ) -> tuple[Array, KVCache, PromptQueries | None]:
     """Reads prompts into the cache: the hidden state after each row's last token [B, D], the cache, the kept queries.
 
@@ -163,25 +167,34 @@ def read_prompt(
         cache: donated.
         positions: of the queries that are kept; -1, or the capacity, where a row has none. None keeps nothing.
         sums_received: whether to add up the attention that each slot receives.
+        mesh: the devices that hold the cache in parts; None for one device.
     """
     T, kept = tokens.shape[1], None
     if positions is not None:
-        B, L, N, H = lengths.shape[0], config.num_layers, config.num_heads, config.head_dim
-        S, dtype = cache.capacity, cache.keys[0].dtype
-        kept = PromptQueries(
-            positions=jnp.array(positions, copy=True),  # because the chunks donate it
-            probes=tuple(jnp.zeros((B, positions.shape[1], N, H), dtype) for _ in range(L)),
-            sizes=tuple(jnp.zeros((B, N, H), jnp.float32) for _ in config.kv_layers),
-            received=tuple(jnp.zeros((B, N, S), jnp.float32) for _ in range(L)) if sums_received else None,
-        )
-    hidden = jnp.zeros((tokens.shape[0], config.width), params["embedding"].dtype)
+        P, dtype = positions.shape[1], cache.keys[0].dtype
+
+        def start() -> PromptQueries:
+            B, L, N, H, S = lengths.shape[0], config.num_layers, config.num_heads, config.head_dim, cache.capacity
+            return PromptQueries(
+                positions=jnp.zeros((B, P), jnp.int32),
+                probes=tuple(jnp.zeros((B, P, N, H), dtype) for _ in range(L)),
+                sizes=tuple(jnp.zeros((B, N, H), jnp.float32) for _ in config.kv_layers),
+                received=tuple(jnp.zeros((B, N, S), jnp.float32) for _ in range(L)) if sums_received else None,
+            )
+
+        # A copy of the positions, because the chunks donate them.
+        kept = dataclasses.replace(make_on(mesh, start), positions=jnp.array(positions, copy=True))
+    hidden = make_on(mesh, lambda: jnp.zeros((tokens.shape[0], config.width), params["embedding"].dtype), "B D")
     widths = _chunk_widths(T)
     # Concrete tokens are padded on the host, because jnp.pad would compile anew for each length of prompt.
-    padded = (jnp if isinstance(tokens, Tracer) else np).pad(tokens, ((0, 0), (0, sum(widths) - T)))
+    margin = (0, 0), (0, sum(widths) - T)
+    padded = jnp.pad(tokens, margin) if isinstance(tokens, Tracer) else np.pad(to_host(tokens), margin)
     offset = 0
     for width in widths:
         chunk, num_new = padded[:, offset : offset + width], jnp.clip(lengths - offset, 0, width)
-        hidden, cache, kept = _prefill_chunk(params, chunk, num_new, hidden, cache, kept, config=config, impl=impl)
+        hidden, cache, kept = _prefill_chunk(
+            params, chunk, num_new, hidden, cache, kept, config=config, impl=impl, mesh=mesh
+        )
         offset += width
         if progress is not None:
             hidden.block_until_ready()
@@ -197,7 +210,7 @@ def _chunk_widths(num_tokens: int) -> list[int]:
 
 
 def _check_lengths(lengths: Array, starts: Array, num_tokens: int, capacity: int, max_positions: int) -> None:
-    for row, (length, start) in enumerate(zip(lengths.tolist(), starts.tolist(), strict=True)):
+    for row, (length, start) in enumerate(zip(to_host(lengths).tolist(), to_host(starts).tolist(), strict=True)):
         if not 1 <= length <= num_tokens:
             raise ValueError(f"lengths[{row}]={length} must lie between 1 and the {num_tokens} tokens given")
         if start + length > max_positions:
@@ -210,7 +223,7 @@ def _check_lengths(lengths: Array, starts: Array, num_tokens: int, capacity: int
             )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "impl"), donate_argnames=("hidden", "cache", "kept"))
+@functools.partial(jax.jit, static_argnames=("config", "impl", "mesh"), donate_argnames=("hidden", "cache", "kept"))
 def _prefill_chunk(
     params: dict,
     tokens: Array,
@@ -221,11 +234,31 @@ def _prefill_chunk(
     *,
     config: ModelConfig,
     impl: str,
+    mesh: Mesh | None,
 ) -> tuple[Array, KVCache, PromptQueries | None]:
     """Appends the first `num_new` [B] of these tokens [B, T] to each row.
 
     `hidden` [B, D] becomes the hidden state after a row's last new token. A row without a new token keeps it.
     """
+    args, carried = (params, tokens, num_new, hidden, cache, kept), ("B D", cache, kept)
+    if mesh is None:
+        return _prefill_part(*args, config=config, impl=impl)
+    part = functools.partial(_prefill_part, config=config.part(num_parts(mesh)), impl=impl)
+    return by_parts(part, mesh, args, (parameter_layouts(params, mesh), "B T", "B", *carried), carried)
+
+
+def _prefill_part(
+    params: dict,
+    tokens: Array,
+    num_new: Array,
+    hidden: Array,
+    cache: KVCache,
+    kept: PromptQueries | None,
+    *,
+    config: ModelConfig,
+    impl: str,
+) -> tuple[Array, KVCache, PromptQueries | None]:
+    """`_prefill_chunk` on one device."""
     index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
     starts = cache.lengths
     positions = starts[:, None] + index
@@ -238,6 +271,10 @@ def _prefill_chunk(
     return hidden, dataclasses.replace(cache, lengths=starts + num_new), kept
 
 
-@functools.partial(jax.jit, static_argnames=("config", "impl"))
-def _unembed(params: dict, hidden: Array, *, config: ModelConfig, impl: str) -> Array:
-    return unembed(params, hidden, config=config, project=functools.partial(project, impl=impl))
+@functools.partial(jax.jit, static_argnames=("config", "impl", "mesh"))
+def _unembed(params: dict, hidden: Array, *, config: ModelConfig, impl: str, mesh: Mesh | None) -> Array:
+    how = {"config": config, "project": functools.partial(project, impl=impl)}
+    if mesh is None:
+        return unembed(params, hidden, **how)
+    part = functools.partial(unembed, **how | {"config": config.part(num_parts(mesh))})
+    return by_parts(part, mesh, (params, hidden), (parameter_layouts(params, mesh), "B D"), "B V")

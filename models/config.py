@@ -92,6 +92,7 @@ class ModelConfig:
         kv_layer_map: for each layer the layer whose keys and values it uses. None: no sharing.
         forward_passes: passes without gradient. None repeats until nothing changes, which is exact.
         backward_passes: passes with gradient, after those without.
+        num_parts: of how many equal parts of a model this is one (`part`).
     """
 
     vocab_size: int
@@ -115,6 +116,7 @@ class ModelConfig:
     kv_layer_map: tuple[int, ...] | None = None
     forward_passes: int | None = 7
     backward_passes: int = 2
+    num_parts: int = 1
 
     def __post_init__(self) -> None:
         sizes = (
@@ -180,6 +182,55 @@ class ModelConfig:
         """How many positions the model has, for messages, and which fields of its configuration say so."""
         scaling = " and the factor of rope_scaling" if self.rope.kind in ("linear", "yarn") else ""
         return f"{self.max_positions} positions (max_position_embeddings{scaling})"
+
+    @property
+    def is_part(self) -> bool:
+        """Whether other devices compute further parts, so that some sums run over the mesh axis "model"."""
+        return self.num_parts > 1
+
+    @property
+    def divides_vocabulary(self) -> bool:
+        """Whether a part has an equal share of the vocabulary; else it has all of it."""
+        return self.is_part and self.vocab_size % self.num_parts == 0
+
+    def for_parts(self, num_parts: int) -> "ModelConfig":
+        """The same model with kv heads that `num_parts` devices can divide among themselves.
+
+        Where there are more devices than kv heads, each kv head is repeated, for an equal part of the query heads that
+        it serves.
+
+            # 8 query heads, 2 kv heads:  2 parts leave it as it is; for 4 parts there are 4 kv heads, 0 0 1 1
+
+        Raises:
+            SettingError: these devices cannot divide the heads or the mlp. The message names the numbers that can.
+        """
+        if num_parts in (possible := self.possible_parts):
+            return dataclasses.replace(self, num_kv_heads=max(self.num_kv_heads, num_parts))
+        raise SettingError(
+            "model", num_parts,
+            f"devices cannot divide {self.num_kv_heads} kv heads, {self.num_heads} query heads and an mlp of "
+            f"{self.mlp_width} evenly; possible are {', '.join(map(str, possible))}",
+        )  # fmt: skip
+
+    @property
+    def possible_parts(self) -> tuple[int, ...]:
+        """The numbers of devices that can divide the heads and the mlp evenly, ascending."""
+        N, K, F = self.num_heads, self.num_kv_heads, self.mlp_width
+        return tuple(m for m in range(1, N + 1) if N % m == 0 and F % m == 0 and (K % m == 0 or m % K == 0))
+
+    def part(self, num_parts: int) -> "ModelConfig":
+        """What one of `num_parts` devices computes of a model that `for_parts` fits: its heads, its part of the mlp.
+
+        Tensor parallelism as in Megatron-LM (arXiv 1909.08053, section 3): a device has whole heads with their caches,
+        and after the attention and after the mlp of a layer the devices add up what they computed.
+        """
+        return dataclasses.replace(
+            self,
+            num_heads=self.num_heads // num_parts,
+            num_kv_heads=self.num_kv_heads // num_parts,
+            mlp_width=self.mlp_width // num_parts,
+            num_parts=num_parts,
+        )
 
     def kv_layer(self, layer: int) -> int:
         """The layer whose keys and values this layer attends to."""

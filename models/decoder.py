@@ -10,14 +10,17 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
+from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 from hshare_jax.kernels.block_weights import BlockWeights
+from hshare_jax.mesh import Layout, layout_of, num_parts
 from hshare_jax.models.config import ModelConfig
-from hshare_jax.models.layers import PROJECT, GatedMLP, Linear, Project, RMSNorm, weights_of
+from hshare_jax.models.layers import PROJECT, GatedMLP, Linear, Project, RMSNorm, qkv_rows, weights_of
 from hshare_jax.models.rope import rotate, rotation
-from hshare_jax.shapes import Hidden, NewKeysValues, Queries, Tokens
+from hshare_jax.shapes import MODEL, Hidden, NewKeysValues, Queries, Tokens
 
 State = TypeVar("State")
 Tree = TypeVar("Tree")
@@ -59,9 +62,9 @@ class DecoderLayer(nn.Module):
             self.q_norm = RMSNorm(c.norm_eps)
             if c.kv_layer(self.layer) == self.layer:
                 self.k_norm = RMSNorm(c.norm_eps)
-        self.out = Linear(c.width, c.out_bias, self.project)
+        self.out = Linear(c.width, c.out_bias, self.project, c.is_part)
         self.mlp_norm = RMSNorm(c.norm_eps)
-        self.mlp = GatedMLP(c.mlp_width, c.mlp_bias, self.project)
+        self.mlp = GatedMLP(c.mlp_width, c.mlp_bias, self.project, c.is_part)
 
     def __call__(
         self, x: Hidden, turn: Rotation, attend: Attend[State], state: State, looked_up: KeysValues | None = None
@@ -83,7 +86,8 @@ class DecoderLayer(nn.Module):
         N, K, H = c.num_heads, c.num_kv_heads, c.head_dim
         normed = self.attention_norm(x)
         if c.kv_layer(self.layer) == self.layer:
-            q, k, v = jnp.split(self.qkv(normed).reshape(B, T, N + 2 * K, H), [N, N + K], axis=2)
+            groups = self.qkv(normed).reshape(B, T, K, N // K + 2, H)  # see `layers.qkv_rows`
+            q, k, v = groups[:, :, :, :-2].reshape(B, T, N, H), groups[:, :, :, -2], groups[:, :, :, -1]
             kv = self._finish_keys(k, turn), v
         else:
             q, kv = self.q(normed).reshape(B, T, N, H), looked_up
@@ -95,7 +99,8 @@ class DecoderLayer(nn.Module):
         """The layer's new keys and values, without anything else that the layer computes."""
         c = self.config
         B, T, _ = x.shape
-        fused = self.qkv(self.attention_norm(x), first=c.num_heads * c.head_dim)
+        _, *rows = qkv_rows(c)
+        fused = self.qkv(self.attention_norm(x), only=np.concatenate(rows))
         k, v = jnp.split(fused.reshape(B, T, 2 * c.num_kv_heads, c.head_dim), 2, axis=2)
         return self._finish_keys(k, turn), v
 
@@ -115,7 +120,8 @@ class Decoder(nn.Module):
     project: Project = PROJECT
 
     def setup(self) -> None:
-        c, shape = self.config, (self.config.vocab_size, self.config.width)
+        c = self.config
+        shape = c.vocab_size // (c.num_parts if c.divides_vocabulary else 1), c.width
         self.embedding = weights_of(self, "embedding", nn.initializers.normal(0.02), shape)
         self.layers = [DecoderLayer(c, layer, self.project) for layer in range(c.num_layers)]
         self.final_norm = RMSNorm(c.norm_eps)
@@ -137,8 +143,7 @@ class Decoder(nn.Module):
                 state that the last pass returns is kept.
             state: the state of `attend`.
         """
-        of = self.embedding
-        x = of[tokens].to_floats() if isinstance(of, BlockWeights) else _embed(of, tokens)
+        x = self._embed(tokens)
         turn = rotation(self.config.rope, self.config.head_dim, positions)
         for block in self.config.blocks:
             found = self._iterate(block, x, turn, attend, state)
@@ -186,15 +191,27 @@ class Decoder(nn.Module):
         if c.forward_passes is not None:
             found = lax.fori_loop(0, most, lambda _, found: look(found, fixed), found)
         else:
-            found = _until_equal(lambda found: look(found, fixed), found, most)
+            found = _until_equal(lambda found: look(found, fixed), found, most, MODEL if c.is_part else None)
         for _ in range(backward - 1):
             found = look(found, (x, state, variables))
         return found
 
+    def _embed(self, tokens: Tokens) -> Hidden:
+        of, is_divided = self.embedding, self.config.divides_vocabulary
+        index = tokens - lax.axis_index(MODEL) * of.shape[0] if is_divided else tokens
+        is_here = (index >= 0) & (index < of.shape[0])
+        if is_divided:
+            index = jnp.where(is_here, index, 0)
+        x = of[index].to_floats() if isinstance(of, BlockWeights) else _embed(of, index)
+        return lax.psum(jnp.where(is_here[:, :, None], x, 0), MODEL) if is_divided else x
+
     def unembed(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """Float32 logits of hidden states."""
         weight = self.embedding if self.config.tie_embeddings else self.unembedding
-        return self.project(weight, hidden).astype(jnp.float32)
+        logits = self.project(weight, hidden).astype(jnp.float32)
+        if self.config.divides_vocabulary:
+            logits = lax.all_gather(logits, MODEL, axis=logits.ndim - 1, tiled=True)
+        return logits
 
 
 @jax.custom_vjp
@@ -244,6 +261,41 @@ def unembed(
     return Decoder(config, project).apply({"params": params}, hidden, method="unembed")  # pyright: ignore[reportReturnType]
 
 
+def parameter_layouts(params: dict[str, Any], mesh: Mesh | None) -> Any:
+    """How each array of a parameter tree lies on a mesh, as a tree of `mesh.Layout`.
+
+    Projections of the attention and the mlp are divided by the heads and the mlp's channels, on the side that has them.
+    The vocabulary is divided if that is possible. Everything else is whole on every device.
+    """
+    parts = num_parts(mesh)
+
+    def layout(path: tuple, array: Any) -> Layout:
+        names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+        return layout_of_parameter("/".join(names), array.shape, parts)
+
+    return jax.tree_util.tree_map_with_path(layout, params)
+
+
+def layout_of_parameter(path: str, shape: tuple[int, ...], parts: int) -> Layout:
+    """How an array of a parameter lies on a mesh that divides heads into `parts`.
+
+    Arrays of weights in few bits lie as the floats would. A scale for a whole row is the same on all devices.
+
+    Args:
+        path: of the parameter, such as `layers_0/qkv/weight`.
+        shape: of the array.
+        parts: over how many devices heads are divided.
+    """
+    *_, name, kind = ["", *path.split("/")]
+    if kind in ("embedding", "unembedding"):
+        return layout_of("D" if shape[0] % parts else "N")
+    if name in ("qkv", "q", "gate_up"):
+        return layout_of("N")
+    if name in ("out", "down") and kind == "weight" and shape[1] > 1:
+        return layout_of("D N")
+    return layout_of("D")
+
+
 def parameter_shapes(config: ModelConfig) -> dict:
     """The parameter tree of `Decoder(config)` with a ShapeDtypeStruct at every leaf. Nothing is allocated."""
 
@@ -254,8 +306,11 @@ def parameter_shapes(config: ModelConfig) -> dict:
     return jax.eval_shape(lambda: Decoder(config).init(jax.random.key(0), token, token, attend, None))["params"]
 
 
-def _until_equal(step: Callable[[Tree], Tree], start: Tree, most: int) -> Tree:
-    """Applies `step` to `start` again and again, until a step changes nothing or `most` steps are done."""
+def _until_equal(step: Callable[[Tree], Tree], start: Tree, most: int, axis: str | None) -> Tree:
+    """Applies `step` to `start` again and again, until a step changes nothing or `most` steps are done.
+
+    All devices of a mesh axis go on as long as one of them must.
+    """
 
     def is_open(carry: tuple[Array, Array, Tree]) -> Array:
         return carry[1] & (carry[0] < most)
@@ -264,6 +319,7 @@ def _until_equal(step: Callable[[Tree], Tree], start: Tree, most: int) -> Tree:
         count, _, old = carry
         new = step(old)
         has_changed = [(a != b).any() for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True)]
-        return count + 1, jnp.stack(has_changed).any(), new
+        is_open = jnp.stack(has_changed).any()
+        return count + 1, is_open if axis is None else lax.pmax(is_open.astype(jnp.int32), axis) > 0, new
 
     return lax.while_loop(is_open, body, (jnp.int32(0), jnp.bool_(True), start))[2]

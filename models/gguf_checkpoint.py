@@ -12,7 +12,7 @@ from hshare_jax.errors import CheckpointError
 from hshare_jax.kernels.block_weights import BLOCK, BlockWeights
 from hshare_jax.models.config import ModelConfig, RopeConfig
 from hshare_jax.models.gguf_file import GGUFFile, GGUFTensor
-from hshare_jax.models.weights import BLOCK_BYTES
+from hshare_jax.models.weights import ALL, BLOCK_BYTES
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "smollm3", "phi3")  # llama.cpp calls Mistral llama too
 _ROPE_DIVISORS = "rope_freqs.weight"
@@ -166,32 +166,35 @@ def _rope(file: GGUFFile, entries: _Entries) -> RopeConfig:
 def _rope_divisors(file: GGUFFile) -> tuple[float, ...] | None:
     if _ROPE_DIVISORS not in file.tensors:
         return None
-    divisors = np.concatenate(list(_blocks(file, _ROPE_DIVISORS, 1))).reshape(-1)
+    divisors = np.concatenate(list(_blocks(file, _ROPE_DIVISORS, 1, ALL))).reshape(-1)
     if not (np.isfinite(divisors).all() and (divisors > 0).all()):
         raise CheckpointError(f"{file.path}: tensor {_ROPE_DIVISORS} must hold positive, finite numbers")
     return tuple(divisors.tolist())
 
 
-def _blocks(file: GGUFFile, name: str, row_multiple: int) -> Iterator[np.ndarray]:
-    """Reads a tensor as float32, in blocks of a multiple of `row_multiple` rows. A vector is one block."""
+def _blocks(file: GGUFFile, name: str, row_multiple: int, rows: slice) -> Iterator[np.ndarray]:
+    """Reads rows of a tensor as float32, in blocks of a multiple of `row_multiple` rows. A vector is one block."""
     from gguf.quants import dequantize  # here, because most starts of the program read no GGUF file
 
     tensor = file.tensors[name]
     num_rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
     row_bytes = tensor.num_bytes // max(num_rows, 1)
     step = max(BLOCK_BYTES // max(4 * math.prod(tensor.shape) // max(num_rows, 1), 1) // row_multiple, 1) * row_multiple
+    wanted = range(num_rows)[rows] if len(tensor.shape) > 1 else range(1)
     with open(tensor.path, "rb") as data:
-        for row in range(0, num_rows, step):
-            rows = min(step, num_rows - row)
+        for row in range(wanted.start, wanted.stop, step):
+            count = min(step, wanted.stop - row)
             data.seek(tensor.offset + row * row_bytes)
-            packed = np.frombuffer(data.read(rows * row_bytes), np.uint8).reshape(rows, row_bytes)
+            packed = np.frombuffer(data.read(count * row_bytes), np.uint8).reshape(count, row_bytes)
             try:
                 block = dequantize(_typed(packed, tensor), tensor.kind)
             except NotImplementedError as error:
                 raise ValueError(
                     f"{tensor.path}: tensor {name} is stored as {tensor.kind.name}, which cannot be read"
                 ) from error
-            yield block.reshape(rows, *tensor.shape[1:]) if len(tensor.shape) > 1 else block.reshape(tensor.shape)
+            yield (
+                block.reshape(count, *tensor.shape[1:]) if len(tensor.shape) > 1 else block.reshape(tensor.shape)[rows]
+            )
 
 
 def _typed(packed: np.ndarray, tensor: GGUFTensor) -> np.ndarray:
@@ -241,13 +244,12 @@ class GGUFTensors:
     def file_of(self, name: str) -> str:
         return self._file.tensors[self._names[name]].path if name in self._names else self._file.path
 
-    def blocks(self, name: str) -> Iterator[np.ndarray]:
+    def blocks(self, name: str, rows: slice = ALL, columns: slice = ALL) -> Iterator[np.ndarray]:
         stored = self._names[name]
-        if not (self._is_permuted and _PERMUTED.match(stored)):
-            yield from _blocks(self._file, stored, 1)
-            return
-        for block in _blocks(self._file, stored, self._head_dim):  # whole heads
-            yield self._permute(block)
+        is_permuted = self._is_permuted and _PERMUTED.match(stored)
+        for block in _blocks(self._file, stored, self._head_dim if is_permuted else 1, rows):  # whole heads
+            block = self._permute(block) if is_permuted else block
+            yield block[:, columns] if block.ndim > 1 else block
 
     def codes(self, name: str) -> BlockWeights | None:
         stored = self._names[name]

@@ -15,7 +15,7 @@ from hshare_jax.errors import CheckpointError
 from hshare_jax.files.checksums import verify_checksums
 from hshare_jax.files.texts import parse_json
 from hshare_jax.models.config import ARCHITECTURES, ModelConfig, config_from_hf
-from hshare_jax.models.weights import BLOCK_BYTES, is_rotary_buffer
+from hshare_jax.models.weights import ALL, BLOCK_BYTES, is_rotary_buffer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -111,15 +111,16 @@ class HFTensors:
         files = set(self._files.values())
         return str(self._directory / (self._files.get(name) or (files.pop() if len(files) == 1 else _INDEX)))
 
-    def blocks(self, name: str) -> Iterator[np.ndarray]:
-        shape = self._shapes[name]
-        row_bytes = int(np.prod(shape[1:], dtype=np.int64)) * 4
+    def blocks(self, name: str, rows: slice = ALL, columns: slice = ALL) -> Iterator[np.ndarray]:
+        first, *rest = (range(size)[part] for size, part in zip(self._shapes[name], (rows, columns), strict=False))
+        row_bytes = 4 * len(rest[0]) if rest else 4
         step = max(BLOCK_BYTES // max(row_bytes, 1), 1)
-        for row in range(0, shape[0], step):
+        for row in range(first.start, first.stop, step):
+            part = slice(row, min(row + step, first.stop))
             # The file is opened again for each block. An open file is mapped, and the part that was read counts as
             # used memory until the file is closed.
             with self._open(self._files[name]) as file:
-                yield file.get_slice(name)[row : min(row + step, shape[0])]
+                yield file.get_slice(name)[(part, columns) if rest else part]
 
     def codes(self, name: str) -> None:
         return None

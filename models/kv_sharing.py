@@ -302,13 +302,16 @@ def share_weights(params: Mapping[str, Any], config: ModelConfig, shared_config:
     """
     # Here, because the command line reads the names above before it needs jax.
     import jax.numpy as jnp
+    import numpy as np
 
     from hshare_jax.kernels.block_weights import floats_of
+    from hshare_jax.models.layers import qkv_rows
 
     if init not in INITS:
         raise SettingError("init", init, f"must be one of {', '.join(INITS)}")
     _check_same_model(config, shared_config)
-    first = config.num_heads * config.head_dim  # the rows of queries come before the rows of keys and values
+    queries, *rest = qkv_rows(config)
+    kv = np.concatenate(rest)
     params = floats_of(params)
     result = dict(params)
     for layer in range(config.num_layers):
@@ -319,7 +322,7 @@ def share_weights(params: Mapping[str, Any], config: ModelConfig, shared_config:
         if layer not in shared_config.kv_layers:
             del weights["qkv"]
             weights.pop("k_norm", None)
-            weights["q"] = {kind: array[:first] for kind, array in own.items()}
+            weights["q"] = {kind: array[queries] for kind, array in own.items()}
             result[name] = weights
             continue
         served = [user for user in range(config.num_layers) if shared_config.kv_layer(user) == layer]
@@ -327,7 +330,7 @@ def share_weights(params: Mapping[str, Any], config: ModelConfig, shared_config:
         sources = [layer_weights["qkv"] for layer_weights in used]
         if init == "mean" and any(source is not own for source in sources):
             weights["qkv"] = {
-                kind: jnp.concatenate([array[:first], _mean([source[kind][first:] for source in sources])])
+                kind: jnp.asarray(array).at[kv].set(_mean([source[kind][kv] for source in sources]))
                 for kind, array in own.items()
             }
             if config.qk_norm:

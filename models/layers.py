@@ -6,11 +6,14 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from hshare_jax.kernels.api import project
 from hshare_jax.kernels.block_weights import BlockWeights, Weights
+from hshare_jax.models.config import ModelConfig
+from hshare_jax.shapes import MODEL
 
 # Computes x @ weight.T (`kernels.api.project`). By default as the definition does, which can be differentiated.
 Project = Callable[[Weights, Array], Array]
@@ -40,21 +43,43 @@ def weights_of(module: nn.Module, name: str, init: Callable, shape: tuple[int, i
     return found if isinstance(found, BlockWeights) else module.param(name, init, shape)
 
 
+def qkv_rows(config: ModelConfig) -> tuple[Int[np.ndarray, "NH"], Int[np.ndarray, "KH"], Int[np.ndarray, "KH"]]:
+    """The rows of the projection `qkv` that compute queries, keys and values, each head for head.
+
+    The rows of a group of heads lie together: its queries, its key, its value. So any division of the kv heads cuts the
+    projection into whole groups.
+
+        # 4 query heads, 2 kv heads of size 1:  q0 q1 k0 v0 | q2 q3 k1 v1  -> [0 1 4 5], [2 6], [3 7]
+    """
+    G, K, H = config.num_heads // config.num_kv_heads, config.num_kv_heads, config.head_dim
+    rows = np.arange(K * (G + 2) * H).reshape(K, G + 2, H)
+    return rows[:, :G].reshape(-1), rows[:, G].reshape(-1), rows[:, G + 1].reshape(-1)
+
+
 class Linear(nn.Module):
-    """A linear projection. Its weight is stored [features, in], as in Hugging Face checkpoints."""
+    """A linear projection. Its weight is stored [features, in], as in Hugging Face checkpoints.
+
+    With `sums_parts` the inputs are divided among the devices of the mesh axis "model", and the products are summed
+    over them.
+    """
 
     features: int
     use_bias: bool = False
     project: Project = PROJECT
+    sums_parts: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*rows D"], first: int = 0) -> Float[Array, "*rows out"]:
-        """The projection of x, without the features before `first`."""
+    def __call__(
+        self, x: Float[Array, "*rows D"], only: Int[np.ndarray, "some"] | None = None
+    ) -> Float[Array, "*rows out"]:
+        """The projection of x; only these features, if they are named."""
         weight = weights_of(self, "weight", _fan_in_normal, (self.features, x.shape[-1]))
-        out = self.project(weight[first:] if first else weight, x)
+        out = self.project(weight if only is None else weight[only], x)
+        if self.sums_parts:
+            out = lax.psum(out, MODEL)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
-            out = out + jnp.expand_dims(bias[first:], range(x.ndim - 1))
+            out = out + jnp.expand_dims(bias if only is None else bias[only], range(x.ndim - 1))
         return out
 
 
@@ -63,13 +88,19 @@ def _fan_in_normal(key: Array, shape: tuple[int, int]) -> Array:
 
 
 class GatedMLP(nn.Module):
-    """The gated mlp: down(silu(gate(x)) * up(x)) (SwiGLU, arXiv 2002.05202). One projection computes gate and up."""
+    """The gated mlp: down(silu(gate(x)) * up(x)) (SwiGLU, arXiv 2002.05202).
+
+    One projection computes gate and up. Its rows alternate between them, so that any division keeps pairs whole.
+    """
 
     mlp_width: int
     use_bias: bool = False
     project: Project = PROJECT
+    sums_parts: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        gate, up = jnp.split(Linear(2 * self.mlp_width, self.use_bias, self.project, name="gate_up")(x), 2, axis=-1)
-        return Linear(x.shape[-1], self.use_bias, self.project, name="down")(nn.silu(gate) * up)
+        both = Linear(2 * self.mlp_width, self.use_bias, self.project, name="gate_up")(x)
+        both = both.reshape(*x.shape[:-1], self.mlp_width, 2)
+        down = Linear(x.shape[-1], self.use_bias, self.project, self.sums_parts, name="down")
+        return down(nn.silu(both[..., 0]) * both[..., 1])

@@ -23,23 +23,32 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import tree
+from jax.sharding import Mesh, NamedSharding
 
 from hshare_jax.errors import CheckpointError
 from hshare_jax.files.atomic import whole_directory
 from hshare_jax.files.checksums import verify_all
 from hshare_jax.files.texts import parse_json
 from hshare_jax.kernels.block_weights import BLOCK, BlockWeights
+from hshare_jax.mesh import num_parts
 from hshare_jax.models.config import ModelConfig, RopeConfig
+from hshare_jax.models.decoder import layout_of_parameter
 from hshare_jax.models.weights import (
+    ALL,
     DType,
     Parameter,
     Quantize,
     aligned_empty,
     cast_into,
     dtype_of,
+    part_of,
+    place,
     quantise,
+    repeated_kv_rows,
     tensor_layout,
 )
 
@@ -50,7 +59,7 @@ if TYPE_CHECKING:
 # Orbax and transformers are imported by the functions that need them, because importing them takes a second.
 
 _PARTS = _MODEL, _PARAMS, _TOKENIZER = "model.json", "params", "tokenizer"
-_FORMAT = 1
+_FORMAT = 2  # since 2 the rows of projections are mixed (`weights.row_order`)
 _ERROR_CODE = re.compile(r"os_error_code='(\d+)'|\(os error (\d+)\)")  # in tensorstore's errors, in tokenizers'
 _BLOCK_ARRAYS = ("qvalue", "scale", "minimum")  # of weights in few bits, as `BlockWeights` names them
 # How many parts a checkpoint is read in. A call of Orbax takes some 20 ms, and the memory of large parts returns to the
@@ -186,9 +195,12 @@ def _as_stored(parameter: Any) -> Any:
 
 
 def stream_checkpoint(
-    directory: Path, info: CheckpointInfo, dtype: DType, quantize: Quantize
+    directory: Path, info: CheckpointInfo, dtype: DType, quantize: Quantize, mesh: Mesh | None = None
 ) -> Iterator[tuple[str, Parameter]]:
-    """Reads all parameters in about `_GROUPS` parts: yields (path, parameter on the host), as `stream_parameters` does.
+    """Reads all parameters: yields (path, parameter on the host, or on a mesh), as `stream_parameters` does.
+
+    For one device they are read in about `_GROUPS` parts. On a mesh each process reads what its own devices hold, one
+    parameter at a time.
 
     Raises:
         CheckpointError: a parameter is missing, or its shape or dtype is not what model.json says.
@@ -200,6 +212,9 @@ def stream_checkpoint(
     where = str((directory / _PARAMS).absolute())
     found = ocp.metadata(where).metadata
     _check_stored(directory, found, shapes, stored)
+    if mesh is not None:
+        yield from _stream_to_mesh(directory, info.config, found, mesh, target, quantize)
+        return
     for paths in _groups(shapes):
         wanted: dict[str, Any] = {}
         for path in paths:
@@ -209,6 +224,66 @@ def stream_checkpoint(
             loaded = ocp.load(where, wanted)
         for path in paths:
             yield path, _as_asked(_get(loaded, path), shapes[path], target, quantize, path, str(directory))
+
+
+def _stream_to_mesh(
+    directory: Path, config: ModelConfig, found: Any, mesh: Mesh, dtype: np.dtype, quantize: Quantize
+) -> Iterator[tuple[str, Parameter]]:
+    """All parameters on a mesh, the largest first; `found` is Orbax's description of the stored arrays.
+
+    What lies on the devices as it is stored is read so, each process its own part. What is converted on the way is read
+    whole first.
+    """
+    shapes, parts = _parameter_shapes(config), num_parts(mesh)
+    wide = config.for_parts(parts)
+    for path in sorted(shapes, key=lambda path: -math.prod(shapes[path])):
+        stored, shape = _get(found, path), shapes[path]
+        is_blocks, is_qkv = isinstance(stored, Mapping), path.split("/")[-2:-1] == ["qkv"]
+        is_converted = quantize == "none" if is_blocks else len(shape) > 1 and quantize in ("int8", "int8-channel")
+        if is_converted or (is_qkv and wide != config):
+            loaded = _load(directory, path, tree.map(lambda array: np.empty(array.shape, array.dtype), stored))
+            whole = _as_asked(loaded, shape, dtype, quantize, path, str(directory))
+            repeat = repeated_kv_rows(config, parts) if is_qkv else np.arange(shape[0])
+
+            def read(
+                rows: slice, columns: slice = ALL, *, whole: Parameter = whole, repeat: np.ndarray = repeat
+            ) -> Parameter:
+                return part_of(whole, repeat[rows], columns)
+
+            yield path, place(read, path, (len(repeat), *shape[1:]), mesh)
+            continue
+
+        def described(array: Any, path: str = path) -> jax.ShapeDtypeStruct:
+            sharding = NamedSharding(mesh, layout_of_parameter(path, tuple(array.shape), parts).spec)
+            return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+
+        loaded = _load(directory, path, tree.map(described, stored))
+        if is_blocks:
+            floats = {
+                name: _cast_on_mesh(loaded[name], loaded[name].dtype, path, directory)
+                for name in loaded
+                if name != "qvalue"
+            }
+            yield path, BlockWeights(loaded["qvalue"], floats["scale"], floats.get("minimum"), dtype)
+        else:
+            yield path, _cast_on_mesh(loaded, dtype, path, directory)
+
+
+def _load(directory: Path, path: str, wanted: Any) -> Any:
+    """One parameter; `wanted` describes its arrays."""
+    from orbax.checkpoint import v1 as ocp
+
+    described: dict[str, Any] = {}
+    _put(described, path, wanted)
+    with orbax_context():
+        return _get(ocp.load(str((directory / _PARAMS).absolute()), described), path)
+
+
+def _cast_on_mesh(array: jax.Array, dtype: np.dtype, path: str, directory: Path) -> jax.Array:
+    cast = array.astype(dtype)
+    if not bool(jnp.isfinite(cast).all()):
+        raise CheckpointError(f"{directory}: parameter {path} holds numbers that are not finite in {dtype}")
+    return cast
 
 
 def _as_asked(

@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from hshare_jax.errors import CheckpointError, SettingError
+from hshare_jax.mesh import num_parts
 from hshare_jax.models.builtin_model import BUILTIN_MODELS, builtin_checkpoint
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.gguf_checkpoint import GGUFTensors, config_from_gguf
@@ -56,7 +58,11 @@ _RAW = (*_SPACES, "\u010a", "\u00c3")  # the last is the first byte of the e wit
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-    """A model in memory. `identity` is a short hash of the weights and the configuration."""
+    """A model in memory. `identity` is a short hash of the weights and the configuration.
+
+    On a mesh of devices `config` has at least as many kv heads as the devices that divide them
+    (`ModelConfig.for_parts`).
+    """
 
     config: ModelConfig
     params: dict[str, Any]
@@ -64,6 +70,7 @@ class Model:
     eos_token_ids: tuple[int, ...]
     name: str
     identity: str
+    mesh: Mesh | None = None  # the devices that hold the parameters in parts; None: one device holds them
 
     @property
     def dtype(self) -> DType:
@@ -80,21 +87,24 @@ class ModelFiles:
     eos_token_ids: tuple[int, ...]
     name: str
     dtype: DType  # the default of `load`: the dtype of a converted checkpoint, else float32
-    stream: Callable[[DType, Quantize], Iterator[tuple[str, Parameter]]]  # reads the parameters one by one
+    # Reads the parameters one by one, on the host or on a mesh.
+    stream: Callable[[DType, Quantize, Mesh | None], Iterator[tuple[str, Parameter]]]
 
-    def load(self, dtype: DType | None = None, quantize: Quantize = "auto") -> Model:
-        """Reads the weights onto JAX's default device. See `load_model` for arguments and errors."""
-        with self._read("loading", dtype, quantize) as bar:
-            params, identity = load_parameters(self.config, iter(bar))
-        return Model(self.config, params, self.tokenizer, self.eos_token_ids, self.name, identity)
+    def load(self, dtype: DType | None = None, quantize: Quantize = "auto", mesh: Mesh | None = None) -> Model:
+        """Reads the weights onto JAX's default device, or on a mesh. See `load_model` for arguments and errors."""
+        config = self.config.for_parts(num_parts(mesh))
+        with self._read("loading", dtype, quantize, mesh) as bar:
+            params, identity = load_parameters(config, iter(bar))
+        return Model(config, params, self.tokenizer, self.eos_token_ids, self.name, identity, mesh)
 
     def identify(self, dtype: DType | None = None, quantize: Quantize = "auto") -> tuple[str, int]:
         """The identity of the model that `load` returns, and the bytes of its parameters. They are not kept."""
         with self._read("reading", dtype, quantize) as bar:
             return identify(self.config, iter(bar))
 
-    def _read(self, verb: str, dtype: DType | None, quantize: Quantize) -> tqdm:
-        arrays = self.stream(dtype or self.dtype, resolve_quantize(quantize, self.config))
+    def _read(self, verb: str, dtype: DType | None, quantize: Quantize, mesh: Mesh | None = None) -> tqdm:
+        bits = resolve_quantize(quantize, self.config.for_parts(num_parts(mesh)).part(num_parts(mesh)))
+        arrays = self.stream(dtype or self.dtype, bits, mesh)
         total = len(tensor_layout(self.config))
         # disable=None: a bar only where stderr is a terminal.
         return tqdm(arrays, f"{verb} {self.name}", total, leave=False, file=sys.stderr, disable=None)
@@ -107,8 +117,9 @@ def load_model(
     quantize: Quantize = "auto",
     cache_dir: str | os.PathLike[str] | None = None,
     revision: str | None = None,
+    mesh: Mesh | None = None,
 ) -> Model:
-    """Loads a model, with its parameters on JAX's default device.
+    """Loads a model, with its parameters on JAX's default device or in parts on a mesh of devices.
 
     Args:
         name_or_path: a built-in name (`smollm2-135m-instruct`), a .gguf file (any part of one that is split), a
@@ -124,16 +135,18 @@ def load_model(
         cache_dir: the directory of downloads and conversions. None: $HSHARE_JAX_CACHE, or hshare-jax in the user's
             cache directory; for a hub id the cache of the hub.
         revision: a branch, tag or commit of a hub id.
+        mesh: from `make_mesh`: heads, mlp and vocabulary are divided among the devices along "model". Each process
+            reads only what its own devices hold, as far as the form of the files allows.
 
     Raises:
         FileNotFoundError: the path does not exist, or the directory has no weights.
         CheckpointError: the files are damaged or contradict their configuration.
         ConnectionError: a built-in model or a hub id is not cached and cannot be fetched.
-        ValueError: the name is not known, or this decoder cannot compute the model.
+        ValueError: the name is not known, this decoder cannot compute the model, or the mesh cannot divide it.
     """
     if dtype is not None:
         dtype_of(dtype)
-    return open_model(name_or_path, cache_dir=cache_dir, revision=revision).load(dtype, quantize)
+    return open_model(name_or_path, cache_dir=cache_dir, revision=revision).load(dtype, quantize, mesh)
 
 
 def open_model(
@@ -259,8 +272,8 @@ def _open_gguf(path: Path, name: str) -> ModelFiles:
     file = read_gguf(path)
     config, tokenizer = config_from_gguf(file), tokenizer_from_gguf(file)
 
-    def stream(dtype: DType, quantize: Quantize) -> Iterator[tuple[str, Parameter]]:
-        return stream_parameters(config, GGUFTensors(file, config), dtype, quantize)
+    def stream(dtype: DType, quantize: Quantize, mesh: Mesh | None) -> Iterator[tuple[str, Parameter]]:
+        return stream_parameters(config, GGUFTensors(file, config), dtype, quantize, mesh)
 
     ends = _end_tokens(config, tokenizer, end_tokens_of_gguf(file))
     return ModelFiles(config, tokenizer, ends, name, "float32", stream)
@@ -270,8 +283,8 @@ def _open_hf(directory: Path, name: str) -> ModelFiles:
     config, ends = read_hf_config(directory)
     tokenizer = read_hf_tokenizer(directory)
 
-    def stream(dtype: DType, quantize: Quantize) -> Iterator[tuple[str, Parameter]]:
-        return stream_parameters(config, HFTensors(directory), dtype, quantize)
+    def stream(dtype: DType, quantize: Quantize, mesh: Mesh | None) -> Iterator[tuple[str, Parameter]]:
+        return stream_parameters(config, HFTensors(directory), dtype, quantize, mesh)
 
     return ModelFiles(config, tokenizer, _end_tokens(config, tokenizer, ends), name, "float32", stream)
 
@@ -280,8 +293,8 @@ def _open_checkpoint(directory: Path) -> ModelFiles:
     info = read_checkpoint_info(directory)
     tokenizer = read_checkpoint_tokenizer(directory)
 
-    def stream(dtype: DType, quantize: Quantize) -> Iterator[tuple[str, Parameter]]:
-        return stream_checkpoint(directory, info, dtype, quantize)
+    def stream(dtype: DType, quantize: Quantize, mesh: Mesh | None) -> Iterator[tuple[str, Parameter]]:
+        return stream_checkpoint(directory, info, dtype, quantize, mesh)
 
     ends = _end_tokens(info.config, tokenizer, info.eos_token_ids)
     return ModelFiles(info.config, tokenizer, ends, info.name, info.dtype, stream)

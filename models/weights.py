@@ -1,27 +1,36 @@
 """Loading of weights: the tensors of a checkpoint, under their Hugging Face names, become the parameter tree.
 
 A checkpoint format is a `TensorSource`, which hands out a tensor in blocks of rows. Beside the finished parameters only
-one block is in memory, and the largest parameters are read first, while memory holds little else. Query, key and value
-projections are stacked in one array, and so are gate and up. This saves three products in each layer, and XLA would
-otherwise concatenate the weights on every call.
+one block is in memory, and the largest parameters are read first, while memory holds little else. On a mesh each
+process reads the rows and columns that its own devices hold, one device at a time.
+
+Query, key and value projections are one array, and so are gate and up. This saves three products in each layer, and XLA
+would otherwise concatenate the weights on every call. Their rows are mixed so that devices can divide heads, and pairs
+of gate and up (`row_order`).
 """
 
 import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Int
 
 from hshare_jax.errors import CheckpointError, SettingError
 from hshare_jax.kernels.block_weights import BLOCK, BlockWeights, quantise_blocks, quantise_channels
 from hshare_jax.kernels.native_library import obstacle
+from hshare_jax.mesh import num_parts, to_host
 from hshare_jax.models.config import ModelConfig
+from hshare_jax.models.decoder import layout_of_parameter
+from hshare_jax.models.layers import qkv_rows
 
 DType = Literal["float32", "bfloat16", "float16"]
 DTYPES: tuple[DType, ...] = ("float32", "bfloat16", "float16")
@@ -30,11 +39,12 @@ DTYPES: tuple[DType, ...] = ("float32", "bfloat16", "float16")
 # int8-channel: as int8, with one scale for each output, which suits GPUs.
 Quantize = Literal["auto", "stored", "none", "int8", "int8-channel"]
 QUANTIZE: tuple[Quantize, ...] = get_args(Quantize)
-Parameter = np.ndarray | BlockWeights  # on the host
+Parameter = np.ndarray | Array | BlockWeights  # on the host, or on a mesh
 BLOCK_BYTES = 16 << 20
 
 # Buffers of rotary angles that old versions of transformers saved. The decoder computes these itself.
 _ROTARY_BUFFER = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
+ALL = slice(None)
 _ALIGNMENT = 64  # bytes; XLA:CPU copies memory that is aligned less
 _SAMPLES = 256
 
@@ -52,8 +62,8 @@ class TensorSource(Protocol):
         """The file to name in an error about tensor `name`. For a missing tensor: the file where it would be."""
         ...
 
-    def blocks(self, name: str) -> Iterator[np.ndarray]:
-        """Reads tensor `name` in order, in blocks of about `BLOCK_BYTES` along axis 0."""
+    def blocks(self, name: str, rows: slice = ALL, columns: slice = ALL) -> Iterator[np.ndarray]:
+        """Reads these rows of tensor `name` in order, in blocks of about `BLOCK_BYTES`. A vector has no columns."""
         ...
 
     def codes(self, name: str) -> BlockWeights | None:
@@ -110,6 +120,35 @@ def tensor_layout(config: ModelConfig) -> dict[str, dict[str, tuple[int, ...]]]:
     return layout
 
 
+def row_order(config: ModelConfig, path: str, parts: int = 1) -> Int[np.ndarray, "rows"] | None:
+    """For each row of a parameter its row in the stack of the tensors that make it up; None if they are the same rows.
+
+    Args:
+        config: the configuration of the files.
+        path: of the parameter.
+        parts: over how many devices heads will be divided. With more devices than kv heads, the rows of a kv head come
+            several times (`ModelConfig.for_parts`).
+    """
+    *_, name, _ = ["", *path.split("/")]
+    if name == "gate_up":
+        return np.arange(2 * config.mlp_width).reshape(2, -1).T.reshape(-1)
+    if name != "qkv":
+        return None
+    wide = config.for_parts(parts)
+    N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
+    order = np.empty((N + 2 * wide.num_kv_heads) * H, np.int64)
+    kv = np.arange(K * H).reshape(K, H).repeat(wide.num_kv_heads // K, axis=0).reshape(-1)
+    for rows, own in zip(qkv_rows(wide), (np.arange(N * H), N * H + kv, (N + K) * H + kv), strict=True):
+        order[rows] = own
+    return order
+
+
+def repeated_kv_rows(config: ModelConfig, parts: int) -> Int[np.ndarray, "rows"]:
+    """The rows of `qkv` for a number of devices, among its rows for one: a kv head may come several times."""
+    of_stack = np.argsort(row_order(config, "qkv/weight"))
+    return of_stack[row_order(config, "qkv/weight", parts)]
+
+
 def resolve_quantize(quantize: Quantize, config: ModelConfig) -> Quantize:
     """What `quantize` means here: any of its values but `auto`.
 
@@ -129,9 +168,13 @@ def resolve_quantize(quantize: Quantize, config: ModelConfig) -> Quantize:
 
 
 def stream_parameters(
-    config: ModelConfig, source: TensorSource, dtype: DType, quantize: Quantize = "none"
+    config: ModelConfig,
+    source: TensorSource,
+    dtype: DType,
+    quantize: Quantize = "none",
+    mesh: Mesh | None = None,
 ) -> Iterator[tuple[str, Parameter]]:
-    """Reads all parameters, the largest first: yields (path, parameter on the host).
+    """Reads all parameters, the largest first: yields (path, parameter on the host, or on a mesh).
 
     Vectors are in `dtype`. Unless `quantize` is `none`, a matrix stays in few bits if its tensors are all stored so, in
     codes of the same size.
@@ -146,17 +189,99 @@ def stream_parameters(
     sizes = {path: sum(math.prod(shape) for shape in parts.values()) for path, parts in layout.items()}
     for path in sorted(layout, key=lambda path: -sizes[path]):
         parts = layout[path]
-        rows, row_shape = sum(shape[0] for shape in parts.values()), next(iter(parts.values()))[1:]
-        if quantize != "none" and (codes := _stored_codes(source, list(parts))) is not None:
-            yield path, dataclasses.replace(codes, dtype=target)
+        order = row_order(config, path, num_parts(mesh))
+        if order is None:
+            order = np.arange(sum(shape[0] for shape in parts.values()))
+        codes = None if quantize == "none" else _stored_codes(source, list(parts))
+
+        def read(
+            rows: slice = ALL, columns: slice = ALL, *, parts: Mapping = parts, order: np.ndarray = order,
+            codes: BlockWeights | None = codes,
+        ) -> Parameter:  # fmt: skip
+            if codes is not None:
+                return dataclasses.replace(part_of(codes, order[rows], columns), dtype=target)
+            return quantise(_read_rows(source, parts, order[rows], columns, target), target, quantize)
+
+        if mesh is None:
+            yield path, read()
+        else:
+            yield path, place(read, path, (len(order), *next(iter(parts.values()))[1:]), mesh)
+
+
+def _read_rows(
+    source: TensorSource,
+    parts: Mapping[str, tuple[int, ...]],
+    order: Int[np.ndarray, "rows"],
+    columns: slice,
+    dtype: np.dtype,
+) -> np.ndarray:
+    """Rows of a stack of tensors, in this order."""
+    widths = [len(range(width)[columns]) for width in next(iter(parts.values()))[1:]]
+    array, first = aligned_empty((len(order), *widths), dtype), 0
+    for name, (height, *_) in parts.items():
+        places = np.flatnonzero((order >= first) & (order < first + height))
+        wanted, first = order[places] - first, first + height
+        if len(places) == 0:
             continue
-        array = aligned_empty((rows, *row_shape), target)
-        row = 0
-        for name in parts:
-            for block in source.blocks(name):
-                cast_into(array[row : row + len(block)], block, name, source.file_of(name))
-                row += len(block)
-        yield path, quantise(array, target, quantize)
+        row, end = int(wanted.min()), int(wanted.max()) + 1
+        for block in source.blocks(name, slice(row, end), columns):
+            is_here = (wanted >= row) & (wanted < row + len(block))
+            into, rows = _as_slice(places[is_here]), _as_slice(wanted[is_here] - row)
+            cast = array[into]  # a view of consecutive rows, a copy of others
+            cast_into(cast, block[rows], name, source.file_of(name))
+            if not isinstance(into, slice):
+                array[into] = cast
+            row += len(block)
+    return array
+
+
+def _as_slice(index: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n"] | slice:
+    """An index of an array as a slice, if its numbers are consecutive."""
+    is_consecutive = len(index) > 0 and (np.diff(index) == 1).all()
+    return slice(int(index[0]), int(index[-1]) + 1) if is_consecutive else index
+
+
+def part_of(whole: Parameter, order: Int[np.ndarray, "rows"], columns: slice) -> Parameter:
+    """Rows of a parameter on the host, in this order, and of a matrix these columns (in few bits: whole blocks)."""
+    if len(whole.shape) == 1:
+        return whole[order]
+    width = whole.shape[1]
+
+    def part(array: np.ndarray) -> np.ndarray:
+        size, start, stop = array.shape[1], *columns.indices(width)[:2]
+        rows = array[_as_slice(order)]
+        chosen = rows[:, start * size // width : stop * size // width] if size > 1 else rows
+        out = aligned_empty(chosen.shape, array.dtype)
+        out[...] = chosen
+        return out
+
+    return jax.tree.map(part, whole)
+
+
+def place(read: Callable[[slice, slice], Parameter], path: str, shape: tuple[int, ...], mesh: Mesh) -> Any:
+    """A parameter on a mesh, of which this process reads what its own devices hold, one part at a time.
+
+    Args:
+        read: reads rows and columns.
+        path: of the parameter.
+        shape: of the whole parameter.
+        mesh: the devices.
+    """
+    spec = layout_of_parameter(path, shape, num_parts(mesh)).spec
+    sharding = NamedSharding(mesh, spec)
+    held = sharding.addressable_devices_indices_map(shape)
+    leaves, tree, local = [], None, shape
+    for index in dict.fromkeys(held.values()):  # devices with the same rows and columns share one reading
+        part = read(*index)
+        tree, local = jax.tree.structure(part), part.shape
+        for device in (device for device, other in held.items() if other == index):
+            leaves.append([jax.device_put(leaf, device) for leaf in jax.tree.leaves(part)])
+    wholes = []
+    for arrays in zip(*leaves, strict=True):
+        whole = tuple(size * all_of // own for size, all_of, own in zip(arrays[0].shape, shape, local, strict=True))
+        wholes.append(jax.make_array_from_single_device_arrays(whole, sharding, list(arrays)))
+    assert tree is not None
+    return jax.tree.unflatten(tree, wholes)
 
 
 def quantise(array: np.ndarray, dtype: np.dtype, quantize: Quantize) -> Parameter:
@@ -206,7 +331,7 @@ def _not_finite(name: str, file: str) -> CheckpointError:
 
 
 def load_parameters(config: ModelConfig, arrays: Iterator[tuple[str, Parameter]]) -> tuple[dict, str]:
-    """Puts parameters on JAX's default device: (parameter tree, identity of the model).
+    """Puts parameters on JAX's default device, unless they lie on a mesh: (parameter tree, identity of the model).
 
     On a CPU floats are not copied. The identity is a short hash of the configuration and of a sample of every
     parameter. It is the same whether a checkpoint is read as float32 or bfloat16, or in the bits that it is stored in,
@@ -224,7 +349,7 @@ def load_parameters(config: ModelConfig, arrays: Iterator[tuple[str, Parameter]]
         for branch in branches:
             node = node.setdefault(branch, {})
         samples[path] = _sample(array)
-        node[leaf] = jax.tree.map(jax.device_put, array)
+        node[leaf] = jax.tree.map(lambda part: part if isinstance(part, jax.Array) else jax.device_put(part), array)
     return params, _identity(config, samples)
 
 
@@ -239,20 +364,21 @@ def identify(config: ModelConfig, arrays: Iterator[tuple[str, Parameter]]) -> tu
 
 def _identity(config: ModelConfig, samples: Mapping[str, str]) -> str:
     # A field that came later leaves no trace while it has its default, so that calibration files go on to fit.
-    later = ("qk_norm", "no_rope_layers")
-    fields = {name: value for name, value in dataclasses.asdict(config).items() if value or name not in later}
+    later = ("qk_norm", "no_rope_layers", "num_parts")
+    fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in later}
+    fields |= {name: value for name in later if (value := getattr(config, name)) != getattr(ModelConfig, name)}
     digest = sha256(json.dumps([fields, sorted(samples.items())], sort_keys=True).encode())
     return digest.hexdigest()[:16]
 
 
 def _sample(array: Parameter) -> str:
     size = math.prod(array.shape)
-    places = np.arange(0, size, max(1, size // _SAMPLES))
+    places = np.unravel_index(np.arange(0, size, max(1, size // _SAMPLES)), array.shape)
     if isinstance(array, BlockWeights):
-        rows, columns = np.divmod(places, array.shape[1])
-        values = array[rows].to_floats()[np.arange(len(rows)), columns]
+        rows, columns = places
+        values = to_host(array[rows].to_floats())[np.arange(len(rows)), columns]
     else:
-        values = array.reshape(-1)[places]
+        values = to_host(array[places])
     return sha256((values + 0).astype(jnp.bfloat16).tobytes()).hexdigest()  # -0 becomes 0
 
 

@@ -13,6 +13,7 @@ ORDER = (
     "hshare_jax.lazy",
     "hshare_jax.shapes",
     "hshare_jax.errors",
+    "hshare_jax.mesh",
     "hshare_jax.files.*",
     "hshare_jax.kernels.*",
     "hshare_jax.models.*",
@@ -41,6 +42,7 @@ ORDER = (
 
 # All other modules hold pure functions, which their callers compile as parts of larger programs.
 MAY_JIT = (
+    "hshare_jax.mesh",  # arrays are made on their devices, and gathered from those of other processes
     "hshare_jax.kernels.*",  # so that layers of one shape trace a kernel once
     "hshare_jax.methods.*",  # likewise, and lists are chosen layer by layer, to save memory
     "hshare_jax.prefill",
@@ -140,7 +142,14 @@ def test_files_of_one_folder_do_not_import_in_a_ring() -> None:
         ("hshare_jax.kernels", ("hshare_jax.shapes", "hshare_jax.errors", "hshare_jax.kernels")),
         (
             "hshare_jax.models",
-            ("hshare_jax.shapes", "hshare_jax.errors", "hshare_jax.files", "hshare_jax.kernels", "hshare_jax.models"),
+            (
+                "hshare_jax.shapes",
+                "hshare_jax.errors",
+                "hshare_jax.mesh",
+                "hshare_jax.files",
+                "hshare_jax.kernels",
+                "hshare_jax.models",
+            ),
         ),
     ],
 )

@@ -26,7 +26,7 @@ MODEL = ModelConfig(
 )  # fmt: skip
 PARAMS = random_params(MODEL)
 MODEL_OF_IDS = Model(MODEL, PARAMS, None, (), "tiny", "0" * 16)
-FILES = ModelFiles(MODEL, None, (), "tiny", "float32", lambda dtype, quantize: iter(()))
+FILES = ModelFiles(MODEL, None, (), "tiny", "float32", lambda dtype, quantize, mesh: iter(()))
 L, K, N, H = MODEL.num_layers, MODEL.num_kv_heads, MODEL.num_heads, MODEL.head_dim
 # The budget is 12, and half of the lists of the last two layers copy.
 HSHARE = HShare(

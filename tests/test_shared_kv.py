@@ -19,6 +19,7 @@ from hshare_jax.decode_step import decode_step
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.decoder import Decoder, parameter_shapes
 from hshare_jax.models.kv_sharing import layer_passes, papers_prefill_cost
+from hshare_jax.models.layers import qkv_rows
 from hshare_jax.prefill import prefill
 from hshare_jax.training.attention import causal_attend
 
@@ -225,7 +226,7 @@ def test_a_bottom_map_equals_an_ordinary_model_whose_keys_and_values_are_tied_by
     for layer in set(range(4)) - set(kv_map):  # nothing reads the keys and values of these layers
         weight = ordinary[f"layers_{layer}"]["qkv"]["weight"]
         queries = tied[f"layers_{layer}"]["q"]["weight"]
-        ordinary[f"layers_{layer}"]["qkv"]["weight"] = jnp.concatenate([queries, weight[len(queries) :]])
+        ordinary[f"layers_{layer}"]["qkv"]["weight"] = weight.at[qkv_rows(MODEL)[0]].set(queries)
 
     def attend(layer, q, k, v, state):
         state = {**state, layer: (k, v)}
@@ -268,7 +269,7 @@ def test_one_pass_with_gradient_gives_none_through_looked_up_keys(backward, has_
     weights = random_params(config)
     weights["layers_2"]["out"]["weight"] = jnp.zeros_like(weights["layers_2"]["out"]["weight"])
     gradient = jax.grad(mean_loss)(weights, tokens, config)["layers_2"]["qkv"]["weight"]
-    keys_values = np.asarray(gradient)[MODEL.num_heads * MODEL.head_dim :]
+    keys_values = np.asarray(gradient)[np.concatenate(qkv_rows(MODEL)[1:])]
     assert bool(np.abs(keys_values).max() > 0) == has_gradient
 
 

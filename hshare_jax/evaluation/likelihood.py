@@ -11,6 +11,7 @@ from hshare_jax.decode_state import init_state
 from hshare_jax.errors import check_whole
 from hshare_jax.evaluation.teacher_forcing import score_text
 from hshare_jax.kernels.api import check_impl
+from hshare_jax.mesh import put
 from hshare_jax.methods.base import Method
 from hshare_jax.models.pretrained import Model
 from hshare_jax.prefill import prefill
@@ -105,14 +106,16 @@ def _score_batch(
         [*context[len(prompt) :], *continuation]
         for (context, continuation), prompt in zip(requests, prompts, strict=True)
     ]
-    tokens, lengths = jax.device_put(pad_prompts(prompts))
+    tokens, lengths = pad_prompts(prompts)
     forced, sizes = pad_prompts(texts)
     T = _pad_steps(max(int(sizes.max()) - 1, 1))
     forced = np.pad(forced, ((0, 0), (0, T + 1 - forced.shape[1])))
     # Steps beyond a row's text come last and are ignored. Where the model has no positions for them, the cache drops
     # their tokens.
     capacity = choose_capacity(config, prompts, min(T, config.max_positions - int(lengths.max())), None)
-    state = init_state(config, len(requests), capacity, method=method, dtype=jnp.dtype(model.dtype))
+    dtype = jnp.dtype(model.dtype)
+    state = init_state(config, len(requests), capacity, method=method, dtype=dtype, mesh=model.mesh)
+    tokens, lengths = put(tokens, "B T", model.mesh), put(lengths, "B", model.mesh)
     logits, state = prefill(model.params, tokens, lengths, state, config=config, method=method)
     first_loss, first_chosen = _score_first(logits, jnp.asarray(forced[:, 0]))
     scores, _ = score_text(model.params, jnp.asarray(forced), state, config=config, method=method, impl=impl)

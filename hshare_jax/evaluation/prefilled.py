@@ -12,6 +12,7 @@ from jaxtyping import Int
 
 from hshare_jax.decode_state import DecodeState, init_state
 from hshare_jax.kv_cache import KVCache
+from hshare_jax.mesh import make_on, put
 from hshare_jax.methods.base import Method, PromptQueries
 from hshare_jax.models.pretrained import Model
 from hshare_jax.prefill import read_prompt
@@ -41,12 +42,13 @@ class Prefilled:
         """
         if self.cache is None:
             raise ValueError("a state that was started has the prompts' cache: give it to take_back first")
-        cache, config, method_state = self.cache, self.model.config, None
+        cache, config, mesh, method_state = self.cache, self.model.config, self.model.mesh, None
         if method is not None:
             queries = self._queries_for(method, cache)
-            method_state = method.after_prefill(method.start(config, cache), queries, cache, config, memo=self.memo)
+            empty = make_on(mesh, lambda: method.start(config, cache))
+            method_state = method.after_prefill(empty, queries, cache, config, memo=self.memo, mesh=mesh)
         self.cache = None
-        return DecodeState(cache, method_state)
+        return DecodeState(cache, method_state, mesh)
 
     def take_back(self, state: DecodeState) -> None:
         """Takes the cache back from the last state that decode steps returned. The tokens that they read are forgotten.
@@ -56,7 +58,7 @@ class Prefilled:
         """
         if state.cache.keys[0].is_deleted():
             raise ValueError("state was given to decode steps, which donates it: give the state that they returned")
-        self.cache = dataclasses.replace(state.cache, lengths=jnp.array(self.lengths))
+        self.cache = dataclasses.replace(state.cache, lengths=put(self.lengths, "B", state.mesh))
 
     def _queries_for(self, method: Method, cache: KVCache) -> PromptQueries:
         """The queries that a prefill for this method alone would have kept."""
@@ -98,9 +100,11 @@ def prefill_for(
         ValueError: a method that does not fit the model; before anything is computed.
     """
     config, B = model.config, tokens.shape[0]
-    cache = init_state(config, B, capacity, dtype=jnp.dtype(model.dtype)).cache
+    cache = init_state(config, B, capacity, dtype=jnp.dtype(model.dtype), mesh=model.mesh).cache
     sparse = [method for method in methods if method is not None]
     for method in sparse:  # refuses a method that does not fit the model
+        if model.mesh is not None:
+            method.check_mesh(config, model.mesh)
         jax.eval_shape(lambda method=method: jax.tree.leaves(method.start(config, cache)))
     positions = None
     if sparse:
@@ -114,5 +118,6 @@ def prefill_for(
     _, cache, queries = read_prompt(
         model.params, tokens, lengths, cache, positions,
         config=config, sums_received=any(method.wants_received for method in sparse), progress=progress,
+        mesh=model.mesh,
     )  # fmt: skip
     return Prefilled(model, cache, np.array(lengths), queries)

@@ -1,6 +1,7 @@
 """Recall: how much of the true attention falls on the tokens that a method reads."""
 
 import dataclasses
+from dataclasses import field
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,8 @@ from hshare_jax.decode_state import DecodeState
 from hshare_jax.kernels.labels import score_keys
 from hshare_jax.kernels.masked_softmax import softmax_over
 from hshare_jax.kv_cache import KVCache
-from hshare_jax.methods.base import Choices, Method, MethodState, Step, mark_dense
+from hshare_jax.mesh import dims
+from hshare_jax.methods.base import Choices, Method, MethodState, Step, mark_dense, mean_over_devices
 from hshare_jax.models.config import ModelConfig
 
 
@@ -26,9 +28,9 @@ class Measured:
     """
 
     measured: MethodState
-    total: Array  # [B] float32, the sum over this step's layers of the heads' mean
-    count: Array  # int32, steps so far
-    every: int = dataclasses.field(metadata={"static": True})
+    total: Array = field(metadata=dims("B"))  # float32, the sum over this step's layers of the heads' mean
+    count: Array = field(metadata=dims(""))  # int32, steps so far
+    every: int = field(metadata={"static": True})
 
     @property
     def refresh_interval(self) -> int:
@@ -63,7 +65,8 @@ class Measured:
             marks = measured.mark_reads(layer, now, step.config)
             B, N, S = weights.shape
             grouped = weights.reshape(B, marks.shape[1], -1, S)
-            return jnp.where(marks[:, :, None, :], grouped, 0).sum(axis=-1).mean(axis=(1, 2))
+            of_heads = jnp.where(marks[:, :, None, :], grouped, 0).sum(axis=-1)
+            return mean_over_devices(of_heads.mean(axis=(1, 2)), step.config)
 
         new = lax.cond((self.count - 1) % self.every == 0, measure, lambda: jnp.zeros_like(self.total))
         return out, dataclasses.replace(self, measured=measured, total=self.total + new)
@@ -86,13 +89,13 @@ def measure_recall(state: DecodeState, every: int = 1) -> DecodeState:
     if state.method_state is None:
         return state
     total = jnp.zeros(state.cache.lengths.shape, jnp.float32)
-    return DecodeState(state.cache, Measured(state.method_state, total, jnp.int32(0), every))
+    return dataclasses.replace(state, method_state=Measured(state.method_state, total, jnp.int32(0), every))
 
 
 def without_recall(state: DecodeState) -> DecodeState:
     """The same state, whose steps measure nothing."""
     inner = state.method_state
-    return DecodeState(state.cache, inner.measured if isinstance(inner, Measured) else inner)
+    return dataclasses.replace(state, method_state=inner.measured if isinstance(inner, Measured) else inner)
 
 
 def recall_of(state: DecodeState, config: ModelConfig) -> Float[Array, "B"]:

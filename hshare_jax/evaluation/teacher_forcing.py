@@ -7,13 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jaxtyping import Float
 
 from hshare_jax.decode_state import DecodeState, count_reads, init_state
 from hshare_jax.decode_step import decode_step
 from hshare_jax.evaluation.recall import measure_recall, recall_of, without_recall
+from hshare_jax.mesh import put, to_host
 from hshare_jax.methods.base import Method
 from hshare_jax.methods.hshare.settings import REFIT_TOKENS
 from hshare_jax.models.config import ModelConfig
@@ -191,11 +191,13 @@ def token_agreement(
     encoded = encode_prompts(model, prompts)
     if len(continuations) != len(encoded) or min(map(len, continuations)) < 2:
         raise ValueError(f"continuations must hold at least 2 tokens for each of the {len(encoded)} prompts")
-    tokens, lengths = jax.device_put(pad_prompts(encoded))
+    tokens, lengths = pad_prompts(encoded)
     forced, sizes = pad_prompts(encode_prompts(model, continuations, name="continuations"))
     capacity = choose_capacity(model.config, encoded, int(sizes.max()), None)
-    state = init_state(model.config, len(encoded), capacity, method=method, dtype=jnp.dtype(model.dtype))
+    dtype = jnp.dtype(model.dtype)
+    state = init_state(model.config, len(encoded), capacity, method=method, dtype=dtype, mesh=model.mesh)
+    tokens, lengths = put(tokens, "B T", model.mesh), put(lengths, "B", model.mesh)
     _, state = prefill(model.params, tokens, lengths, state, config=model.config, method=method)
     scores, _ = score_text(model.params, jnp.asarray(forced), state, config=model.config, method=method, impl=impl)
-    chosen = np.asarray(scores.chosen).T
+    chosen = to_host(scores.chosen).T
     return [float((chosen[row, : size - 1] == forced[row, 1:size]).mean()) for row, size in enumerate(sizes.tolist())]

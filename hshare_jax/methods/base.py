@@ -5,17 +5,20 @@ A method is a static value (`Method`). It starts a pytree that the decode loop c
 """
 
 import dataclasses
+from dataclasses import field
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
+from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
 
 from hshare_jax.kv_cache import KVCache
+from hshare_jax.mesh import dims
 from hshare_jax.models.config import ModelConfig
-from hshare_jax.shapes import EMPTY
+from hshare_jax.shapes import EMPTY, MODEL
 
 
 @jax.tree_util.register_dataclass
@@ -23,11 +26,13 @@ from hshare_jax.shapes import EMPTY
 class PromptQueries:
     """The rotated queries of a prompt that prefill keeps until a method has found from them what it needs."""
 
-    positions: Array  # [B, P] int32, where the probes stand; -1, or the capacity, where a row has none
-    probes: tuple[Array, ...]  # L x [B, P, N, H]; zero where a row lacks a probe
-    # KV layers x [B, N, H] float32: sum of |q| over the prompt and over all layers that read these keys.
-    sizes: tuple[Array, ...]
-    received: tuple[Array, ...] | None  # L x [B, N, S] float32: attention that each slot received from the whole prompt
+    # Int32, where the probes stand; -1, or the capacity, where a row has none.
+    positions: Array = field(metadata=dims("B P"))
+    probes: tuple[Array, ...] = field(metadata=dims("B P N H"))  # one for each layer; zero where a row lacks a probe
+    # One for each KV layer, float32: the sum of |q| over the prompt and over all layers that read these keys.
+    sizes: tuple[Array, ...] = field(metadata=dims("B N H"))
+    # One for each layer, float32: the attention that each slot received from the whole prompt.
+    received: tuple[Array, ...] | None = field(metadata=dims("B N S"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +127,10 @@ class Method(Protocol):
         """
         ...
 
+    def check_mesh(self, config: ModelConfig, mesh: Mesh) -> None:
+        """Raises ValueError if the method cannot serve heads and rows on different devices of this mesh."""
+        ...
+
     def start(self, config: ModelConfig, cache: KVCache) -> MethodState:
         """The state that belongs to an empty cache.
 
@@ -149,6 +158,7 @@ class Method(Protocol):
         *,
         memo: dict | None = None,
         impl: str = "auto",
+        mesh: Mesh | None = None,
     ) -> MethodState:
         """The state that decoding starts from, found from the prompts.
 
@@ -160,6 +170,7 @@ class Method(Protocol):
             memo: a dict that a caller keeps while it starts several methods on the same prompts. A method may store
                 results there that a variant of the method can use again. None stores nothing.
             impl: which implementation computes selection and attention, as `kernels.api` describes it.
+            mesh: the devices that hold the arrays in parts; None for one device.
         """
         ...
 
@@ -167,6 +178,11 @@ class Method(Protocol):
 def _seen(config: ModelConfig, layer: int, lengths: Int[Array, "B"]) -> tuple[Int[Array, "B"], int | None]:
     ends, window = config.sees(layer, lengths)
     return jnp.maximum(ends, 0) if config.looks_up(layer) else ends, window  # a row may be empty
+
+
+def mean_over_devices(of_heads: Float[Array, "B"], config: ModelConfig) -> Float[Array, "B"]:
+    """The mean over all heads, from the mean over the heads of one device. All devices have as many heads."""
+    return lax.pmean(of_heads, MODEL) if config.is_part else of_heads
 
 
 def count_dense(cache: KVCache, config: ModelConfig) -> Int[Array, "L B"]:

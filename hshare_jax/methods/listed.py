@@ -2,18 +2,21 @@
 
 import dataclasses
 import functools
+from dataclasses import field
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
 
 from hshare_jax.errors import check_one_of, check_whole
 from hshare_jax.kernels.api import dense_decode, sparse_decode
 from hshare_jax.kernels.reads import mark_listed
 from hshare_jax.kv_cache import KVCache, replace_layer
+from hshare_jax.mesh import by_parts, dims, layout_of, num_parts
 from hshare_jax.methods.base import (
     Choices,
     Method,
@@ -22,6 +25,7 @@ from hshare_jax.methods.base import (
     count_dense,
     count_listed,
     mark_dense,
+    mean_over_devices,
 )
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.shapes import EMPTY
@@ -32,14 +36,15 @@ from hshare_jax.shapes import EMPTY
 class PromptLayer:
     """One layer right after the prefill, as a method sees it."""
 
-    queries: Float[Array, "B P N H"]  # the queries at `probe_positions`
-    last_seen: Int[Array, "B P"]  # the last slot that each query sees; negative for none
-    received: Float[Array, "B N S"] | None  # attention that each slot received in this prefill, if the method wants it
-    keys: Float[Array, "B K S H"]
-    lengths: Int[Array, "B"]
-    recent_start: Int[Array, "B"]
-    window: int | None = dataclasses.field(metadata={"static": True})
-    num_lists: int = dataclasses.field(metadata={"static": True})
+    queries: Float[Array, "B P N H"] = field(metadata=dims("B P N H"))  # the queries at `probe_positions`
+    last_seen: Int[Array, "B P"] = field(metadata=dims("B P"))  # the last slot that each query sees; negative for none
+    # Attention that each slot received in this prefill, if the method wants it.
+    received: Float[Array, "B N S"] | None = field(metadata=dims("B N S"))
+    keys: Float[Array, "B K S H"] = field(metadata=dims("B K S H"))
+    lengths: Int[Array, "B"] = field(metadata=dims("B"))
+    recent_start: Int[Array, "B"] = field(metadata=dims("B"))
+    window: int | None = field(metadata={"static": True})
+    num_lists: int = field(metadata={"static": True})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,10 +78,10 @@ class ListMethod:
 
     def __post_init__(self) -> None:
         may_be_zero = ("num_sinks", "dense_layers", "num_pages")
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type in (int, "int") or (value is not None and field.type == int | None):
-                check_whole(field.name, value, 0 if field.name in may_be_zero else 1)
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if item.type in (int, "int") or (value is not None and item.type == int | None):
+                check_whole(item.name, value, 0 if item.name in may_be_zero else 1)
         check_one_of("lists_per", self.lists_per, ("kv_head", "query_head"))
 
     @property
@@ -114,6 +119,9 @@ class ListMethod:
         """One layer's lists, through which a step reads, and memory."""
         return lists, memory
 
+    def check_mesh(self, config: ModelConfig, mesh: Mesh) -> None:
+        """Nothing: every list is chosen by the heads that it serves."""
+
     def start(self, config: ModelConfig, cache: KVCache) -> "ListState":
         """The state of an empty cache."""
         B, L = cache.lengths.shape[0], config.num_layers
@@ -141,6 +149,7 @@ class ListMethod:
         *,
         memo: dict | None = None,
         impl: str = "auto",
+        mesh: Mesh | None = None,
     ) -> "ListState":
         """Lists and memory of the prompts; arguments as for `Method.after_prefill`."""
         recent_start = self.recent_start(cache.lengths, cache.lengths)
@@ -162,7 +171,7 @@ class ListMethod:
                 window=window,
                 num_lists=state.source.shape[2],
             )
-            new_lists, new_memory = _list_prompt(prompt, state.memory[layer], method=self)
+            new_lists, new_memory = _list_prompt(prompt, state.memory[layer], method=self, mesh=mesh)
             lists.append(new_lists)
             memory.append(new_memory)
         return dataclasses.replace(
@@ -179,12 +188,12 @@ class ListMethod:
 class ListState:
     """The `MethodState` of a `ListMethod`: the lists of every layer, and what the method remembers."""
 
-    token_indices: Array  # [L, B, J, C] int32 slots, padded with EMPTY
-    source: Array  # [B, L, J] int32, the plan in which nothing is shared
-    recent_start: Array  # [B] int32, first slot of the recent range
-    prompt_lengths: Array  # [B] int32, tokens at the last prefill
-    memory: tuple[Any, ...]  # of each layer
-    method: ListMethod = dataclasses.field(metadata={"static": True})
+    token_indices: Array = field(metadata=dims("L B J C"))  # int32 slots, padded with EMPTY
+    source: Array = field(metadata=dims("B L J", flat_ids=True))  # int32, the plan in which nothing is shared
+    recent_start: Array = field(metadata=dims("B"))  # int32, first slot of the recent range
+    prompt_lengths: Array = field(metadata=dims("B"))  # int32, tokens at the last prefill
+    memory: tuple[Any, ...] = field(metadata=dims("B K"))  # of each layer; arrays [B, K, ...] or [B, N, ...]
+    method: ListMethod = field(metadata={"static": True})
 
     @property
     def refresh_interval(self) -> int:
@@ -235,7 +244,7 @@ class ListState:
         listed = jnp.moveaxis(self.token_indices, 0, 1)
         sparse = count_listed(listed, self.recent_start, self.method.num_sinks, cache, config)
         is_dense = jnp.arange(config.num_layers)[:, None] < self.method.dense_layers
-        return jnp.where(is_dense, count_dense(cache, config), sparse).mean(axis=0)
+        return mean_over_devices(jnp.where(is_dense, count_dense(cache, config), sparse).mean(axis=0), config)
 
     def mark_reads(self, layer: int, cache: KVCache, config: ModelConfig) -> Bool[Array, "B J S"]:
         """The slots that the last step read in this layer, for each list."""
@@ -249,10 +258,16 @@ class ListState:
         return Choices(0, 0, 0)
 
 
-@functools.partial(jax.jit, static_argnames=("method",))
-def _list_prompt(prompt: PromptLayer, memory: Any, *, method: ListMethod) -> tuple[Int[Array, "B J C"], Any]:
+@functools.partial(jax.jit, static_argnames=("method", "mesh"))
+def _list_prompt(
+    prompt: PromptLayer, memory: Any, *, method: ListMethod, mesh: Mesh | None
+) -> tuple[Int[Array, "B J C"], Any]:
     """Compiled once and called per layer; unrolling all layers would keep every layer's intermediates alive."""
-    return method.list_prompt(prompt, memory)
+    if mesh is None:
+        return method.list_prompt(prompt, memory)
+    prompt = dataclasses.replace(prompt, num_lists=prompt.num_lists // num_parts(mesh))
+    of_memory = jax.tree.map(lambda _: layout_of("B K"), memory)
+    return by_parts(method.list_prompt, mesh, (prompt, memory), (prompt, of_memory), ("B J C", of_memory))
 
 
 def sum_over_lists(x: Float[Array, "B N S"], num_lists: int) -> Float[Array, "B J S"]:

@@ -31,7 +31,7 @@ def call(*arguments: str) -> int:
 def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Replaces the built-in model by a tiny one; the folder holds prompts and results."""
     model = pretrained.Model(TINY, random_params(TINY), byte_tokenizer(LETTERS), (), "tiny", "")
-    files = pretrained.ModelFiles(TINY, model.tokenizer, (), "tiny", "float32", lambda dtype, quantize: iter(()))
+    files = pretrained.ModelFiles(TINY, model.tokenizer, (), "tiny", "float32", lambda dtype, quantize, mesh: iter(()))
     monkeypatch.setattr(cli_plot, "open_named", lambda options: files)
     monkeypatch.setattr(pretrained.ModelFiles, "load", lambda self, dtype=None, quantize="auto": model)
     (tmp_path / "prompt.txt").write_text("it is a truth that is known to all, that a man in want of a wife is in luck.")

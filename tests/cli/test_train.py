@@ -117,7 +117,7 @@ def test_texts_and_lengths_that_do_not_fit_are_named_before_weights_are_read(
 ):
     (tmp_path / "a.txt").write_text("words")
     files = ModelFiles(
-        CONFIG, byte_tokenizer(), (), "tiny", "float32", lambda dtype, quantize: pytest.fail("weights are read")
+        CONFIG, byte_tokenizer(), (), "tiny", "float32", lambda dtype, quantize, mesh: pytest.fail("weights are read")
     )
     monkeypatch.setattr("hshare_jax.models.pretrained.open_model", lambda name: files)
     given = ["train", "--text", str(tmp_path / "a.txt"), "--output", str(tmp_path / "run"), "--sequence-length", length]

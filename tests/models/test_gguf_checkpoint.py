@@ -58,7 +58,9 @@ def test_float32_parameters_and_configuration_are_the_ones_written(tmp_path, arc
     window = {"attention.sliding_window": 32} if architecture == "phi3" else {}
     loaded = load_model(write_gguf(tmp_path / "model.gguf", model, metadata=window))
     assert loaded.config == config_from_hf(model.config.to_dict())
-    assert_equal_trees(loaded.params, fused(state_of(model), model.config.num_hidden_layers))
+    sizes = model.config
+    groups = sizes.num_key_value_heads, sizes.num_attention_heads // sizes.num_key_value_heads
+    assert_equal_trees(loaded.params, fused(state_of(model), sizes.num_hidden_layers, *groups))
 
 
 def test_a_mistral_written_as_llama_is_read_as_llama(tmp_path):

@@ -218,7 +218,7 @@ def test_a_description_that_disagrees_with_the_parameters_is_an_error(saved, tmp
         ),
         ('"dtype": "float32"', '"dtype": "float16"', r"parameter \S+ is float32 .*; model.json says float16"),
         ('"width": 64', '"breadth": 64', "model.json does not describe a model"),
-        ('"format": 1', '"format": 2', "model.json has another format than 1"),
+        ('"format": 2', '"format": 1', "model.json has another format than 2"),
         ('"kind": "default"', '"kind": "spiral"', "model.json does not describe a model: rope type 'spiral'"),
     ):
         directory = copy_of(saved, tmp_path_factory)

@@ -72,7 +72,7 @@ def prompt_ids(model) -> list[int]:
 
 def test_weights_equal_transformers_own_reading_of_the_file(model, reference):
     state = {name: tensor.numpy() for name, tensor in reference.state_dict().items() if name != "lm_head.weight"}
-    assert_equal_trees(floats_of(model.params), fused(state, model.config.num_layers))
+    assert_equal_trees(floats_of(model.params), fused(state, model.config.num_layers, 3, 3))
 
 
 def test_log_likelihoods_of_a_task_in_lm_evaluation_harness_equal_transformers_own(

@@ -15,7 +15,9 @@ from hshare_jax.errors import CheckpointError, SettingError
 from hshare_jax.kernels.block_weights import BlockWeights, floats_of
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.decoder import parameter_shapes
+from hshare_jax.models.layers import qkv_rows
 from hshare_jax.models.weights import (
+    ALL,
     DType,
     Quantize,
     dtype_of,
@@ -47,8 +49,9 @@ class ArraySource:
     def file_of(self, name: str) -> str:
         return "tiny.bin"
 
-    def blocks(self, name: str) -> Iterator[np.ndarray]:
-        array = self.arrays[name]
+    def blocks(self, name: str, rows: slice = ALL, columns: slice = ALL) -> Iterator[np.ndarray]:
+        array = self.arrays[name][rows]
+        array = array[:, columns] if array.ndim > 1 else array
         for row in range(0, len(array), 3):
             self.bytes_read += array[row : row + 3].nbytes
             yield array[row : row + 3]
@@ -70,13 +73,25 @@ def test_parameters_are_the_tree_that_the_decoder_declares(biases, tie_embedding
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, parameter_shapes(config))
 
 
-def test_queries_keys_and_values_are_stacked_in_this_order():
+def test_the_queries_the_key_and_the_value_of_a_group_of_heads_lie_together():
     source = ArraySource(CONFIG)
     params, _ = load(CONFIG, source)
-    names = [f"model.layers.1.self_attn.{part}_proj.weight" for part in "qkv"]
-    np.testing.assert_array_equal(
-        params["layers_1"]["qkv"]["weight"], np.concatenate([source.arrays[name] for name in names])
-    )
+    q, k, v = (source.arrays[f"model.layers.1.self_attn.{part}_proj.weight"] for part in "qkv")
+    K, H = CONFIG.num_kv_heads, CONFIG.head_dim
+    groups = zip(np.split(q, K), np.split(k, K), np.split(v, K), strict=True)
+    found = params["layers_1"]["qkv"]["weight"]
+    np.testing.assert_array_equal(found, np.concatenate([part for group in groups for part in group]))
+    for rows, wanted in zip(qkv_rows(CONFIG), (q, k, v), strict=True):
+        np.testing.assert_array_equal(found[rows], wanted)
+    assert len(found) == (CONFIG.num_heads + 2 * K) * H
+
+
+def test_the_rows_of_gate_and_up_alternate():
+    source = ArraySource(CONFIG)
+    gate, up = (source.arrays[f"model.layers.1.mlp.{part}_proj.weight"] for part in ("gate", "up"))
+    found = load(CONFIG, source)[0]["layers_1"]["mlp"]["gate_up"]["weight"]
+    np.testing.assert_array_equal(found[::2], gate)
+    np.testing.assert_array_equal(found[1::2], up)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

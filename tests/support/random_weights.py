@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hshare_jax.models.config import ModelConfig
-from hshare_jax.models.weights import tensor_layout
+from hshare_jax.models.weights import row_order, tensor_layout
 
 
 def random_tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -29,5 +29,6 @@ def random_params(config: ModelConfig, dtype: jnp.dtype | type = jnp.float32) ->
         node = params
         for branch in branches:
             node = node.setdefault(branch, {})
-        node[leaf] = jnp.asarray(np.concatenate([random_tensor(*part) for part in parts.items()]), dtype)
+        stack, order = np.concatenate([random_tensor(*part) for part in parts.items()]), row_order(config, path)
+        node[leaf] = jnp.asarray(stack if order is None else stack[order], dtype)
     return params

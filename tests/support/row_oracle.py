@@ -73,11 +73,13 @@ class Row:
             weights = self.params[f"layers_{layer}"]
             normed = rms_norm(x, weights["attention_norm"]["scale"], self.eps)
             has_own = self.kv_map[layer] == layer
-            fused = (weights["qkv" if has_own else "q"]["weight"].astype(np.float64) @ normed).reshape(-1, H)
-            self.queries[layer].append(self.finished(fused[:N], layer, position, "q_norm"))
-            if has_own:
-                self.keys[layer].append(self.finished(fused[N : N + K], layer, position, "k_norm"))
-                self.values[layer].append(fused[N + K :])
+            fused = weights["qkv" if has_own else "q"]["weight"].astype(np.float64) @ normed
+            if has_own:  # for each kv head the queries of its group, its key, its value
+                groups = fused.reshape(K, N // K + 2, H)
+                fused = groups[:, :-2]
+                self.keys[layer].append(self.finished(groups[:, -2], layer, position, "k_norm"))
+                self.values[layer].append(groups[:, -1])
+            self.queries[layer].append(self.finished(fused.reshape(N, H), layer, position, "q_norm"))
             keys, values = self.cached_keys(layer), self.cached(self.values, layer)
             q, reads = self.queries[layer][-1], reads_of(layer, position + 1)
             tail = None if tail_of is None else tail_of(layer, position + 1)
@@ -87,7 +89,7 @@ class Row:
                 out = oracle.attention_with_tail(q, keys, values, reads, self.sees(layer, position + 1), *tail)
             x = x + weights["out"]["weight"].astype(np.float64) @ out.reshape(-1)
             normed = rms_norm(x, weights["mlp_norm"]["scale"], self.eps)
-            gate, up = np.split(weights["mlp"]["gate_up"]["weight"].astype(np.float64) @ normed, 2)
+            gate, up = (weights["mlp"]["gate_up"]["weight"].astype(np.float64) @ normed).reshape(-1, 2).T
             x = x + weights["mlp"]["down"]["weight"].astype(np.float64) @ (gate / (1 + np.exp(-gate)) * up)
         normed = rms_norm(x, self.params["final_norm"]["scale"], self.eps)
         return self.params["unembedding"].astype(np.float64) @ normed

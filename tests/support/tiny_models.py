@@ -1,5 +1,6 @@
 """Tiny random models of transformers, and the checkpoints that the tests read. They need torch."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -71,12 +72,32 @@ def state_of(model: transformers.PreTrainedModel) -> dict[str, np.ndarray]:
     }
 
 
-def fused(state: dict[str, np.ndarray], num_layers: int = 2) -> dict:
-    """The decoder's parameter tree made from the tensors of `state_of`, written out by hand."""
+def fused(state: dict[str, np.ndarray], num_layers: int = 2, num_groups: int = 2, group_size: int = 2) -> dict:
+    """The decoder's parameter tree made from the tensors of `state_of`, written out by hand.
+
+    For each of `num_groups` kv heads there are the rows of its `group_size` query heads, of its key and of its value;
+    for each channel of the mlp there are the rows of its gate and of its up.
+    """
 
     def pick(*names: str) -> dict[str, np.ndarray]:
         kinds = [kind for kind in ("weight", "bias") if f"{names[0]}.{kind}" in state]
         return {kind: np.concatenate([state[f"{name}.{kind}"] for name in names]) for kind in kinds}
+
+    def by_groups(stacked: np.ndarray) -> np.ndarray:
+        size = len(stacked) // (num_groups * (group_size + 2))
+        rows = []
+        for group in range(num_groups):
+            rows += range(group * group_size * size, (group + 1) * group_size * size)
+            for part in (group_size * num_groups, (group_size + 1) * num_groups):
+                rows += range((part + group) * size, (part + group + 1) * size)
+        return stacked[rows]
+
+    def in_pairs(stacked: np.ndarray) -> np.ndarray:
+        half = len(stacked) // 2
+        return np.stack([stacked[:half], stacked[half:]], axis=1).reshape(stacked.shape)
+
+    def mapped(rule: Callable[[np.ndarray], np.ndarray], arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {kind: rule(array) for kind, array in arrays.items()}
 
     tree: dict = {
         "embedding": state["model.embed_tokens.weight"],
@@ -90,10 +111,14 @@ def fused(state: dict[str, np.ndarray], num_layers: int = 2) -> dict:
         tree[f"layers_{layer}"] = {
             "attention_norm": {"scale": state[f"{at}.input_layernorm.weight"]},
             "mlp_norm": {"scale": state[f"{at}.post_attention_layernorm.weight"]},
-            "qkv": pick(*(f"{at}.self_attn.{name}_proj" for name in (["qkv"] if is_stacked else "qkv"))),
+            "qkv": mapped(
+                by_groups, pick(*(f"{at}.self_attn.{name}_proj" for name in (["qkv"] if is_stacked else "qkv")))
+            ),
             "out": pick(f"{at}.self_attn.o_proj"),
             "mlp": {
-                "gate_up": pick(*(f"{at}.mlp.{name}_proj" for name in (["gate_up"] if is_stacked else ["gate", "up"]))),
+                "gate_up": mapped(
+                    in_pairs, pick(*(f"{at}.mlp.{n}_proj" for n in (["gate_up"] if is_stacked else ["gate", "up"])))
+                ),
                 "down": pick(f"{at}.mlp.down_proj"),
             },
         }

@@ -8,6 +8,7 @@ from tiny_training import CONFIG, tiny_model
 
 from hshare_jax.errors import SettingError
 from hshare_jax.models.kv_sharing import share_kv
+from hshare_jax.models.layers import qkv_rows
 from hshare_jax.training.presets import preset
 from hshare_jax.training.start import new_model, share_layers
 
@@ -25,7 +26,7 @@ def test_a_model_that_is_to_share_loses_the_weights_not_used():
     shared = share_layers(model, share_kv(model.config, "0_0"), init="copy")
     assert shared.config.kv_layer_map == (0, 0)
     np.testing.assert_array_equal(
-        shared.params["layers_1"]["q"]["weight"], model.params["layers_1"]["qkv"]["weight"][:16]
+        shared.params["layers_1"]["q"]["weight"], model.params["layers_1"]["qkv"]["weight"][qkv_rows(model.config)[0]]
     )
     assert shared.identity != model.identity
 

@@ -185,6 +185,7 @@ def _styles(names: list[str], highlight: str) -> dict[str, dict[str, Any]]:
         stands_out = name == highlight
         styles[name] = {
             "label": name,
+            "gid": name,  # by which the legend finds the line; matplotlib replaces labels such as "" and "_x"
             "color": colours[name.partition(" ")[0]],
             "marker": markers[name],
             "markersize": 9 if stands_out else 6,
@@ -198,9 +199,10 @@ def _styles(names: list[str], highlight: str) -> dict[str, dict[str, Any]]:
 
 def _add_legend(figure: Figure, panels: list[Axes], styles: dict[str, dict[str, Any]], highlight: str) -> None:
     """Adds the legend."""
-    found = {str(line.get_label()): line for axes in panels for line in axes.get_lines()}
+    found = {str(line.get_gid()): line for axes in panels for line in axes.get_lines()}
+    labels = [repr(name) if name[:1] in ("", "_") else name for name in styles]
     legend = figure.legend(
-        handles=[found[name] for name in styles], labels=list(styles), loc="outside right upper", fontsize=9,
+        handles=[found[name] for name in styles], labels=labels, loc="outside right upper", fontsize=9,
         title="method, the farthest\nfrom dense first", title_fontsize=9, markerscale=0.9,
     )  # fmt: skip
     for text in legend.get_texts():

@@ -10,11 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 from jaxtyping import Int
 
+from hshare_jax.errors import SettingError
 from hshare_jax.kernels.labels import Labels, make_labels
 from hshare_jax.kernels.tail import Tail, no_tail
 from hshare_jax.kv_cache import KVCache
+from hshare_jax.mesh import by_parts, layout_of, num_parts
 from hshare_jax.methods.base import PromptQueries
 from hshare_jax.methods.hshare.channels import check_channels, choose_channels
 from hshare_jax.methods.hshare.settings import HShareSettings, PlanSearch, read_sharing_ratio
@@ -23,7 +26,7 @@ from hshare_jax.methods.hshare.shared_lists import SharedLists
 from hshare_jax.methods.hshare.similarity import MEASURES, LabelledPrompt, list_probes, probe_positions
 from hshare_jax.methods.hshare.tail_fit import fit_tail
 from hshare_jax.models.config import ModelConfig
-from hshare_jax.shapes import EMPTY, Similarity, Source, round_up_coarsely
+from hshare_jax.shapes import DATA, EMPTY, Similarity, Source, round_up_coarsely
 
 MAX_TAIL_PROBES = 64  # twice as many fit tails no better
 PROBE_STEP = 64  # with all queries as probes their number rounds up, so that a longer prompt may compile nothing
@@ -122,6 +125,14 @@ class HShare:
         refresh = self.settings.refresh_interval
         return -(-self.search.refit_interval // refresh) * refresh
 
+    def check_mesh(self, config: ModelConfig, mesh: Mesh) -> None:
+        """Raises ValueError if a plan would let lists of different devices depend on each other."""
+        if self.plan is not None:
+            self.plan.check_parts(num_parts(mesh))
+        elif self.search.plan_scope == "batch" and mesh.shape[DATA] > 1:
+            rule = f"would find one plan for rows on {mesh.shape[DATA]} devices, which do not know each other's rows"
+            raise SettingError("plan_scope", "batch", rule, "choose 'row', or spread heads alone")
+
     def start(self, config: ModelConfig, cache: KVCache) -> SharedLists:
         """The lists of an empty cache.
 
@@ -184,6 +195,7 @@ class HShare:
         *,
         memo: dict[Any, Any] | None = None,
         impl: str = "auto",
+        mesh: Mesh | None = None,
     ) -> SharedLists:
         """The lists with labels and tails, and with channels and a plan, unless these are known beforehand.
 
@@ -191,7 +203,7 @@ class HShare:
             state, queries, cache, config: as for `Method.after_prefill`. The state may be donated.
             memo: keeps what does not depend on how many lists are shared: labels, similarity, the probes' lists. It
                 holds only the last ones, because labels are large.
-            impl: as for `Method.after_prefill`.
+            impl, mesh: as for `Method.after_prefill`.
         """
         settings, search = self.settings, self.search
         finds_plan = self.plan is None and search.shares_lists(settings, config)
@@ -199,7 +211,7 @@ class HShare:
         key = settings, similarity, search.num_probes, self.plan, self.channels
         found = None if memo is None else memo.get(key)
         if found is None:
-            found = measure_prompt(state, queries, cache, config=config, similarity=similarity, impl=impl)
+            found = measure_prompt(state, queries, cache, config=config, similarity=similarity, impl=impl, mesh=mesh)
         lists = found.lists
         if memo is not None:
             memo.clear()
@@ -207,11 +219,11 @@ class HShare:
             # Copies, because decode steps donate the state.
             lists = jax.tree.map(lambda array: jnp.array(array, copy=True), lists)
         if finds_plan:
-            source = plan_from(found.similarity, config=config, settings=settings, search=search)
+            source = plan_from(found.similarity, config=config, settings=settings, search=search, mesh=mesh)
             lists = dataclasses.replace(lists, source=source)
         if settings.tail is None:
             return lists
-        return dataclasses.replace(lists, tails=_fit_tails(lists, found.listed, queries, cache, config, impl))
+        return dataclasses.replace(lists, tails=_fit_tails(lists, found.listed, queries, cache, config, impl, mesh))
 
 
 def _as_tuples(values: Any) -> Any:
@@ -262,7 +274,7 @@ class MeasuredPrompt(NamedTuple):
     listed: Int[Array, "P L B J C"] | None  # the lists that the probes choose; None if no tail is to be fitted
 
 
-@functools.partial(jax.jit, static_argnames=("config", "similarity", "impl"), donate_argnames=("lists",))
+@functools.partial(jax.jit, static_argnames=("config", "similarity", "impl", "mesh"), donate_argnames=("lists",))
 def measure_prompt(
     lists: SharedLists,
     queries: PromptQueries,
@@ -271,6 +283,7 @@ def measure_prompt(
     config: ModelConfig,
     similarity: str | None,
     impl: str = "auto",
+    mesh: Mesh | None = None,
 ) -> MeasuredPrompt:
     """The lists with labels of the cache, and what a plan and tails are found from (jitted).
 
@@ -280,7 +293,28 @@ def measure_prompt(
         config: the model.
         similarity: "overlap" or "mass" (`PlanSearch.similarity`); None measures none.
         impl: which implementation chooses the probes' lists, as `kernels.api` describes it.
+        mesh: the devices that hold the arrays in parts; None for one device. Each device measures its own lists.
     """
+    how = {"similarity": similarity, "impl": impl}
+    if mesh is None:
+        return _measure_part(lists, queries, cache, config=config, **how)
+    part = functools.partial(_measure_part, config=config.part(num_parts(mesh)), **how)
+    # Similarity is an array [B, U, U] of each device's lists, or two whose second dimension is any device's own.
+    of_similarity = {None: None, "mass": "B U", "overlap": ("B U", "B U")}[similarity]
+    returns = lists, of_similarity, None if lists.settings.tail is None else "P L B J C"
+    return MeasuredPrompt(*by_parts(part, mesh, (lists, queries, cache), (lists, queries, cache), returns))
+
+
+def _measure_part(
+    lists: SharedLists,
+    queries: PromptQueries,
+    cache: KVCache,
+    *,
+    config: ModelConfig,
+    similarity: str | None,
+    impl: str,
+) -> MeasuredPrompt:
+    """`measure_prompt` on one device."""
     lists = _with_labels(lists, queries, cache, config)
     prompt, settings = LabelledPrompt(queries, cache.keys, lists.labels, lists.channels), lists.settings
     listed = None
@@ -316,6 +350,7 @@ def _fit_tails(
     cache: KVCache,
     config: ModelConfig,
     impl: str,
+    mesh: Mesh | None,
 ) -> tuple[Tail | None, ...]:
     """Every layer's tails. The fit is compiled once and called for each layer, so that memory holds one layer's."""
     settings, queries, tails = lists.settings, _tail_probes(queries), []
@@ -327,13 +362,25 @@ def _fit_tails(
         tail = fit_tail(
             queries.probes[layer], listed, lists.source[:, layer], queries.positions, seen, cache.lengths,
             cache.keys[index], cache.values[index], lists.labels[index], lists.channels[:, layer],
-            settings=settings, window=window, impl=impl,
+            settings=settings, window=window, impl=impl, mesh=mesh,
         )  # fmt: skip
         tails.append(tail)
     return tuple(tails)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "settings", "search"))
-def plan_from(similarity: Similarity, *, config: ModelConfig, settings: HShareSettings, search: PlanSearch) -> Source:
-    """Each row's plan, as `find_plan` finds it (jitted)."""
-    return find_plan(similarity, config=config, settings=settings, search=search)
+@functools.partial(jax.jit, static_argnames=("config", "settings", "search", "mesh"))
+def plan_from(
+    similarity: Similarity,
+    *,
+    config: ModelConfig,
+    settings: HShareSettings,
+    search: PlanSearch,
+    mesh: Mesh | None = None,
+) -> Source:
+    """Each row's plan, as `find_plan` finds it (jitted). On a mesh lists copy lists of their own device alone."""
+    how = {"settings": settings, "search": search}
+    if mesh is None:
+        return find_plan(similarity, config=config, **how)
+    part = functools.partial(find_plan, config=config.part(num_parts(mesh)), **how)
+    of_similarity = jax.tree.map(lambda _: "B U", similarity)
+    return by_parts(part, mesh, (similarity,), (of_similarity,), layout_of("B L J", flat_ids=True))

@@ -61,6 +61,18 @@ class SharePlan:
                 f"calibrate with dense_layers={settings.num_dense}, or decode with fewer"
             )
 
+    def check_parts(self, num_parts: int) -> None:
+        """Raises ValueError if a list copies a list of another device, where each of `num_parts` has J / num_parts."""
+        J = len(self.source[0])
+        size = J // num_parts
+        for layer, targets in enumerate(self.source):
+            for j, target in enumerate(targets):
+                if j // size != target % J // size:
+                    raise ValueError(
+                        f"the plan lets list {j} of layer {layer} copy list {target % J} of layer {target // J}, which "
+                        f"another of {num_parts} devices keeps: find a plan for each prompt, or calibrate on this mesh"
+                    )
+
 
 def mark_computed(source: Int[Array | np.ndarray, "B L J"]) -> Bool[Array | np.ndarray, "B L J"]:
     """Marks the lists of a plan that are computed: those that are their own source."""

@@ -1,6 +1,7 @@
 """HShare while decoding: lists of critical tokens, chosen where the plan asks for it and read through the plan."""
 
 import dataclasses
+from dataclasses import field
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,16 @@ from hshare_jax.kernels.masked_softmax import MASKED
 from hshare_jax.kernels.reads import mark_listed
 from hshare_jax.kernels.tail import HIGH, Tail
 from hshare_jax.kv_cache import KVCache, append, replace_layer
-from hshare_jax.methods.base import Choices, Method, Step, count_dense, count_listed, mark_dense
+from hshare_jax.mesh import dims, to_host
+from hshare_jax.methods.base import (
+    Choices,
+    Method,
+    Step,
+    count_dense,
+    count_listed,
+    mark_dense,
+    mean_over_devices,
+)
 from hshare_jax.methods.hshare.critical_tokens import choose_lists
 from hshare_jax.methods.hshare.pools import choose_in_pools
 from hshare_jax.methods.hshare.settings import HShareSettings
@@ -27,17 +37,21 @@ from hshare_jax.models.config import ModelConfig
 class SharedLists:
     """HShare's `MethodState`: the critical tokens of every layer in one buffer, and what choosing them anew needs."""
 
-    token_indices: Array  # [L, B, J, C] int32 slots, ascending, padded with EMPTY; with pools, what each list chose
-    pools: Array | None  # [L, B, J, pool * C] likewise, what the computed lists keep; None without pools
-    source: Array  # [B, L, J] int32, the share plan
-    channels: Array  # [B, L, K, R] int32, label channels
-    labels: tuple[Labels | None, ...]  # of each KV layer, as in the cache; None where no label is scored
-    recent_start: Array  # [B] int32, first slot of the recent range, set at the last refresh
-    age: Array  # [B] int32, decode steps since the plan was found
-    tails: tuple[Tail | None, ...]  # of each layer; None in dense layers, and everywhere without tails
-    settings: HShareSettings = dataclasses.field(metadata={"static": True})
-    plan: SharePlan | None = dataclasses.field(metadata={"static": True})  # a constant plan; `source` holds it too
-    has_channels: bool = dataclasses.field(metadata={"static": True})  # whether channels were given beforehand
+    # int32 slots, ascending, padded with EMPTY; with pools, what each list chose
+    token_indices: Array = field(metadata=dims("L B J C"))
+    # [L, B, J, pool * C] likewise, what the computed lists keep; None without pools
+    pools: Array | None = field(metadata=dims("L B J"))
+    source: Array = field(metadata=dims("B L J", flat_ids=True))  # int32, the share plan
+    channels: Array = field(metadata=dims("B L K R"))  # int32, label channels
+    # of each KV layer, as in the cache; None where no label is scored
+    labels: tuple[Labels | None, ...] = field(metadata=dims("B K"))
+    recent_start: Array = field(metadata=dims("B"))  # int32, first slot of the recent range, set at the last refresh
+    age: Array = field(metadata=dims("B"))  # int32, decode steps since the plan was found
+    # of each layer; None in dense layers, and everywhere without tails
+    tails: tuple[Tail | None, ...] = field(metadata=dims("B N"))
+    settings: HShareSettings = field(metadata={"static": True})
+    plan: SharePlan | None = field(metadata={"static": True})  # a constant plan; `source` holds it too
+    has_channels: bool = field(metadata={"static": True})  # whether channels were given beforehand
 
     @property
     def refresh_interval(self) -> int:
@@ -140,7 +154,7 @@ class SharedLists:
         sparse = sparse + jnp.where(sparse < dense, self._count_virtual(config), 0)
         is_dense = jnp.arange(config.num_layers)[:, None] < self.settings.num_dense
         is_dense = is_dense | (cache.lengths < self.settings.dense_below)[None, :]
-        return jnp.where(is_dense, dense, sparse).mean(axis=0)
+        return mean_over_devices(jnp.where(is_dense, dense, sparse).mean(axis=0), config)
 
     def _count_virtual(self, config: ModelConfig) -> Float[Array, "L B"]:
         """What a list's virtual tokens weigh, in cached tokens. Its heads share its tokens, but not their tails."""
@@ -165,6 +179,6 @@ class SharedLists:
         """How often lists were chosen by rows that made so many decode steps since their prefill."""
         first, J = self.settings.num_dense, self.source.shape[2]
         refreshes = -(-steps // self.refresh_interval)
-        computed = mark_computed(np.asarray(self.source))[:, first:].sum(axis=(1, 2))
+        computed = mark_computed(to_host(self.source))[:, first:].sum(axis=(1, 2))
         possible = self.settings.num_sparse_layers(config) * J * int(steps.sum())
         return Choices(int(refreshes.sum()), int((refreshes * computed).sum()), possible)

@@ -5,12 +5,14 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 from hshare_jax.kernels.api import split_decode
 from hshare_jax.kernels.labels import Labels
 from hshare_jax.kernels.masked_softmax import MASKED
 from hshare_jax.kernels.tail import HIGH, LOW, MAX_FEATURE, NUM_TERMS, Part, Tail
+from hshare_jax.mesh import by_parts, layout_of
 from hshare_jax.methods.hshare.pools import choose_in_pools
 from hshare_jax.methods.hshare.settings import HShareSettings
 from hshare_jax.methods.hshare.share_plan import through_plan
@@ -23,7 +25,7 @@ LEAST_VARIANCE = 1e-6  # of the queries along a direction; the value does not mo
 LEAST_RATIO = 1e-5  # of the variance along a direction to the greatest; float32 tells no smaller one from rounding
 
 
-@functools.partial(jax.jit, static_argnames=("settings", "window", "impl"))
+@functools.partial(jax.jit, static_argnames=("settings", "window", "impl", "mesh"))
 def fit_tail(
     queries: Float[Array, "B P N H"],
     listed: Int[Array, "padded L B J C"],
@@ -39,6 +41,7 @@ def fit_tail(
     settings: HShareSettings,
     window: int | None,
     impl: str = "auto",
+    mesh: Mesh | None = None,
 ) -> Tail:
     """One layer's tails, fitted on the probes of each row (jitted). A row without probes gets tails that weigh nothing.
 
@@ -57,7 +60,25 @@ def fit_tail(
         settings: what else the probes read, and the tails' rank.
         window: the layer's sliding window.
         impl: which implementation computes what the probes read, as `kernels.api` describes it.
+        mesh: the devices that hold the arrays in parts; None for one device.
     """
+    arrays = queries, listed, source, positions, seen, cached, keys, values, labels, channels
+    fit = functools.partial(_fit_part, settings=settings, window=window, impl=impl)
+    if mesh is None:
+        return fit(*arrays)
+    takes = (
+        "B P N H", "P L B J C", layout_of("B J", flat_ids=True), "B P", "B P", "B", "B K S H", "B K S H",
+        jax.tree.map(lambda _: layout_of("B K"), labels), "B K R",
+    )  # fmt: skip
+    return Tail(*by_parts(lambda *parts: tuple(jax.tree.leaves(fit(*parts))), mesh, arrays, takes, ("B N",) * 3))
+
+
+def _fit_part(
+    queries: Array, listed: Array, source: Array, positions: Array, seen: Array, cached: Array,
+    keys: Array, values: Array, labels: Labels | None, channels: Array,
+    *, settings: HShareSettings, window: int | None, impl: str,
+) -> Tail:  # fmt: skip
+    """`fit_tail` on one device."""
     rank = settings.tail_rank
     lists = through_plan(listed[: queries.shape[1]], source)  # [P, B, J, C]
 

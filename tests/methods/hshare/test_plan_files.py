@@ -25,7 +25,7 @@ MODEL = ModelConfig(
     windows=(None,) * 3, rope=RopeConfig(theta=100.0),
 )  # fmt: skip
 MODEL_OF_IDS = Model(MODEL, random_params(MODEL), None, (), "tiny", "0" * 16)
-FILES = ModelFiles(MODEL, None, (), "tiny", "float32", lambda dtype, quantize: iter(()))
+FILES = ModelFiles(MODEL, None, (), "tiny", "float32", lambda dtype, quantize, mesh: iter(()))
 L, K, N, H = MODEL.num_layers, MODEL.num_kv_heads, MODEL.num_heads, MODEL.head_dim
 HSHARE = HShare(
     HShareSettings(num_sinks=2, num_critical=6, num_recent=4, label_channels=3, dense_layers=1, min_length=0)
