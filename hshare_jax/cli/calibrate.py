@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from hshare_jax.cli.devices import add_devices, read_mesh
 from hshare_jax.cli.errors import UsageError, usage_errors
 from hshare_jax.cli.info import count_lists
 from hshare_jax.cli.options import (
@@ -29,6 +30,7 @@ def add_calibrate(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run_calibrate)
     parser.add_argument("text", nargs="+", metavar="TEXTFILE", help="texts to calibrate on; - is standard input")
     add_named_model(parser)
+    add_devices(parser)
     parser.add_argument("--channels-file", type=Path, metavar="OUT", help="file that gets the label channels")
     parser.add_argument("--plan-file", type=Path, metavar="OUT", help="file that gets the plan")
     parser.add_argument("--overwrite", action="store_true", help="replace earlier files of this command")
@@ -53,14 +55,15 @@ def run_calibrate(options: argparse.Namespace) -> int:
     check_not_empty(options.text, texts)
     method = read_method(options)
     files = open_named(options)
+    mesh = read_mesh(options, files.config)
     from hshare_jax.calibration import calibrate, cut_blocks
     from hshare_jax.methods.hshare.plan_files import save_channels, save_plan
 
     limits = {"block_length": options.block_length, "max_blocks": options.max_blocks}
     with usage_errors():
-        method.settings.check(files.config)
+        method.settings.check(files.config.for_parts(options.tensor_parallel_size))
         cut_blocks(files, texts, method=method, **limits)
-    model = files.load(options.dtype, read_quantize(options, files))
+    model = files.load(options.dtype, read_quantize(options, files), mesh)
     found = calibrate(model, texts, method=method, **limits)
     if options.channels_file is not None:
         save_channels(options.channels_file, found.channels, model, overwrite=options.overwrite)

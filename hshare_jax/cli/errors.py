@@ -2,8 +2,9 @@
 
 import argparse
 import contextlib
+import io
 from collections.abc import Iterator
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from hshare_jax.errors import SettingError
 
@@ -12,6 +13,17 @@ USAGE, FAILURE = 2, 1  # exit statuses: a mistake in the call, and a failure of 
 
 class UsageError(Exception):
     """A mistake in the call. `main` prints the message and returns `USAGE`."""
+
+
+class Silent(io.TextIOBase):
+    """Standard output or error of a process that is to print nothing but errors. `beneath` is the true stream."""
+
+    def __init__(self, beneath: TextIO) -> None:
+        self.beneath = beneath
+
+    def write(self, text: str, /) -> int:
+        """Takes the text, and drops it."""
+        return len(text)
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,7 +41,13 @@ def option_name(name: str) -> str:
 
 
 # Settings whose option has another name.
-_OPTIONS = {"count": "--limit", "spec": "--kv-sharing", "window": "--kv-window"}
+_OPTIONS = {
+    "count": "--limit",
+    "spec": "--kv-sharing",
+    "window": "--kv-window",
+    "model": "--tensor-parallel-size",
+    "data": "--data-parallel-size",
+}
 # Settings that are a part of what an option gives.
 _PARTS = {
     "layer_ratio": "the layer ratio of --sharing-ratio",

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hshare_jax.cli.devices import add_devices, read_mesh
 from hshare_jax.cli.errors import UsageError, option_name, usage_errors
 from hshare_jax.cli.options import (
     add_files,
@@ -65,6 +66,7 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     add_impl(parser)
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
     add_named_model(parser)
+    add_devices(parser)
     _add_task_options(parser.add_argument_group("tasks", argument_default=argparse.SUPPRESS))
     add_files(add_settings(parser))
 
@@ -99,6 +101,7 @@ def run_eval(options: argparse.Namespace) -> int:
     check_method(options, options.method, hshare)
     data, num_bad = _read_data(options, task)
     files = open_named(options)
+    mesh = read_mesh(options, files.config)
     return_freed_memory()
     items, num_long = _fit(options, task, files, data)
     sizes = task.sizes(items)
@@ -107,7 +110,7 @@ def run_eval(options: argparse.Namespace) -> int:
 
     with usage_errors():
         check_impl(options.impl)
-        hshare.settings.check(files.config)
+        hshare.settings.check(files.config.for_parts(options.tensor_parallel_size))
         hshare, origins = read_files(options, files, hshare)
         added = max((size - prefilled for prefilled, size in sizes), default=1)
         methods = {name: method_named(name, hshare, max_new_tokens=added) for name in options.method}
@@ -115,7 +118,7 @@ def run_eval(options: argparse.Namespace) -> int:
     notes = notes_on_short_texts(hshare, files.config, sizes, names=options.method)
     for note in notes:
         print(f"hshare-jax: note: {note}", file=sys.stderr)
-    model = files.load(options.dtype, read_quantize(options, files))
+    model = files.load(options.dtype, read_quantize(options, files), mesh)
     for origin in origins:
         origin.check(model)
     with usage_errors():

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from hshare_jax.cli.devices import add_devices, read_mesh, start_processes
 from hshare_jax.cli.errors import UsageError, option_name, usage_errors
 from hshare_jax.cli.options import (
     add_fields,
@@ -58,6 +59,7 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compare-dense", action="store_true", help="also decode densely and greedily, and tell how far both agree"
     )
+    add_devices(parser, rows=True)
     sampling = parser.add_argument_group("sampling", argument_default=argparse.SUPPRESS)
     add_fields(sampling, SamplingParams)
     sampling.add_argument(
@@ -78,16 +80,23 @@ def run_generate(options: argparse.Namespace) -> int:
     _check_options(options, len(texts))
     sampling, hshare = _read_sampling(options), read_method(options)
     check_method(options, [options.method], hshare)
+    start_processes(options)
     files = open_named(options)
+    mesh = read_mesh(options, files.config)
+    config = files.config.for_parts(options.tensor_parallel_size)
     prompts = apply_chat_template(files, texts, options)
+    from hshare_jax.mesh import check_rows_divide
     from hshare_jax.methods.registry import method_named
 
     with usage_errors():
-        _check_fit(options, files.config, prompts)
-        hshare.settings.check(files.config)
+        _check_fit(options, config, prompts)
+        check_rows_divide("prompts", len(prompts), mesh)
+        hshare.settings.check(config)
         hshare, origins = read_files(options, files, hshare)
         method = method_named(options.method, hshare, max_new_tokens=options.max_new_tokens)
-    model = files.load(options.dtype, read_quantize(options, files))
+        if method is not None and mesh is not None:
+            method.check_mesh(config, mesh)
+    model = files.load(options.dtype, read_quantize(options, files), mesh)
     for origin in origins:
         origin.check(model)
     is_streamed = len(prompts) == 1 and not options.json and not options.no_stream

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from hshare_jax.cli.errors import FAILURE, USAGE, Parser, UsageError
+from hshare_jax.cli.errors import FAILURE, USAGE, Parser, Silent, UsageError
 
 # Each command has a module of the same name in this folder. The module holds `add_NAME`, which adds the options of the
 # command and sets `run`. Only the module of the command that is called is imported, so that every start is quick.
@@ -60,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _complain(message: str, status: int) -> int:
-    print(f"hshare-jax: error: {' '.join(message.split())}", file=sys.stderr)
+    file = sys.stderr.beneath if isinstance(sys.stderr, Silent) else sys.stderr
+    print(f"hshare-jax: error: {' '.join(message.split())}", file=file)
     return status
 
 
