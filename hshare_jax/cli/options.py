@@ -4,6 +4,7 @@ The options of settings are made from dataclasses: type, default and help text a
 """
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import sys
@@ -71,7 +72,14 @@ whole, real, fraction = reader(int), reader(float), reader(Fraction)
 
 
 def unicode_text(argument: str) -> str:
-    """A type for argparse that takes Unicode text. Its byte order mark, which a shell keeps, is left out."""
+    """A type for argparse that takes Unicode text. Its byte order mark, which a shell keeps, is left out.
+
+    An argument whose bytes are UTF-8 is read as UTF-8, whatever the locale says, and any other one in the locale's
+    encoding.
+    """
+    if sys.getfilesystemencoding() != "utf-8":
+        with contextlib.suppress(UnicodeError):
+            argument = os.fsencode(argument).decode()
     try:
         check_text(argument, "the text")
     except ValueError as error:

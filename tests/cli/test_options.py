@@ -2,7 +2,9 @@
 
 import argparse
 import dataclasses
+import os
 import re
+import sys
 from fractions import Fraction
 from typing import Literal
 
@@ -11,7 +13,7 @@ from command_line import call
 
 from hshare_jax.cli.errors import option_name
 from hshare_jax.cli.main import _parser
-from hshare_jax.cli.options import add_fields, read_method
+from hshare_jax.cli.options import add_fields, read_method, unicode_text
 from hshare_jax.errors import setting
 from hshare_jax.kernels.api import IMPLS
 from hshare_jax.methods.hshare.method import HShare
@@ -22,6 +24,24 @@ from hshare_jax.sampling_params import SamplingParams
 def method(*arguments: str) -> HShare:
     given = ["generate", "a", *arguments]
     return read_method(_parser(given).parse_args(given))
+
+
+@pytest.mark.parametrize(
+    ("given", "encoding", "text"),
+    [
+        (b"caf\xc3\xa9", "iso8859-1", "café"),  # UTF-8 in a locale of Latin-1
+        (b"caf\xc3\xa9", "ascii", "café"),
+        (b"caf\xe9", "iso8859-1", "café"),  # Latin-1 itself
+        (b"\xef\xbb\xbfthe", "iso8859-1", "the"),
+    ],
+)
+def test_an_argument_in_utf8_is_read_as_utf8_in_every_locale(
+    given: bytes, encoding: str, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: encoding)
+    monkeypatch.setattr(os, "fsencode", lambda argument: argument.encode(encoding, "surrogateescape"))
+    assert unicode_text(given.decode(encoding, "surrogateescape")) == text
+    assert unicode_text("日本") == "日本"  # a caller in Python, whose text the locale lacks
 
 
 def test_without_options_the_method_is_the_default() -> None:
