@@ -234,7 +234,8 @@ def add_prompt_files(parser: argparse.ArgumentParser) -> None:
     """Adds prompts from files, and how a prompt becomes a conversation."""
     parser.add_argument(
         "--prompt-file", "-f", action="append", default=[], metavar="FILE",
-        help="file that holds a prompt, or - for standard input; give it again for another prompt",
+        help="file that holds a prompt, such as a text and a question below it, or - for standard input; give it again "
+        "for another prompt",
     )  # fmt: skip
     parser.add_argument("--system", type=unicode_text, metavar="TEXT", help="system message of the chat template")
     parser.add_argument("--no-chat-template", action="store_true", help="give the model the prompt without a template")
