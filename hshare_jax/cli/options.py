@@ -10,6 +10,7 @@ import os
 import sys
 import types
 import typing
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -40,6 +41,7 @@ _NUMBERS = {
     float: ("a number", "X"),
     Fraction: ("a fraction such as 1/8", "A/B"),
 }
+_ZSTD = b"\x28\xb5\x2f\xfd"  # the first bytes of what zstd packed
 _PARTS_OF_RATIO = ("layer_ratio", "head_ratio")  # settings that --sharing-ratio gives
 
 
@@ -444,8 +446,34 @@ def keep_compiled_programs(directory: Path) -> None:
     """Keeps compiled programs in a directory, so that the next start need not compile them."""
     import jax
 
+    _remove_half_written(directory)
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def _remove_half_written(directory: Path) -> None:
+    """Removes compiled programs of which a kill or a full disk left only a part.
+
+    JAX would neither use nor replace them, and would warn of them at each start. A kill leaves a part of the newest
+    one, and a full disk leaves empty files too.
+    """
+    try:
+        entries = sorted(directory.glob("*-cache"), key=lambda path: path.stat().st_mtime_ns)
+        for path in entries:
+            if path.stat().st_size == 0 or (path == entries[-1] and not _is_whole(path.read_bytes())):
+                path.unlink()
+    except OSError:
+        return  # another process removes or writes them, or they may only be read: what is left costs a warning
+
+
+def _is_whole(program: bytes) -> bool:
+    """Whether a compiled program can be unpacked. One that is packed with zstd, as later Pythons do, is not tried."""
+    if program.startswith(_ZSTD):
+        return True
+    unpacked = zlib.decompressobj()
+    with contextlib.suppress(zlib.error):
+        unpacked.decompress(program)
+    return unpacked.eof
 
 
 def read_prompts(options: argparse.Namespace) -> list[str]:
