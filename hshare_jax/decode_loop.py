@@ -17,6 +17,7 @@ from hshare_jax.models.decoder import parameter_layouts
 from hshare_jax.sampling import SamplingParams, sample
 
 NO_TOKEN = -1  # fills the output of a row beyond its last token
+NOT_FINITE = -2  # ends the output of a row whose logits are no finite numbers
 
 
 @jax.tree_util.register_dataclass
@@ -26,7 +27,7 @@ class LoopState:
 
     state: DecodeState
     token: Array = field(metadata=dims("B"))  # the last sampled token, not yet in the cache
-    output: Array = field(metadata=dims("B"))  # [B, M] sampled tokens; NO_TOKEN beyond the last
+    output: Array = field(metadata=dims("B"))  # [B, M] sampled tokens, or NOT_FINITE; NO_TOKEN after
     count: Array = field(metadata=dims("B"))  # tokens in output
     is_active: Array = field(metadata=dims("B"))  # rows that have not ended
     seen: Array | None = field(metadata=dims("B V"))  # tokens seen so far, for a repetition penalty
@@ -41,6 +42,9 @@ def take_token(
 ) -> LoopState:
     """Samples the next token of each active row into the output. A row ends at an end token or at its last place.
 
+    A row also ends, with NOT_FINITE in place of a token, where its largest logit is NaN or infinite. `jnp.max` returns
+    NaN if one logit is NaN.
+
     Args:
         logits: float32 [B, V].
         loop: donated.
@@ -54,10 +58,12 @@ def take_token(
         return _on_mesh(by_parts(take, mesh, args, ("B V", loop, "E", ""), loop), mesh)
     rows = jnp.arange(logits.shape[0])
     keys = jax.vmap(jax.random.fold_in)(loop.keys, loop.count)
-    token = jnp.where(loop.is_active, sample(logits, keys, sampling, seen=loop.seen), loop.token)
+    is_finite = jnp.isfinite(logits.max(axis=1))
+    sampled = jnp.where(is_finite, sample(logits, keys, sampling, seen=loop.seen), NOT_FINITE)
+    token = jnp.where(loop.is_active, sampled, loop.token)
     place = jnp.where(loop.is_active, loop.count, loop.output.shape[1])
     count = loop.count + loop.is_active
-    is_end = (token[:, None] == end_tokens[None, :]).any(axis=1)
+    is_end = (token[:, None] == end_tokens[None, :]).any(axis=1) | (token == NOT_FINITE)
     return dataclasses.replace(
         loop,
         token=token,

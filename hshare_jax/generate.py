@@ -14,7 +14,7 @@ from jax import Array
 from tqdm import tqdm
 
 from hshare_jax.compile_clock import compile_clock
-from hshare_jax.decode_loop import NO_TOKEN, LoopState, decode_tokens, refresh_interval, take_token
+from hshare_jax.decode_loop import NO_TOKEN, NOT_FINITE, LoopState, decode_tokens, refresh_interval, take_token
 from hshare_jax.decode_state import DecodeState, init_state
 from hshare_jax.errors import SettingError, check_whole
 from hshare_jax.files.texts import check_text
@@ -122,6 +122,7 @@ def generate(
         ValueError: an empty batch or prompt, a text that is not Unicode, a token id that is no whole number or outside
             the vocabulary, more tokens than the model has positions, a method that does not fit the model, or an `impl`
             that cannot run here. All are found before anything is computed.
+        FloatingPointError: the model computes logits that are no finite numbers.
     """
     options = _Options(max_new_tokens, method, sampling, seeds, stop, capacity, impl)
     run = _Run(model, prompts, options)
@@ -275,12 +276,22 @@ class _Run:
         return dataclasses.replace(loop, state=state, reads=loop.reads + reads)
 
     def _take_over(self, loop: LoopState) -> LoopState:
-        """Copies new tokens to the host, and ends the rows whose text met a stop string."""
+        """Copies new tokens to the host, and ends the rows whose text met a stop string.
+
+        Raises:
+            FloatingPointError: a row ended because its logits are no finite numbers.
+        """
         output, count = to_host(loop.output), to_host(loop.count)
         for row, tokens in enumerate(self._tokens):
             if self.streams and self.streams[row].is_stopped:
                 continue
             for token in output[row, len(tokens) : count[row]].tolist():
+                if token == NOT_FINITE:
+                    raise FloatingPointError(
+                        f"the logits of {self._model.name} are no finite numbers after {len(tokens)} new tokens of row "
+                        f"{row}, computed in {self._model.dtype}: its weights are damaged, or they need bfloat16 or "
+                        "float32"
+                    )
                 tokens.append(token)
                 if self.streams:
                     self.streams[row].push(token)

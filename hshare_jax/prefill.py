@@ -77,7 +77,7 @@ def prefill(
             "for: give both the same method"
         )
     if not any(isinstance(array, Tracer) for array in (cache.lengths, lengths)):
-        _check_lengths(lengths, cache.lengths, T, cache.capacity, config.max_positions)
+        _check_lengths(lengths, cache.lengths, T, cache.capacity, config)
     fits = (lengths >= 1) & (cache.lengths + lengths <= min(cache.capacity, config.max_positions))
     hidden, state = _read(params, tokens, lengths, state, config=config, method=method, progress=progress, impl=impl)
     logits = _unembed(params, hidden, config=config, impl=impl, mesh=state.mesh)
@@ -209,13 +209,13 @@ def _chunk_widths(num_tokens: int) -> list[int]:
     return widths
 
 
-def _check_lengths(lengths: Array, starts: Array, num_tokens: int, capacity: int, max_positions: int) -> None:
+def _check_lengths(lengths: Array, starts: Array, num_tokens: int, capacity: int, config: ModelConfig) -> None:
     for row, (length, start) in enumerate(zip(to_host(lengths).tolist(), to_host(starts).tolist(), strict=True)):
         if not 1 <= length <= num_tokens:
             raise ValueError(f"lengths[{row}]={length} must lie between 1 and the {num_tokens} tokens given")
-        if start + length > max_positions:
+        if start + length > config.max_positions:
             raise ValueError(
-                f"row {row} would hold {start + length} tokens, but the model has {max_positions} positions"
+                f"row {row} would hold {start + length} tokens, beyond the model's {config.positions_told}"
             )
         if start + length > capacity:
             raise ValueError(

@@ -47,7 +47,18 @@ _CASED = [r"[^\r\n\p{L}\p{N}]?" + word for word in (f"{_CAPITALS}*{_SMALLS}+", f
 _SIGNS = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|"
 _TEKKEN = "|".join(_CASED) + r"|\p{N}" + _SIGNS + _REST
 _GPT4O = "|".join(f"{word}{_ENDINGS}?" for word in _CASED) + r"|\p{N}{1,3}" + _SIGNS + _REST
-_DEEPSEEK_CODER = r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[\u0800-\u9fa5\uac00-\ud7ff]+", r"\p{N}"
+_CJK = "[\u0800-\u9fa5\uac00-\ud7ff]+"
+_DEEPSEEK_CODER = r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, r"\p{N}"
+# Small and large letters, but not the small ones of Armenian and Georgian nor those of mathematics: exactly the ranges
+# that the published rule lists. It cuts numbers into digits. llama.cpp keeps numbers whole, which gives the same tokens
+# with the published merges, because these were learnt from single digits.
+_DEEPSEEK_LETTERS = (
+    "[[\\p{Lu}\\p{Ll}\\p{Lt}]&&[A-\u0556\u10a0-\u10c5\u13a0-\u13fd\u1c90-\u1cbf\u1d00-\u1fff\u2100-\u218f\u2c00-\u2cff"
+    "\ua640-\ua78e\uab70-\uabbf\ufb00-\uff5a\U00010400-\U000104fb\U00010c80-\U00010cf2\U000118a0-\U000118df"
+    "\U0001e900-\U0001e943]]"
+)
+_DEEPSEEK_SIGNS = "[!-/:-~\u2018-\u201f\u3000-\u3002\uff01-\uff0f\uff1a-\uff5e]"
+_DEEPSEEK_LLM = r"[\r\n]", rf"\s?{_DEEPSEEK_LETTERS}+", rf"\s?{_DEEPSEEK_SIGNS}+", r"\s+$", _CJK, r"\p{N}"
 _RULES = {
     **dict.fromkeys(("gpt-2", "gpt2", "default"), _Rule((), then_gpt2=True)),
     "smollm": _Rule((r"\p{N}",), then_gpt2=True),
@@ -59,6 +70,7 @@ _RULES = {
     "tekken": _Rule((_TEKKEN,), has_whole_words=True, begins=True),
     **dict.fromkeys(("gpt-4o", "llama4"), _Rule((_GPT4O,))),
     "deepseek-coder": _Rule(_DEEPSEEK_CODER),
+    "deepseek-llm": _Rule(_DEEPSEEK_LLM),
 }
 
 

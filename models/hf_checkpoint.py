@@ -168,10 +168,15 @@ class HFTensors:
 
 def check_hf_directory(directory: Path, name: str) -> None:
     """Raises FileNotFoundError if the directory of the model `name` has no config.json or no safetensors."""
+    has_weights = (directory / _WEIGHTS).is_file() or (directory / _INDEX).is_file()
+    if (directory / _CONFIG).is_file() and has_weights:
+        return
+    if found := sorted(path for path in directory.iterdir() if path.suffix.lower() == ".gguf"):
+        more = f", or one of the {len(found) - 1} other .gguf files there" if len(found) > 1 else ""
+        raise FileNotFoundError(f"{name} holds no Hugging Face model, but GGUF: give {found[0]}{more}")
     if not (directory / _CONFIG).is_file():
         raise FileNotFoundError(f"{name} has no {_CONFIG} (a Hugging Face model) and no model.json (a converted one)")
-    if not ((directory / _WEIGHTS).is_file() or (directory / _INDEX).is_file()):
-        raise FileNotFoundError(f"{name} has neither {_WEIGHTS} nor {_INDEX}; weights in other formats are not read")
+    raise FileNotFoundError(f"{name} has neither {_WEIGHTS} nor {_INDEX}; weights in other formats are not read")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -165,6 +165,25 @@ BUDGET = HSHARE.settings
 COPYING = SharePlan(((0, 1, 2), (3, 3, 5)))
 
 
+@pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(temperature=1.0, top_k=4)])
+def test_weights_that_are_no_numbers_end_a_generation_with_an_error(sampling):
+    scale = {"scale": jnp.full_like(MODEL_OF_IDS.params["final_norm"]["scale"], jnp.nan)}
+    broken = dataclasses.replace(MODEL_OF_IDS, params={**MODEL_OF_IDS.params, "final_norm": scale})
+    with pytest.raises(FloatingPointError, match="tiny are no finite numbers after 0 new tokens of row 0, "):
+        generate(broken, [[1, 2, 3]], max_new_tokens=4, sampling=sampling)
+
+
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
+def test_a_row_that_meets_a_damaged_weight_later_is_named(value):
+    prompts = [[1, 2, 3], [4, 5]]
+    tokens = generate(MODEL_OF_IDS, prompts, max_new_tokens=3, method=None).tokens
+    assert tokens[1][0] not in (*prompts[0], *prompts[1], *tokens[0])
+    embedding = MODEL_OF_IDS.params["embedding"].at[tokens[1][0], 0].set(value)
+    broken = dataclasses.replace(MODEL_OF_IDS, params={**MODEL_OF_IDS.params, "embedding": embedding})
+    with pytest.raises(FloatingPointError, match="after 1 new tokens of row 1"):
+        generate(broken, prompts, max_new_tokens=3, method=None)
+
+
 def reads_of_step(length: int, at_refresh: int) -> float:
     """The tokens read, as the mean over a dense layer and a layer that chose its lists at `at_refresh` tokens."""
     start = max(at_refresh - 4, 0)

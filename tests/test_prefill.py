@@ -220,7 +220,7 @@ def test_prompts_that_do_not_fit_are_refused_before_computing(shape, lengths, me
 def test_a_row_beyond_the_models_positions_is_refused():
     state = init_state(MODEL, 1, MODEL.max_positions)
     tokens, lengths = jnp.zeros((1, 1025), jnp.int32), jnp.asarray([1025])
-    with pytest.raises(ValueError, match="row 0 would hold 1025 tokens, but the model has 1024 positions"):
+    with pytest.raises(ValueError, match=r"row 0 would hold 1025 tokens, beyond the model's 1024 positions \(max_pos"):
         prefill(params(), tokens, lengths, state, config=MODEL)
 
 

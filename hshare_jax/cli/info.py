@@ -84,9 +84,9 @@ def _facts(config: "ModelConfig", files: "ModelFiles", dtype: str, identity: str
     from hshare_jax.kernels.api import describe
 
     of_sharing = ("kv_layer_map", "forward_passes", "backward_passes")
-    sizes = {
-        key: value for key, value in dataclasses.asdict(config).items() if key not in ("windows", "rope", *of_sharing)
-    }
+    left_out = ("windows", "rope", *of_sharing)
+    sizes = {key: value for key, value in dataclasses.asdict(config).items() if key not in left_out}
+    sizes["no_rope_layers"] = list(config.no_rope_layers)  # a list, as the windows below
     facts = {"model": files.name, "identity": identity, **sizes}
     if config.kv_layer_map is not None:
         facts |= {name: getattr(config, name) for name in of_sharing} | {"kv_layer_map": write_notation(config)}

@@ -4,11 +4,13 @@ The options of settings are made from dataclasses: type, default and help text a
 """
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import sys
 import types
 import typing
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -39,6 +41,7 @@ _NUMBERS = {
     float: ("a number", "X"),
     Fraction: ("a fraction such as 1/8", "A/B"),
 }
+_ZSTD = b"\x28\xb5\x2f\xfd"  # the first bytes of what zstd packed
 _PARTS_OF_RATIO = ("layer_ratio", "head_ratio")  # settings that --sharing-ratio gives
 
 
@@ -71,7 +74,14 @@ whole, real, fraction = reader(int), reader(float), reader(Fraction)
 
 
 def unicode_text(argument: str) -> str:
-    """A type for argparse that takes Unicode text. Its byte order mark, which a shell keeps, is left out."""
+    """A type for argparse that takes Unicode text. Its byte order mark, which a shell keeps, is left out.
+
+    An argument whose bytes are UTF-8 is read as UTF-8, whatever the locale says, and any other one in the locale's
+    encoding.
+    """
+    if sys.getfilesystemencoding() != "utf-8":
+        with contextlib.suppress(UnicodeError):
+            argument = os.fsencode(argument).decode()
     try:
         check_text(argument, "the text")
     except ValueError as error:
@@ -226,7 +236,8 @@ def add_prompt_files(parser: argparse.ArgumentParser) -> None:
     """Adds prompts from files, and how a prompt becomes a conversation."""
     parser.add_argument(
         "--prompt-file", "-f", action="append", default=[], metavar="FILE",
-        help="file that holds a prompt, or - for standard input; give it again for another prompt",
+        help="file that holds a prompt, such as a text and a question below it, or - for standard input; give it again "
+        "for another prompt",
     )  # fmt: skip
     parser.add_argument("--system", type=unicode_text, metavar="TEXT", help="system message of the chat template")
     parser.add_argument("--no-chat-template", action="store_true", help="give the model the prompt without a template")
@@ -435,8 +446,34 @@ def keep_compiled_programs(directory: Path) -> None:
     """Keeps compiled programs in a directory, so that the next start need not compile them."""
     import jax
 
+    _remove_half_written(directory)
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def _remove_half_written(directory: Path) -> None:
+    """Removes compiled programs of which a kill or a full disk left only a part.
+
+    JAX would neither use nor replace them, and would warn of them at each start. A kill leaves a part of the newest
+    one, and a full disk leaves empty files too.
+    """
+    try:
+        entries = sorted(directory.glob("*-cache"), key=lambda path: path.stat().st_mtime_ns)
+        for path in entries:
+            if path.stat().st_size == 0 or (path == entries[-1] and not _is_whole(path.read_bytes())):
+                path.unlink()
+    except OSError:
+        return  # another process removes or writes them, or they may only be read: what is left costs a warning
+
+
+def _is_whole(program: bytes) -> bool:
+    """Whether a compiled program can be unpacked. One that is packed with zstd, as later Pythons do, is not tried."""
+    if program.startswith(_ZSTD):
+        return True
+    unpacked = zlib.decompressobj()
+    with contextlib.suppress(zlib.error):
+        unpacked.decompress(program)
+    return unpacked.eof
 
 
 def read_prompts(options: argparse.Namespace) -> list[str]:

@@ -97,8 +97,6 @@ def run_train(options: argparse.Namespace) -> int:
     keep_freed_memory()
     try:
         _train(options, *_prepare(options))
-    except FloatingPointError as error:
-        raise ValueError(str(error)) from error  # which `main` prints as one line
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):  # JAX's words for out of memory
             raise

@@ -23,9 +23,9 @@ _AT_WORKING_DIRECTORY, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Li
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Writes a file: yields the path of a draft to fill, which becomes `path` at the end of the with block.
 
-    On an error `path` stays as it was.
+    On an error `path` stays as it was. A link stays a link, and what it points to is written.
     """
-    path = Path(path)
+    path = _target(Path(path))
     with _draft(path) as draft:
         yield draft
         _flush_file(draft)
@@ -44,7 +44,7 @@ def whole_directory(path: Path, *, parts: Collection[str] = (), overwrite: bool 
         overwrite: whether to replace the parts and the checksums at `path`. All other files there stay. Otherwise a
             directory there that is not empty is an OSError.
     """
-    path = path.resolve() if path.is_symlink() else path
+    path = _target(path)
     if overwrite and path.exists():
         _check_one_device(path)
     with _draft(path) as draft:
@@ -58,6 +58,11 @@ def whole_directory(path: Path, *, parts: Collection[str] = (), overwrite: bool 
         else:
             draft.rename(path)
         _flush_names(path.parent)
+
+
+def _target(path: Path) -> Path:
+    """What a link points to, which need not exist; any other path as it is."""
+    return path.resolve() if path.is_symlink() else path
 
 
 def _check_one_device(directory: Path) -> None:

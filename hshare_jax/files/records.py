@@ -42,6 +42,8 @@ class Records:
             raise ValueError(f"{self.path} is no results file; name another one")
         whole = text.rpartition(b"\n")[0]
         lines = [self._parse(number, line) for number, line in enumerate(whole.split(b"\n"), start=1) if whole]
+        for number, line in enumerate(lines[1:], start=2):
+            self._check_keys(number, line)
         self._done = {self._key(line): line for line in lines[1:]}
         # A first line alone holds no results, so it may be replaced.
         self._found: dict[str, Any] | None = lines[0] if self._done else None
@@ -69,6 +71,12 @@ class Records:
         if not isinstance(parsed, dict):
             raise ValueError(f"{self.path}:{number} is not a JSON object; this is no results file")
         return parsed
+
+    def _check_keys(self, number: int, line: dict[str, Any]) -> None:
+        for key in self._keys:
+            if not isinstance(line.get(key), str | int):
+                told = f"{key}={line[key]!r} must be a text or a whole number" if key in line else f"it has no {key}"
+                raise ValueError(f"{self.path}:{number} names no item: {told}; repair or remove this line")
 
     def _key(self, line: dict[str, Any]) -> Hashable:
         return tuple(line.get(key) for key in self._keys)

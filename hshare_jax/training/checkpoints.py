@@ -25,6 +25,7 @@ from hshare_jax.errors import CheckpointError
 from hshare_jax.files.atomic import whole_directory
 from hshare_jax.files.checksums import verify_all
 from hshare_jax.files.records import difference
+from hshare_jax.files.texts import parse_json
 from hshare_jax.models.orbax_checkpoint import orbax_context, write_arrays
 from hshare_jax.training.step import TrainState
 
@@ -88,7 +89,7 @@ def load_train_state(directory: Path, shapes: TrainState, study: dict[str, Any])
         return None
     try:
         verify_all(path, (_RUN, _ARRAYS))
-        run = json.loads((path / _RUN).read_bytes())
+        run = _read_run(path)
         if run["format"] != _FORMAT:
             raise CheckpointError(f"{path / _RUN} has format {run['format']}; this version reads {_FORMAT}")
     except CheckpointError as error:
@@ -114,7 +115,20 @@ def load_train_state(directory: Path, shapes: TrainState, study: dict[str, Any])
 def seconds_of(directory: Path) -> float:
     """How long a run had trained when its newest checkpoint was written; 0 without a checkpoint."""
     *_, path = [None, *checkpoints(directory)]
-    return 0.0 if path is None else json.loads((path / _RUN).read_bytes()).get("seconds", 0.0)
+    return 0.0 if path is None else _read_run(path).get("seconds", 0.0)
+
+
+def _read_run(path: Path) -> dict[str, Any]:
+    """What run.json of a checkpoint holds; CheckpointError if it is damaged and SHA256SUMS was made anew."""
+    try:
+        run = parse_json((path / _RUN).read_bytes())
+    except ValueError as error:  # its message names the line
+        raise CheckpointError(f"{path / _RUN} is damaged: it is not JSON ({error})") from error
+    if not isinstance(run, dict) or "format" not in run or not isinstance(run.get("study"), dict):
+        raise CheckpointError(f"{path / _RUN} is damaged: it must be an object with format and study")
+    if not isinstance(run.get("seconds", 0.0), int | float):
+        raise CheckpointError(f"{path / _RUN} is damaged: seconds={run['seconds']!r} must be a number")
+    return run
 
 
 def remove_leftovers(directory: Path) -> None:

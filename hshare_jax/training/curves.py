@@ -1,6 +1,5 @@
 """The figure of a run: loss, perplexity and learning rate over its steps, from metrics.jsonl."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -9,25 +8,34 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from hshare_jax.files.figures import BLUE, GREY, VERMILION, blank_figure, set_title
+from hshare_jax.files.texts import parse_json
 from hshare_jax.training.loss import perplexity_of
+
+_NUMBERS = {"train": ("step", "loss", "learning_rate"), "eval": ("step", "loss")}  # drawn, of each kind of line
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The lines of kind "train" and "eval" of a metrics.jsonl. A last line that is only half written is left out.
 
     Raises:
-        ValueError: a line is not a JSON object.
+        ValueError: a line is not a JSON object, or lacks a number that the figure shows.
     """
     lines, whole = [], Path(path).read_bytes().rpartition(b"\n")[0]
     for number, text in enumerate(whole.split(b"\n"), start=1):
         try:
-            line = json.loads(text)
+            line = parse_json(text)
         except ValueError as error:
             raise ValueError(f"{path}:{number} is not JSON ({error}); this is no metrics.jsonl") from error
         if not isinstance(line, dict):
             raise ValueError(f"{path}:{number} is not a JSON object; this is no metrics.jsonl")
+        kind = line.get("kind")
+        if not isinstance(kind, str) or kind not in _NUMBERS:
+            continue
+        for name in _NUMBERS[kind]:
+            if not isinstance(line.get(name), int | float):
+                raise ValueError(f"{path}:{number}: {name}={line.get(name)!r} must be a number; repair this line")
         lines.append(line)
-    return [line for line in lines if line.get("kind") in ("train", "eval")]
+    return lines
 
 
 def plot_training(lines: list[dict[str, Any]], *, subject: str = "") -> Figure:

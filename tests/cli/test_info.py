@@ -101,6 +101,7 @@ def test_info_shows_what_sharing_saves_and_costs(
     status, text, _ = call(["info", out], capsys)
     assert status == 0
     assert "kv_layer_map           0s_2_2_3s\n" in text
+    assert "no_rope_layers         []\n" in text  # printed as sliding_windows is
 
 
 def test_info_tells_what_a_model_would_be_without_loading_it(

@@ -2,16 +2,21 @@
 
 import argparse
 import dataclasses
+import os
 import re
+import sys
+import zlib
 from fractions import Fraction
+from pathlib import Path
 from typing import Literal
 
 import pytest
 from command_line import call
 
+from hshare_jax.cli import options
 from hshare_jax.cli.errors import option_name
 from hshare_jax.cli.main import _parser
-from hshare_jax.cli.options import add_fields, read_method
+from hshare_jax.cli.options import add_fields, read_method, unicode_text
 from hshare_jax.errors import setting
 from hshare_jax.kernels.api import IMPLS
 from hshare_jax.methods.hshare.method import HShare
@@ -22,6 +27,38 @@ from hshare_jax.sampling_params import SamplingParams
 def method(*arguments: str) -> HShare:
     given = ["generate", "a", *arguments]
     return read_method(_parser(given).parse_args(given))
+
+
+@pytest.mark.parametrize(
+    ("given", "encoding", "text"),
+    [
+        (b"caf\xc3\xa9", "iso8859-1", "café"),  # UTF-8 in a locale of Latin-1
+        (b"caf\xc3\xa9", "ascii", "café"),
+        (b"caf\xe9", "iso8859-1", "café"),  # Latin-1 itself
+        (b"\xef\xbb\xbfthe", "iso8859-1", "the"),
+    ],
+)
+def test_an_argument_in_utf8_is_read_as_utf8_in_every_locale(
+    given: bytes, encoding: str, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: encoding)
+    monkeypatch.setattr(os, "fsencode", lambda argument: argument.encode(encoding, "surrogateescape"))
+    assert unicode_text(given.decode(encoding, "surrogateescape")) == text
+    assert unicode_text("日本") == "日本"  # a caller in Python, whose text the locale lacks
+
+
+def test_what_a_kill_left_of_a_compiled_program_is_removed(tmp_path: Path) -> None:
+    whole = zlib.compress(bytes(range(256)) * 99)
+    for time, (name, data) in enumerate({"a": whole, "b": b"", "c": whole, "d": whole[:-5]}.items()):
+        (tmp_path / f"{name}-cache").write_bytes(data)
+        os.utime(tmp_path / f"{name}-cache", (time, time))
+    (tmp_path / "notes").touch()
+    for _ in range(2):  # the second time, the newest one is whole
+        options._remove_half_written(tmp_path)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["a-cache", "c-cache", "notes"]
+    (tmp_path / "e-cache").write_bytes(b"\x28\xb5\x2f\xfd of a later Python")
+    options._remove_half_written(tmp_path)
+    options._remove_half_written(tmp_path / "absent")
 
 
 def test_without_options_the_method_is_the_default() -> None:

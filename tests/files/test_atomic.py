@@ -38,6 +38,21 @@ def test_a_draft_takes_the_files_place_with_nothing_left_beside_it(tmp_path: Pat
 
 
 @pytest.mark.parametrize("before", [None, "before"])
+def test_what_a_link_points_to_is_written_and_the_link_stays(before: str | None, tmp_path: Path) -> None:
+    target, link = tmp_path / "elsewhere" / "a.txt", tmp_path / "link.txt"
+    target.parent.mkdir()
+    if before:
+        target.write_text(before)
+    link.symlink_to("elsewhere/a.txt")
+    with whole_file(link) as draft:
+        assert draft.suffix == ".txt"
+        draft.write_text("after")
+    assert (link.is_symlink(), target.is_symlink(), target.read_text()) == (True, False, "after")
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["elsewhere", "link.txt"]
+    assert [found.name for found in target.parent.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize("before", [None, "before"])
 def test_an_error_leaves_what_was_there_and_nothing_else(
     before: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -68,6 +68,11 @@ def test_another_study_is_refused_and_the_file_kept(whole: bytes, tmp_path: Path
         (json.dumps({"x": 1}) + "\n", "other.txt is no results file"),
         (json.dumps({"results": "hshare_jax", **STUDY}) + "\n{\n", ":2 is not JSON"),
         (json.dumps({"results": "hshare_jax", **STUDY}) + "\n[1]\n", ":2 is not a JSON object"),
+        (
+            json.dumps({"results": "hshare_jax", **STUDY}) + '\n{"id": ["a"], "method": "a"}\n',
+            r":2 .*id=\['a'\] must be",
+        ),
+        (json.dumps({"results": "hshare_jax", **STUDY}) + '\n{"id": "a"}\n', ":2 names no item: it has no method"),
     ],
 )
 def test_a_file_that_holds_no_results_is_refused_and_kept(text: str, message: str, tmp_path: Path) -> None:

@@ -365,15 +365,29 @@ def test_text_is_cut_into_words_as_transformers_cuts_it(tmp_path, pre):
     check()
 
 
-def test_deepseek_coder_cuts_with_one_expression_after_another(tmp_path):
-    _, metadata = byte_level("deepseek-coder", pre_tokenizers.ByteLevel(add_prefix_space=False))
+# What is cut out, one after another. The letters of deepseek-llm are the small and large ones of CASES and OTHERS,
+# except the small ones of Armenian and Georgian and those of mathematics.
+DEEPSEEK = {
+    "deepseek-coder": (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥\u0800-一\uac00-\ud7ff]+", r"\p{N}"),
+    "deepseek-llm": (
+        r"[\r\n]", r"\s?[A-Za-zÀ-ÖØ-öΩ\u0531]+",
+        "\\s?[!-/:-~\u2018-\u201f\u3000-\u3002\uff01-\uff0f\uff1a-\uff5e]+", r"\s+$",
+        r"[一-龥\u0800-一\uac00-\ud7ff]+", r"\p{N}",
+    ),
+}  # fmt: skip
+OTHERS = "\u3099\u3013+Ω\u0531\u0561\u10d0\u01c0\U0001d400\uff1f\u2019\u3000"
+
+
+@pytest.mark.parametrize("pre", DEEPSEEK)
+def test_deepseek_cuts_with_one_expression_after_another(tmp_path, pre):
+    _, metadata = byte_level(pre, pre_tokenizers.ByteLevel(add_prefix_space=False))
     cutter = loaded_tokenizer(tmp_path, metadata).backend_tokenizer.pre_tokenizer
 
-    @settings(max_examples=100, deadline=None)
-    @given(text=st.text(st.sampled_from(CASES + "\u3099\u3013+"), max_size=24))
+    @settings(max_examples=200, deadline=None)
+    @given(text=st.text(st.sampled_from(CASES + OTHERS), max_size=24))
     def check(text):
         pieces = [text]
-        for split in (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥\u0800-一\uac00-\ud7ff]+", r"\p{N}"):
+        for split in DEEPSEEK[pre]:
             pieces = [part for piece in pieces for part in regex.split(f"({split})", piece) if part]
         starts = [0, *itertools.accumulate(map(len, pieces))]
         assert [place for _, place in cutter.pre_tokenize_str(text)] == list(itertools.pairwise(starts))
@@ -466,9 +480,9 @@ def test_sentencepiece_tokens_equal_the_definition(tmp_path):
     ("change", "error", "message"),
     [
         (
-            {"ggml.pre": "deepseek-llm"},
+            {"ggml.pre": "chatglm-bpe"},
             ValueError,
-            r"ggml.pre='deepseek-llm' is not known; known: gpt-2, .*smollm, llama-bp",
+            r"ggml.pre='chatglm-bpe' is not known; known: gpt-2, .*smollm, llama-bp",
         ),
         ({"ggml.model": "t5"}, ValueError, r"tokenizer.ggml.model='t5' is not supported; supported: gpt2, llama"),
         ({"ggml.eos_token_id": 9999}, CheckpointError, r"tokenizer.ggml.eos_token_id=9999 is not one of"),

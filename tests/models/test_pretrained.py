@@ -153,6 +153,16 @@ def test_files_and_directories_without_a_model_are_refused(tmp_path):
         check_model_name(tmp_path)
 
 
+def test_a_directory_of_gguf_files_is_told_the_file_to_give(tmp_path):
+    (tmp_path / "b.gguf").touch()
+    with pytest.raises(FileNotFoundError, match=rf"holds no Hugging Face model, but GGUF: give {tmp_path}/b.gguf$"):
+        check_model_name(tmp_path)
+    (tmp_path / "a.GGUF").touch()
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=rf"give {tmp_path}/a.GGUF, or one of the 1 other .gguf files there$"):
+        check_model_name(tmp_path)
+
+
 def test_a_revision_is_only_for_the_hub(tmp_path):
     assert check_model_name("organisation/name", revision="main") == "hub"
     with pytest.raises(ValueError, match=r"revision='main' is for Hugging Face hub ids; .* is a built-in model"):

@@ -21,6 +21,7 @@ from orbax.checkpoint import v1 as ocp
 from tiny_training import CONFIG, SETTINGS, tiny_data, tiny_model, tiny_run
 
 from hshare_jax.errors import CheckpointError
+from hshare_jax.files.checksums import write_checksums
 from hshare_jax.files.figures import save
 from hshare_jax.models.pretrained import load_model
 from hshare_jax.training.checkpoints import checkpoints, load_train_state
@@ -145,6 +146,38 @@ def test_a_damaged_checkpoint_is_named_and_so_is_the_one_before_it(whole, tmp_pa
     shutil.rmtree(directory / "step_000020")
     with pytest.raises(CheckpointError, match="to start from the beginning: there is no earlier one"):
         tiny_run(directory)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"format": 1,\n oops', r"it is not JSON \(.* line 2 column 2 "),
+        ('{"format": 1}', "it must be an object with format and study"),
+        ('{"format": 1, "study": {}, "seconds": "long"}', "seconds='long' must be a number"),
+    ],
+)
+def test_facts_of_a_checkpoint_that_somebody_edited_are_named(whole, tmp_path, text, message):
+    directory = copy_of(whole, tmp_path)
+    (directory / "step_000024" / "run.json").write_text(text)
+    write_checksums(directory / "step_000024")
+    with pytest.raises(CheckpointError, match=rf"step_000024/run.json is damaged: {message}.*; delete .*/step_000024 "):
+        tiny_run(directory)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"kind": "train", "step": 9, "loss": "low"}', ":3: loss='low' must be a number; repair this line"),
+        ('{"kind": "eval", "loss": 1.0}', ":3: step=None must be a number"),
+        ('{"kind": ', r":3 is not JSON \("),
+        ("[" * 10_000, r":3 is not JSON \(it is nested too deeply\)"),
+    ],
+)
+def test_a_damaged_line_of_metrics_is_named(whole, tmp_path, line, message):
+    lines = (whole / "metrics.jsonl").read_text().splitlines()[:2]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, line, '{"kind": "of another version"}', ""]))
+    with pytest.raises(ValueError, match=f"metrics.jsonl{message}"):
+        read_metrics(tmp_path / "metrics.jsonl")
 
 
 def test_a_full_disk_is_named_and_leaves_the_last_good_checkpoint(whole, tmp_path, monkeypatch):
