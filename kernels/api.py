@@ -1,4 +1,4 @@
-"""The operations on the KV cache: appending, attention of a decode step, the choice of critical tokens, and prefill.
+"""The operations on the KV cache: appending, decode attention, the choice of critical tokens, and prefill attention.
 
 Each operation of a decode step has several implementations, and `impl` names one:
 
