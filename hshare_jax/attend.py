@@ -7,15 +7,15 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from hshare_jax.decode_state import DecodeState
-from hshare_jax.kernels.api import dense_decode, prefill_attention, prefill_attention_received
-from hshare_jax.kv_cache import KVCache, append, replace_layer
+from hshare_jax.kernels.api import append_tokens, dense_decode, prefill_attention, prefill_attention_received
+from hshare_jax.kv_cache import KVCache, replace_layer
 from hshare_jax.methods.base import PromptQueries, Step
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.decoder import Attend
 
 
 def prefill_attend(
-    config: ModelConfig, slots: Int[Array, "B T"], starts: Int[Array, "B"]
+    config: ModelConfig, slots: Int[Array, "B T"], starts: Int[Array, "B"], *, impl: str = "auto"
 ) -> Attend[tuple[KVCache, PromptQueries | None]]:
     """Exact causal attention over the cache. It appends the new tokens, and keeps the queries that a method asks for.
 
@@ -23,13 +23,14 @@ def prefill_attend(
         config: the model.
         slots: where each new token is written; at or beyond the capacity for padding.
         starts: the position of each row's first new token.
+        impl: which implementation appends (`kernels.api`).
     """
 
     def attend(
         layer: int, q: Array, k: Array | None, v: Array | None, state: tuple[KVCache, PromptQueries | None]
     ) -> tuple[Array, tuple[KVCache, PromptQueries | None]]:
         (cache, kept), index = state, config.kv_index(layer)
-        cache = _append_layer(cache, index, k, v, slots)
+        cache = _append_layer(cache, index, k, v, slots, impl)
         keys, values = cache.keys[index], cache.values[index]
         seen, window = config.sees(layer, starts)
         # A query at position 0 of a layer that looks up sees nothing.
@@ -72,7 +73,7 @@ def decode_attend(step: Step) -> Attend[DecodeState]:
 
     def attend(layer: int, q: Array, k: Array | None, v: Array | None, state: DecodeState) -> tuple[Array, DecodeState]:
         index = step.config.kv_index(layer)
-        cache = _append_layer(state.cache, index, k, v, step.slots)
+        cache = _append_layer(state.cache, index, k, v, step.slots, step.impl)
         query, keys, values, method_state = q[:, 0], cache.keys[index], cache.values[index], state.method_state
         if method_state is None:
             lengths, window = step.sees(layer)
@@ -84,10 +85,10 @@ def decode_attend(step: Step) -> Attend[DecodeState]:
     return attend
 
 
-def _append_layer(cache: KVCache, index: int, k: Array | None, v: Array | None, slots: Array) -> KVCache:
+def _append_layer(cache: KVCache, index: int, k: Array | None, v: Array | None, slots: Array, impl: str) -> KVCache:
     if k is None or v is None:  # the layer borrows keys and values
         return cache
-    keys, values = append(cache.keys[index], k, slots), append(cache.values[index], v, slots)
+    keys, values = append_tokens(cache.keys[index], cache.values[index], k, v, slots, impl=impl)
     return dataclasses.replace(
         cache, keys=replace_layer(cache.keys, index, keys), values=replace_layer(cache.values, index, values)
     )

@@ -41,9 +41,9 @@ def decode_step(
             age, so that rows that started at different times can share a batch. Other methods ignore it.
         is_active: rows that take part [B]; None means all. Other rows append nothing and keep their length, and their
             logits mean nothing.
-        impl: which implementation computes selection, attention and projections, as `kernels.api` describes it. `auto`
-            takes the Pallas kernels on an NVIDIA GPU, on a CPU the native ones if they were compiled when the package
-            was installed, and plain jnp elsewhere.
+        impl: which implementation appends, and computes selection, attention and projections, as `kernels.api`
+            describes it. `auto` takes the Pallas kernels on an NVIDIA GPU, on a CPU the native ones if they were
+            compiled when the package was installed, and plain jnp elsewhere.
 
     Raises:
         ValueError: arrays whose shape does not fit the state, or an `impl` that cannot run here.

@@ -6,7 +6,6 @@ from dataclasses import field
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Int, Shaped
 
 from hshare_jax.kernels.prefill_attention import PREFILL_BLOCK
 from hshare_jax.mesh import dims
@@ -46,24 +45,3 @@ def init_cache(config: ModelConfig, batch_size: int, capacity: int, dtype: jnp.d
 def replace_layer(arrays: tuple, index: int, new: object) -> tuple:
     """The tuple with one layer's entry replaced."""
     return (*arrays[:index], new, *arrays[index + 1 :])
-
-
-def append(
-    cache: Shaped[Array, "B *dims"], new: Shaped[Array, "B T *rest"], slots: Int[Array, "B T"], *, axis: int = 2
-) -> Shaped[Array, "B *dims"]:
-    """The cache with token t of row b written at slots[b, t]. A slot at or beyond the end drops the write.
-
-    Args:
-        cache: B rows, with the slots along `axis`: 2 for [B, K, S, H], 3 for labels.
-        new: the new tokens, with the remaining axes in their order [B, T, K, H].
-        slots: where each token goes [B, T].
-        axis: 2 or 3.
-    """
-    rows = jnp.arange(cache.shape[0])[:, None]
-    if slots.shape[1] == 1:
-        # XLA:CPU turns a scatter of one update into a slice update, and copies the cache for it. Two updates, one of
-        # which is dropped, stay a scatter in place.
-        slots = jnp.concatenate([slots, jnp.full_like(slots, cache.shape[axis])], axis=1)
-        new = jnp.concatenate([new, new], axis=1)
-    index = (rows, *[slice(None)] * (axis - 1), slots)
-    return cache.at[index].set(new.astype(cache.dtype), mode="drop")

@@ -55,8 +55,8 @@ def prefill(
         method: the method that `init_state` was given.
         progress: called with the tokens per row of each chunk, once the chunk is computed. It makes the host wait, and
             cannot be used under jit.
-        impl: which implementation computes projections, and what the method finds, as for `decode_step`. Attention is
-            cuDNN's or plain jnp.
+        impl: which implementation appends, and computes projections and what the method finds, as for `decode_step`.
+            Attention is cuDNN's or plain jnp.
 
     Raises:
         ValueError: shapes that disagree, a state of another method, or rows that outgrow the capacity. Where lengths
@@ -263,7 +263,7 @@ def _prefill_part(
     starts = cache.lengths
     positions = starts[:, None] + index
     slots = jnp.where(index < num_new[:, None], positions, cache.capacity)
-    attend = prefill_attend(config, slots, starts)
+    attend = prefill_attend(config, slots, starts, impl=impl)
     how = {"config": config, "project": functools.partial(project, impl=impl)}
     out, (cache, kept) = run_decoder(params, tokens, positions, attend, (cache, kept), **how)
     last = jnp.take_along_axis(out, jnp.maximum(num_new - 1, 0)[:, None, None], axis=1)[:, 0]

@@ -1,4 +1,4 @@
-"""The operations on the KV cache: attention of a decode step, the choice of critical tokens, and prefill attention.
+"""The operations on the KV cache: appending, decode attention, the choice of critical tokens, and prefill attention.
 
 Each operation of a decode step has several implementations, and `impl` names one:
 
@@ -26,6 +26,8 @@ from hshare_jax.shapes import EMPTY, Lists, Source
 
 __all__ = [
     "IMPLS",
+    "append_labels",
+    "append_tokens",
     "check_impl",
     "dense_decode",
     "describe",
@@ -37,6 +39,57 @@ __all__ = [
     "sparse_decode",
     "split_decode",
 ]
+
+
+def append_tokens(
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    slots: Int[Array, "B T"],
+    *,
+    impl: str = "auto",
+) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
+    """The keys and values of one layer's cache, with token t of row b written at slots[b, t].
+
+    A slot outside the cache drops the write. The cache is changed in place where it is donated.
+
+    Args:
+        keys, values: the cache of one layer.
+        k, v: the new tokens. They take the dtype of the cache.
+        slots: where each token goes; the slots of a row differ, but for those outside.
+        impl: the implementation, as the module describes it. On a GPU this is the reference's plain jnp.
+    """
+    new = k.astype(keys.dtype), v.astype(values.dtype)
+    return run(impl, lambda chosen: chosen.appending.append_tokens(keys, values, *new, slots))
+
+
+def append_labels(
+    labels: Labels,
+    layer: int,
+    k: Float[Array, "B T K H"],
+    channels: Int[Array, "B L K R"],
+    slots: Int[Array, "B T"],
+    *,
+    bits: int | None,
+    impl: str = "auto",
+) -> Labels:
+    """The labels of one layer's cache, with those of new keys written at slots[b, t].
+
+    The labels are those that `labels.make_labels` makes of the keys in the cache's dtype. A slot outside the cache
+    drops the write. The labels are changed in place where they are donated.
+
+    Args:
+        labels: the labels of the layer's cache.
+        layer: the layer.
+        k: the new rotated keys.
+        channels: the label channels of all layers.
+        slots: as for `append_tokens`.
+        bits: the size of a code, as for `make_labels`.
+        impl: as for `append_tokens`.
+    """
+    new = k.astype(labels.dtype)
+    return run(impl, lambda chosen: chosen.appending.append_labels(labels, layer, new, channels, slots, bits=bits))
 
 
 def dense_decode(

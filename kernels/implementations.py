@@ -22,15 +22,17 @@ class Implementation:
     """One row of the table.
 
     The module `<prefix>_attention` defines `dense_decode`, `sparse_decode` and `split_decode`; `<prefix>_selection`
-    defines `select_by_labels` and `select_by_keys`; `<prefix>_projection` defines `project`, if the row says that it
-    `projects`. The functions take the arguments that `api` describes, without `impl`, and the row's options. A module
-    is imported when an operation first needs it, so that a program imports no library that it does not use.
+    defines `select_by_labels` and `select_by_keys`. If the row says that it `appends`, `<prefix>_appending` defines
+    `append_tokens` and `append_labels`; if it `projects`, `<prefix>_projection` defines `project`. The functions take
+    the arguments that `api` describes, without `impl`; those of attention and selection take the row's options too. A
+    module is imported when an operation first needs it, so that a program imports no library that it does not use.
     """
 
     prefix: str
     platforms: tuple[str, ...] = ()  # where it runs, as jax names platforms; empty: everywhere
     is_automatic: bool = False  # whether "auto" takes it on these platforms
-    options: Mapping[str, object] = dataclasses.field(default_factory=dict)  # further arguments of the functions
+    options: Mapping[str, object] = dataclasses.field(default_factory=dict)  # further arguments, as above
+    appends: bool = False  # whether it appends to the cache too; else the reference does
     projects: bool = False  # whether it computes projections too; else the reference does
     way_out: str = "leave it 'auto'"  # what a refusal advises on the other platforms
     library: str | None = None  # the module that says what keeps it from running here: `obstacle() -> str | None`
@@ -44,6 +46,11 @@ class Implementation:
     def selection(self) -> ModuleType:
         """The module of selection."""
         return importlib.import_module(f"hshare_jax.kernels.{self.prefix}_selection")
+
+    @property
+    def appending(self) -> ModuleType:
+        """The module of appending."""
+        return importlib.import_module(f"hshare_jax.kernels.{self.prefix if self.appends else 'reference'}_appending")
 
     @property
     def projection(self) -> ModuleType:
@@ -61,10 +68,10 @@ IMPLEMENTATIONS = {
         way_out="leave it 'auto', or use 'interpret' to try the kernels, slowly",
     ),
     "native": Implementation(
-        "native", platforms=("cpu",), is_automatic=True, projects=True,
+        "native", platforms=("cpu",), is_automatic=True, appends=True, projects=True,
         library="hshare_jax.kernels.native_library",
     ),
-    "reference": Implementation("reference", projects=True),
+    "reference": Implementation("reference", appends=True, projects=True),
     "interpret": Implementation("pallas", options={"interpret": True}),
 }  # fmt: skip
 IMPLS = ("auto", *IMPLEMENTATIONS)

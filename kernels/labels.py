@@ -26,6 +26,11 @@ class Labels:
     codes: Array
     scales: Array | None  # [B, K, 2, S] in the keys' dtype: offset, step; None if not quantised
 
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The keys' dtype."""
+        return (self.codes if self.scales is None else self.scales).dtype
+
 
 def take_channels(x: Float[Array, "B K rows H"], channels: Int[Array, "B K R"]) -> Float[Array, "B K rows R"]:
     """The label channels of queries or keys."""
@@ -57,13 +62,18 @@ def quantise(
 ) -> tuple[UInt[Array, "*rows R"], Float[Array, "*rows"], Float[Array, "*rows"]]:
     """Codes (uint8), offset and step of each row, such that x is close to offset + step * code.
 
-    Offset and step are in `dtype`. The codes are those for the offset and step that `dtype` can hold.
+    Offset and step are in `dtype`. The codes are those for the offset and step that `dtype` can hold. XLA multiplies by
+    an inverse where many numbers are divided by one. The inverses are written out, so that a compiled program, calls of
+    single operations and the native kernel give the same bits.
     """
     x = x.astype(jnp.float32)
     offset = x.min(axis=-1).astype(dtype)
-    step = ((x.max(axis=-1) - offset.astype(jnp.float32)) / (2**bits - 1)).astype(dtype)
+    step = (x.max(axis=-1) - offset.astype(jnp.float32)) * (1 / (2**bits - 1))
+    if dtype == jnp.bfloat16:  # else XLA computes the codes for the step before it is rounded
+        step = lax.reduce_precision(step, exponent_bits=8, mantissa_bits=7)
+    step = step.astype(dtype)
     wide_step = step.astype(jnp.float32)[..., None]
-    codes = jnp.round((x - offset.astype(jnp.float32)[..., None]) / jnp.where(wide_step > 0, wide_step, 1))
+    codes = jnp.round((x - offset.astype(jnp.float32)[..., None]) * (1 / jnp.where(wide_step > 0, wide_step, 1)))
     return jnp.clip(codes, 0, 2**bits - 1).astype(jnp.uint8), offset, step
 
 

@@ -12,7 +12,8 @@ import numpy as np
 from jax import Array
 
 PATH = Path(__file__).resolve().parent / "native" / "libhshare_native.so"
-HANDLERS = ("dense_decode", "sparse_decode", "split_decode", "select", "project", "dequantise")
+ATTENTION, APPENDING = ("dense_decode", "sparse_decode", "split_decode"), ("append_tokens", "append_labels")
+HANDLERS = (*ATTENTION, *APPENDING, "select", "project", "dequantise")
 
 
 @functools.cache
@@ -42,11 +43,7 @@ def instructions() -> str:
 
 
 def call_library(
-    name: str,
-    like: Array | jax.ShapeDtypeStruct,
-    *arrays: Array,
-    in_place: bool = False,
-    **attributes: np.generic | bool,
+    name: str, like: Array | jax.ShapeDtypeStruct, *arrays: Array, **attributes: np.generic | bool
 ) -> Array:
     """Calls a handler of the library, which returns an array of the shape and dtype of `like`.
 
@@ -54,14 +51,26 @@ def call_library(
         name: one of `HANDLERS`.
         like: the array that the result is like.
         arrays: the handler's arguments. Integers are passed as int32, codes of 8 bits as they are.
-        in_place: whether the result takes the place of the first array.
         attributes: the handler's static arguments.
     """
+    shape = jax.ShapeDtypeStruct(like.shape, like.dtype)
+    return jax.ffi.ffi_call(f"hshare_{name}", shape, vmap_method="sequential")(*map(_as_passed, arrays), **attributes)
+
+
+def change_in_place(
+    name: str, *arrays: Array, changed: tuple[int, ...], **attributes: np.generic | bool
+) -> list[Array]:
+    """Calls a handler of the library that changes some of its arguments, and returns those arguments.
+
+    Args:
+        name, arrays, attributes: as for `call_library`.
+        changed: which of the arrays are changed. XLA copies them first if anybody else still reads them.
+    """
     arrays = tuple(map(_as_passed, arrays))
-    shape = jax.ShapeDtypeStruct(like.shape, arrays[0].dtype if in_place else like.dtype)
-    aliases = {0: 0} if in_place else None
-    call = jax.ffi.ffi_call(f"hshare_{name}", shape, vmap_method="sequential", input_output_aliases=aliases)
-    return call(*arrays, **attributes)
+    shapes = [jax.ShapeDtypeStruct(arrays[index].shape, arrays[index].dtype) for index in changed]
+    aliases = {index: place for place, index in enumerate(changed)}
+    call = jax.ffi.ffi_call(f"hshare_{name}", shapes, vmap_method="sequential", input_output_aliases=aliases)
+    return list(call(*arrays, **attributes))
 
 
 def _as_passed(array: Array) -> Array:

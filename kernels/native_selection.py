@@ -7,7 +7,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from hshare_jax.kernels.labels import Labels
-from hshare_jax.kernels.native_library import call_library
+from hshare_jax.kernels.native_library import change_in_place
 from hshare_jax.shapes import Lists, Source
 
 
@@ -52,7 +52,8 @@ def _select(
     if num_allowed is None:
         num_allowed = jnp.full_like(first, lists.shape[3])
     codes, *scales = jax.tree.leaves(scored)
-    return call_library(
-        "select", lists, lists, query, codes, source, is_due, first, last, num_allowed, *scales, in_place=True,
+    (lists,) = change_in_place(
+        "select", lists, query, codes, source, is_due, first, last, num_allowed, *scales, changed=(0,),
         layer=np.int64(layer), by_keys=not isinstance(scored, Labels), dilate=dilate,
     )  # fmt: skip
+    return lists

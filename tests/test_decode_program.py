@@ -136,6 +136,18 @@ def test_a_compiled_step_updates_its_buffers_in_place(method, refresh, config, b
 
 
 @pytest.mark.usefixtures("unchecked")
+@pytest.mark.skipif(not api.describe("auto").startswith("native"), reason="needs the library of CPU kernels")
+@pytest.mark.parametrize(("method", "labels"), [(None, 0), (STEP, 2), (vary(STEP, label_bits=None), 2)])
+def test_a_native_step_appends_by_one_call_for_keys_and_values_and_one_for_labels(method, labels):
+    state, tokens = init_state(SHALLOW, 2, CAPACITY, method=method), jnp.zeros((2,), jnp.int32)
+    text = compile_for_users(decode_step.lower(params(SHALLOW), tokens, state, config=SHALLOW)).as_text()
+    assert text is not None
+    calls = [text.count(f'custom_call_target="hshare_append_{what}"') for what in ("tokens", "labels")]
+    assert calls == [2, labels]
+    assert " scatter(" not in text
+
+
+@pytest.mark.usefixtures("unchecked")
 def test_copies_are_seen_where_nothing_is_donated():
     state, tokens = init_state(SHALLOW, 1, CAPACITY, method=STEP), jnp.zeros((1,), jnp.int32)
     step = jax.jit(lambda params, tokens, state: decode_step(params, tokens, state, config=SHALLOW, refresh=True))

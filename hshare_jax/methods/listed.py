@@ -59,6 +59,7 @@ class StepLayer:
     is_active: Bool[Array, "B"]
     recent_start: Int[Array, "B"]
     window: int | None
+    impl: str  # which implementation appends (`kernels.api`)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +226,7 @@ class ListState:
         if k is None:  # the layer borrows keys; the newest key that it sees is read from the cache
             slots = jnp.where(step.is_active & (lengths > 0), lengths - 1, keys.shape[2])[:, None]
             k = jnp.take_along_axis(keys, slots[:, None, :, None], axis=2, mode="clip").swapaxes(1, 2)
-        now = StepLayer(q, k, keys, slots, lengths, step.is_active, self.recent_start, window)
+        now = StepLayer(q, k, keys, slots, lengths, step.is_active, self.recent_start, window, step.impl)
         lists, memory = self.method.list_step(now, self.token_indices[layer], self.memory[layer])
         chosen = dataclasses.replace(
             self,

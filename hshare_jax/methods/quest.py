@@ -5,10 +5,11 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
+from hshare_jax.kernels.api import append_tokens
 from hshare_jax.kernels.top_k import select_tokens
-from hshare_jax.kv_cache import KVCache, append
+from hshare_jax.kv_cache import KVCache
 from hshare_jax.methods.listed import ListMethod, PromptLayer, StepLayer, sum_over_lists
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.shapes import EMPTY
@@ -65,7 +66,7 @@ class Quest(ListMethod):
         self, step: StepLayer, lists: Int[Array, "B J C"], memory: tuple[Array, Array]
     ) -> tuple[Int[Array, "B J C"], Any]:
         """The tokens of the best pages, and the pages with the new key in them."""
-        pages = _append_to_page(memory, step.k, step.slots, step.slots < step.keys.shape[2], self.page_size)
+        pages = _append_to_page(memory, step, self.page_size)
         if self.num_pages == 0:
             return lists, pages
         first = jnp.full_like(step.lengths, self.num_sinks)
@@ -95,14 +96,9 @@ def score_pages(
     return (upper + lower).reshape(B, N, -1)
 
 
-def _append_to_page(
-    pages: tuple[Array, Array],
-    k: Float[Array, "B 1 K H"],
-    slots: Int[Array, "B 1"],
-    is_written: Bool[Array, "B 1"],
-    page_size: int,
-) -> tuple[Array, Array]:
+def _append_to_page(pages: tuple[Array, Array], step: StepLayer, page_size: int) -> tuple[Array, Array]:
     """The pages with a new key in them. The first key of a page replaces the page's old content."""
+    k, slots, is_written = step.k, step.slots, step.slots < step.keys.shape[2]
     page = jnp.where(is_written, slots // page_size, pages[0].shape[2])  # beyond the last page for an idle row
     is_first = (slots % page_size == 0)[:, :, None, None]
     rows = jnp.arange(k.shape[0])[:, None]
@@ -110,4 +106,4 @@ def _append_to_page(
     least, greatest = (
         jnp.where(is_first, k, pick(held, k)) for held, pick in zip(old, (jnp.minimum, jnp.maximum), strict=True)
     )
-    return append(pages[0], least, page), append(pages[1], greatest, page)
+    return append_tokens(*pages, least, greatest, page, impl=step.impl)

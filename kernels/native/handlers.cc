@@ -94,6 +94,14 @@ bool has_shape(const Array& array, std::initializer_list<int64_t> shape) {
   return std::equal(dimensions.begin(), dimensions.end(), shape.begin(), shape.end());
 }
 
+// The result of a handler that changes an argument in place.
+template <class Array>
+char* changed(const Array& argument, ffi::Result<Array>& result) {
+  void* const out = result->untyped_data();
+  if (out != argument.untyped_data()) memcpy(out, argument.untyped_data(), argument.size_bytes());
+  return static_cast<char*>(out);
+}
+
 // What one list reads.
 struct Reads {
   const int32_t* slots;  // null: all slots in [first, first + count)
@@ -339,8 +347,7 @@ ffi::Error choose_tokens(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> lists, ffi:
     of_codes = *given, scale_type = float_type(given->element_type());
     if (!scale_type) return wrong("scales must be float32, bfloat16 or float16");
   }
-  int32_t* const lists_out = out->typed_data();
-  if (lists_out != lists.typed_data()) memcpy(lists_out, lists.typed_data(), lists.size_bytes());
+  int32_t* const lists_out = reinterpret_cast<int32_t*>(changed(lists, out));
   std::vector<int64_t> chosen;
   for (int64_t i = 0; i < B * J; ++i) {
     if (is_due.typed_data()[i / J] && source.typed_data()[(i / J * layers + layer) * J + i % J] == layer * J + i % J) {
@@ -370,6 +377,101 @@ ffi::Error choose_tokens(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> lists, ffi:
     work.list = lists_out + ((layer * B + b) * J + j) * C;
     code().choose(work);
   });
+  return ffi::Error::Success();
+}
+
+// Writes the keys and values of new tokens into the cache, in place.
+ffi::Error append_tokens(ffi::AnyBuffer keys, ffi::AnyBuffer values, ffi::AnyBuffer k, ffi::AnyBuffer v,
+                         ffi::Buffer<ffi::S32> slots, ffi::Result<ffi::AnyBuffer> keys_out,
+                         ffi::Result<ffi::AnyBuffer> values_out) {
+  const auto type = float_type(keys.element_type());
+  if (!type || keys.dimensions().size() != 4 || slots.dimensions().size() != 2) {
+    return wrong("the cache must be [B, K, S, H], in float32, bfloat16 or float16, and slots [B, T]");
+  }
+  const int64_t B = keys.dimensions()[0], K = keys.dimensions()[1], S = keys.dimensions()[2], H = keys.dimensions()[3];
+  const int64_t T = slots.dimensions()[1];
+  for (const auto& cache : {keys, values}) {
+    if (!has_shape(cache, {B, K, S, H}) || cache.element_type() != keys.element_type()) return wrong("values differ");
+  }
+  for (const auto& tokens : {k, v}) {
+    if (!has_shape(tokens, {B, T, K, H}) || tokens.element_type() != keys.element_type()) {
+      return wrong("new tokens must be [B, T, K, H] in the dtype of the cache");
+    }
+  }
+  if (!has_shape(slots, {B, T})) return wrong("slots must be [B, T]");
+  char *const to_keys = changed(keys, keys_out), *const to_values = changed(values, values_out);
+  const int64_t bytes = H * size_of(*type);
+  for (int64_t i = 0; i < B * T; ++i) {
+    const int64_t slot = slots.typed_data()[i];
+    if (slot < 0 || slot >= S) continue;
+    for (int64_t head = 0; head < K; ++head) {
+      const int64_t to = ((i / T * K + head) * S + slot) * bytes, from = (i * K + head) * H;
+      memcpy(to_keys + to, at(k, from, *type), bytes);
+      memcpy(to_values + to, at(v, from, *type), bytes);
+    }
+  }
+  return ffi::Error::Success();
+}
+
+// Makes the labels of new keys as `labels.make_labels` does, and writes them among the cache's, in place. With 0 bits
+// labels are the channels themselves.
+ffi::Error append_labels(ffi::AnyBuffer codes, ffi::AnyBuffer k, ffi::Buffer<ffi::S32> channels,
+                         ffi::Buffer<ffi::S32> slots, ffi::RemainingArgs scales, ffi::Result<ffi::AnyBuffer> codes_out,
+                         ffi::RemainingRets scales_out, int64_t layer, int64_t bits) {
+  const auto type = float_type(k.element_type());
+  if (!type || k.dimensions().size() != 4 || codes.dimensions().size() != 4 || channels.dimensions().size() != 4) {
+    return wrong("keys must be [B, T, K, H], in float32, bfloat16 or float16, labels and channels of four dimensions");
+  }
+  const int64_t B = k.dimensions()[0], T = k.dimensions()[1], K = k.dimensions()[2], H = k.dimensions()[3];
+  const int64_t L = channels.dimensions()[1], R = channels.dimensions()[3], S = codes.dimensions()[3];
+  const int64_t half = (R + 1) / 2, rows = bits == 4 ? half : R;
+  if (!has_shape(codes, {B, K, rows, S}) || !has_shape(channels, {B, L, K, R}) || !has_shape(slots, {B, T}) ||
+      layer < 0 || layer >= L || R < 1 || (bits != 0 && bits != 4 && bits != 8) ||
+      codes.element_type() != (bits ? ffi::U8 : k.element_type())) {
+    return wrong("the labels' shape or dtype does not fit the keys, their channels and bits");
+  }
+  char *const to_codes = changed(codes, codes_out), *to_scales = nullptr;
+  if (bits) {
+    const auto given = scales.get<ffi::AnyBuffer>(0);
+    auto out = scales_out.get<ffi::AnyBuffer>(0);
+    if (!given || !out || !has_shape(*given, {B, K, 2, S}) || given->element_type() != k.element_type()) {
+      return wrong("codes need scales [B, K, 2, S] in the dtype of the keys");
+    }
+    to_scales = changed(*given, *out);
+  }
+  const std::vector<float> wide = widened(k, *type);
+  std::vector<float> label(R);
+  std::vector<uint8_t> whole(2 * half, 0);
+  for (int64_t i = 0; i < B * T * K; ++i) {
+    const int64_t token = i / K, of_head = token / T * K + i % K, slot = slots.typed_data()[token];
+    if (slot < 0 || slot >= S) continue;
+    const int32_t* const of_label = channels.typed_data() + ((token / T * L + layer) * K + i % K) * R;
+    float least = INFINITY, most = -INFINITY;  // or NaN, if there is one
+    for (int64_t r = 0; r < R; ++r) {
+      const float x = of_label[r] < 0 || of_label[r] >= H ? NAN : wide[i * H + of_label[r]];
+      least = std::isnan(x) || x < least ? x : least, most = std::isnan(x) || x > most ? x : most;
+      label[r] = x;
+    }
+    if (!bits) {
+      for (int64_t r = 0; r < R; ++r) narrow(label[r], to_codes, (of_head * R + r) * S + slot, *type);
+      continue;
+    }
+    const float highest = (1 << bits) - 1;
+    const int64_t at_offset = of_head * 2 * S + slot, at_step = at_offset + S;
+    narrow(least, to_scales, at_offset, *type);
+    narrow((most - least) * (1 / highest), to_scales, at_step, *type);
+    float step;  // the one that the dtype can hold
+    code().widen(to_scales + at_step * size_of(*type), 1, *type, &step);
+    const float inverse = 1 / (step > 0 ? step : 1);
+    for (int64_t r = 0; r < R; ++r) {
+      const float x = (label[r] - least) * inverse;
+      const float inside = x > 0 ? std::min(x, highest) : 0;          // not NaN
+      whole[r] = static_cast<uint8_t>((inside + 0x1p23f) - 0x1p23f);  // adding it rounds to whole numbers
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      to_codes[(of_head * rows + r) * S + slot] = bits == 4 ? whole[r] | whole[half + r] << 4 : whole[r];
+    }
+  }
   return ffi::Error::Success();
 }
 
@@ -505,6 +607,28 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(hshare_select, choose_tokens,
                                   .Attr<int64_t>("layer")
                                   .Attr<bool>("by_keys")
                                   .Attr<bool>("dilate"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(hshare_append_tokens, append_tokens,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(hshare_append_labels, append_labels,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .RemainingArgs()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .RemainingRets()
+                                  .Attr<int64_t>("layer")
+                                  .Attr<int64_t>("bits"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(hshare_project, project,
                               ffi::Ffi::Bind()

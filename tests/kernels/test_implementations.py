@@ -54,6 +54,75 @@ def test_the_definition_and_the_interpreted_kernels_run_everywhere():
     assert runs_here("interpret")
 
 
+# --- appending
+
+SLOTS = np.array([[0, 5, 39], [40, 41, 7], [-1, 2, -40], [2**31 - 1, -(2**31), 38]], np.int32)  # of 40; some outside
+DTYPES = ["float32", "bfloat16", "float16"]
+
+
+def written(T):
+    """(row, token, slot) of the first T tokens of each row whose slot lies in the cache."""
+    return [(b, t, SLOTS[b, t]) for b, t in np.ndindex(len(SLOTS), T) if 0 <= SLOTS[b, t] < 40]
+
+
+def random_of(rng, dtype, *shape):
+    return jnp.asarray(2 * rng.standard_normal(shape), dtype)
+
+
+@every_implementation
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("T", [1, 3])
+def test_tokens_are_written_at_their_slots_and_nowhere_else(T, dtype, impl):
+    rng = np.random.default_rng(20)
+    keys, values, k, v = (
+        random_of(rng, dtype, len(SLOTS), *rest) for rest in ((3, 40, 8), (3, 40, 8), (T, 3, 8), (T, 3, 8))
+    )
+    found = api.append_tokens(keys, values, k, v, jnp.asarray(SLOTS[:, :T]), impl=impl)
+    for before, tokens, after in zip((keys, values), (k, v), found, strict=True):
+        expected = np.array(before)
+        for b, t, slot in written(T):
+            expected[b, :, slot] = tokens[b, t]
+        np.testing.assert_array_equal(after, expected)
+
+
+@every_implementation
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [4, 8, None])
+@pytest.mark.parametrize(("T", "R"), [(1, 1), (1, 7), (3, 6)])
+def test_labels_are_written_as_the_definition_makes_them_and_nowhere_else(T, R, bits, dtype, impl):
+    rng, num_rows = np.random.default_rng(21), len(SLOTS)
+    k, old = random_of(rng, dtype, num_rows, T, 3, 8), random_of(rng, dtype, num_rows, 3, 40, 8)
+    channels = np.argsort(rng.random((num_rows, 2, 3, 8)), axis=-1)[..., :R]
+    of_layer = jnp.asarray(channels[:, 1])
+    before, new = make_labels(old, of_layer, bits), make_labels(k.swapaxes(1, 2), of_layer, bits)
+    found = api.append_labels(before, 1, k, jnp.asarray(channels), jnp.asarray(SLOTS[:, :T]), bits=bits, impl=impl)
+    for kept, one, after in zip(*map(jax.tree.leaves, (before, new, found)), strict=True):
+        expected = np.array(kept)
+        for b, t, slot in written(T):
+            expected[b, ..., slot] = one[b, ..., t]
+        np.testing.assert_array_equal(after, expected)
+    read = oracle.read_labels(found.codes, found.scales, bits, R)
+    for b, t, slot in written(T):
+        for head in range(3):
+            key = np.asarray(k[b, t, head, channels[b, 1, head]], np.float64)
+            np.testing.assert_allclose(read[b, head, slot], oracle.quantised(key, bits, k.dtype.type), atol=F32, rtol=0)
+
+
+@every_implementation
+def test_what_is_appended_takes_the_dtype_of_the_cache(impl):
+    rng, slots = np.random.default_rng(22), jnp.asarray([[3]])
+    k, v, channels = random_of(rng, "float32", 1, 1, 2, 8), jnp.ones((1, 1, 2, 8)), jnp.arange(6).reshape(1, 1, 2, 3)
+    empty = jnp.zeros((1, 2, 8, 8), jnp.bfloat16)
+    keys, values = api.append_tokens(empty, empty, k, v, slots, impl=impl)
+    assert keys.dtype == values.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(keys[0, :, 3], k[0, 0].astype(jnp.bfloat16))
+    for bits in (4, None):
+        before, of_cached = (make_labels(array, channels[:, 0], bits) for array in (empty, keys))
+        found = api.append_labels(before, 0, k, channels, slots, bits=bits, impl=impl)
+        for ours, defined in zip(jax.tree.leaves(found), jax.tree.leaves(of_cached), strict=True):
+            np.testing.assert_array_equal(ours, defined)
+
+
 # --- attention
 
 

@@ -38,19 +38,11 @@ def random_channels(rng, num_channels=R):
 
 
 def read_back(labels: Labels, bits, num_channels):
-    """The labels [B, K, S, R] that codes and scales stand for, unpacked byte by byte as `Labels` documents it."""
-    if bits is None:
-        assert labels.scales is None
-        return np.moveaxis(np.asarray(labels.codes, np.float64), 2, 3)
-    assert labels.codes.dtype == jnp.uint8
-    codes, half = np.asarray(labels.codes), -(-num_channels // 2)
-    assert codes.shape[2] == (half if bits == 4 else num_channels)
-    if bits == 4:
-        codes = np.stack(
-            [codes[:, :, r] % 16 if r < half else codes[:, :, r - half] // 16 for r in range(num_channels)], 2
-        )
-    offset, step = np.moveaxis(np.asarray(labels.scales, np.float64), 2, 0)
-    return np.moveaxis(offset[:, :, None] + step[:, :, None] * codes, 2, 3)
+    """The labels [B, K, S, R] that the codes and scales stand for; and their form is checked."""
+    assert (labels.codes.dtype == jnp.uint8) == (bits is not None)
+    assert (labels.scales is None) == (bits is None)
+    assert labels.codes.shape[2] == (-(-num_channels // 2) if bits == 4 else num_channels)
+    return oracle.read_labels(labels.codes, labels.scales, bits, num_channels)
 
 
 @pytest.mark.parametrize("num_channels", [1, 2, 3, H])
@@ -77,6 +69,16 @@ def test_bfloat16_keys_keep_their_offsets_and_steps_in_bfloat16(bits):
     for b, k, s in np.ndindex(B, K, S):
         expected = oracle.quantised(keys[b, k, s, channels[b, k]], bits, ml_dtypes.bfloat16)
         np.testing.assert_allclose(found[b, k, s], expected, atol=F32, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_compiled_program_gives_the_codes_and_scales_of_single_operations(bits, dtype):
+    rng = np.random.default_rng(34)
+    keys, channels = jnp.asarray(random(rng, B, K, 500, H), dtype), jnp.asarray(random_channels(rng))
+    compiled, single = make(keys, channels, bits), make_labels(keys, channels, bits)
+    for found, expected in zip(jax.tree.leaves(compiled), jax.tree.leaves(single), strict=True):
+        np.testing.assert_array_equal(found, expected)
 
 
 @hypothesis.given(

@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 from hshare_jax.errors import SettingError
 from hshare_jax.kernels import api, native_library
 from hshare_jax.kernels.implementations import IMPLEMENTATIONS
-from hshare_jax.kernels.native_library import call_library
+from hshare_jax.kernels.labels import make_labels, score_labels
+from hshare_jax.kernels.native_library import call_library, change_in_place
 from hshare_jax.kernels.tail import Tail
 from hshare_jax.shapes import EMPTY
 
@@ -145,6 +146,32 @@ def test_arrays_that_do_not_fit_each_other_are_an_error():
         )
     with pytest.raises(jax.errors.JaxRuntimeError, match="hshare_jax: x must be"):
         jax.block_until_ready(call_library("project", q[0], q[0], jnp.zeros((5, H + 1))))
+    new, slots, channels = jnp.zeros((B, 1, K, H)), jnp.zeros((B, 1), jnp.int32), jnp.zeros((B, 1, K, 3), jnp.int32)
+    for wrong in (new[:, :, :1], new[..., 1:], new.astype(jnp.bfloat16)):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="hshare_jax: new tokens must be"):
+            jax.block_until_ready(change_in_place("append_tokens", keys, values, new, wrong, slots, changed=(0, 1)))
+    codes, scales = jnp.zeros((B, K, 3, S), jnp.uint8), jnp.zeros((B, K, 2, S))
+    for bits, layer, wrong, message in (
+        (4, 0, scales, "fit"),
+        (8, 1, scales, "fit"),
+        (8, 0, scales[..., 1:], "scales"),
+    ):
+        with pytest.raises(jax.errors.JaxRuntimeError, match=f"hshare_jax: .*{message}"):
+            jax.block_until_ready(
+                change_in_place(
+                    "append_labels", codes, new, channels, slots, wrong, changed=(0, 4),
+                    layer=np.int64(layer), bits=np.int64(bits),
+                )
+            )  # fmt: skip
+
+
+@needs_library
+def test_label_channels_that_point_outside_read_nothing():
+    k, slots = jnp.ones((B, 1, K, H)), jnp.full((B, 1), 3, jnp.int32)
+    channels = jnp.full((B, 1, K, 4), 10**9).at[1].set(-(10**9))
+    labels = make_labels(jnp.ones((B, K, S, H)), jnp.zeros_like(channels[:, 0]), None)
+    found = api.append_labels(labels, 0, k, channels, slots, bits=None, impl="native")
+    assert np.isnan(found.codes[..., 3]).all()
 
 
 @needs_library
@@ -270,7 +297,6 @@ def test_dense_attention_of_any_shape_equals_the_definition(heads, H, S, window,
 )  # fmt: skip
 def test_lists_of_any_shape_weigh_as_much_as_those_of_the_definition(heads, R, S, bits, dilate, data):
     from hshare_jax.kernels.choose_tokens import weigh_tokens
-    from hshare_jax.kernels.labels import make_labels, score_labels
 
     (N, K, J), rng = heads, np.random.default_rng(0)
     keys = jnp.asarray(rng.standard_normal((1, K, S, R)), jnp.float32)
@@ -293,6 +319,33 @@ def test_lists_of_any_shape_weigh_as_much_as_those_of_the_definition(heads, R, S
         assert ((chosen >= first) & (chosen < min(last, S))).all()
         best = np.sort(weights[j, first : min(last, S)])[::-1][:count]
         np.testing.assert_allclose(np.sort(weights[j, chosen])[::-1], best, rtol=1e-4, atol=1e-6)
+
+
+@needs_library
+@FEW
+@given(
+    sizes=st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.integers(1, 20)), S=st.integers(1, 50),
+    bits=st.sampled_from([None, 4, 8]), dtype=st.sampled_from(["float32", "bfloat16", "float16"]), data=st.data(),
+)  # fmt: skip
+def test_what_is_appended_in_any_shape_equals_the_definition(sizes, S, bits, dtype, data):
+    (rows, T, heads, size), rng = sizes, np.random.default_rng(0)
+    keys, k = (
+        jnp.asarray(rng.standard_normal(shape), dtype) for shape in ((rows, heads, S, size), (rows, T, heads, size))
+    )
+    channels = rng.permuted(np.tile(np.arange(size), (rows, 2, heads, 1)), axis=-1)
+    channels = jnp.asarray(channels[..., : data.draw(st.integers(1, size))])
+    row = st.lists(st.integers(-3, S + 3) | st.sampled_from([2**31 - 1, -(2**31)]), min_size=T, max_size=T, unique=True)
+    slots = jnp.asarray(data.draw(st.lists(row, min_size=rows, max_size=rows)), jnp.int32)
+    labels = make_labels(keys, channels[:, 1], bits)
+    found, expected = (
+        (
+            api.append_tokens(keys, keys + 1, k, 2 * k, slots, impl=impl),
+            api.append_labels(labels, 1, k, channels, slots, bits=bits, impl=impl),
+        )
+        for impl in ("native", "reference")
+    )
+    for ours, defined in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(ours, defined)
 
 
 @needs_library

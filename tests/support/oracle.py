@@ -106,6 +106,19 @@ def quantised(x, bits, dtype: type = np.float64):
     return offset + step * codes
 
 
+def read_labels(codes, scales, bits, num_channels):
+    """The labels [B, K, S, R] that codes and scales stand for, unpacked byte by byte as `Labels` documents it."""
+    if bits is None:
+        return np.moveaxis(np.asarray(codes, np.float64), 2, 3)
+    codes, half = np.asarray(codes), -(-num_channels // 2)
+    if bits == 4:
+        codes = np.stack(
+            [codes[:, :, r] % 16 if r < half else codes[:, :, r - half] // 16 for r in range(num_channels)], 2
+        )
+    offset, step = np.moveaxis(np.asarray(scales, np.float64), 2, 0)
+    return np.moveaxis(offset[:, :, None] + step[:, :, None] * codes, 2, 3)
+
+
 def label_scores(q, keys, channels, bits=None):
     """The scores [N, T]: q . k / sqrt(H) on the label channels of the head's kv head, with q and k quantised.
 

@@ -9,12 +9,12 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from hshare_jax.kernels.api import dense_decode, sparse_decode
-from hshare_jax.kernels.labels import Labels, make_labels
+from hshare_jax.kernels.api import append_labels, dense_decode, sparse_decode
+from hshare_jax.kernels.labels import Labels
 from hshare_jax.kernels.masked_softmax import MASKED
 from hshare_jax.kernels.reads import mark_listed
 from hshare_jax.kernels.tail import HIGH, Tail
-from hshare_jax.kv_cache import KVCache, append, replace_layer
+from hshare_jax.kv_cache import KVCache, replace_layer
 from hshare_jax.mesh import dims, to_host
 from hshare_jax.methods.base import (
     Choices,
@@ -110,8 +110,8 @@ class SharedLists:
         labels = self.labels[index]
         if labels is None:
             return self
-        new = make_labels(k.swapaxes(1, 2), self.channels[:, layer], self.settings.label_bits)
-        labels = jax.tree.map(lambda old, one: append(old, jnp.moveaxis(one, 3, 1), step.slots, axis=3), labels, new)
+        bits = self.settings.label_bits
+        labels = append_labels(labels, layer, k, self.channels, step.slots, bits=bits, impl=step.impl)
         return dataclasses.replace(self, labels=replace_layer(self.labels, index, labels))
 
     def _choose(self, layer: int, q: Float[Array, "B N H"], keys: Array, step: Step) -> "SharedLists":
