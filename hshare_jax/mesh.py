@@ -76,6 +76,11 @@ def layout_of(letters: str, *, flat_ids: bool = False) -> Layout:
     return Layout(PartitionSpec(*(_AXES.get(letter) for letter in letters.split())), flat_ids)
 
 
+def layouts_alike(tree: Any, letters: str) -> list[Layout]:
+    """The layout of each leaf of a tree whose arrays all have these first dimensions."""
+    return [layout_of(letters)] * len(jax.tree.leaves(tree))
+
+
 def layouts(tree: Any) -> list[Layout]:
     """The layout of each leaf of a tree, in the order of `jax.tree.leaves`.
 
@@ -145,11 +150,17 @@ def make_on(mesh: Mesh | None, make: Callable[[], Any], takes: Any = None) -> An
     """
     if mesh is None:
         return make()
-    found = jax.eval_shape(make)
-    shardings = [NamedSharding(mesh, layout.spec) for layout in layouts(found if takes is None else takes)]
-    tree = jax.tree.structure(found)
-    leaves = jax.jit(lambda: tuple(jax.tree.leaves(make())), out_shardings=tuple(shardings))()
-    return jax.tree.unflatten(tree, leaves)
+    made = []
+
+    def leaves() -> tuple[Array, ...]:
+        found = make()
+        made.append((jax.tree.structure(found), layouts(found if takes is None else takes)))
+        return tuple(jax.tree.leaves(found))
+
+    jax.eval_shape(leaves)
+    tree, lies = made[0]
+    shardings = tuple(NamedSharding(mesh, layout.spec) for layout in lies)
+    return jax.tree.unflatten(tree, jax.jit(leaves, out_shardings=shardings)())
 
 
 def put(array: np.ndarray, letters: str, mesh: Mesh | None) -> Array:

@@ -16,7 +16,7 @@ from hshare_jax.errors import check_one_of, check_whole
 from hshare_jax.kernels.api import dense_decode, sparse_decode
 from hshare_jax.kernels.reads import mark_listed
 from hshare_jax.kv_cache import KVCache, replace_layer
-from hshare_jax.mesh import by_parts, dims, layout_of, num_parts
+from hshare_jax.mesh import by_parts, dims, layouts_alike, num_parts
 from hshare_jax.methods.base import (
     Choices,
     Method,
@@ -267,7 +267,7 @@ def _list_prompt(
     if mesh is None:
         return method.list_prompt(prompt, memory)
     prompt = dataclasses.replace(prompt, num_lists=prompt.num_lists // num_parts(mesh))
-    of_memory = jax.tree.map(lambda _: layout_of("B K"), memory)
+    of_memory = layouts_alike(memory, "B K")
     return by_parts(method.list_prompt, mesh, (prompt, memory), (prompt, of_memory), ("B J C", of_memory))
 
 

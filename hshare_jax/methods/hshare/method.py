@@ -17,7 +17,7 @@ from hshare_jax.errors import SettingError
 from hshare_jax.kernels.labels import Labels, make_labels
 from hshare_jax.kernels.tail import Tail, no_tail
 from hshare_jax.kv_cache import KVCache
-from hshare_jax.mesh import by_parts, layout_of, num_parts
+from hshare_jax.mesh import by_parts, layout_of, layouts_alike, num_parts
 from hshare_jax.methods.base import PromptQueries
 from hshare_jax.methods.hshare.channels import check_channels, choose_channels
 from hshare_jax.methods.hshare.settings import HShareSettings, PlanSearch, read_sharing_ratio
@@ -370,17 +370,20 @@ def _fit_tails(
 
 @functools.partial(jax.jit, static_argnames=("config", "settings", "search", "mesh"))
 def plan_from(
-    similarity: Similarity,
+    similarity: Any,
     *,
     config: ModelConfig,
     settings: HShareSettings,
     search: PlanSearch,
     mesh: Mesh | None = None,
 ) -> Source:
-    """Each row's plan, as `find_plan` finds it (jitted). On a mesh lists copy lists of their own device alone."""
+    """Each row's plan, as `find_plan` finds it (jitted), from the similarity that `measure_prompt` gives.
+
+    On a mesh that similarity is of each device's own lists, side by side, and lists copy lists of their own device.
+    """
     how = {"settings": settings, "search": search}
     if mesh is None:
         return find_plan(similarity, config=config, **how)
     part = functools.partial(find_plan, config=config.part(num_parts(mesh)), **how)
-    of_similarity = jax.tree.map(lambda _: "B U", similarity)
+    of_similarity = layouts_alike(similarity, "B U")
     return by_parts(part, mesh, (similarity,), (of_similarity,), layout_of("B L J", flat_ids=True))

@@ -1,6 +1,8 @@
 """The fit of the tail: what a head's unread tokens weigh and hold, learned from the probes of a prompt."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ from hshare_jax.kernels.api import split_decode
 from hshare_jax.kernels.labels import Labels
 from hshare_jax.kernels.masked_softmax import MASKED
 from hshare_jax.kernels.tail import HIGH, LOW, MAX_FEATURE, NUM_TERMS, Part, Tail
-from hshare_jax.mesh import by_parts, layout_of
+from hshare_jax.mesh import by_parts, layout_of, layouts_alike
 from hshare_jax.methods.hshare.pools import choose_in_pools
 from hshare_jax.methods.hshare.settings import HShareSettings
 from hshare_jax.methods.hshare.share_plan import through_plan
@@ -68,7 +70,7 @@ def fit_tail(
         return fit(*arrays)
     takes = (
         "B P N H", "P L B J C", layout_of("B J", flat_ids=True), "B P", "B P", "B", "B K S H", "B K S H",
-        jax.tree.map(lambda _: layout_of("B K"), labels), "B K R",
+        layouts_alike(labels, "B K"), "B K R",
     )  # fmt: skip
     return Tail(*by_parts(lambda *parts: tuple(jax.tree.leaves(fit(*parts))), mesh, arrays, takes, ("B N",) * 3))
 
@@ -175,7 +177,7 @@ def _fit_directions(
     if rank == 0:
         nothing = jnp.zeros((*value.shape[:2], 0, H), jnp.float32)
         return nothing.astype(dtype), nothing[..., 0], nothing
-    variances, axes = jnp.linalg.eigh(spread)  # ascending
+    variances, axes = _of_each(jnp.linalg.eigh, spread)  # ascending
     variances, axes = variances[..., -rank:], jnp.swapaxes(axes[..., -rank:], 2, 3)  # [B, N, r, H]
     # What is left beside the greatest variance is rounding: of few probes, or of probes of which few count.
     is_found = variances > jnp.maximum(LEAST_VARIANCE, LEAST_RATIO * variances[..., -1:])
@@ -199,7 +201,20 @@ def _ridge(features: Array, target: Array, counts: Array, ridge: float) -> Array
     """The coefficients [B, N, F, M] of features [B, N, P, F] that give the target [B, N, P, M]; counts sum to 1."""
     weighted = counts[..., None] * features
     square = jnp.einsum("BNPF,BNPI->BNFI", weighted, features) + ridge * jnp.eye(features.shape[-1])[None, None]
-    return jnp.linalg.solve(square, jnp.einsum("BNPF,BNPM->BNFM", weighted, target))
+    return _of_each(jnp.linalg.solve, square, jnp.einsum("BNPF,BNPM->BNFM", weighted, target))
+
+
+def _of_each(function: Callable[..., Any], *matrices: Float[Array, "B N _ _"]) -> Any:
+    """A function of linear algebra, of the matrices of each row and head.
+
+    With a batch of matrices jaxlib's CPU code waits for threads of XLA's pool. Where a CPU counts as several devices,
+    these may all wait at once, and then for ever. There each matrix is a call of its own, which waits for nothing.
+    """
+    if jax.default_backend() != "cpu" or jax.local_device_count() == 1:
+        return function(*matrices)
+    (B, N), flat = matrices[0].shape[:2], [matrix.reshape(-1, *matrix.shape[2:]) for matrix in matrices]
+    found = lax.map(lambda of_head: function(*of_head), tuple(flat))
+    return jax.tree.map(lambda array: array.reshape(B, N, *array.shape[1:]), found)
 
 
 def _like(mask: Array, array: Array) -> Array:
