@@ -269,13 +269,14 @@ def place(read: Callable[[slice, slice], Parameter], path: str, shape: tuple[int
     """
     spec = layout_of_parameter(path, shape, num_parts(mesh)).spec
     sharding = NamedSharding(mesh, spec)
-    held = sharding.addressable_devices_indices_map(shape)
+    held: dict[tuple, list[Any]] = {}  # the devices of each part; those with the same rows and columns share a reading
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        held.setdefault(tuple((part.start, part.stop) for part in index or ()), []).append(device)
     leaves, tree, local = [], None, shape
-    for index in dict.fromkeys(held.values()):  # devices with the same rows and columns share one reading
-        part = read(*index)
+    for bounds, devices in held.items():
+        part = read(*(slice(*ends) for ends in bounds))
         tree, local = jax.tree.structure(part), part.shape
-        for device in (device for device, other in held.items() if other == index):
-            leaves.append([jax.device_put(leaf, device) for leaf in jax.tree.leaves(part)])
+        leaves += [[jax.device_put(leaf, device) for leaf in jax.tree.leaves(part)] for device in devices]
     wholes = []
     for arrays in zip(*leaves, strict=True):
         whole = tuple(size * all_of // own for size, all_of, own in zip(arrays[0].shape, shape, local, strict=True))

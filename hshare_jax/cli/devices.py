@@ -72,8 +72,20 @@ def start_processes(options: argparse.Namespace) -> None:
         given["coordinator_address"], given["num_processes"], given["process_id"],
         heartbeat_timeout_seconds=_HEARTBEAT, shutdown_timeout_seconds=3 * _HEARTBEAT,
     )  # fmt: skip
+    _keep_output_for_answers()
     if jax.process_index() > 0:
         sys.stdout, sys.stderr = Silent(sys.stdout), Silent(sys.stderr)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _keep_output_for_answers() -> None:
+    """Gives standard output to Python alone; what libraries write there goes to standard error.
+
+    The library of a CPU's collectives tells on standard output that processes are connected, in the midst of an answer.
+    """
+    ours, encoding, errors = os.dup(1), sys.stdout.encoding, sys.stdout.errors
+    sys.stdout.flush()
+    os.dup2(2, 1)
+    sys.stdout = open(ours, "w", encoding=encoding, errors=errors)  # noqa: SIM115 - for as long as the process lives
 
 
 def check_whole_options(options: argparse.Namespace) -> None:

@@ -255,7 +255,7 @@ def _peak_memory() -> int:
     """The peak bytes of the accelerator, or of this process if the CPU computes."""
     import jax
 
-    if stats := jax.devices()[0].memory_stats():
+    if stats := jax.local_devices()[0].memory_stats():
         return stats.get("peak_bytes_in_use", 0)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

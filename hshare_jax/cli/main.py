@@ -57,11 +57,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(f"out of memory, take fewer or shorter texts at once: {error}", FAILURE)
     except KeyboardInterrupt:
         return 130
+    finally:
+        _speak()
+
+
+def _speak() -> None:
+    """Lets a process that was silent, because another prints for it, tell its errors."""
+    for name in ("stdout", "stderr"):
+        if isinstance(stream := getattr(sys, name), Silent):
+            setattr(sys, name, stream.beneath)
 
 
 def _complain(message: str, status: int) -> int:
-    file = sys.stderr.beneath if isinstance(sys.stderr, Silent) else sys.stderr
-    print(f"hshare-jax: error: {' '.join(message.split())}", file=file)
+    _speak()
+    print(f"hshare-jax: error: {' '.join(message.split())}", file=sys.stderr)
     return status
 
 

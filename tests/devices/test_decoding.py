@@ -12,9 +12,19 @@ import pytest
 from meshes import mesh_of, on_mesh, random_model
 
 import hshare_jax
-from hshare_jax import HShare, HShareSettings, PlanSearch, SettingError, SharePlan, decode_step, init_state, prefill
+from hshare_jax import (
+    HShare,
+    HShareSettings,
+    PlanSearch,
+    SettingError,
+    SharedLists,
+    SharePlan,
+    decode_step,
+    init_state,
+    prefill,
+)
 from hshare_jax.decode_state import count_reads
-from hshare_jax.evaluation.recall import measure_recall, recall_of
+from hshare_jax.evaluation.recall import Measured, measure_recall, recall_of
 from hshare_jax.evaluation.teacher_forcing import token_agreement
 from hshare_jax.mesh import put
 from hshare_jax.methods.registry import method_named
@@ -122,17 +132,23 @@ def test_weights_in_few_bits_are_divided_too(quantize):
     assert_equal(decode(on_mesh(model, mesh_of(2, 4)), None), decode(model, None))
 
 
+def plans_of(model, method):
+    """The plan of each row after a prefill and some steps."""
+    measured = decode(model, method)[-1].method_state
+    assert isinstance(measured, Measured)
+    assert isinstance(measured.measured, SharedLists)
+    return np.array(measured.measured.source)
+
+
 def test_plans_that_are_found_keep_to_the_lists_of_a_device():
     model = random_model(GROUPED, 4)
     method = HShare(SETTINGS, dataclasses.replace(SEARCH, layer_ratio=Fraction(1), head_ratio=Fraction(1, 2)))
-    by_rows, whole = (decode(on_mesh(model, mesh_of(*shape)), method)[-1] for shape in ((8, 1), (2, 4)))
-    found = np.array(whole.method_state.measured.source)
+    found, free = (plans_of(on_mesh(model, mesh_of(*shape)), method) for shape in ((2, 4), (8, 1)))
     assert (found % 4 == np.arange(4)).all()  # each of 4 devices has one of 4 lists
     assert (found != np.arange(8).reshape(2, 4)).any()
     for row in found:
         SharePlan(tuple(map(tuple, row.tolist()))).check_parts(4)
-    free = np.array(by_rows.method_state.measured.source)
-    np.testing.assert_array_equal(free, on_one_device(GROUPED, method)[-1].method_state.measured.source)
+    np.testing.assert_array_equal(free, plans_of(model, method))
 
 
 def test_generation_and_agreement_are_those_of_one_device():
