@@ -131,7 +131,7 @@ class HShare:
             self.plan.check_parts(num_parts(mesh))
         elif self.search.plan_scope == "batch" and mesh.shape[DATA] > 1:
             rule = f"would find one plan for rows on {mesh.shape[DATA]} devices, which do not know each other's rows"
-            raise SettingError("plan_scope", "batch", rule, "choose 'row', or spread heads alone")
+            raise SettingError("plan_scope", "batch", rule, "choose 'sequence', or spread heads alone")
 
     def start(self, config: ModelConfig, cache: KVCache) -> SharedLists:
         """The lists of an empty cache.
