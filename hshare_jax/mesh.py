@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from hshare_jax.errors import SettingError, check_whole
 from hshare_jax.shapes import DATA, MODEL
 
+AnyMesh = Mesh | AbstractMesh  # an AbstractMesh has a shape and no devices
 _AXES = {"B": DATA, "K": MODEL, "N": MODEL, "J": MODEL, "U": MODEL}
 _DIMS, _IDS = "dims", "flat_ids"
 
@@ -47,7 +48,7 @@ def make_mesh(data: int = 1, model: int = 1, devices: Sequence[Any] | None = Non
     return Mesh(np.array(devices).reshape(data, model), (DATA, MODEL), axis_types=(AxisType.Auto,) * 2)
 
 
-def num_parts(mesh: Mesh | None) -> int:
+def num_parts(mesh: AnyMesh | None) -> int:
     """Over how many devices heads are spread."""
     return 1 if mesh is None else mesh.shape[MODEL]
 
@@ -182,7 +183,7 @@ def to_host(array: Array | np.ndarray) -> np.ndarray:
     return np.asarray(array)
 
 
-def check_rows_divide(name: str, num_rows: int, mesh: Mesh | None) -> None:
+def check_rows_divide(name: str, num_rows: int, mesh: AnyMesh | None) -> None:
     """Raises SettingError if the mesh cannot divide so many rows evenly."""
     if mesh is not None and num_rows % mesh.shape[DATA]:
         rule = f"rows cannot be divided evenly over {mesh.shape[DATA]} devices"

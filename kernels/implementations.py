@@ -83,7 +83,7 @@ def check_impl(impl: str) -> None:
         raise SettingError("impl", impl, f"must be one of {', '.join(map(repr, IMPLS))}")
     if impl == "auto":
         return
-    chosen, platform = IMPLEMENTATIONS[impl], _platform()
+    chosen, platform = IMPLEMENTATIONS[impl], traced_platform()
     if chosen.platforms and platform not in chosen.platforms:
         machines = " and ".join(MACHINES.get(name, name) for name in chosen.platforms)
         rule = f"runs on {machines}, and this program is for {platform}"
@@ -100,7 +100,7 @@ def describe(impl: str) -> str:
     """
     check_impl(impl)
     if impl == "auto":
-        rows, platform = IMPLEMENTATIONS.items(), _platform()
+        rows, platform = IMPLEMENTATIONS.items(), traced_platform()
         wanted = {name: row for name, row in rows if row.is_automatic and platform in row.platforms}
         missing = [f"the library of {name} kernels {row.obstacle()}" for name, row in wanted.items() if row.obstacle()]
         if missing or not wanted:
@@ -132,13 +132,13 @@ def run(impl: str, call: Callable[[Implementation], Result]) -> Result:
         return call(IMPLEMENTATIONS[impl])
     rows, default = IMPLEMENTATIONS.values(), IMPLEMENTATIONS["reference"]
     automatic = {platform: row for row in rows if row.is_automatic and not row.obstacle() for platform in row.platforms}
-    if _platform() == "cpu":
+    if traced_platform() == "cpu":
         return call(automatic.get("cpu", default))
     branches = {platform: functools.partial(call, row) for platform, row in automatic.items()}
     return lax.platform_dependent(default=functools.partial(call, default), **branches)
 
 
-def _platform() -> str:
+def traced_platform() -> str:
     """The platform that is traced for, as far as it is known: the mesh device's platform, or jax's default backend."""
     import jax
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int, Shaped
 
+from hshare_jax.kernels.implementations import traced_platform
 from hshare_jax.kernels.labels import Labels, make_labels
 
 
@@ -37,6 +38,10 @@ def _write(
     cache: Shaped[Array, "B *dims"], new: Shaped[Array, "B T *rest"], slots: Int[Array, "B T"], *, axis: int
 ) -> Shaped[Array, "B *dims"]:
     """The cache, whose slots lie along `axis`, with new[b, t] at slots[b, t]. A slot outside drops the write."""
+    if axis == 3 and slots.shape[1] == 1 and traced_platform() == "tpu":
+        # A TPU scatters along the first axes alone. It would turn the whole array around for that, and back again.
+        is_new = jnp.arange(cache.shape[3])[None, :] == slots
+        return jnp.where(is_new[:, None, None, :], jnp.moveaxis(new, 1, 3).astype(cache.dtype), cache)
     rows = jnp.arange(cache.shape[0])[:, None]
     if slots.shape[1] == 1:
         # XLA:CPU turns a scatter of one update into a slice update, and copies the cache for it. Two updates, one of

@@ -12,11 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 from hshare_jax.kernels.block_weights import BlockWeights
-from hshare_jax.mesh import Layout, layout_of, num_parts
+from hshare_jax.mesh import AnyMesh, Layout, layout_of, num_parts
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.layers import PROJECT, GatedMLP, Linear, Project, RMSNorm, qkv_rows, weights_of
 from hshare_jax.models.rope import rotate, rotation
@@ -261,7 +260,7 @@ def unembed(
     return Decoder(config, project).apply({"params": params}, hidden, method="unembed")  # pyright: ignore[reportReturnType]
 
 
-def parameter_layouts(params: dict[str, Any], mesh: Mesh | None) -> Any:
+def parameter_layouts(params: dict[str, Any], mesh: AnyMesh | None) -> Any:
     """How each array of a parameter tree lies on a mesh, as a tree of `mesh.Layout`.
 
     Projections of the attention and the mlp are divided by the heads and the mlp's channels, on the side that has them.

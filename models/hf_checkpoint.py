@@ -166,10 +166,13 @@ class HFTensors:
                 self._shapes[name] = tuple(view.get_shape())
 
 
-def check_hf_directory(directory: Path, name: str) -> None:
-    """Raises FileNotFoundError if the directory of the model `name` has no config.json or no safetensors."""
+def check_hf_directory(directory: Path, name: str, *, weights: bool = True) -> None:
+    """Raises FileNotFoundError if the directory of the model `name` has no config.json, or no safetensors.
+
+    Without `weights` it may lack safetensors.
+    """
     has_weights = (directory / _WEIGHTS).is_file() or (directory / _INDEX).is_file()
-    if (directory / _CONFIG).is_file() and has_weights:
+    if (directory / _CONFIG).is_file() and (has_weights or not weights):
         return
     if found := sorted(path for path in directory.iterdir() if path.suffix.lower() == ".gguf"):
         more = f", or one of the {len(found) - 1} other .gguf files there" if len(found) > 1 else ""

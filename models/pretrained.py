@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 ModelForm = Literal["built-in", "gguf", "checkpoint", "hf", "hub"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja", "SHA256SUMS")
+_HUB_CONFIG = ("config.json", "generation_config.json", "SHA256SUMS")  # all that is fetched if no weights are wanted
 _NOT_HUB_FILES = ("consolidated*", "*/*")  # the same weights in other formats
 # Tokens that end a turn in a chat template. The one end token that a file names often ends only whole documents.
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "</s>")
@@ -154,24 +155,29 @@ def open_model(
     *,
     cache_dir: str | os.PathLike[str] | None = None,
     revision: str | None = None,
+    weights: bool = True,
 ) -> ModelFiles:
     """Reads the configuration and the tokenizer of a model, so that both can be checked before the weights are loaded.
 
-    See `load_model` for arguments and errors. A model that is not on this machine is fetched.
+    See `load_model` for arguments and errors. A model that is not on this machine is fetched. Without `weights` a
+    directory needs only config.json, and of a hub id only the configuration is fetched; such a model may lack its
+    tokenizer and cannot be loaded.
     """
-    form, name = check_model_name(name_or_path, revision=revision), os.fspath(name_or_path)
-    files = _open(form, name, cache_dir, revision)
+    form, name = check_model_name(name_or_path, revision=revision, weights=weights), os.fspath(name_or_path)
+    files = _open(form, name, cache_dir, revision, weights)
     if files.tokenizer is not None:
         _check_tokenizer(files.tokenizer, files.name)
     return files
 
 
-def _open(form: ModelForm, name: str, cache_dir: str | os.PathLike[str] | None, revision: str | None) -> ModelFiles:
+def _open(
+    form: ModelForm, name: str, cache_dir: str | os.PathLike[str] | None, revision: str | None, weights: bool
+) -> ModelFiles:
     if form == "built-in":
         return _open_builtin(name, cache_dir)
     if form == "hub":
-        directory = _snapshot(name, cache_dir, revision)
-        check_hf_directory(directory, name)
+        directory = _snapshot(name, cache_dir, revision, _HUB_FILES if weights else _HUB_CONFIG)
+        check_hf_directory(directory, name, weights=weights)
         return _open_hf(directory, name)
     path = Path(os.path.expanduser(name))
     if form == "gguf":
@@ -193,28 +199,31 @@ def save_model(model: Model, path: str | os.PathLike[str], *, overwrite: bool = 
     save_checkpoint(path, info, model.params, model.tokenizer, overwrite=overwrite)
 
 
-def check_model_name(name_or_path: str | os.PathLike[str], *, revision: str | None = None) -> ModelForm:
+def check_model_name(
+    name_or_path: str | os.PathLike[str], *, revision: str | None = None, weights: bool = True
+) -> ModelForm:
     """Which form of model a name or a path is. Only names of files are looked at.
 
     Raises:
-        FileNotFoundError: the path does not exist, or the directory holds no model.
+        FileNotFoundError: the path does not exist, or the directory holds no model. Without `weights` a directory may
+            lack them.
         ValueError: the name is neither built in nor a path nor a hub id, or a revision is given for anything but a hub
             id.
     """
-    form = _form(os.fspath(name_or_path))
+    form = _form(os.fspath(name_or_path), weights)
     if revision is not None and form != "hub":
         raise SettingError("revision", revision, f"is for Hugging Face hub ids; this is a {form} model")
     return form
 
 
-def _form(name: str) -> ModelForm:
+def _form(name: str, weights: bool) -> ModelForm:
     if name in BUILTIN_MODELS:
         return "built-in"
     path = Path(os.path.expanduser(name))
     if name and path.is_dir():
         if is_orbax_directory(path):
             return "checkpoint"
-        check_hf_directory(path, name)
+        check_hf_directory(path, name, weights=weights)
         return "hf"
     suffix = path.suffix.lower()
     if path.is_file():
@@ -239,14 +248,16 @@ def _known_forms() -> str:
     )
 
 
-def _snapshot(name: str, cache_dir: str | os.PathLike[str] | None, revision: str | None) -> Path:
-    """Downloads a hub model, unless the hub's cache has it. Returns its directory."""
+def _snapshot(
+    name: str, cache_dir: str | os.PathLike[str] | None, revision: str | None, patterns: tuple[str, ...]
+) -> Path:
+    """Downloads the files of a hub model that match, unless the hub's cache has them. Returns their directory."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
         cache = None if cache_dir is None else Path(cache_dir)
-        wanted = {"allow_patterns": list(_HUB_FILES), "ignore_patterns": list(_NOT_HUB_FILES)}
+        wanted = {"allow_patterns": list(patterns), "ignore_patterns": list(_NOT_HUB_FILES)}
         return Path(snapshot_download(name, revision=revision, cache_dir=cache, **wanted))
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise ConnectionError(

@@ -2,66 +2,33 @@
 
 The limits are: no copy of a cache, of a buffer of labels or lists, or of a weight; no conditional or loop, which would
 break up the CUDA graph; no more kernels and temporaries than written below; no kernel that spills a register. Run
-scripts/check_h200_compile.sh, which brings the CUDA compiler's wheels. Nothing is timed. Autotuning, cuDNN and CUB
-cannot run without a GPU.
+scripts/check_h200_compile.sh, which brings the CUDA compiler's wheels. Nothing is timed.
 """
 
-import collections
 import dataclasses
 import functools
 import os
-import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_fail_ptx_compilation_on_register_spilling=true"
 
 import jax
 import jax.numpy as jnp
-import jax_plugins.xla_cuda13  # noqa: F401  # pyright: ignore[reportMissingImports]  (the import registers it)
-from jax.experimental import topologies
+from jax.sharding import PartitionSpec
 
-from hshare_jax.decode_state import init_state
 from hshare_jax.decode_step import decode_step
 from hshare_jax.kernels import api
 from hshare_jax.kernels.tail import no_tail
+from hshare_jax.mesh import Layout
 from hshare_jax.methods.base import Method
 from hshare_jax.methods.hshare.method import HShare
 from hshare_jax.methods.hshare.settings import HShareSettings
 from hshare_jax.models.config import ModelConfig
-from hshare_jax.models.decoder import parameter_shapes
 from hshare_jax.models.kv_sharing import share_kv
 from scripts.bench.gpu_timing import LLAMA2_7B, LLAMA3_8B
+from scripts.compiled_programs import Program, compile_program, one_device, place, step_arguments
 
-H200 = """
-gpu_device_info {
-  threads_per_block_limit: 1024
-  threads_per_warp: 32
-  shared_memory_per_block: 49152
-  shared_memory_per_core: 233472
-  threads_per_core_limit: 2048
-  core_count: 132
-  fpus_per_core: 128
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  memory_bandwidth: 4915200000000
-  l2_cache_size: 62914560
-  clock_rate_ghz: 1.98
-  device_memory_size: 150000000000
-  shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 }
-  driver_version: "13.0.0"
-  runtime_version: "13.0.0"
-  compile_time_toolkit_version: "13.0.0"
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 12 }
-runtime_version { major: 13 minor: 0 }
-device_description_str: "NVIDIA H200"
-"""
 LONG = dataclasses.replace(LLAMA3_8B, num_layers=4, max_positions=131_072, windows=(None,) * 4)
 FOUR_LAYERS = dataclasses.replace(LLAMA3_8B, num_layers=4, windows=(None,) * 4)
 SHARED_KV = share_kv(FOUR_LAYERS, "sandwich-top:3")  # layer 1 looks up: it reads the cache of a later layer
@@ -89,26 +56,14 @@ ATTENTION = {
     "LLaMA3-8B": ((LLAMA3_8B, 8, 4096), (3, 0.6)),  # lists are split
 }
 TAIL_RANKS = {"attention": None, "attention with a tail": 2}
-HLO_TYPES = {"bfloat16": "bf16", "int32": "s32", "uint8": "u8"}
-FREE = {"parameter", "constant", "bitcast", "get-tuple-element", "tuple"}  # operations that run nothing
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """The compiled program of a step or of an operation."""
-
-    operations: collections.Counter  # how often each operation of the program runs
-    copies: list[str]  # for each copy of a large argument, the argument's shape
-    temporaries: float  # MiB
 
 
 def compile_step(config: ModelConfig, method: Method | None, refresh: bool | None, batch: int, slots: int) -> Program:
     """Compiles a bfloat16 decode step, to which the state is donated."""
-    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), parameter_shapes(config))
-    state = jax.eval_shape(lambda: init_state(config, batch, slots, method=method, dtype=jnp.bfloat16))
-    tokens = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    mesh = one_device()
+    arguments = step_arguments(config, method, batch, slots, mesh, spread=False)
     step = functools.partial(decode_step, config=config, refresh=refresh)
-    return _compile(step, (params, tokens, state), donated=(2,), large=batch * slots)
+    return compile_program(step, arguments, mesh, donated=(2,), large=batch * slots)
 
 
 def compile_attention(config: ModelConfig, rank: int | None, batch: int, slots: int) -> Program:
@@ -126,27 +81,10 @@ def compile_attention(config: ModelConfig, rank: int | None, batch: int, slots: 
             num_sinks=settings.num_sinks, max_recent=settings.num_recent, tail=tail,
         )  # fmt: skip
 
-    return _compile(attend, (*arrays, tail), donated=(), large=batch * slots)
-
-
-def _compile(function: Callable, arguments: tuple, *, donated: tuple[int, ...], large: int) -> Program:
-    """Compiles a function of arrays for an H200. Arguments of at least `large` numbers count as large."""
-    topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1")
-    mesh = topologies.make_mesh(topo=topology, mesh_shape=(1,), axis_names=("x",))
-    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    arguments = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated), arguments)
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        compiled = jax.jit(function, donate_argnums=donated).lower(*arguments).compile()
-    text, memory = compiled.as_text(), compiled.memory_analysis()
-    assert text is not None
-    assert memory is not None
-    leaves = [leaf for leaf in jax.tree.leaves(arguments) if leaf.size >= large]
-    shapes = {f"{HLO_TYPES[str(leaf.dtype)]}[{','.join(map(str, leaf.shape))}]" for leaf in leaves}
-    copies = [shape for shape in sorted(shapes) for _ in re.finditer(rf"= {re.escape(shape)}\S* copy\(", text)]
-    entry = text[text.index("\nENTRY ") :]
-    operations = collections.Counter(re.findall(r"= (?:\(.*?\)|\S+) ([a-z][a-z-]*)\(", entry))
-    operations = collections.Counter({name: n for name, n in operations.items() if name not in FREE})
-    return Program(operations, copies, memory.temp_size_in_bytes / 2**20)
+    mesh = one_device()
+    whole = [Layout(PartitionSpec())] * len(jax.tree.leaves((arrays, tail)))
+    arguments = place((*arrays, tail), whole, mesh)
+    return compile_program(attend, arguments, mesh, donated=(), large=batch * slots)
 
 
 def compile_all() -> Iterator[tuple[str, str, int, Program, tuple[int, float]]]:
@@ -167,7 +105,7 @@ def main() -> int:
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     failures = []
     for name, what, num_layers, program, (most_kernels, most_temporaries) in compile_all():
-        kernels = sum(program.operations.values())
+        kernels = program.num_kernels
         broken = sum(program.operations[operation] for operation in ("conditional", "while", "call"))
         print(
             f"| {name} | {what} | {kernels} | {kernels / num_layers:.1f} | {program.temporaries:.1f} MiB "

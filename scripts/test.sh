@@ -74,12 +74,12 @@ section "ruff check"
 # of their names, because ordered by their number of tests the longest file, which has one test, would come last. Pass
 # -n 0 to debug.
 pytest=("$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@")
-section "pytest, and beside it pyright and programs compiled for an H200"
+section "pytest, and beside it pyright and programs compiled for H200s"
 "$python" -m pyright --pythonpath "$python" &
 checks=("$! pyright")
 if ! $quick && [[ $(uname -s) == Linux ]]; then  # the CUDA compiler's wheels are for Linux alone; no GPU is needed
-  bash scripts/check_h200_compile.sh "$python" &
-  checks+=("$! compiling for an H200")
+  (bash scripts/check_h200_compile.sh "$python" && bash scripts/check_many_devices.sh "$python") &
+  checks+=("$! compiling for H200s")
 fi
 "${pytest[@]}" && passed=true || passed=false
 for check in "${checks[@]}"; do

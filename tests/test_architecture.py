@@ -20,6 +20,7 @@ ORDER = (
     "hshare_jax.kv_cache",
     "hshare_jax.methods.*",
     "hshare_jax.decode_state",
+    "hshare_jax.device_memory",
     "hshare_jax.attend",
     "hshare_jax.prefill",
     "hshare_jax.decode_step",

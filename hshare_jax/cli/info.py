@@ -1,4 +1,4 @@
-"""`hshare-jax info`: a model's shape and the size of its cache, or the plans that decoding prompts would follow."""
+"""`hshare-jax info`: a model's shape, what it takes on each device, or the plans that decoding prompts would follow."""
 
 import argparse
 import dataclasses
@@ -20,17 +20,20 @@ from hshare_jax.cli.options import (
     read_quantize,
     setting_names,
     share_kv_as_told,
+    whole,
 )
+from hshare_jax.errors import SettingError, check_whole
+from hshare_jax.methods.hshare.settings import HShareSettings
 from hshare_jax.models.kv_sharing import layer_passes, write_notation
 
 if TYPE_CHECKING:
-    from hshare_jax.methods.hshare.settings import HShareSettings
     from hshare_jax.methods.hshare.share_plan import SharePlan
     from hshare_jax.models.config import ModelConfig
     from hshare_jax.models.pretrained import ModelFiles
 
 # jax and the modules that need it are imported in the functions that run after the options have been read.
 
+_OF_MEMORY = ("batch", "tensor_parallel_size", "data_parallel_size")
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -47,13 +50,18 @@ def add_info(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plan", dest="show_plan", action="store_true", help="show which list copies which, for each prompt"
     )
-    add_settings(parser, title="sparse decoding, with --plan")
+    _add_memory(parser.add_argument_group("what each device holds"))
+    add_settings(parser, title="sparse decoding, with --plan or --context")
     add_prompt_files(parser)
 
 
 def run_info(options: argparse.Namespace) -> int:
     """Prints facts about a model, or plans. Returns the exit status."""
     check_kv_sharing(options)
+    if options.context is not None:
+        return _show_memory(options)
+    if given := [name for name in _OF_MEMORY if getattr(options, name) is not None]:
+        raise UsageError(f"{option_name(given[0])} is for counting what a device holds; add --context")
     if options.show_plan:
         if options.kv_sharing is not None:
             raise UsageError(
@@ -70,14 +78,17 @@ def run_info(options: argparse.Namespace) -> int:
         identity, size = files.identify(options.dtype, read_quantize(options, files))
     else:  # a model without weights has no identity
         identity, size = None, config.num_parameters * _BYTES[dtype]
-    facts = _facts(config, files, dtype, identity, size)
+    _print_facts(_facts(config, files, dtype, identity, size), options)
+    return 0
+
+
+def _print_facts(facts: dict[str, Any], options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(facts))
-        return 0
+        return
     width = max(len(name) for name in facts)
     for name, value in facts.items():
         print(f"{name:{width}}  {value}")
-    return 0
 
 
 def _facts(config: "ModelConfig", files: "ModelFiles", dtype: str, identity: str | None, size: int) -> dict[str, Any]:
@@ -107,6 +118,77 @@ def _facts(config: "ModelConfig", files: "ModelFiles", dtype: str, identity: str
         "chat_template": bool(files.tokenizer is not None and files.tokenizer.chat_template),
         "impl": describe("auto"),
     }
+
+
+def _add_memory(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--context", type=whole, metavar="N",
+        help="count what each device holds with room for so many tokens a row, weights as floats of --dtype; neither "
+        "devices nor weights are needed, and of a hub id only the configuration is fetched",
+    )  # fmt: skip
+    group.add_argument("--batch", type=whole, metavar="N", help="rows that decode together (default: 1)")
+    group.add_argument(
+        "--tensor-parallel-size", type=whole, metavar="N",
+        help="devices that divide the model's heads, mlp and vocabulary among themselves (default: 1)",
+    )  # fmt: skip
+    group.add_argument(
+        "--data-parallel-size", type=whole, metavar="N",
+        help="groups of such devices, which divide the rows (default: 1)",
+    )  # fmt: skip
+
+
+def _show_memory(options: argparse.Namespace) -> int:
+    """Prints the bytes of weights, cache, labels and lists on each device. Returns the exit status."""
+    _check_memory_options(options)
+    method = read_method(options)
+    batch, parts, groups = (1 if (given := getattr(options, name)) is None else given for name in _OF_MEMORY)
+    with usage_errors():
+        check_whole("batch", batch, 1)
+        check_whole("model", parts, 1)
+        check_whole("data", groups, 1)
+    files = open_named(options, weights=False)
+    config, dtype = share_kv_as_told(options, files.config), options.dtype or files.dtype
+    import jax.numpy as jnp
+    from jax.sharding import AbstractMesh
+
+    from hshare_jax.device_memory import device_memory
+    from hshare_jax.mesh import check_rows_divide
+    from hshare_jax.shapes import DATA, MODEL
+
+    mesh = AbstractMesh((groups, parts), (DATA, MODEL))
+    with usage_errors():
+        if not 1 <= options.context <= config.max_positions:
+            raise SettingError(
+                "context", options.context, f"must lie between 1 and the model's {config.positions_told}"
+            )
+        check_rows_divide("batch", batch, mesh)
+        divided = config.for_parts(parts)
+        method.settings.check(divided)
+        memory = device_memory(config, batch, options.context, method=method, dtype=jnp.dtype(dtype), mesh=mesh)
+    facts = {
+        "model": files.name, "parameters": config.num_parameters, "dtype": dtype,
+        "num_kv_heads": config.num_kv_heads, "num_kv_heads_loaded": divided.num_kv_heads,
+        "tensor_parallel_size": parts, "data_parallel_size": groups, "devices": parts * groups,
+        "batch": batch, "context": options.context, "budget": method.settings.budget,
+    }  # fmt: skip
+    each = dataclasses.asdict(memory)
+    facts |= {f"{name}_bytes_per_device": size for name, size in each.items()}
+    facts |= {"dense_bytes_per_device": memory.weights + memory.cache, "sparse_bytes_per_device": memory.total}
+    _print_facts(facts, options)
+    return 0
+
+
+def _check_memory_options(options: argparse.Namespace) -> None:
+    """Raises UsageError for an option that has no effect beside --context."""
+    if options.show_plan:
+        raise UsageError("--context counts bytes and --plan shows plans; leave out either")
+    if options.quantize not in ("auto", "none"):
+        raise UsageError(f"--quantize {options.quantize} has no effect: --context counts weights as floats")
+    counted = {"preset", *(field.name for field in dataclasses.fields(HShareSettings))}
+    given = [name for name in setting_names() if hasattr(options, name) and name not in counted]
+    given += [name for name in ("prompt_file", "system", "no_chat_template") if getattr(options, name)]
+    if given:
+        raise UsageError(f"{option_name(given[0])} does not change what a device holds; leave it out")
 
 
 def _show_plans(options: argparse.Namespace) -> int:

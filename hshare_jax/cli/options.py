@@ -431,15 +431,15 @@ def is_same_file(one: Path, other: Path) -> bool:
     return one.resolve() == other.resolve() or (one.exists() and other.exists() and one.samefile(other))
 
 
-def open_named(options: argparse.Namespace) -> "ModelFiles":
-    """The model's configuration and tokenizer. Its weights are not read yet."""
+def open_named(options: argparse.Namespace, *, weights: bool = True) -> "ModelFiles":
+    """The model's configuration and tokenizer. Its weights are not read yet; they may be absent if not wanted."""
     from hshare_jax.models.builtin_model import cache_directory
     from hshare_jax.models.pretrained import check_model_name, open_model
 
     with usage_errors():
-        check_model_name(options.model, revision=options.revision)
+        check_model_name(options.model, revision=options.revision, weights=weights)
     keep_compiled_programs(cache_directory(options.cache_dir) / "compiled")
-    return open_model(options.model, cache_dir=options.cache_dir, revision=options.revision)
+    return open_model(options.model, cache_dir=options.cache_dir, revision=options.revision, weights=weights)
 
 
 def keep_compiled_programs(directory: Path) -> None:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
 
 from hshare_jax.kv_cache import KVCache
-from hshare_jax.mesh import dims
+from hshare_jax.mesh import AnyMesh, dims
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.shapes import EMPTY, MODEL
 
@@ -127,7 +127,7 @@ class Method(Protocol):
         """
         ...
 
-    def check_mesh(self, config: ModelConfig, mesh: Mesh) -> None:
+    def check_mesh(self, config: ModelConfig, mesh: AnyMesh) -> None:
         """Raises ValueError if the method cannot serve heads and rows on different devices of this mesh."""
         ...
 

@@ -16,7 +16,7 @@ from hshare_jax.errors import check_one_of, check_whole
 from hshare_jax.kernels.api import dense_decode, sparse_decode
 from hshare_jax.kernels.reads import mark_listed
 from hshare_jax.kv_cache import KVCache, replace_layer
-from hshare_jax.mesh import by_parts, dims, layouts_alike, num_parts
+from hshare_jax.mesh import AnyMesh, by_parts, dims, layouts_alike, num_parts
 from hshare_jax.methods.base import (
     Choices,
     Method,
@@ -120,7 +120,7 @@ class ListMethod:
         """One layer's lists, through which a step reads, and memory."""
         return lists, memory
 
-    def check_mesh(self, config: ModelConfig, mesh: Mesh) -> None:
+    def check_mesh(self, config: ModelConfig, mesh: AnyMesh) -> None:
         """Nothing: every list is chosen by the heads that it serves."""
 
     def start(self, config: ModelConfig, cache: KVCache) -> "ListState":

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from command_line import SMALL, TEXT, call
 from random_weights import random_params
@@ -122,6 +123,85 @@ def test_info_tells_what_a_model_would_be_without_loading_it(
         status, _, err = call(["info", four_layers, *arguments], capsys)
         assert status == 2
         assert message in err
+
+
+@pytest.fixture
+def config_alone(tmp_path: Path) -> str:
+    """A directory that holds a configuration and nothing else."""
+    sizes = {
+        "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 4096,
+    }  # fmt: skip
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_text(json.dumps({"model_type": "llama", **sizes}), encoding="utf-8")
+    return str(tmp_path / "bare")
+
+
+def test_info_counts_what_each_device_holds_from_the_configuration_alone(
+    config_alone: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["info", config_alone, "--context", "1024", "--batch", "4", "--dtype", "bfloat16", "--json"]
+    divided = ["--tensor-parallel-size", "2", "--data-parallel-size", "2"]
+    one, four = (json.loads(call([*arguments, *more], capsys)[1]) for more in ([], divided))
+    assert (one["devices"], four["devices"], four["batch"], four["context"]) == (1, 4, 4, 1024)
+    assert one["weights_bytes_per_device"] == 2 * one["parameters"]
+    row = 2 * 2 * 2 * 8 * 1024 * 2  # layers, keys and values, kv heads, head size, tokens, bytes
+    assert one["cache_bytes_per_device"] == 4 * row + 4 * 4
+    assert four["cache_bytes_per_device"] == row + 2 * 4
+    assert four["labels_bytes_per_device"] * 4 == one["labels_bytes_per_device"] > 0
+    for facts in (one, four):
+        parts = ("weights", "cache", "labels", "lists")
+        assert facts["sparse_bytes_per_device"] == sum(facts[f"{part}_bytes_per_device"] for part in parts)
+        assert facts["dense_bytes_per_device"] == sum(facts[f"{part}_bytes_per_device"] for part in parts[:2])
+    fewer = json.loads(call([*arguments, "--num-critical", "8"], capsys)[1])
+    assert fewer["lists_bytes_per_device"] < one["lists_bytes_per_device"]
+    status, out, _ = call(["info", config_alone, "--context", "1024"], capsys)
+    assert status == 0
+    assert "tensor_parallel_size      1\n" in out
+
+
+def test_info_fetches_the_configuration_of_a_hub_model_alone(
+    config_alone: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+
+    def snapshot_download(name: str, *, allow_patterns: list[str], **_: object) -> str:
+        asked.extend(allow_patterns)
+        return config_alone
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    status, out, _ = call(["info", "organisation/name", "--context", "64", "--json"], capsys)
+    assert (status, json.loads(out)["model"]) == (0, "organisation/name")
+    assert asked == ["config.json", "generation_config.json", "SHA256SUMS"]
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--tensor-parallel-size", "3"], "--tensor-parallel-size 3 devices cannot divide 2 kv heads, 8 query heads"),
+        (["--tensor-parallel-size", "16"], "possible are 1, 2, 4, 8"),
+        (["--data-parallel-size", "3"], "--batch 1 rows cannot be divided evenly over 3 devices"),
+        (["--batch", "0"], "--batch 0 must be at least 1"),
+        (["--tensor-parallel-size", "0"], "--tensor-parallel-size 0 must be at least 1"),
+        (["--context", "5000"], "--context 5000 must lie between 1 and the model's 4096 positions"),
+        (["--num-probes", "8"], "--num-probes does not change what a device holds"),
+        (["--quantize", "int8"], "--quantize int8 has no effect"),
+        (["--plan"], "--context counts bytes and --plan shows plans"),
+    ],
+)
+def test_what_no_device_can_hold_is_a_mistake_in_the_call(
+    config_alone: str, more: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, err = call(["info", config_alone, "--context", "64", *more], capsys)
+    assert (status, out) == (2, "")
+    assert told in err
+
+
+def test_options_of_devices_need_a_context(config_alone: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = call(["info", config_alone, "--tensor-parallel-size", "2"], capsys)
+    assert status == 2
+    assert "--tensor-parallel-size is for counting what a device holds; add --context" in err
+    assert call(["info", config_alone], capsys)[0] != 0  # all other facts need the weights
 
 
 def test_a_prompt_beyond_the_model_is_told_before_the_model_is_loaded(

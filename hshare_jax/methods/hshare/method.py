@@ -17,7 +17,7 @@ from hshare_jax.errors import SettingError
 from hshare_jax.kernels.labels import Labels, make_labels
 from hshare_jax.kernels.tail import Tail, no_tail
 from hshare_jax.kv_cache import KVCache
-from hshare_jax.mesh import by_parts, layout_of, layouts_alike, num_parts
+from hshare_jax.mesh import AnyMesh, by_parts, layout_of, layouts_alike, num_parts
 from hshare_jax.methods.base import PromptQueries
 from hshare_jax.methods.hshare.channels import check_channels, choose_channels
 from hshare_jax.methods.hshare.settings import HShareSettings, PlanSearch, read_sharing_ratio
@@ -125,13 +125,13 @@ class HShare:
         refresh = self.settings.refresh_interval
         return -(-self.search.refit_interval // refresh) * refresh
 
-    def check_mesh(self, config: ModelConfig, mesh: Mesh) -> None:
+    def check_mesh(self, config: ModelConfig, mesh: AnyMesh) -> None:
         """Raises ValueError if a plan would let lists of different devices depend on each other."""
         if self.plan is not None:
             self.plan.check_parts(num_parts(mesh))
         elif self.search.plan_scope == "batch" and mesh.shape[DATA] > 1:
             rule = f"would find one plan for rows on {mesh.shape[DATA]} devices, which do not know each other's rows"
-            raise SettingError("plan_scope", "batch", rule, "choose 'row', or spread heads alone")
+            raise SettingError("plan_scope", "batch", rule, "choose 'sequence', or spread heads alone")
 
     def start(self, config: ModelConfig, cache: KVCache) -> SharedLists:
         """The lists of an empty cache.
