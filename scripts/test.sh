@@ -82,6 +82,10 @@ if ! $quick && [[ $(uname -s) == Linux ]]; then  # the CUDA compiler's wheels ar
   checks+=("$! compiling for H200s")
 fi
 "${pytest[@]}" && passed=true || passed=false
+if ! $quick && [[ " $* " != *" tests"* ]]; then  # unless a file of tests is named
+  section "pytest on a CPU that counts as eight devices"
+  JAX_NUM_CPU_DEVICES=8 "$python" -m pytest -n 2 --dist loadfile tests/devices || passed=false
+fi
 for check in "${checks[@]}"; do
   wait "${check%% *}" || { passed=false; section "failed: ${check#* }"; }
 done
