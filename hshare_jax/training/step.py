@@ -14,16 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array, lax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool, Float, Int
 
 from hshare_jax.errors import SettingError
+from hshare_jax.mesh import make_mesh
 from hshare_jax.models.config import ModelConfig
+from hshare_jax.shapes import DATA
 from hshare_jax.training.loss import sum_of_window_losses
 from hshare_jax.training.settings import TrainingSettings
-
-DATA = "data"  # the mesh axis over which windows are spread
 
 
 @jax.tree_util.register_dataclass
@@ -67,7 +67,7 @@ def decays(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def data_mesh(settings: TrainingSettings, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of all devices, or of the given ones.
+    """The mesh of all devices, or of the given ones, over whose axis "data" windows are spread.
 
     Raises:
         SettingError: the windows of a micro-batch cannot be divided evenly among the devices.
@@ -81,7 +81,7 @@ def data_mesh(settings: TrainingSettings, devices: Sequence[Any] | None = None) 
             "evenly; change either",
             others={"accumulation_steps": settings.accumulation_steps},
         )  # fmt: skip
-    return Mesh(np.array(devices), (DATA,), axis_types=(AxisType.Auto,))
+    return make_mesh(data=len(devices), devices=devices)
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
