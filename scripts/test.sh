@@ -78,7 +78,7 @@ section "pytest, and beside it pyright and programs compiled for H200s"
 "$python" -m pyright --pythonpath "$python" &
 checks=("$! pyright")
 if ! $quick && [[ $(uname -s) == Linux ]]; then  # the CUDA compiler's wheels are for Linux alone; no GPU is needed
-  (bash scripts/check_h200_compile.sh "$python" && bash scripts/check_many_devices.sh "$python") &
+  (bash scripts/check_h200_compile.sh "$python" && bash scripts/check_many_devices.sh "$python" --layers 2) &
   checks+=("$! compiling for H200s")
 fi
 "${pytest[@]}" && passed=true || passed=false

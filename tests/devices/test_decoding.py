@@ -89,8 +89,9 @@ def on_one_device(config, method, parts=1):
     return decode(random_model(config, parts), method)
 
 
-@pytest.mark.parametrize("shape", MESHES, ids=str)
-@pytest.mark.parametrize("method", ["dense", "hshare"])
+@pytest.mark.parametrize(
+    ("shape", "method"), [*((shape, "dense") for shape in MESHES), ((1, 8), "hshare"), ((2, 4), "hshare")], ids=str
+)
 def test_a_mesh_of_any_shape_decodes_as_one_device_does(shape, method):
     # A mesh with more devices than kv heads repeats these, and so decodes as one device does with repeated heads.
     model = random_model(GROUPED, shape[1])
@@ -115,8 +116,8 @@ def test_models_and_settings_of_all_kinds_decode_as_on_one_device(config, method
     assert_equal(decode(on_mesh(random_model(config), mesh_of(2, 4)), method), on_one_device(config, method))
 
 
-@pytest.mark.parametrize("name", ["exact_topk", "double_sparsity", "quest", "h2o", "snapkv", "streaming_llm"])
-def test_every_other_method_decodes_as_on_one_device(name):
+@pytest.mark.parametrize("name", ["double_sparsity", "quest", "h2o", "snapkv"])
+def test_other_methods_with_memories_of_their_own_decode_as_on_one_device(name):
     method = method_named(name, HShare(SETTINGS, SEARCH), max_new_tokens=8)
     assert_equal(decode(on_mesh(random_model(GROUPED), mesh_of(2, 4)), method), on_one_device(GROUPED, method))
 
@@ -143,12 +144,11 @@ def plans_of(model, method):
 def test_plans_that_are_found_keep_to_the_lists_of_a_device():
     model = random_model(GROUPED, 4)
     method = HShare(SETTINGS, dataclasses.replace(SEARCH, layer_ratio=Fraction(1), head_ratio=Fraction(1, 2)))
-    found, free = (plans_of(on_mesh(model, mesh_of(*shape)), method) for shape in ((2, 4), (8, 1)))
+    found = plans_of(on_mesh(model, mesh_of(2, 4)), method)
     assert (found % 4 == np.arange(4)).all()  # each of 4 devices has one of 4 lists
     assert (found != np.arange(8).reshape(2, 4)).any()
     for row in found:
         SharePlan(tuple(map(tuple, row.tolist()))).check_parts(4)
-    np.testing.assert_array_equal(free, plans_of(model, method))
 
 
 def test_generation_and_agreement_are_those_of_one_device():
@@ -179,7 +179,6 @@ def _collectives(text):
     return re.findall(r"= \S+ (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", text)
 
 
-@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("refresh", [True, False])
 @pytest.mark.parametrize("method", [None, given_plan(GROUPED)], ids=["dense", "hshare"])
 def test_a_layer_adds_up_twice_and_sparsity_asks_for_nothing(method, refresh):
