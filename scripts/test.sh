@@ -84,7 +84,7 @@ fi
 "${pytest[@]}" && passed=true || passed=false
 if ! $quick && [[ " $* " != *" tests"* ]]; then  # unless a file of tests is named
   section "pytest on a CPU that counts as eight devices"
-  JAX_NUM_CPU_DEVICES=8 "$python" -m pytest -n 2 --dist loadfile tests/devices || passed=false
+  JAX_NUM_CPU_DEVICES=8 "$python" -m pytest -n 2 tests/devices || passed=false
 fi
 for check in "${checks[@]}"; do
   wait "${check%% *}" || { passed=false; section "failed: ${check#* }"; }

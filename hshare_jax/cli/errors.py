@@ -56,7 +56,7 @@ _PARTS = {
 # How None is typed, where it is not "none".
 _NONE = {"forward_passes": "exact"}
 # Settings that no option gives. Names such as `kv_layer_map[2]`, which are no identifiers, have no option either.
-_WITHOUT_OPTION = ("num_kv_layers",)
+_WITHOUT_OPTION = ("num_kv_layers", "prompts")
 
 
 def say(name: str, value: object) -> str:
