@@ -32,7 +32,7 @@ class LoopState:
     is_active: Array = field(metadata=dims("B"))  # rows that have not ended
     seen: Array | None = field(metadata=dims("B V"))  # tokens seen so far, for a repetition penalty
     keys: Array = field(metadata=dims("B"))  # random keys
-    # Float32, tokens read, added up over steps; a step adds its mean over layers and heads.
+    # float32, tokens read, added up over steps; a step adds its mean over layers and heads
     reads: Array = field(metadata=dims("B"))
 
 

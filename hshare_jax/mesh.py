@@ -29,7 +29,8 @@ _DIMS, _IDS = "dims", "flat_ids"
 def make_mesh(data: int = 1, model: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of data x model devices, for `load_model` and `init_state`.
 
-    Neighbouring devices lie along "model", because they add up what they computed twice in each layer.
+    Neighbouring devices lie along "model", because devices along "model" exchange sums in every layer, and devices
+    along "data" exchange nothing.
 
     Args:
         data: over how many devices the rows of a batch are spread.
@@ -57,7 +58,7 @@ def dims(letters: str, *, flat_ids: bool = False) -> dict[str, object]:
     """The metadata of a dataclass field whose arrays all have these first dimensions, such as "B K S H".
 
     Args:
-        letters: one for each dimension; further dimensions are not divided.
+        letters: one for each of the first dimensions; later ones are not divided.
         flat_ids: whether the arrays, [..., L, J], hold flat ids of lists (layer * J + list). Each device then sees the
             ids among its own lists.
     """
@@ -193,7 +194,8 @@ def check_rows_divide(name: str, num_rows: int, mesh: AnyMesh | None) -> None:
 def _to_part(ids: Array) -> Array:
     """Flat ids among all lists as flat ids among this device's lists, [..., L, J]."""
     J = ids.shape[-1]
-    return ids // (J * lax.axis_size(MODEL)) * J + ids % (J * lax.axis_size(MODEL)) - J * lax.axis_index(MODEL)
+    in_all = J * lax.axis_size(MODEL)  # lists of a layer on all devices
+    return ids // in_all * J + ids % in_all - J * lax.axis_index(MODEL)
 
 
 def _to_whole(ids: Array) -> Array:

@@ -102,7 +102,8 @@ def save_checkpoint(
 
     Raises:
         FileExistsError: `path` exists and `overwrite` is False, or `path` is not one of our checkpoints.
-        ValueError: the parameters do not have the shapes of `info.config` or the dtype `info.dtype`.
+        ValueError: the parameters do not have the shapes of `info.config` or the dtype `info.dtype`, or became
+            `int8-channel` on a mesh.
     """
     path = Path(os.path.expanduser(path)).absolute()  # Orbax asks for absolute paths
     if path.exists() and not (overwrite and is_orbax_directory(path)):
@@ -369,6 +370,11 @@ def _check_arrays(info: CheckpointInfo, params: Mapping[str, Any]) -> None:
         if tuple(array.shape) != shape or array.dtype != dtype_of(info.dtype):
             raise ValueError(
                 f"parameter {path} is {array.dtype} {tuple(array.shape)}; the model says {info.dtype} {shape}"
+            )
+        if isinstance(array, BlockWeights) and array.has_channel_scales and array.scale.shape[1] > 1:
+            raise ValueError(
+                f"parameter {path} has a scale for each device's part of a row, which no other mesh could read: "
+                "load the model without a mesh to save it"
             )
 
 

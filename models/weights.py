@@ -152,18 +152,24 @@ def repeated_kv_rows(config: ModelConfig, parts: int) -> Int[np.ndarray, "rows"]
 def resolve_quantize(quantize: Quantize, config: ModelConfig) -> Quantize:
     """What `quantize` means here: any of its values but `auto`.
 
+    Args:
+        quantize: what is asked for.
+        config: the model, or the part of it that a device has.
+
     Raises:
-        SettingError: an unknown name, or `int8` for a model whose rows cannot be cut into blocks.
+        SettingError: an unknown name, or blocks of weights that the rows of the model, or a device's part of them, do
+            not hold whole.
     """
     if quantize not in QUANTIZE:
         raise SettingError("quantize", quantize, f"must be one of {', '.join(QUANTIZE)}")
-    if quantize == "int8":
-        for width in (config.width, config.mlp_width, config.num_heads * config.head_dim):
-            if width % BLOCK:
-                rule = f"takes blocks of {BLOCK} neighbouring weights, and this model has rows of {width}"
-                raise SettingError("quantize", quantize, rule, "choose 'none'")
+    cut = [width for width in (config.width, config.mlp_width, config.num_heads * config.head_dim) if width % BLOCK]
     if quantize == "auto":
-        return "stored" if jax.default_backend() == "cpu" and obstacle() is None else "none"
+        is_native = jax.default_backend() == "cpu" and obstacle() is None
+        return "stored" if is_native and not (cut and config.is_part) else "none"
+    if cut and (quantize == "int8" or (quantize == "stored" and config.is_part)):
+        owner = "a device's part" if config.is_part else "this model"
+        rule = f"takes blocks of {BLOCK} neighbouring weights, and {owner} has rows of {cut[0]}"
+        raise SettingError("quantize", quantize, rule, "choose 'none'")
     return quantize
 
 

@@ -23,16 +23,9 @@ _HEARTBEAT = 10  # seconds after which a process that does not answer counts as 
 def add_devices(parser: argparse.ArgumentParser, *, rows: bool = False) -> None:
     """Adds the options of devices; with `rows` also those that divide prompts and those of several processes."""
     group = parser.add_argument_group("devices")
-    group.add_argument(
-        "--tensor-parallel-size", type=whole, default=1, metavar="N",
-        help="devices that divide the model's heads, mlp and vocabulary among themselves (default: %(default)s)",
-    )  # fmt: skip
+    add_sizes(group, rows=rows, default=1)
     if not rows:
         return
-    group.add_argument(
-        "--data-parallel-size", type=whole, default=1, metavar="N",
-        help="groups of such devices, which divide the prompts (default: %(default)s)",
-    )  # fmt: skip
     group.add_argument(
         "--num-processes", type=whole, metavar="N",
         help="how many processes run this command, each on its own devices; the first one prints (default: what the "
@@ -40,6 +33,19 @@ def add_devices(parser: argparse.ArgumentParser, *, rows: bool = False) -> None:
     )  # fmt: skip
     group.add_argument("--process-id", type=whole, metavar="I", help="which of them this is, from 0")
     group.add_argument("--coordinator-address", metavar="HOST:PORT", help="where process 0 is reached by the others")
+
+
+def add_sizes(group: argparse._ArgumentGroup, *, rows: bool, default: int | None) -> None:
+    """Adds the numbers of devices; with `rows` also the number of groups that divide rows. Without a value it is 1."""
+    group.add_argument(
+        "--tensor-parallel-size", type=whole, default=default, metavar="N",
+        help="devices that divide the model's heads, mlp and vocabulary among themselves (default: 1)",
+    )  # fmt: skip
+    if rows:
+        group.add_argument(
+            "--data-parallel-size", type=whole, default=default, metavar="N",
+            help="groups of such devices, which divide the rows (default: 1)",
+        )  # fmt: skip
 
 
 def start_processes(options: argparse.Namespace) -> None:
@@ -50,7 +56,7 @@ def start_processes(options: argparse.Namespace) -> None:
     Raises:
         UsageError: options of processes that do not belong together.
     """
-    check_whole_options(options)
+    _check_numbers(options)
     given = {name: getattr(options, name, None) for name in _OF_PROCESSES}
     if all(value is None for value in given.values()):
         if not any(_names_cluster(os.environ.get(name, "")) for name in _CLUSTERS):
@@ -88,7 +94,7 @@ def _keep_output_for_answers() -> None:
     sys.stdout = open(ours, "w", encoding=encoding, errors=errors)  # noqa: SIM115 - for as long as the process lives
 
 
-def check_whole_options(options: argparse.Namespace) -> None:
+def _check_numbers(options: argparse.Namespace) -> None:
     """Raises UsageError for a number of devices or processes below 1."""
     with usage_errors():
         for name in ("tensor_parallel_size", "data_parallel_size", "num_processes"):
@@ -112,14 +118,14 @@ def read_mesh(options: argparse.Namespace, config: "ModelConfig") -> "Mesh | Non
         return None
     with usage_errors():
         config.for_parts(parts)
-    told = f"--tensor-parallel-size {parts}"
+    told = f"--tensor-parallel-size {parts} asks for {wanted} devices"
     if groups > 1:
-        told += f" and --data-parallel-size {groups} ask for {wanted} devices"
+        told = f"--tensor-parallel-size {parts} and --data-parallel-size {groups} ask for {wanted} devices"
     if wanted > len(devices):
         more = "; JAX_NUM_CPU_DEVICES makes a CPU several" if devices[0].platform == "cpu" else ""
-        raise UsageError(f"{told}: there are {len(devices)} devices{more}")
+        raise UsageError(f"{told}; jax finds {len(devices)}{more}")
     if jax.process_count() > 1 and wanted < len(devices):
-        raise UsageError(f"{told}: {jax.process_count()} processes have {len(devices)} devices, and all must take part")
+        raise UsageError(f"{told}; {jax.process_count()} processes have {len(devices)}, and all must take part")
     return make_mesh(groups, parts, devices[:wanted])
 
 

@@ -110,10 +110,14 @@ def run_eval(options: argparse.Namespace) -> int:
 
     with usage_errors():
         check_impl(options.impl)
-        hshare.settings.check(files.config.for_parts(options.tensor_parallel_size))
+        config = files.config.for_parts(options.tensor_parallel_size)
+        hshare.settings.check(config)
         hshare, origins = read_files(options, files, hshare)
         added = max((size - prefilled for prefilled, size in sizes), default=1)
         methods = {name: method_named(name, hshare, max_new_tokens=added) for name in options.method}
+        for method in methods.values():
+            if method is not None and mesh is not None:
+                method.check_mesh(config, mesh)
         records = _open_records(options, task, files, hshare)
     notes = notes_on_short_texts(hshare, files.config, sizes, names=options.method)
     for note in notes:

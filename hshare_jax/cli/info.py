@@ -5,6 +5,7 @@ import dataclasses
 import json
 from typing import TYPE_CHECKING, Any
 
+from hshare_jax.cli.devices import add_sizes
 from hshare_jax.cli.errors import UsageError, option_name, usage_errors
 from hshare_jax.cli.options import (
     DEFAULT_MODEL,
@@ -127,14 +128,7 @@ def _add_memory(group: argparse._ArgumentGroup) -> None:
         "devices nor weights are needed, and of a hub id only the configuration is fetched",
     )  # fmt: skip
     group.add_argument("--batch", type=whole, metavar="N", help="rows that decode together (default: 1)")
-    group.add_argument(
-        "--tensor-parallel-size", type=whole, metavar="N",
-        help="devices that divide the model's heads, mlp and vocabulary among themselves (default: 1)",
-    )  # fmt: skip
-    group.add_argument(
-        "--data-parallel-size", type=whole, metavar="N",
-        help="groups of such devices, which divide the rows (default: 1)",
-    )  # fmt: skip
+    add_sizes(group, rows=True, default=None)
 
 
 def _show_memory(options: argparse.Namespace) -> int:

@@ -164,8 +164,9 @@ def read_quantize(options: argparse.Namespace, files: "ModelFiles") -> "Quantize
 
     if options.quantize == "auto" and getattr(options, "impl", "auto") not in ("auto", "native"):
         return "none"
+    parts = getattr(options, "tensor_parallel_size", None) or 1
     with usage_errors():
-        return resolve_quantize(options.quantize, files.config)
+        return resolve_quantize(options.quantize, files.config.for_parts(parts).part(parts))
 
 
 def add_named_model(parser: argparse.ArgumentParser) -> None:

@@ -26,7 +26,7 @@ from hshare_jax.shapes import EMPTY, MODEL
 class PromptQueries:
     """The rotated queries of a prompt that prefill keeps until a method has found from them what it needs."""
 
-    # Int32, where the probes stand; -1, or the capacity, where a row has none.
+    # int32, where the probes stand; -1, or the capacity, where a row has none
     positions: Array = field(metadata=dims("B P"))
     probes: tuple[Array, ...] = field(metadata=dims("B P N H"))  # one for each layer; zero where a row lacks a probe
     # One for each KV layer, float32: the sum of |q| over the prompt and over all layers that read these keys.

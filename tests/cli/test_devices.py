@@ -39,8 +39,8 @@ def test_options_that_do_not_belong_together_are_told(capsys, options, message):
     ("parts", "groups", "message"),
     [
         (3, 1, "--tensor-parallel-size 3 devices cannot divide 4 kv heads, 8 query heads .* possible are 1, 2, 4, 8"),
-        (8, 1, "--tensor-parallel-size 8: there are 1 devices; JAX_NUM_CPU_DEVICES makes a CPU several"),
-        (2, 4, "--tensor-parallel-size 2 and --data-parallel-size 4 ask for 8 devices: there are 1 devices"),
+        (8, 1, "--tensor-parallel-size 8 asks for 8 devices; jax finds 1; JAX_NUM_CPU_DEVICES makes a CPU several"),
+        (2, 4, "--tensor-parallel-size 2 and --data-parallel-size 4 ask for 8 devices; jax finds 1"),
     ],
 )
 def test_devices_that_are_not_there_or_cannot_divide_the_model_are_told(parts, groups, message):

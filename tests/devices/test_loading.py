@@ -104,6 +104,15 @@ def test_a_device_reads_its_own_rows_and_columns_alone():
     assert found.sharding.shard_shape(found.shape) == (64, 8)
 
 
+def test_scales_of_a_mesh_are_not_saved(tmp_path):
+    tiny_model("llama", **HEADS).save_pretrained(tmp_path / "model")
+    model = load_model(tmp_path / "model", quantize="int8-channel", mesh=mesh_of(1, 4))
+    assert np.isfinite(logits_of(model)).all()
+    with pytest.raises(ValueError, match="a scale for each device's part of a row"):
+        save_model(model, tmp_path / "converted")
+    assert not (tmp_path / "converted").exists()
+
+
 def test_a_converted_model_is_the_same_from_any_mesh(tmp_path):
     model = random_model(CONFIG)
     save_model(on_mesh(model, mesh_of(2, 4)), tmp_path / "converted")

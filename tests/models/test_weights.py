@@ -123,6 +123,13 @@ def test_a_way_to_quantise_that_cannot_be_is_refused_with_the_ways_that_can():
         resolve_quantize("int8", CONFIG)
 
 
+def test_devices_that_would_cut_blocks_of_weights_are_refused_or_get_floats():
+    part = dataclasses.replace(CONFIG, width=64, mlp_width=64, num_heads=4, num_kv_heads=4, head_dim=32).part(4)
+    with pytest.raises(SettingError, match="and a device's part has rows of 16: choose 'none'"):
+        resolve_quantize("stored", part)
+    assert resolve_quantize("auto", part) == "none"
+
+
 def test_unknown_dtype_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="dtype='int8' must be one of float32, bfloat16, float16"):
         dtype_of("int8")
