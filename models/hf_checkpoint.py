@@ -75,7 +75,7 @@ def read_hf_tokenizer(directory: Path) -> "PreTrainedTokenizerBase | None":
     is_model = not (directory / _TOKENIZER_FILES[0]).is_file()
     try:
         reader = AutoTokenizer if is_model else PreTrainedTokenizerFast
-        return reader.from_pretrained(directory, local_files_only=True)
+        tokenizer = reader.from_pretrained(directory, local_files_only=True)
     except Exception as error:
         # For a damaged file transformers raises the types below, and the tokenizers library raises Exception itself,
         # which no narrower clause catches. Every other error (no memory, a mistake of ours) is raised again.
@@ -84,6 +84,9 @@ def read_hf_tokenizer(directory: Path) -> "PreTrainedTokenizerBase | None":
             raise
         hint = "; a tokenizer.model is read by another package: pip install sentencepiece" if is_model else ""
         raise CheckpointError(f"{directory}: its tokenizer cannot be read: {error}{hint}") from error
+    if not isinstance(limit := tokenizer.model_max_length, int | float):  # compared with the length of every text
+        raise CheckpointError(f"{directory}: its tokenizer has model_max_length={limit!r}, which must be a number")
+    return tokenizer
 
 
 class HFTensors:

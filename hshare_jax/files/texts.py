@@ -70,11 +70,17 @@ def check_text(text: str, name: str) -> None:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text that comes from outside; ValueError for a text that is none, or is nested too deeply."""
+    """The value of a JSON text that comes from outside.
+
+    Raises:
+        ValueError: the text is not JSON, is nested too deeply, or spells half a character.
+    """
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+    check_text(json.dumps(value, ensure_ascii=False), "its content")
+    return value
 
 
 def to_json(value: Any, encoding: str = "utf-8") -> str:

@@ -32,6 +32,15 @@ def test_json_that_is_nested_too_deeply_is_named():
         parse_json(b"[" * 100_000)
 
 
+def test_json_that_spells_half_a_character_is_named():
+    assert parse_json(r'["\ud83d\ude00"]') == ["\U0001f600"]
+    for text in (r'{"\ud83d": 1}', r'[["a", "b\udc00"]]', b'"\xed\xa0\x80"'):
+        with pytest.raises(
+            ValueError, match=r"its content is not UTF-8 text \(character \d is U\+D.*, half a character\)"
+        ):
+            parse_json(text)
+
+
 def test_json_is_escaped_only_where_the_encoding_cannot_hold_it():
     assert to_json({"a": "\u00e9"}) == to_json({"a": "\u00e9"}, "latin-1") == '{"a": "\u00e9"}'
     assert to_json({"a": "\u00e9"}, "ascii") == r'{"a": "\u00e9"}'

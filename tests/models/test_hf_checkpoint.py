@@ -246,6 +246,11 @@ def test_the_tokenizer_of_the_directory_is_read(tmp_path, llama):
         (directory / "tokenizer.json").write_text(damaged)
         with pytest.raises(CheckpointError, match=r"its tokenizer cannot be read: "):
             load_model(directory)
+    (directory / "tokenizer.json").write_text(whole)
+    for limit in ([], "256"):
+        (directory / "tokenizer_config.json").write_text(json.dumps({"model_max_length": limit}))
+        with pytest.raises(CheckpointError, match=r"its tokenizer has model_max_length=.*, which must be a number"):
+            load_model(directory)
 
 
 def test_a_tokenizer_json_is_read_as_it_is_whatever_class_is_named_beside_it(tmp_path, llama):

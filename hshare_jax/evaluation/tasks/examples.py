@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hshare_jax.errors import SettingError
-from hshare_jax.files.texts import MARK, check_mark, check_text, decode_text, parse_json
+from hshare_jax.files.texts import MARK, check_mark, decode_text, parse_json
 
 
 class DataError(ValueError):
@@ -133,7 +133,6 @@ def text_at(where: str, record: dict[str, Any], key: str, *, may_be_empty: bool 
         raise DataError(f"{where}: key {key!r} must be a text; it is a {type(text).__name__}")
     if not text.strip() and not may_be_empty:
         raise DataError(f"{where}: key {key!r} is empty")
-    _check_text(where, key, text)
     return text
 
 
@@ -142,13 +141,4 @@ def texts_at(where: str, record: dict[str, Any], key: str) -> tuple[str, ...]:
     texts = record[key]
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         raise DataError(f"{where}: key {key!r} must be a list of texts, at least one")
-    for text in texts:
-        _check_text(where, key, text)
     return tuple(texts)
-
-
-def _check_text(where: str, key: str, text: str) -> None:
-    try:
-        check_text(text, f"{where}: key {key!r}")
-    except ValueError as error:
-        raise DataError(str(error)) from error

@@ -48,7 +48,7 @@ BAD = [
     ({"question": "1?", "answer": ["1", 1]}, "key 'answer' must be a list of texts"),
     (["1?", "1"], "must be an object, with keys and values; it is a list"),
     (b'{"question": "1?", "ans', "not JSON"),
-    (b'{"question": "\\ud800", "answer": ["1"]}', "key 'question' is not UTF-8 text (character 0"),
+    (b'{"question": "\\ud800", "answer": ["1"]}', "not JSON: its content is not UTF-8 text (character 14"),
     (b'{"question": "caf\xe9", "answer": ["1"]}', "not UTF-8"),
     (b"[" * 100_000, "not JSON"),
 ]
