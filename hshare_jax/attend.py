@@ -23,7 +23,7 @@ def prefill_attend(
         config: the model.
         slots: where each new token is written; at or beyond the capacity for padding.
         starts: the position of each row's first new token.
-        impl: which implementation appends (`kernels.api`).
+        impl: which implementation appends and attends (`kernels.api`).
     """
 
     def attend(
@@ -39,11 +39,11 @@ def prefill_attend(
         if kept is not None:
             kept = _keep_queries(kept, layer, index, q, is_token, kept.positions - starts[:, None])
         if kept is not None and kept.received is not None:
-            out, new = prefill_attention_received(q, keys, values, seen, is_token & sees_any, window=window)
+            out, new = prefill_attention_received(q, keys, values, seen, is_token & sees_any, window=window, impl=impl)
             received = replace_layer(kept.received, layer, kept.received[layer] + new)
             kept = dataclasses.replace(kept, received=received)
         else:
-            out = prefill_attention(q, keys, values, seen, window=window)
+            out = prefill_attention(q, keys, values, seen, window=window, impl=impl)
         if config.looks_up(layer):
             out = jnp.where(sees_any[:, :, None, None], out, 0)
         return out, (cache, kept)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from hshare_jax.kernels.prefill_attention import PREFILL_BLOCK
+from hshare_jax.kernels.reference_prefill import PREFILL_BLOCK
 from hshare_jax.mesh import dims
 from hshare_jax.models.config import ModelConfig
 

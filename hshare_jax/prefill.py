@@ -55,8 +55,8 @@ def prefill(
         method: the method that `init_state` was given.
         progress: called with the tokens per row of each chunk, once the chunk is computed. It makes the host wait, and
             cannot be used under jit.
-        impl: which implementation appends, and computes projections and what the method finds, as for `decode_step`.
-            Attention is cuDNN's or plain jnp.
+        impl: which implementation appends, and computes attention, projections and what the method finds, as for
+            `decode_step`. Attention on a CPU is plain jnp.
 
     Raises:
         ValueError: shapes that disagree, a state of another method, or rows that outgrow the capacity. Where lengths

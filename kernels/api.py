@@ -13,14 +13,13 @@ imports no implementation.
 """
 
 import jax
-from jax import Array, lax
+from jax import Array
 from jax.experimental import checkify
 from jaxtyping import Bool, Float, Int
 
 from hshare_jax.kernels.block_weights import Weights
 from hshare_jax.kernels.implementations import IMPLS, Implementation, check_impl, describe, run
 from hshare_jax.kernels.labels import Labels
-from hshare_jax.kernels.prefill_attention import can_fuse_prefill, fused_prefill, plain_prefill, received_attention
 from hshare_jax.kernels.tail import Part, Tail
 from hshare_jax.shapes import EMPTY, Lists, Source
 
@@ -321,25 +320,26 @@ def prefill_attention(
     starts: Int[Array, "B"],
     *,
     window: int | None = None,
+    impl: str = "auto",
 ) -> Float[Array, "B T N H"]:
     """Causal attention of T new tokens per row over the cache, which holds their keys and values already.
 
     Token t of row b stands at position starts[b] + t. It sees the slots up to that one, or only the last `window`
-    slots. The work is done by cuDNN where it can be, and by plain jnp elsewhere.
+    slots.
 
     Args:
         q: rotated queries of the new tokens.
         keys, values: the cache of one layer. Slots that are not read may hold any finite numbers.
-        starts: the position of each row's first new token.
+        starts: the position of each row's first new token. A token at position -1 sees nothing, and its result means
+            nothing.
         window: the layer's sliding window.
+        impl: the implementation, as the module describes it. On a CPU this is the reference's plain jnp.
     """
 
-    def plain() -> Array:
-        return plain_prefill(q, keys, values, starts, window=window)[0]
+    def attend(chosen: Implementation) -> Array:
+        return chosen.prefill.prefill_attention(q, keys, values, starts, window=window, **chosen.options)[0]
 
-    if not can_fuse_prefill(q, keys, window):
-        return plain()
-    return lax.platform_dependent(cuda=lambda: fused_prefill(q, keys, values, starts), default=plain)
+    return run(impl, attend)
 
 
 def prefill_attention_received(
@@ -350,14 +350,20 @@ def prefill_attention_received(
     is_counted: Bool[Array, "B T"],
     *,
     window: int | None = None,
+    impl: str = "auto",
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N S"]]:
     """The result of `prefill_attention`, and the attention probabilities that each slot receives, in float32.
 
     The probabilities are summed over the new tokens that are counted.
 
     Args:
-        q, keys, values, starts, window: as for `prefill_attention`.
+        q, keys, values, starts, window, impl: as for `prefill_attention`.
         is_counted: the tokens whose attention counts; padding is left out.
     """
-    out, log_total = plain_prefill(q, keys, values, starts, window=window)
-    return out, received_attention(q, keys, starts, is_counted, log_total, window=window)
+
+    def attend(chosen: Implementation) -> tuple[Array, Array]:
+        how = {"window": window, **chosen.options}
+        out, log_total = chosen.prefill.prefill_attention(q, keys, values, starts, **how)
+        return out, chosen.prefill.received_attention(q, keys, starts, is_counted, log_total, **how)
+
+    return run(impl, attend)

@@ -23,9 +23,10 @@ class Implementation:
 
     The module `<prefix>_attention` defines `dense_decode`, `sparse_decode` and `split_decode`; `<prefix>_selection`
     defines `select_by_labels` and `select_by_keys`. If the row says that it `appends`, `<prefix>_appending` defines
-    `append_tokens` and `append_labels`; if it `projects`, `<prefix>_projection` defines `project`. The functions take
-    the arguments that `api` describes, without `impl`; those of attention and selection take the row's options too. A
-    module is imported when an operation first needs it, so that a program imports no library that it does not use.
+    `append_tokens` and `append_labels`; if it `projects`, `<prefix>_projection` defines `project`; if it `prefills`,
+    `<prefix>_prefill` defines `prefill_attention` and `received_attention`. The functions take the arguments that `api`
+    describes, without `impl`; those of attention, selection and prefill take the row's options too. A module is
+    imported when an operation first needs it, so that a program imports no library that it does not use.
     """
 
     prefix: str
@@ -34,6 +35,7 @@ class Implementation:
     options: Mapping[str, object] = dataclasses.field(default_factory=dict)  # further arguments, as above
     appends: bool = False  # whether it appends to the cache too; else the reference does
     projects: bool = False  # whether it computes projections too; else the reference does
+    prefills: bool = False  # whether it computes prefill attention too; else the reference does
     way_out: str = "leave it 'auto'"  # what a refusal advises on the other platforms
     library: str | None = None  # the module that says what keeps it from running here: `obstacle() -> str | None`
 
@@ -57,6 +59,11 @@ class Implementation:
         """The module of projections."""
         return importlib.import_module(f"hshare_jax.kernels.{self.prefix if self.projects else 'reference'}_projection")
 
+    @property
+    def prefill(self) -> ModuleType:
+        """The module of prefill attention."""
+        return importlib.import_module(f"hshare_jax.kernels.{self.prefix if self.prefills else 'reference'}_prefill")
+
     def obstacle(self) -> str | None:
         """What keeps it from running on this machine, as the rest of a sentence about its library; None if nothing."""
         return None if self.library is None else importlib.import_module(self.library).obstacle()
@@ -64,15 +71,15 @@ class Implementation:
 
 IMPLEMENTATIONS = {
     "pallas": Implementation(
-        "pallas", platforms=("cuda",), is_automatic=True,
+        "pallas", platforms=("cuda",), is_automatic=True, prefills=True,
         way_out="leave it 'auto', or use 'interpret' to try the kernels, slowly",
     ),
     "native": Implementation(
         "native", platforms=("cpu",), is_automatic=True, appends=True, projects=True,
         library="hshare_jax.kernels.native_library",
     ),
-    "reference": Implementation("reference", appends=True, projects=True),
-    "interpret": Implementation("pallas", options={"interpret": True}),
+    "reference": Implementation("reference", appends=True, projects=True, prefills=True),
+    "interpret": Implementation("pallas", options={"interpret": True}, prefills=True),
 }  # fmt: skip
 IMPLS = ("auto", *IMPLEMENTATIONS)
 

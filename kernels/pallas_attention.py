@@ -133,8 +133,8 @@ def _decode(
     out, log_total, tally = pl.pallas_call(
         functools.partial(_attend, layout=layout),
         grid=(tiles.splits, J, B),
-        in_specs=_in_place(inputs),
-        out_specs=_in_place(outputs),
+        in_specs=in_place(inputs),
+        out_specs=in_place(outputs),
         out_shape=outputs,
         compiler_params=plgpu.CompilerParams(num_warps=tiles.num_warps, num_stages=tiles.num_stages),
         interpret=interpret,
@@ -146,7 +146,7 @@ def _decode(
     return _merge(out, log_total, for_tail, window=layout.window, dtype=dtype, interpret=interpret)
 
 
-def _in_place(arrays: tuple) -> tuple:
+def in_place(arrays: tuple) -> tuple:
     """Specifications by which a kernel reads or writes its arrays where they lie."""
     return jax.tree.map(lambda _: pl.BlockSpec(memory_space=pl.ANY), arrays)
 
@@ -295,16 +295,17 @@ def _add_block(
 def _scores(query: Float[Array, "heads H"], key: Float[Array, "slots H"]) -> Float[Array, "heads slots"]:
     if query.shape[0] == 1:  # one query per key is no work for a tensor core
         return (query.astype(jnp.float32) * key.astype(jnp.float32)).sum(axis=1)[None, :]
-    return plgpu.dot(query, key, trans_b=True, precision=_precision(key))
+    return plgpu.dot(query, key, trans_b=True, precision=precision_of(key))
 
 
 def _weighted(weights: Float[Array, "heads slots"], value: Float[Array, "slots H"]) -> Float[Array, "heads H"]:
     if weights.shape[0] == 1:
         return (weights.reshape(-1, 1) * value.astype(jnp.float32)).sum(axis=0)[None, :]
-    return plgpu.dot(weights.astype(value.dtype), value, precision=_precision(value))
+    return plgpu.dot(weights.astype(value.dtype), value, precision=precision_of(value))
 
 
-def _precision(operand: Array) -> lax.Precision | None:
+def precision_of(operand: Array) -> lax.Precision | None:
+    """The precision of a dot: float32 is not rounded to TensorFloat-32."""
     return lax.Precision.HIGHEST if operand.dtype == jnp.float32 else None
 
 
@@ -391,7 +392,7 @@ def _merge(
     return pl.pallas_call(
         merge,
         grid=(B, N),
-        in_specs=_in_place(inputs),
+        in_specs=in_place(inputs),
         out_specs=pl.BlockSpec(memory_space=pl.ANY),
         out_shape=jax.ShapeDtypeStruct((B, N, H), dtype),
         compiler_params=plgpu.CompilerParams(num_warps=1 if splits * H <= 1024 else 4, num_stages=1),

@@ -18,6 +18,7 @@ class Tiles:
     num_warps: int
     num_stages: int  # stages of the software pipeline that fetches the next blocks
     splits: int = 1  # programs that share one list
+    queries: int = 1  # queries of a head that a program of prefill attention takes at once, a power of two
 
 
 def attention_tiles(head_dim: int, itemsize: int, num_programs: int, num_slots: int) -> Tiles:
@@ -35,6 +36,24 @@ def attention_tiles(head_dim: int, itemsize: int, num_programs: int, num_slots: 
     most = -(-num_slots // (2 * block))  # a program with less than two blocks has nothing to overlap
     wanted = -(-PROGRAMS_PER_CORE * NUM_CORES // num_programs)
     return Tiles(block, num_warps=4, num_stages=3, splits=_power_of_two(max(1, min(most, wanted, 128))))
+
+
+def prefill_tiles(head_dim: int, itemsize: int, num_queries: int) -> Tiles:
+    """The layout of prefill attention.
+
+    Args:
+        head_dim: H, padded to a power of two.
+        itemsize: bytes of a cached number.
+        num_queries: T, the new tokens of a row.
+    """
+    # The output of 128 queries of 128 channels fills a quarter of the registers of 8 warps. The queries, and three
+    # stages of a block of keys and one of values, fit the shared memory of a core. Float32 is multiplied outside the
+    # tensor cores, from registers.
+    queries = max(16, _power_of_two(num_queries, up=True))
+    if itemsize == 4:
+        return Tiles(16, num_warps=4, num_stages=2, queries=min(queries, 32))
+    queries, block = (min(queries, 128), 64) if head_dim <= 128 else (min(queries, 64), 32)
+    return Tiles(block, num_warps=8 if queries == 128 else 4, num_stages=3, queries=queries)
 
 
 def selection_tiles(num_slots: int, group_size: int) -> Tiles:

@@ -1,4 +1,4 @@
-"""Compiles whole decode steps, and attention with a tail, for an H200 without one, and fails beyond exact limits.
+"""Compiles decode steps, prefills and their attention for an H200 without one, and fails beyond exact limits.
 
 The limits are: no copy of a cache, of a buffer of labels or lists, or of a weight; no conditional or loop, which would
 break up the CUDA graph; no more kernels and temporaries than written below; no kernel that spills a register. Run
@@ -26,6 +26,7 @@ from hshare_jax.methods.hshare.method import HShare
 from hshare_jax.methods.hshare.settings import HShareSettings
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.kv_sharing import share_kv
+from hshare_jax.prefill import CHUNKS, prefill
 from scripts.bench.gpu_timing import LLAMA2_7B, LLAMA3_8B
 from scripts.compiled_programs import Program, compile_program, one_device, place, step_arguments
 
@@ -55,6 +56,21 @@ ATTENTION = {
     "LLaMA2-7B, batch 32": ((LLAMA2_7B, 32, 4096), (2, 0.1)),  # one program reads a whole list
     "LLaMA3-8B": ((LLAMA3_8B, 8, 4096), (3, 0.6)),  # lists are split
 }
+# The same limits for a prefill of so many tokens that it is one chunk.
+CHUNK = CHUNKS[-1]
+PREFILLS = {
+    "LLaMA3-8B, 4 layers": ((FOUR_LAYERS, 8, 4096), (54, 435)),
+    "LLaMA3-8B, 4 layers, batch 1, 128k": ((LONG, 1, 131_072), (55, 55)),
+}
+# And for the attention of one layer in a prefill, with what each slot receives: (query heads, kv heads, head size),
+# tokens, slots, window, dtype
+PREFILL_ATTENTION = [
+    ((32, 8, 128), CHUNK, 131_072, None, jnp.bfloat16),
+    ((32, 8, 128), CHUNK, 4096, 1000, jnp.float32),
+    ((14, 2, 64), CHUNKS[0], 4096, None, jnp.float16),
+    ((8, 4, 256), CHUNK, 4096, 1000, jnp.bfloat16),
+    ((8, 4, 80), CHUNKS[0], 4096, None, jnp.float32),
+]
 TAIL_RANKS = {"attention": None, "attention with a tail": 2}
 
 
@@ -87,11 +103,37 @@ def compile_attention(config: ModelConfig, rank: int | None, batch: int, slots: 
     return compile_program(attend, arguments, mesh, donated=(), large=batch * slots)
 
 
+def compile_prefill(config: ModelConfig, batch: int, slots: int) -> Program:
+    """Compiles the prefill of one chunk in bfloat16, to which the state is donated."""
+    mesh = one_device()
+    params, _, state = step_arguments(config, None, batch, slots, mesh, spread=False)
+    shapes = jax.ShapeDtypeStruct((batch, CHUNK), jnp.int32), jax.ShapeDtypeStruct((batch,), jnp.int32)
+    tokens, lengths = place(shapes, ("B T", "B"), mesh)
+    read = functools.partial(prefill, config=config)
+    return compile_program(read, (params, tokens, lengths, state), mesh, donated=(3,), large=batch * slots)
+
+
+def compile_prefill_attention(heads: tuple[int, int, int], T: int, slots: int, window: int | None, dtype) -> Program:
+    """Compiles the attention of one layer and one row in a prefill, with what each slot receives."""
+    (N, K, H), mesh = heads, one_device()
+    shapes = [((1, T, N, H), dtype), *[((1, K, slots, H), dtype)] * 2, ((1,), jnp.int32), ((1, T), jnp.bool_)]
+    arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
+    arguments = place(tuple(arrays), [Layout(PartitionSpec())] * len(arrays), mesh)
+    attend = functools.partial(api.prefill_attention_received, window=window)
+    return compile_program(attend, arguments, mesh, donated=(), large=slots)
+
+
 def compile_all() -> Iterator[tuple[str, str, int, Program, tuple[int, float]]]:
     """(model, program's name, number of layers, program, limits) of every program."""
     for name, ((config, batch, slots), limits) in ATTENTION.items():
         for what, rank in TAIL_RANKS.items():
             yield name, what, 1, compile_attention(config, rank, batch, slots), limits
+    for name, ((config, *sizes), limits) in PREFILLS.items():
+        yield name, f"prefill of {CHUNK} tokens", config.num_layers, compile_prefill(config, *sizes), limits
+    for (N, K, H), T, slots, window, dtype in PREFILL_ATTENTION:
+        program = compile_prefill_attention((N, K, H), T, slots, window, dtype)
+        name = f"{N}/{K} heads of {H}, {jnp.dtype(dtype)}, window {window}"
+        yield name, f"prefill attention of {T} tokens over {slots} slots", 1, program, (2, 0.1)
     for name, (config, batch, slots) in MODELS.items():
         for (step, (method, refresh)), limits in zip(STEPS.items(), LIMITS[name], strict=True):
             yield name, step, config.num_layers, compile_step(config, method, refresh, batch, slots), limits

@@ -52,7 +52,7 @@ dnn_version_info { major: 9 minor: 12 }
 runtime_version { major: 13 minor: 0 }
 device_description_str: "NVIDIA H200"
 """
-HLO_TYPES = {"bfloat16": "bf16", "float32": "f32", "int32": "s32", "uint8": "u8"}
+HLO_TYPES = {"bfloat16": "bf16", "float32": "f32", "int32": "s32", "uint8": "u8", "float16": "f16", "bool": "pred"}
 FREE = {"parameter", "constant", "bitcast", "get-tuple-element", "tuple"}  # operations that run nothing
 COLLECTIVES = (
     "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",

@@ -42,6 +42,7 @@ from scripts.bench.generate import random_tree
 F32 = 1e-5  # absolute, on outputs of about 1
 LOGITS = 1e-4  # absolute, on logits after a whole decode in float32
 WEIGHTS = 1e-5  # of the largest weight: how much worse a chosen slot may be than the slot that the reference chooses
+RECEIVED = 1e-4  # of the most attention that a slot receives
 LOW_PRECISION = 2  # a kernel may err so many times as much as the reference in the same precision
 NUM_SINKS, NUM_RECENT, NUM_CRITICAL = 3, 7, 20
 BUDGET = HShareSettings(num_sinks=2, num_critical=16, num_recent=4, min_length=0)  # of whole decodes
@@ -183,18 +184,22 @@ def _prefill(heads: tuple[int, int, int], S: int, dtype: str, *, window: int | N
             name: timing.random_array(i, shape=shape, dtype=jnp.dtype(dtype))
             for i, (name, shape) in enumerate(shapes.items())
         }
-        return arrays | {"starts": jnp.asarray([7, S - T], jnp.int32)}
+        is_counted = jnp.arange(B * T).reshape(B, T) % 3 != 1
+        return arrays | {"starts": jnp.asarray([7, S - T], jnp.int32), "is_counted": is_counted}
 
-    def run(a: Arrays, dtype: str) -> np.ndarray:
+    def run(a: Arrays, impl: str, dtype: str) -> tuple[np.ndarray, np.ndarray]:
         q, keys, values = (a[name].astype(dtype) for name in ("q", "keys", "values"))
-        return np.asarray(api.prefill_attention(q, keys, values, a["starts"], window=window).astype(jnp.float32))
+        attend = jax.jit(functools.partial(api.prefill_attention_received, window=window, impl=impl))
+        out, received = attend(q, keys, values, a["starts"], a["is_counted"] != 0)
+        return np.asarray(out.astype(jnp.float32)), np.asarray(received)
 
     def judge(a: Arrays, impl: str) -> Outcome:
         with jax.default_matmul_precision("highest"):
-            exact = run(a, "float32")  # of float32 arrays it is the plain one
-            found = run(a, dtype)
-        # The plain one in low precision rounds its weights to the dtype, as the fused one does.
-        return _within(found, exact, F32 if dtype == "float32" else 2 * float(jnp.finfo(dtype).eps))
+            (exact, all_received), (found, received) = run(a, "reference", "float32"), run(a, impl, dtype)
+        # In low precision the weights are rounded to the dtype. What a slot receives is no such product.
+        told, is_right = _within(found, exact, F32 if dtype == "float32" else 2 * float(jnp.finfo(dtype).eps))
+        told_too, is_right_too = _within(received, all_received, RECEIVED * float(np.abs(all_received).max()))
+        return f"{told}; received: {told_too}", is_right and is_right_too
 
     gate = "" if window is None else f", window {window}"
     return Case(f"prefill attention, heads {N}/{K} of {H}, {T} tokens of {S}, {dtype}{gate}", make, judge)

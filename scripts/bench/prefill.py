@@ -11,7 +11,7 @@ import argparse
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,8 @@ import numpy as np
 from jax import Array, lax
 
 from hshare_jax.decode_state import init_state
-from hshare_jax.kernels import api
+from hshare_jax.kernels import api, pallas_prefill
+from hshare_jax.kernels.tiling import Tiles
 from hshare_jax.methods.hshare.method import HShare
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.prefill import CHUNKS, prefill
@@ -29,6 +30,13 @@ from scripts.bench import gpu_timing as timing
 from scripts.bench.attention import Side
 from scripts.bench.generate import TOY, random_params, with_positions
 
+# Layouts of our kernel that are timed beside the one that tiling.py chooses.
+LAYOUTS = (
+    Tiles(64, num_warps=8, num_stages=2, queries=128),
+    Tiles(128, num_warps=8, num_stages=2, queries=128),
+    Tiles(64, num_warps=4, num_stages=3, queries=64),
+    Tiles(128, num_warps=4, num_stages=2, queries=64),
+)
 MAX_XLA_TOKENS = 8192  # XLA writes all scores [N, T, T] to memory
 LONG_PROMPT = 8192  # tokens; a longer prompt takes seconds
 COLUMNS = ("what", "tokens", "side", "time", "TFLOP/s", "tokens/s")
@@ -52,22 +60,28 @@ def make_arrays(config: ModelConfig, tokens: int) -> tuple[Array, Array, Array]:
     return q, keys, values
 
 
-def our_attention(q: Array, keys: Array, values: Array) -> Array:
-    """Attention [1, T, N, H] in chunks, as a prefill of one row computes it."""
+def our_attention(q: Array, keys: Array, values: Array, *, tiles: Tiles | None = None) -> Array:
+    """Attention [1, T, N, H] in chunks, as a prefill of one row computes it, or by our kernel in another layout."""
     _, T, N, H = q.shape
     width = min(CHUNKS[-1], T)
+    interpret = jax.default_backend() == "cpu"
 
     def attend(_: None, given: tuple[Array, Array]) -> tuple[None, Array]:
         chunk, start = given
-        return None, api.prefill_attention(chunk, keys, values, start)
+        if tiles is None:
+            return None, api.prefill_attention(chunk, keys, values, start)
+        how = {"tiles": tiles, "interpret": interpret}
+        return None, pallas_prefill.prefill_attention(chunk, keys, values, start, **how)[0]
 
     chunks = q.reshape(T // width, 1, width, N, H)
     starts = jnp.arange(0, T, width, dtype=jnp.int32)[:, None]
     return lax.scan(attend, None, (chunks, starts))[1].reshape(q.shape)
 
 
-def attention_sides(config: ModelConfig, tokens: int, effort: timing.Effort) -> list[Side]:
-    """All sides of one layer's attention; ours comes first."""
+def attention_sides(
+    config: ModelConfig, tokens: int, effort: timing.Effort, layouts: Sequence[Tiles] = ()
+) -> list[Side]:
+    """All sides of one layer's attention; ours comes first. `layouts` are other layouts of our kernel."""
     q, keys, values = make_arrays(config, tokens)
 
     def by_xla(q: Array, data: tuple[Array, Array], implementation: Literal["cudnn", "xla"]) -> Array:
@@ -91,6 +105,11 @@ def attention_sides(config: ModelConfig, tokens: int, effort: timing.Effort) -> 
         "ours": lambda q, data: our_attention(q, *data),
         "cuDNN": functools.partial(by_xla, implementation="cudnn"),
     }
+    for tiles in layouts:
+        name = (
+            f"ours, {tiles.queries} queries x {tiles.block} slots, {tiles.num_warps} warps, {tiles.num_stages} stages"
+        )
+        attends[name] = lambda q, data, tiles=tiles: our_attention(q, *data, tiles=tiles)
     if tokens <= MAX_XLA_TOKENS:
         attends["XLA"] = functools.partial(by_xla, implementation="xla")
     size, sides = attention_bytes(config, tokens), []
@@ -104,7 +123,8 @@ def attention_sides(config: ModelConfig, tokens: int, effort: timing.Effort) -> 
 
 def measure_attention(config: ModelConfig, tokens: int, effort: timing.Effort) -> Iterator[dict[str, Any]]:
     """Yields a row for each side of one layer's attention: {"seconds", "bytes", "operations"} or {"error"}."""
-    sides = attention_sides(config, tokens, effort)
+    layouts = LAYOUTS if effort is not timing.TOY else LAYOUTS[2:3]
+    sides = attention_sides(config, tokens, effort, layouts if tokens <= LONG_PROMPT else ())
     timing.compile_together([side.chain for side in sides if side.chain is not None])
     for side in sides:
         row: dict[str, Any] = {"what": "attention of a layer", "tokens": tokens, "side": side.name, "bytes": side.bytes}

@@ -16,7 +16,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from hshare_jax.decode_state import init_state
 from hshare_jax.decode_step import decode_step
-from hshare_jax.kernels import pallas_attention, pallas_selection
+from hshare_jax.kernels import pallas_attention, pallas_prefill, pallas_selection
 from hshare_jax.kernels.choose_tokens import choose_tokens
 from hshare_jax.kernels.labels import Labels, label_query, make_labels, score_labels
 from hshare_jax.kernels.tail import HIGH, LOW, Tail, no_tail
@@ -240,6 +240,19 @@ def test_attention_lowers_for_cuda(dtype, B, N, K, H, slots):
     for of_case in (None, tail):
         assert count_kernels(lower_for_cuda(sparse, *arrays, *plan, of_case)) == (1 if splits == 1 else 2)
     assert count_kernels(lower_for_cuda(pallas_attention.dense_decode, *arrays, shape(B))) >= 1
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize(("B", "T", "N", "K", "H", "slots"), [(8, 512, 32, 32, 128, 4096), (1, 64, 14, 2, 80, 131_072)])
+@pytest.mark.parametrize("window", [None, 1000])
+def test_prefill_attention_lowers_for_cuda(dtype, B, T, N, K, H, slots, window):
+    def attend(q, keys, values, starts, is_counted):
+        out, log_total = pallas_prefill.prefill_attention(q, keys, values, starts, window=window)
+        return out, pallas_prefill.received_attention(q, keys, starts, is_counted, log_total, window=window)
+
+    q, cache = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((B, T, N, H), (B, K, slots, H)))
+    starts, is_counted = jax.ShapeDtypeStruct((B,), jnp.int32), jax.ShapeDtypeStruct((B, T), bool)
+    assert count_kernels(lower_for_cuda(attend, q, cache, cache, starts, is_counted)) == 2
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,7 @@ import numpy as np
 import oracle
 import pytest
 
-from hshare_jax.kernels import reference_attention
-from hshare_jax.kernels.prefill_attention import plain_prefill
+from hshare_jax.kernels import reference_attention, reference_prefill
 from hshare_jax.shapes import EMPTY
 
 F32 = 1e-5  # absolute, on outputs of about 1: float32 sums over a few hundred terms
@@ -17,7 +16,7 @@ JUNK = 1e30  # fills slots that are not read; finite, and so are its products
 B, S, H = 6, 512, 8
 dense_decode = jax.jit(reference_attention.dense_decode, static_argnames="window")
 LAYER = 1
-prefill_attention = jax.jit(plain_prefill)
+prefill_attention = jax.jit(reference_prefill.prefill_attention)
 # (N, K): multi-head, grouped, multi-query, and an odd number of groups
 HEADS = [(4, 4), (4, 2), (4, 1), (6, 3)]
 

@@ -1,24 +1,15 @@
-"""Prefill attention: causal attention of many new tokens over the cache, in plain jnp and by cuDNN's fused kernel.
+"""Prefill attention in plain jnp: causal attention of many new tokens over the cache, and what each slot receives."""
 
-The plain form also gives what `received_attention` needs to add up the attention that each slot receives. The cuDNN
-call cannot be compiled without a GPU and has not run on one yet. The tests run the function around it with XLA's
-implementation of the same call.
-"""
-
-from typing import Literal
-
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from hshare_jax.kernels.masked_softmax import MASKED
 
-PREFILL_BLOCK = 256  # key slots per step of prefill attention; cache capacities are multiples of it
-MAX_FUSED_SLOTS = 16_384  # the mask and the work of the fused kernel grow with the capacity, not with the tokens held
+PREFILL_BLOCK = 256  # key slots per step; cache capacities are multiples of it
 
 
-def plain_prefill(
+def prefill_attention(
     q: Float[Array, "B T N H"],
     keys: Float[Array, "B K S H"],
     values: Float[Array, "B K S H"],
@@ -26,7 +17,7 @@ def plain_prefill(
     *,
     window: int | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
-    """The attention of `api.prefill_attention`, and the log of the sum that each query's softmax divides by.
+    """The definition of `api.prefill_attention`, and the log of the sum that each query's softmax divides by.
 
     Scores exist for one block of slots at a time (online softmax, arXiv 1805.02867). Blocks beyond the longest row are
     never visited, so the work grows with the length and not with the capacity.
@@ -50,7 +41,7 @@ def plain_prefill(
         block_keys = lax.dynamic_slice_in_dim(keys, index * block, block, axis=2)
         block_values = lax.dynamic_slice_in_dim(values, index * block, block, axis=2)
         scores = jnp.einsum("BKQH,BKSH->BKQS", grouped, block_keys, preferred_element_type=jnp.float32)
-        scores = jnp.where(_is_visible(slots, positions, window), scores, MASKED)
+        scores = jnp.where(sees(positions, slots, window), scores, MASKED)
         new_peak = jnp.maximum(peak, scores.max(axis=-1))
         # Under a window all slots of a query's first blocks may be masked. Their weights of 1 vanish as soon as a real
         # peak arrives, because `shrink` is then 0.
@@ -82,12 +73,12 @@ def received_attention(
 ) -> Float[Array, "B N S"]:
     """The attention probabilities that each slot receives, summed over the queries that are counted, in float32.
 
-    As in `plain_prefill`, scores exist for one block of slots at a time.
+    As in `prefill_attention`, scores exist for one block of slots at a time.
 
     Args:
         q, keys, starts, window: as `api.prefill_attention` takes them.
         is_counted: the queries whose attention counts; padding is left out.
-        log_total: the second result of `plain_prefill`.
+        log_total: the second result of `prefill_attention`.
     """
     (B, T, N, H), (K, S) = q.shape, keys.shape[1:3]
     block = min(PREFILL_BLOCK, S)
@@ -99,7 +90,7 @@ def received_attention(
         slots = (index * block + jnp.arange(block, dtype=jnp.int32))[None, None, None, None, :]
         block_keys = lax.dynamic_slice_in_dim(keys, index * block, block, axis=2)
         scores = jnp.einsum("BKGTH,BKSH->BKGTS", grouped, block_keys, preferred_element_type=jnp.float32)
-        is_added = _is_visible(slots, positions, window) & is_counted[:, None, None, :, None]
+        is_added = sees(positions, slots, window) & is_counted[:, None, None, :, None]
         weights = jnp.where(is_added, jnp.exp(scores - log_total), 0).sum(axis=3)
         return lax.dynamic_update_slice_in_dim(received, weights.reshape(B, N, block), index * block, axis=2)
 
@@ -107,49 +98,13 @@ def received_attention(
     return lax.fori_loop(first, last, add_weights, jnp.zeros((B, N, S), jnp.float32))
 
 
-def _is_visible(slots: Array, positions: Array, window: int | None) -> Array:
+def sees(positions: Array, slots: Array, window: int | None) -> Array:
     """Which slots a query at each position sees: those up to the position, or only the last `window` slots."""
-    is_visible = slots <= positions
-    return is_visible if window is None else is_visible & (slots > positions - window)
+    is_seen = slots <= positions
+    return is_seen if window is None else is_seen & (slots > positions - window)
 
 
 def _visible_blocks(starts: Array, T: int, S: int, block: int, window: int | None) -> tuple[int | Array, Array]:
     """The blocks [first, last) that hold all slots that some query sees."""
     first = 0 if window is None else jnp.maximum(starts.min() - window + 1, 0) // block
     return first, jnp.minimum((starts.max() + T + block - 1) // block, S // block)
-
-
-def can_fuse_prefill(q: Float[Array, "B T N H"], keys: Float[Array, "B K S H"], window: int | None) -> bool:
-    """Whether cuDNN takes these: on a GPU, in half precision, H a multiple of 8 up to 128, no window, not too long."""
-    H = q.shape[-1]
-    return (
-        jax.default_backend() == "gpu"
-        and jax.sharding.get_abstract_mesh().abstract_device is None  # otherwise the program is for another machine
-        and q.dtype == keys.dtype
-        and q.dtype in (jnp.bfloat16, jnp.float16)
-        and keys.shape[2] <= MAX_FUSED_SLOTS
-        and H % 8 == 0
-        and H <= 128
-        and window is None
-    )
-
-
-def fused_prefill(
-    q: Float[Array, "B T N H"],
-    keys: Float[Array, "B K S H"],
-    values: Float[Array, "B K S H"],
-    starts: Int[Array, "B"],
-    *,
-    implementation: Literal["cudnn", "xla"] = "cudnn",
-) -> Float[Array, "B T N H"]:
-    """`api.prefill_attention` without a window, by `jax.nn.dot_product_attention`.
-
-    Args:
-        q, keys, values, starts: as `api.prefill_attention` takes them.
-        implementation: jax's name of what computes it.
-    """
-    positions = starts[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)[None, :]
-    slots = jnp.arange(keys.shape[2], dtype=jnp.int32)
-    is_visible = slots[None, None, None, :] <= positions[:, None, :, None]  # [B, 1, T, S]
-    keys, values = (cache.swapaxes(1, 2) for cache in (keys, values))
-    return jax.nn.dot_product_attention(q, keys, values, mask=is_visible, implementation=implementation)
