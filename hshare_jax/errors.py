@@ -6,6 +6,7 @@ from fractions import Fraction
 from typing import TypeVar
 
 Value = TypeVar("Value")
+MOST = 2**28  # of a setting; sums of several still fit into int32, in which JAX counts
 
 
 class CheckpointError(ValueError):
@@ -49,13 +50,20 @@ def setting(default: Value, help: str) -> Value:
     return dataclasses.field(default=default, metadata={"help": help})
 
 
-def check_whole(name: str, value: object, least: int) -> None:
-    """Raises SettingError unless `value` is a whole number of at least `least`."""
+def check_whole(name: str, value: object, least: int, most: int = MOST) -> None:
+    """Raises SettingError unless `value` is a whole number of at least `least` and at most `most`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise SettingError(name, value, f"must be at least {least}, a whole number")
+    if value > most:
+        raise SettingError(name, value, f"must be at most {most}")
 
 
 def check_one_of(name: str, value: object, allowed: Sequence[object]) -> None:
     """Raises SettingError unless `value` is one of the allowed values."""
     if value not in allowed:
         raise SettingError(name, value, f"must be one of {', '.join(map(repr, allowed))}")
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device has too little memory. JAX names the status, or, where a program does not start, the reason."""
+    return any(words in str(error) for words in ("RESOURCE_EXHAUSTED", "Out of memory"))

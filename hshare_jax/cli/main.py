@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hshare_jax.cli.errors import FAILURE, USAGE, Parser, Silent, UsageError
+from hshare_jax.errors import is_out_of_memory
 
 # Each command has a module of the same name in this folder. The module holds `add_NAME`, which adds the options of the
 # command and sets `run`. Only the module of the command that is called is imported, so that every start is quick.
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return FAILURE
         return _complain(str(error) or type(error).__name__, FAILURE)
     except RuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):  # the word with which JAX says that a device is out of memory
+        if not is_out_of_memory(error):
             raise
         return _complain(f"out of memory, take fewer or shorter texts at once: {error}", FAILURE)
     except KeyboardInterrupt:

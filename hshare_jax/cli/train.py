@@ -22,7 +22,7 @@ from hshare_jax.cli.options import (
     share_kv_as_told,
     whole,
 )
-from hshare_jax.errors import SettingError
+from hshare_jax.errors import SettingError, is_out_of_memory
 from hshare_jax.files.texts import parse_json
 from hshare_jax.host_memory import keep_freed_memory
 from hshare_jax.training.presets import PRESETS, preset
@@ -98,7 +98,7 @@ def run_train(options: argparse.Namespace) -> int:
     try:
         _train(options, *_prepare(options))
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):  # JAX's words for out of memory
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise
         raise MemoryError(f"out of memory; lower --batch-size, or raise --accumulation-steps: {error}") from error
     except KeyboardInterrupt:

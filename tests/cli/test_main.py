@@ -14,16 +14,17 @@ from hshare_jax.cli.main import COMMANDS
 from hshare_jax.models import pretrained
 
 
+@pytest.mark.parametrize("status_of_jax", ["RESOURCE_EXHAUSTED", "INTERNAL: Error dispatching computation"])
 def test_a_device_without_memory_is_a_failure(
-    tiny: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    status_of_jax: str, tiny: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def load(*_: object) -> None:
-        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 5 bytes.")
+        raise RuntimeError(f"{status_of_jax}: Out of memory allocating 5 bytes.")
 
     monkeypatch.setattr(pretrained.ModelFiles, "load", load)
     status, _, err = call(["generate", "hi", "--model", tiny], capsys)
     assert status == 1
-    assert err.startswith("hshare-jax: error: out of memory, take fewer or shorter texts at once: RESOURCE_EXHAUSTED")
+    assert err.startswith(f"hshare-jax: error: out of memory, take fewer or shorter texts at once: {status_of_jax}")
 
 
 def test_a_damaged_model_is_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,7 +33,7 @@ class PasskeyRetrieval(Task[str, "Passkey"]):
         super().__post_init__()
         check_whole("limit", self.limit, 1)  # a book has no last passkey
         check_whole("context", self.context, 1)
-        check_whole("seed", self.seed, 0)
+        check_whole("seed", self.seed, 0, most=2**63 - 1)
         check_share("skip_start", self.skip_start, with_end=False)
         if self.depth is not None:
             check_share("depth", self.depth, with_end=True)

@@ -135,6 +135,7 @@ def test_a_query_ratio_is_one_over_a_whole_number(ratio):
         ({"num_sinks": -1}, "num_sinks=-1 must be at least 0"),
         ({"num_critical": 0}, "num_critical=0 must be at least 1"),
         ({"num_recent": 0}, "num_recent=0 must be at least 1"),
+        ({"num_recent": 10**25}, "must be at most 268435456"),
         ({"refresh_interval": 0}, "refresh_interval=0 must be at least 1"),
         ({"num_probes": 0}, "num_probes=0 must be at least 1"),
         ({"layer_ratio": Fraction(0)}, r"layer_ratio=0 must lie in \(0, 1\]"),
