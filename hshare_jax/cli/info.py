@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 # jax and the modules that need it are imported in the functions that run after the options have been read.
 
-_OF_MEMORY = ("batch", "tensor_parallel_size", "data_parallel_size")
+_OF_MEMORY = ("batch", "tensor_parallel_size", "data_parallel_size", "device_memory")
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -128,6 +128,11 @@ def _add_memory(group: argparse._ArgumentGroup) -> None:
         "devices nor weights are needed, and of a hub id only the configuration is fetched",
     )  # fmt: skip
     group.add_argument("--batch", type=whole, metavar="N", help="rows that decode together (default: 1)")
+    group.add_argument(
+        "--device-memory", type=float, metavar="GB",
+        help="also tell how many rows fit into so much of each device, beside the weights; a program needs more while "
+        "it runs",
+    )  # fmt: skip
     add_sizes(group, rows=True, default=None)
 
 
@@ -135,7 +140,9 @@ def _show_memory(options: argparse.Namespace) -> int:
     """Prints the bytes of weights, cache, labels and lists on each device. Returns the exit status."""
     _check_memory_options(options)
     method = read_method(options)
-    batch, parts, groups = (1 if (given := getattr(options, name)) is None else given for name in _OF_MEMORY)
+    batch, parts, groups = (1 if (given := getattr(options, name)) is None else given for name in _OF_MEMORY[:3])
+    if (room := options.device_memory) is not None and not 0 < room < float("inf"):
+        raise UsageError(f"--device-memory {room:g} must be above 0, in GB (1e9 bytes), and finite")
     with usage_errors():
         check_whole("batch", batch, 1)
         check_whole("model", parts, 1)
@@ -158,7 +165,9 @@ def _show_memory(options: argparse.Namespace) -> int:
         check_rows_divide("batch", batch, mesh)
         divided = config.for_parts(parts)
         method.settings.check(divided)
-        memory = device_memory(config, batch, options.context, method=method, dtype=jnp.dtype(dtype), mesh=mesh)
+        how = {"method": method, "dtype": jnp.dtype(dtype), "mesh": mesh}
+        memory = device_memory(config, batch, options.context, **how)
+        row = device_memory(config, groups, options.context, **how)  # one row on each device
     facts = {
         "model": files.name, "parameters": config.num_parameters, "dtype": dtype,
         "num_kv_heads": config.num_kv_heads, "num_kv_heads_loaded": divided.num_kv_heads,
@@ -168,6 +177,10 @@ def _show_memory(options: argparse.Namespace) -> int:
     each = dataclasses.asdict(memory)
     facts |= {f"{name}_bytes_per_device": size for name, size in each.items()}
     facts |= {"dense_bytes_per_device": memory.weights + memory.cache, "sparse_bytes_per_device": memory.total}
+    if room is not None:
+        left = max(room * 1e9 - row.weights, 0)
+        facts["dense_rows_that_fit"] = groups * int(left // row.cache)
+        facts["sparse_rows_that_fit"] = groups * int(left // (row.total - row.weights))
     _print_facts(facts, options)
     return 0
 

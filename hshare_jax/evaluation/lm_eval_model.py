@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
+import jax
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -29,6 +30,7 @@ from transformers import PreTrainedTokenizerBase
 from hshare_jax.errors import SettingError, check_one_of
 from hshare_jax.evaluation.likelihood import Request, log_likelihoods
 from hshare_jax.generate import generate
+from hshare_jax.mesh import make_mesh
 from hshare_jax.methods.hshare.method import HShare
 from hshare_jax.methods.hshare.plan_files import with_files
 from hshare_jax.methods.hshare.settings import HShareSettings, PlanSearch
@@ -69,6 +71,7 @@ class HShareLM(TemplateLM):
         cache_dir: str | None = None,
         plan_file: str | None = None,
         channels_file: str | None = None,
+        tensor_parallel_size: int | str = 1,
         impl: str = "auto",
         device: object = None,
         max_batch_size: object = None,
@@ -87,6 +90,8 @@ class HShareLM(TemplateLM):
             max_length: the most tokens of context and output together; None takes all positions of the model.
             plan_file, channels_file: files of `hshare-jax calibrate`, used instead of a plan and channels found from
                 each prompt.
+            tensor_parallel_size: devices that divide the model's heads among themselves; a model that is given says
+                itself where it is.
             impl: which implementation computes decode steps, as for `decode_step`.
             device, max_batch_size: not used. The command line gives them to every model; JAX chooses the device.
             settings: fields of HShareSettings and PlanSearch by their names, as values or as text.
@@ -109,10 +114,14 @@ class HShareLM(TemplateLM):
             self._method_name, self._description = method, repr(method_named(method, hshare))  # without files
             self.batch_size = _read_whole("batch_size", batch_size, 1)
             length = None if max_length is None else _read_whole("max_length", max_length, 2)
+            parts, devices = _read_whole("tensor_parallel_size", tensor_parallel_size, 1), jax.devices()
+            if parts > len(devices):
+                raise SettingError("tensor_parallel_size", parts, f"must be at most the {len(devices)} that jax finds")
         if not isinstance(pretrained, Model):
             revision = None if revision is None else str(revision)
             how: dict[str, Any] = {"dtype": dtype, "quantize": quantize, "cache_dir": cache_dir, "revision": revision}
-            pretrained = load_model(pretrained, **how)
+            mesh = None if parts == 1 else make_mesh(model=parts, devices=devices[:parts])
+            pretrained = load_model(pretrained, mesh=mesh, **how)
         if pretrained.tokenizer is None:
             raise ValueError(f"{pretrained.name} has no tokenizer, and lm-evaluation-harness gives texts")
         self.model, self.tokenizer, self._impl = pretrained, pretrained.tokenizer, impl

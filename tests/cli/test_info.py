@@ -153,6 +153,13 @@ def test_info_counts_what_each_device_holds_from_the_configuration_alone(
         parts = ("weights", "cache", "labels", "lists")
         assert facts["sparse_bytes_per_device"] == sum(facts[f"{part}_bytes_per_device"] for part in parts)
         assert facts["dense_bytes_per_device"] == sum(facts[f"{part}_bytes_per_device"] for part in parts[:2])
+        assert "dense_rows_that_fit" not in facts
+        for kind in ("dense", "sparse"):
+            # So many rows fit exactly, and in a byte less one for each group of devices does not.
+            size = facts[f"{kind}_bytes_per_device"]
+            for missing, rows in ((0, 4), (1, 4 - facts["data_parallel_size"])):
+                more = ["--device-memory", repr((size - missing) / 1e9), *(divided if facts is four else [])]
+                assert json.loads(call([*arguments, *more], capsys)[1])[f"{kind}_rows_that_fit"] == rows
     fewer = json.loads(call([*arguments, "--num-critical", "8"], capsys)[1])
     assert fewer["lists_bytes_per_device"] < one["lists_bytes_per_device"]
     status, out, _ = call(["info", config_alone, "--context", "1024"], capsys)
@@ -184,6 +191,7 @@ def test_info_fetches_the_configuration_of_a_hub_model_alone(
         (["--batch", "0"], "--batch 0 must be at least 1"),
         (["--tensor-parallel-size", "0"], "--tensor-parallel-size 0 must be at least 1"),
         (["--context", "5000"], "--context 5000 must lie between 1 and the model's 4096 positions"),
+        (["--device-memory", "0"], "--device-memory 0 must be above 0"),
         (["--num-probes", "8"], "--num-probes does not change what a device holds"),
         (["--quantize", "int8"], "--quantize int8 has no effect"),
         (["--plan"], "--context counts bytes and --plan shows plans"),

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from meshes import mesh_of, on_mesh, random_model
+from tiny_tokenizer import LETTERS, byte_tokenizer
 
 import hshare_jax
 from hshare_jax import (
@@ -163,6 +164,24 @@ def test_generation_and_agreement_are_those_of_one_device():
     assert token_agreement(spread, prompts, ours.tokens, method=method) == token_agreement(
         model, prompts, ours.tokens, method=method
     )
+
+
+def test_the_harness_scores_and_answers_on_a_mesh_as_on_one_device():
+    from lm_eval.api.instance import Instance
+
+    from hshare_jax.evaluation.lm_eval_model import HShareLM
+
+    tokenizer = byte_tokenizer(LETTERS)
+    model = dataclasses.replace(random_model(GROUPED), tokenizer=tokenizer, eos_token_ids=(len(tokenizer) - 1,))
+    arguments = {"num_sinks": 2, "num_critical": 16, "num_recent": 6, "sharing_ratio": "1-1-1", "batch_size": 2}
+    asked = [Instance("generate_until", {}, (text, {"max_gen_toks": 4}), 0) for text in ("the rain " * 9, "in spain")]
+    scored = [(None, tokenizer.encode("the rain " * 9), tokenizer.encode(text)) for text in ("in spain", "again")]
+    ours, theirs = (HShareLM(on_mesh(model, mesh), **arguments) for mesh in (mesh_of(1, 4), None))
+    assert ours.generate_until(asked) == theirs.generate_until(asked)
+    scores = zip(ours._loglikelihood_tokens(scored), theirs._loglikelihood_tokens(scored), strict=True)
+    for (found, is_best), (expected, is_best_too) in scores:
+        assert is_best == is_best_too
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_a_calibration_on_a_mesh_finds_the_channels_of_one_device_and_a_plan_for_the_mesh():

@@ -158,6 +158,7 @@ def test_model_arguments_are_the_settings_by_name():
         ({"batch_size": "auto"}, "batch_size=auto must be at least 1"),
         ({"max_length": 2000}, "max_length=2000 must be at most the model's 1024 positions"),
         ({"max_length": 1}, "max_length=1 must be at least 2"),
+        ({"tensor_parallel_size": "99"}, "tensor_parallel_size=99 must be at most the .* that jax finds"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")
