@@ -27,6 +27,7 @@ _ROPE_NUMBERS = {  # the numbers that transformers reads for each type, beside t
     "yarn": ("factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"),
 }
 _ORIGINAL = "original_max_position_embeddings"
+MOST_LAYERS = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -361,6 +362,12 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         qk_norm=architecture == "qwen3",
         no_rope_layers=no_rope_layers,
     )
+
+
+def check_num_layers(name: str, number: int) -> None:
+    """Raises ValueError for more layers than any model has. A damaged file may state so many that memory ends first."""
+    if number > MOST_LAYERS:
+        raise ValueError(f"{name}={number} must be at most {MOST_LAYERS}")
 
 
 def _no_rope_layers(hf: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:

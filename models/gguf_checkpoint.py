@@ -10,7 +10,7 @@ import numpy as np
 
 from hshare_jax.errors import CheckpointError
 from hshare_jax.kernels.block_weights import BLOCK, BlockWeights
-from hshare_jax.models.config import ModelConfig, RopeConfig
+from hshare_jax.models.config import ModelConfig, RopeConfig, check_num_layers
 from hshare_jax.models.gguf_file import GGUFFile, GGUFTensor
 from hshare_jax.models.weights import ALL, BLOCK_BYTES
 
@@ -46,6 +46,10 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
     width, num_heads, num_layers = (
         entries.size("embedding_length"), entries.size("attention.head_count"), entries.size("block_count"),
     )  # fmt: skip
+    try:
+        check_num_layers("block_count", num_layers)
+    except ValueError as error:
+        raise CheckpointError(f"{file.path}: {error}") from error
     if "attention.key_length" not in entries and width % num_heads:
         raise CheckpointError(
             f"{file.path}: embedding_length={width} is not a multiple of attention.head_count={num_heads}"

@@ -14,7 +14,7 @@ import numpy as np
 from hshare_jax.errors import CheckpointError
 from hshare_jax.files.checksums import verify_checksums
 from hshare_jax.files.texts import parse_json
-from hshare_jax.models.config import ARCHITECTURES, ModelConfig, config_from_hf
+from hshare_jax.models.config import ARCHITECTURES, ModelConfig, check_num_layers, config_from_hf
 from hshare_jax.models.weights import ALL, BLOCK_BYTES, is_rotary_buffer
 
 if TYPE_CHECKING:
@@ -50,7 +50,9 @@ def read_hf_config(directory: Path) -> tuple[ModelConfig, tuple[int, ...]]:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # slow: imports torch if that is installed
 
     try:
-        # The class of transformers supplies the defaults for what config.json leaves out.
+        # The class of transformers supplies the defaults for what config.json leaves out. Some write a list of layers.
+        if isinstance(found.get("num_hidden_layers"), int):
+            check_num_layers("num_hidden_layers", found["num_hidden_layers"])
         config = config_from_hf(CONFIG_MAPPING[found["model_type"]](**found).to_dict())
     except (TypeError, ValueError, AttributeError, KeyError, ZeroDivisionError, StrictDataclassError) as error:
         raise CheckpointError(f"{path}: {error}") from error

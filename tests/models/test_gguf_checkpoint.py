@@ -142,6 +142,7 @@ def test_rotary_scaling_is_read(tmp_path, model, metadata, divisors, rope, posit
     [
         ({"rope.scaling.type": "longrope"}, ValueError, "rope scaling 'longrope' is not supported; supported: none"),
         ({"attention.key_length": 8}, CheckpointError, "rope.dimension_count=16 must equal the head size 8"),
+        ({"block_count": 4 * 10**9}, CheckpointError, "block_count=4000000000 must be at most 10000"),
         ({"attention.value_length": 8}, CheckpointError, "attention.value_length=8 must equal the head size 16"),
     ],
 )
