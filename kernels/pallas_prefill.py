@@ -101,7 +101,7 @@ def _attend(
     if window is not None:
         begin = jnp.minimum(jnp.maximum(lowest - window + 1, 0) // block, end)
         whole = jnp.minimum(pl.cdiv(jnp.maximum(highest - window + 1, 0), block), end)
-    part = jnp.clip((lowest + 1) // block, whole, jnp.minimum(S // block, end))
+    part = jnp.maximum(jnp.minimum((lowest + 1) // block, jnp.minimum(S // block, end)), whole)
     carry = (
         jnp.zeros((tiles.queries, width), jnp.float32),
         jnp.full((tiles.queries,), MASKED, jnp.float32),
