@@ -32,7 +32,7 @@ from jax.sharding import Mesh, NamedSharding
 from hshare_jax.errors import CheckpointError
 from hshare_jax.files.atomic import whole_directory
 from hshare_jax.files.checksums import verify_all
-from hshare_jax.files.texts import parse_json
+from hshare_jax.files.texts import check_path, parse_json
 from hshare_jax.kernels.block_weights import BLOCK, BlockWeights
 from hshare_jax.mesh import num_parts
 from hshare_jax.models.config import ModelConfig, RopeConfig
@@ -103,8 +103,9 @@ def save_checkpoint(
     Raises:
         FileExistsError: `path` exists and `overwrite` is False, or `path` is not one of our checkpoints.
         ValueError: the parameters do not have the shapes of `info.config` or the dtype `info.dtype`, or became
-            `int8-channel` on a mesh.
+            `int8-channel` on a mesh; or the path is not UTF-8.
     """
+    check_path(path)
     path = Path(os.path.expanduser(path)).absolute()  # Orbax asks for absolute paths
     if path.exists() and not (overwrite and is_orbax_directory(path)):
         way_out = (

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from hshare_jax.errors import CheckpointError, SettingError
+from hshare_jax.files.texts import check_path
 from hshare_jax.mesh import num_parts
 from hshare_jax.models.builtin_model import BUILTIN_MODELS, builtin_checkpoint
 from hshare_jax.models.config import ModelConfig
@@ -221,6 +222,7 @@ def _form(name: str, weights: bool) -> ModelForm:
         return "built-in"
     path = Path(os.path.expanduser(name))
     if name and path.is_dir():
+        check_path(path)
         if is_orbax_directory(path):
             return "checkpoint"
         check_hf_directory(path, name, weights=weights)

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hshare_jax.cli.errors import UsageError
+from hshare_jax.cli.errors import UsageError, usage_errors
 from hshare_jax.cli.options import (
     add_kv_sharing,
     add_model,
@@ -17,6 +17,7 @@ from hshare_jax.cli.options import (
     read_text,
     share_kv_as_told,
 )
+from hshare_jax.files.texts import check_path
 
 if TYPE_CHECKING:
     from hshare_jax.evaluation.text_windows import Window
@@ -45,6 +46,8 @@ def run_convert(options: argparse.Namespace) -> int:
 
     inputs = [options.model, options.perplexity]
     check_output(options.output, inputs=inputs, overwrite=options.overwrite, may_replace=is_orbax_directory)
+    with usage_errors():
+        check_path(options.output)
     check_kv_sharing(options)
     text = None if options.perplexity is None else read_text(options.perplexity, "--perplexity ")
     if options.kv_sharing is not None and options.quantize not in ("auto", "none"):

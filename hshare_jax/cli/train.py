@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hshare_jax.cli.errors import UsageError, usage_error
+from hshare_jax.cli.errors import UsageError, usage_error, usage_errors
 from hshare_jax.cli.options import (
     DEFAULT_MODEL,
     add_fields,
@@ -23,7 +23,7 @@ from hshare_jax.cli.options import (
     whole,
 )
 from hshare_jax.errors import SettingError, is_out_of_memory
-from hshare_jax.files.texts import parse_json
+from hshare_jax.files.texts import check_path, parse_json
 from hshare_jax.host_memory import keep_freed_memory
 from hshare_jax.training.presets import PRESETS, preset
 from hshare_jax.training.settings import TrainingSettings
@@ -132,6 +132,8 @@ def _read_settings(options: argparse.Namespace) -> TrainingSettings:
 
     options.output = Path(os.path.expanduser(options.output))
     inputs = [options.model, options.tokenizer, options.config, *options.text, *(options.eval_text or ())]
+    with usage_errors():
+        check_path(options.output)
     check_output(options.output / METRICS, inputs=inputs, overwrite=True)
     for name in (PLOT, MODEL):
         check_not_input(options.output / name, inputs)

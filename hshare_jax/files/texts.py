@@ -69,6 +69,12 @@ def check_text(text: str, name: str) -> None:
         ) from error
 
 
+def check_path(path: str | os.PathLike[str]) -> None:
+    """Raises ValueError if the name of a path is not UTF-8, which the libraries that read and write models need."""
+    whole = os.path.abspath(os.path.expanduser(path))
+    check_text(whole, f"the path {whole.encode(errors='backslashreplace').decode()}")
+
+
 def parse_json(text: str | bytes) -> Any:
     """The value of a JSON text that comes from outside.
 

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from hshare_jax.errors import SettingError
 from hshare_jax.files.records import Records
+from hshare_jax.files.texts import check_path
 from hshare_jax.kernels.block_weights import floats_of
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.orbax_checkpoint import is_orbax_directory
@@ -79,11 +80,13 @@ def train(
         directory: the run's directory, DIR. It is created if necessary. No two runs can share a directory.
 
     Raises:
-        ValueError: settings, model and data do not fit together, or the directory holds a run that began with others.
+        ValueError: settings, model and data do not fit together, the directory holds a run that began with others, or
+            its name is not UTF-8.
         CheckpointError: the newest checkpoint is damaged. The message says what to delete to resume from the previous.
         OSError: a file cannot be written. The last good checkpoint stays.
         FloatingPointError: the loss or the gradients are no longer finite numbers.
     """
+    check_path(directory)
     directory = Path(os.path.expanduser(directory)).absolute()
     model = dataclasses.replace(model, params=floats_of(model.params))
     _check(model, data, settings, directory)

@@ -190,6 +190,19 @@ def test_convert_refuses_to_replace_what_it_reads(
         assert f"{output} would replace {tiny}, which this command reads; name another path" in err
 
 
+def test_models_do_not_lie_in_directories_whose_names_are_not_utf8(
+    tiny: str, text_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = tmp_path / "caf\udce9"  # as Python spells the bytes of a name in Latin-1
+    shutil.copytree(tiny, directory / "model")
+    train = ["train", "--text", text_file, "--preset", "tiny", "--num-steps", "1", "--output", str(directory / "run")]
+    for arguments in (["convert", tiny, str(directory / "out")], ["info", str(directory / "model")], train):
+        status, out, err = call(arguments, capsys)
+        assert (status, out) == (2, "")
+        assert "is not UTF-8 text" in err
+        assert [path.name for path in directory.iterdir()] == ["model"]
+
+
 def test_convert_refuses_an_existing_target_before_the_model_is_loaded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
