@@ -25,6 +25,8 @@ _CONFIG, _WEIGHTS, _INDEX, _GENERATION = (
 )  # fmt: skip
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 _TOKENIZER_EXTRAS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+# What transformers raises for damaged files, whose values have other types and sizes than it expects.
+_OF_DAMAGE = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError)
 _FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
@@ -54,7 +56,7 @@ def read_hf_config(directory: Path) -> tuple[ModelConfig, tuple[int, ...]]:
         if isinstance(found.get("num_hidden_layers"), int):
             check_num_layers("num_hidden_layers", found["num_hidden_layers"])
         config = config_from_hf(CONFIG_MAPPING[found["model_type"]](**found).to_dict())
-    except (TypeError, ValueError, AttributeError, KeyError, ZeroDivisionError, StrictDataclassError) as error:
+    except (*_OF_DAMAGE, StrictDataclassError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     generation = _read_json(directory / _GENERATION) if (directory / _GENERATION).is_file() else {}
     ends = generation.get("eos_token_id", found.get("eos_token_id"))
@@ -79,10 +81,9 @@ def read_hf_tokenizer(directory: Path) -> "PreTrainedTokenizerBase | None":
         reader = AutoTokenizer if is_model else PreTrainedTokenizerFast
         tokenizer = reader.from_pretrained(directory, local_files_only=True)
     except Exception as error:
-        # For a damaged file transformers raises the types below, and the tokenizers library raises Exception itself,
+        # For a damaged file transformers raises `_OF_DAMAGE`, and the tokenizers library raises Exception itself,
         # which no narrower clause catches. Every other error (no memory, a mistake of ours) is raised again.
-        known = ImportError | LookupError | TypeError | ValueError | AttributeError | RecursionError
-        if type(error) is not Exception and not isinstance(error, known):
+        if type(error) is not Exception and not isinstance(error, (ImportError, *_OF_DAMAGE)):
             raise
         hint = "; a tokenizer.model is read by another package: pip install sentencepiece" if is_model else ""
         raise CheckpointError(f"{directory}: its tokenizer cannot be read: {error}{hint}") from error

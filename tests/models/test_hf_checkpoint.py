@@ -106,6 +106,7 @@ def test_defaults_that_config_json_leaves_out_are_transformers_own(tmp_path, lla
         ({"num_hidden_layers": 10**25}, CheckpointError, r"config.json: num_hidden_layers=10+ must be at most 10000"),
         ({"intermediate_size": 97}, CheckpointError, r"gate_proj.weight has shape \(96, 64\); .* says \(97, 64\)"),
         ({"num_attention_heads": 0}, CheckpointError, r"config.json: "),
+        ({"dtype": "x"}, CheckpointError, r"config.json: "),
         ({"vocab_size": "many"}, CheckpointError, r"config.json: "),
     ],
 )
