@@ -34,6 +34,14 @@ class Parser(argparse.ArgumentParser):
         program = self.prog.split()[0]  # the prog of a subcommand is "hshare-jax generate"
         self.exit(USAGE, f"{program}: error: {message} (see {self.prog} --help)\n")
 
+    def parse_known_args(self, args=None, namespace=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """As argparse's, but a second `--` is no argument. Some Pythons make an empty list of it."""
+        found, rest = super().parse_known_args(args, namespace)
+        for action in self._actions:
+            if action.nargs is None and not action.option_strings and getattr(found, action.dest, None) == []:
+                self.error(f"the following arguments are required: {action.metavar or action.dest}")
+        return found, rest
+
 
 def option_name(name: str) -> str:
     """The option of a setting: `num_critical` is set by --num-critical."""

@@ -67,6 +67,7 @@ def test_what_standard_output_cannot_hold_is_replaced(
         ([], "the following arguments are required: COMMAND (see hshare-jax --help)"),
         (["generat", "a"], "invalid choice: 'generat' (choose from"),
         (["--verbose", "generate", "a"], "unrecognized arguments: --verbose"),
+        (["convert", "no model", "--", "--"], "error: "),  # newer Pythons take the second -- for DIR
         (["generate", "-n", "many"], "'many' is not a whole number (see hshare-jax generate --help)"),
     ],
 )
