@@ -334,7 +334,8 @@ def run_command(rng: random.Random, arguments: list[str], folder: Path, files: S
         check(len(lines) == 1 and lines[0].startswith("hshare-jax: error: "), f"{said}: status {status} with {lines}")
         check(len(lines[0]) > len("hshare-jax: error: "), f"{said}: an error without a message")
     check("Traceback" not in err.getvalue(), f"{said}: a traceback")
-    if status == 0 and "--json" in arguments and arguments[0] == "generate":
+    options = arguments[: arguments.index("--")] if "--" in arguments else arguments  # what follows -- is a prompt
+    if status == 0 and "--json" in options and arguments[0] == "generate":
         json.loads(printed, parse_constant=refuse_constant)
     check(not list(folder.glob(".*")), f"{said}: left {list(folder.glob('.*'))}")
     check_outputs(folder, status, said)
