@@ -130,6 +130,7 @@ def test_wheel_installs_nothing_beside_the_package(installed: Path) -> None:
 def test_checkout_works_without_being_installed() -> None:
     code = """
 import sys
+sys.path.insert(0, "")  # as Python does by itself, unless $PYTHONSAFEPATH is set
 sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in getattr(finder, "__module__", "").lower()]
 import hshare_jax.kernels.reference_attention, hshare_jax.models.config
 print(hshare_jax.models.config.__file__)
