@@ -27,7 +27,7 @@ _ROPE_NUMBERS = {  # the numbers that transformers reads for each type, beside t
     "yarn": ("factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"),
 }
 _ORIGINAL = "original_max_position_embeddings"
-MOST_LAYERS = 10_000
+MOST_LAYERS = 10_000  # of a model; published ones have fewer than 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -365,7 +365,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
 
 
 def check_num_layers(name: str, number: int) -> None:
-    """Raises ValueError for more layers than any model has. A damaged file may state so many that memory ends first."""
+    """Raises ValueError for more layers than any model has. A damaged file may state billions; each takes memory."""
     if number > MOST_LAYERS:
         raise ValueError(f"{name}={number} must be at most {MOST_LAYERS}")
 

@@ -52,7 +52,8 @@ def read_hf_config(directory: Path) -> tuple[ModelConfig, tuple[int, ...]]:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # slow: imports torch if that is installed
 
     try:
-        # The class of transformers supplies the defaults for what config.json leaves out. Some write a list of layers.
+        # The class of transformers supplies the defaults for what config.json leaves out. Some of these classes make a
+        # list with an entry for each layer, so the number of layers is checked first.
         if isinstance(found.get("num_hidden_layers"), int):
             check_num_layers("num_hidden_layers", found["num_hidden_layers"])
         config = config_from_hf(CONFIG_MAPPING[found["model_type"]](**found).to_dict())

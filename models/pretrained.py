@@ -195,6 +195,7 @@ def save_model(model: Model, path: str | os.PathLike[str], *, overwrite: bool = 
 
     Raises:
         FileExistsError: `path` exists and `overwrite` is False, or `path` is not such a checkpoint.
+        ValueError: the name of the path is not UTF-8, or the weights became `int8-channel` on a mesh.
     """
     info = CheckpointInfo(model.config, model.dtype, model.eos_token_ids, model.name)
     save_checkpoint(path, info, model.params, model.tokenizer, overwrite=overwrite)

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
 # jax and the modules that need it are imported in the functions that run after the options have been read.
 
-_OF_MEMORY = ("batch", "tensor_parallel_size", "data_parallel_size", "device_memory")
+_SIZES = ("batch", "tensor_parallel_size", "data_parallel_size")  # 1 unless they are given
+_OF_MEMORY = (*_SIZES, "device_memory")
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -140,7 +141,7 @@ def _show_memory(options: argparse.Namespace) -> int:
     """Prints the bytes of weights, cache, labels and lists on each device. Returns the exit status."""
     _check_memory_options(options)
     method = read_method(options)
-    batch, parts, groups = (1 if (given := getattr(options, name)) is None else given for name in _OF_MEMORY[:3])
+    batch, parts, groups = (1 if (given := getattr(options, name)) is None else given for name in _SIZES)
     if (room := options.device_memory) is not None and not 0 < room < float("inf"):
         raise UsageError(f"--device-memory {room:g} must be above 0, in GB (1e9 bytes), and finite")
     with usage_errors():

@@ -5,12 +5,16 @@ how far each process' peak memory goes beyond its parts, beside the largest tens
 
 Decoding: the built-in model decodes rows of random tokens on one device with one thread, then on two devices, with a
 thread each, twice the rows. Twice the first time over the second is 2 if the devices do not disturb each other. They
-share the memory's bandwidth, so `reads` tells the same ratio for a sum over 512 MiB a thread.
+share the memory's bandwidth, so `reads` tells the same ratio for a sum over 512 MiB a thread. The last column is what
+one device makes of both threads.
 
-    python -m scripts.bench.devices
+    python -m scripts.bench.devices                       # both
+    python -m scripts.bench.devices --rows 0              # loading alone
+    python -m scripts.bench.devices --processes --rows 2  # decoding alone, of 2 and 4 rows
 """
 
 import argparse
+import functools
 import json
 import os
 import socket
@@ -23,14 +27,12 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-ROUNDS = 4  # timed calls, of several decode steps each
+ROUNDS, STEPS = 4, 8  # timed calls, and decode steps of each
 CONFIG = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 32_000, "hidden_size": 2048,
     "intermediate_size": 5632, "num_hidden_layers": 6, "num_attention_heads": 32, "num_key_value_heads": 4,
     "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "torch_dtype": "float32",
 }  # fmt: skip
-
-
 TINY = {"vocab_size": 256, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1}
 
 
@@ -79,8 +81,6 @@ def _memory(name: str) -> int:
 
 def decode_rows(num_devices: int, rows: int, context: int) -> dict[str, Any]:
     """The work of one process: the median seconds of a decode step, dense and by HShare, and of a sum over memory."""
-    import functools
-
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -93,7 +93,7 @@ def decode_rows(num_devices: int, rows: int, context: int) -> dict[str, Any]:
     model, found = hshare_jax.load_model("smollm2-135m-instruct", mesh=mesh), {}
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (rows, context), np.int32)
     for name, method in {"dense": None, "HShare": hshare_jax.HShare()}.items():
-        state = hshare_jax.init_state(model.config, rows, context + 256, method=method, mesh=mesh)
+        state = hshare_jax.init_state(model.config, rows, context + (ROUNDS + 1) * STEPS, method=method, mesh=mesh)
         how: Any = {"config": model.config, "method": method}
         given = put(tokens, "B T", mesh), put(np.full(rows, context, np.int32), "B", mesh)
         logits, state = hshare_jax.prefill(model.params, *given, state, **how)
@@ -102,7 +102,7 @@ def decode_rows(num_devices: int, rows: int, context: int) -> dict[str, Any]:
 
         @functools.partial(jax.jit, donate_argnums=2)
         def decode(params, token, state, step=step, interval=interval):
-            for index in range(8):
+            for index in range(STEPS):
                 logits, state = step(params, token, state, refresh=index % interval == 0)
                 token = logits.argmax(axis=-1).astype(jnp.int32)
             return token, state
@@ -112,11 +112,11 @@ def decode_rows(num_devices: int, rows: int, context: int) -> dict[str, Any]:
             began = time.perf_counter()
             token, state = decode(model.params, token, state)
             jax.block_until_ready(token)
-            times.append((time.perf_counter() - began) / 8)
+            times.append((time.perf_counter() - began) / STEPS)
         found[name] = statistics.median(times[1:])
-    parts = put(np.ones((num_devices, 2**27), np.float32), "B S", mesh)
+    parts = put(np.ones((int(os.environ["PJRT_NPROC"]), 2**27), np.float32), "B S", mesh)  # a part for each thread
     add, times = jax.jit(lambda x: x.sum(axis=1)), []
-    for _ in range(6):
+    for _ in range(ROUNDS + 1):
         began = time.perf_counter()
         jax.block_until_ready(add(parts))
         times.append(time.perf_counter() - began)
