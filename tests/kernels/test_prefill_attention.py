@@ -11,21 +11,21 @@ import numpy as np
 import oracle
 import pytest
 
-from hshare_jax.kernels import pallas_prefill, reference_prefill
 from hshare_jax.kernels.api import prefill_attention, prefill_attention_received
+from hshare_jax.kernels.implementations import IMPLEMENTATIONS, traced_platform
 from hshare_jax.kernels.tiling import Tiles
 
 F32 = 1e-5  # absolute, on outputs of about 1
 JUNK = 1e30  # fills slots that are not read; finite, and so are its products
 B, N, K, S, H = 6, 4, 2, 512, 8
-# Pallas' kernels in blocks that do not divide the queries and the windows, and in their own.
-IMPLS = {
-    "reference": jax.jit(reference_prefill.prefill_attention, static_argnames="window"),
-    "small blocks": functools.partial(
-        pallas_prefill.prefill_attention, tiles=Tiles(32, 4, 1, queries=16), interpret=True
-    ),
-    "interpret": functools.partial(pallas_prefill.prefill_attention, interpret=True),
-}
+# The implementations that run on this machine and prefill by themselves.
+ROWS = {
+    name: row for name, row in IMPLEMENTATIONS.items()
+    if row.prefills and (not row.platforms or traced_platform() in row.platforms) and row.obstacle() is None
+}  # fmt: skip
+WAYS = {name: functools.partial(row.prefill.prefill_attention, **row.options) for name, row in ROWS.items()}
+# And Pallas' kernel in blocks that do not divide the queries and the windows.
+WAYS["small blocks"] = functools.partial(WAYS["interpret"], tiles=Tiles(32, 4, 1, queries=16))
 
 
 def cache(rng, lengths):
@@ -36,15 +36,16 @@ def cache(rng, lengths):
     return keys, values
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("window", [None, 1, 40, 300])
 @pytest.mark.parametrize("T", [1, 3, 64])
-def test_prefill_attention_equals_the_definition(T, window, impl):
+def test_prefill_attention_equals_the_definition(T, window, way):
     rng = np.random.default_rng(6)
     starts = np.array([0, 1, 255 - T, 256 - T, 257 - T, S - T]).clip(0)
     q = rng.standard_normal((B, T, N, H)).astype(np.float32)
     keys, values = cache(rng, starts + T)
-    out, log_total = IMPLS[impl](*map(jnp.asarray, (q, keys, values, starts)), window=window)
+    attend = jax.jit(functools.partial(WAYS[way], window=window))
+    out, log_total = attend(*map(jnp.asarray, (q, keys, values, starts)))
     for b, t in np.ndindex(B, T):
         if t not in (0, 1, T // 2, T - 1):
             continue
@@ -61,7 +62,7 @@ def test_prefill_attention_refuses_a_cache_of_broken_blocks():
         prefill_attention(q, kv, kv, jnp.zeros((1,), jnp.int32), impl="reference")
 
 
-@pytest.mark.parametrize("impl", ["reference", "interpret"])
+@pytest.mark.parametrize("impl", ROWS)
 @pytest.mark.parametrize("window", [None, 40])
 def test_received_attention_is_the_sum_of_the_weights_of_the_counted_queries(window, impl):
     rng, T = np.random.default_rng(7), 3
