@@ -65,6 +65,7 @@ _BLOCK_ARRAYS = ("qvalue", "scale", "minimum")  # of weights in few bits, as `Bl
 # How many parts a checkpoint is read in. A call of Orbax takes some 20 ms, and the memory of large parts returns to the
 # system only slowly.
 _GROUPS = 24
+_LONGEST_PATH = 4096  # bytes
 _COMPRESSED = 0.4  # of the bytes of weights at least are written; float32 numbers that were bfloat16 halve
 
 
@@ -93,6 +94,9 @@ def save_checkpoint(
 ) -> None:
     """Writes a checkpoint directory at `path`, completely or not at all.
 
+    Each process writes the parts of parameters that its devices hold; the first one writes all else. All of them must
+    call this, and reach the same directory.
+
     Args:
         path: the directory to write.
         info: the contents of model.json.
@@ -113,16 +117,49 @@ def save_checkpoint(
         )
         raise FileExistsError(f"{path} exists; {way_out}")
     _check_arrays(info, params)
-    with whole_directory(path, parts=_PARTS, overwrite=overwrite) as draft:
+    with _draft_of_all_processes(path, overwrite) as draft:
+        write_arrays(draft / _PARAMS, tree.map(_as_stored, params, is_leaf=_is_blocks))
+        if jax.process_index() > 0:
+            return
         if tokenizer is not None:
             with _system_errors(draft / _TOKENIZER):
                 tokenizer.save_pretrained(draft / _TOKENIZER)
-        write_arrays(draft / _PARAMS, tree.map(_as_stored, params, is_leaf=_is_blocks))
         (draft / _MODEL).write_text(json.dumps({"format": _FORMAT, **dataclasses.asdict(info)}, indent=1) + "\n")
 
 
+@contextlib.contextmanager
+def _draft_of_all_processes(path: Path, overwrite: bool) -> Iterator[Path]:
+    """`whole_directory`, by the first process: all fill its draft, and it becomes `path` when all have done so."""
+    if jax.process_index() == 0:
+        with whole_directory(path, parts=_PARTS, overwrite=overwrite) as draft:
+            _told_by_first(os.fsencode(draft))
+            yield draft
+            _wait_for_all("filled")
+    else:
+        yield Path(os.fsdecode(_told_by_first(b"")))
+        _wait_for_all("filled")
+    _wait_for_all("in place")
+
+
+def _told_by_first(data: bytes) -> bytes:
+    """The first process' bytes, at most a path's, in every process."""
+    if jax.process_count() == 1:
+        return data
+    from jax.experimental.multihost_utils import broadcast_one_to_all
+
+    padded = np.frombuffer(data.ljust(_LONGEST_PATH, b"\0"), np.uint8)
+    return np.asarray(broadcast_one_to_all(padded)).astype(np.uint8).tobytes().rstrip(b"\0")
+
+
+def _wait_for_all(name: str) -> None:
+    if jax.process_count() > 1:
+        from jax.experimental.multihost_utils import sync_global_devices
+
+        sync_global_devices(name)
+
+
 def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
-    """Writes a tree of NumPy arrays with Orbax. Raises OSError, which names the path, if the system cannot write."""
+    """Writes a tree of arrays with Orbax. Raises OSError, which names the path, if the system cannot write."""
     from orbax.checkpoint import v1 as ocp
 
     # Asked first, because when a disk turns out to be full each thread of Orbax prints a traceback of its own.
@@ -191,9 +228,10 @@ def _is_blocks(leaf: Any) -> bool:
 def _as_stored(parameter: Any) -> Any:
     """A parameter as it lies in params/: an array, or the arrays of weights in few bits under their names."""
     if not _is_blocks(parameter):
-        return np.asarray(parameter)
+        is_spread = isinstance(parameter, jax.Array) and len(parameter.sharding.device_set) > 1
+        return parameter if is_spread else np.asarray(parameter)
     arrays = {name: getattr(parameter, name) for name in _BLOCK_ARRAYS}
-    return {name: np.asarray(array) for name, array in arrays.items() if array is not None}
+    return {name: _as_stored(array) for name, array in arrays.items() if array is not None}
 
 
 def stream_checkpoint(

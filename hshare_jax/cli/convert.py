@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hshare_jax.cli.devices import add_devices, read_mesh, start_processes
 from hshare_jax.cli.errors import UsageError, usage_errors
 from hshare_jax.cli.options import (
     add_kv_sharing,
@@ -21,6 +22,7 @@ from hshare_jax.files.texts import check_path
 
 if TYPE_CHECKING:
     from hshare_jax.evaluation.text_windows import Window
+    from hshare_jax.models.config import ModelConfig
     from hshare_jax.models.pretrained import Model, ModelFiles
 
 # jax and the modules that need it are imported in the functions that run after the options have been read.
@@ -38,6 +40,7 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("cross-layer KV sharing; the model is of no use before it is trained")
     add_kv_sharing(group, weights=True)
     group.add_argument("--perplexity", metavar="TEXTFILE", help="tell the perplexity of a text before and after")
+    add_devices(parser, processes=True)
 
 
 def run_convert(options: argparse.Namespace) -> int:
@@ -52,7 +55,11 @@ def run_convert(options: argparse.Namespace) -> int:
     text = None if options.perplexity is None else read_text(options.perplexity, "--perplexity ")
     if options.kv_sharing is not None and options.quantize not in ("auto", "none"):
         raise UsageError(f"--quantize {options.quantize}: shared weights are trained, as floats; leave it out")
+    start_processes(options)
     files = open_named(options)
+    mesh = read_mesh(options, files.config)
+    if mesh is not None:
+        _check_divided(options, files.config)
     # A checkpoint is for every machine, so `auto` keeps the bits of the file.
     quantize = "stored" if options.quantize == "auto" else read_quantize(options, files)
     quantize = "none" if options.kv_sharing is not None else quantize
@@ -62,7 +69,7 @@ def run_convert(options: argparse.Namespace) -> int:
 
     from hshare_jax.models.pretrained import save_model
 
-    model = files.load(options.dtype, quantize)
+    model = files.load(options.dtype, quantize, mesh)
     if options.kv_sharing is not None:
         from hshare_jax.training.start import share_layers
 
@@ -83,6 +90,19 @@ def run_convert(options: argparse.Namespace) -> int:
     elif config.windows != files.config.windows:
         print("WARNING: this model was made for other sliding windows; train it before you judge it.", file=sys.stderr)
     return 0
+
+
+def _check_divided(options: argparse.Namespace, config: "ModelConfig") -> None:
+    """Raises UsageError for what cannot be converted on several devices."""
+    parts = options.tensor_parallel_size
+    if parts > config.num_kv_heads:
+        rule = f"must be at most the {config.num_kv_heads} kv heads, which a checkpoint holds once each"
+        raise UsageError(f"--tensor-parallel-size {parts} {rule}")
+    if options.kv_sharing is not None:
+        raise UsageError(f"--kv-sharing {options.kv_sharing} is for one device; convert the model on several first")
+    if options.quantize == "int8-channel":
+        rule = "has a scale for each device's part of a row, which no other mesh could read"
+        raise UsageError(f"--quantize int8-channel {rule}; take int8, or leave out --tensor-parallel-size")
 
 
 def _cut_windows(options: argparse.Namespace, files: "ModelFiles", text: str) -> "list[Window]":

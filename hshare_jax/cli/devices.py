@@ -20,11 +20,11 @@ _OF_PROCESSES = ("num_processes", "process_id", "coordinator_address")
 _HEARTBEAT = 10  # seconds after which a process that does not answer counts as dead, and ends the others
 
 
-def add_devices(parser: argparse.ArgumentParser, *, rows: bool = False) -> None:
-    """Adds the options of devices; with `rows` also those that divide prompts and those of several processes."""
+def add_devices(parser: argparse.ArgumentParser, *, rows: bool = False, processes: bool = False) -> None:
+    """Adds the options of devices; with `rows` also those that divide prompts, with `processes` those of processes."""
     group = parser.add_argument_group("devices")
     add_sizes(group, rows=rows, default=1)
-    if not rows:
+    if not processes:
         return
     group.add_argument(
         "--num-processes", type=whole, metavar="N",

@@ -59,7 +59,7 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compare-dense", action="store_true", help="also decode densely and greedily, and tell how far both agree"
     )
-    add_devices(parser, rows=True)
+    add_devices(parser, rows=True, processes=True)
     sampling = parser.add_argument_group("sampling", argument_default=argparse.SUPPRESS)
     add_fields(sampling, SamplingParams)
     sampling.add_argument(

@@ -23,12 +23,23 @@ from hshare_jax.models.pretrained import Model
 SKIP = 0.25  # share of a text that is left out at its beginning: title pages and licences
 BUDGETS = {64: (4, 44, 16), 128: (8, 88, 32), 256: (8, 200, 48), 512: (16, 432, 64)}  # sinks, critical, recent
 RATIOS = ("7/8-3/4-1/2", "3/4-3/4-1/2", "1/2-1/2-1/2")
-OURS = ("hshare 1-1-1", "hshare 1/2-1-1", "hshare 1/3-1-1", "hshare 1/8-1-1")
-EXTREMES = (OURS[0], OURS[-1])
+# What follows a method's name, after a comma: settings other than its defaults.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "": {},
+    "tail": {"tail": "fitted"},
+    "no tail": {"tail": None},
+    "layer 0 dense": {"dense_layers": 1},
+    "pools of 2": {"pool": 2},
+    "pools of 4": {"pool": 4},
+}
+OURS = (
+    "hshare 1-1-1", "hshare 1/2-1-1", "hshare 1/2-1-1, layer 0 dense", "hshare 1/2-1-1, no tail",
+    "hshare 1/2-1-1, pools of 2", "hshare 1/3-1-1", "hshare 1/8-1-1", "hshare 1/8-1-1, pools of 4",
+)  # fmt: skip
 SIMPLER = ("streaming_llm", "h2o", "quest", "quest_window", "snapkv", "snapkv_fixed")  # no labels, no plan
 NAMES = (
-    "dense", "exact_topk", "double_sparsity", *OURS, *(f"published {ratio}" for ratio in RATIOS),
-    *SIMPLER,
+    "dense", "exact_topk", "exact_topk, tail", "double_sparsity", "double_sparsity, tail", *OURS,
+    *(f"published {ratio}" for ratio in RATIOS), *SIMPLER,
 )  # fmt: skip
 PLANS = ("anchors 1/2-1-1", "anchors 1/3-1-1", "calibrated 1/2-1-1", "calibrated 1/3-1-1")
 DEFAULT = "hshare 1/2-1-1"
@@ -66,14 +77,17 @@ class Cell:
     @property
     def method(self) -> Method | None:
         """The method. Layer 0 is dense in all methods without tails."""
-        kind, _, ratio = self.name.partition(" ")
+        name, _, variant = self.name.partition(", ")
+        kind, _, ratio = name.partition(" ")
+        settings = VARIANTS[variant]
         if kind in ("hshare", "calibrated"):
-            return ours(self.budget, ratio)
+            return ours(self.budget, ratio, **settings)
         if kind == "anchors":
             return ours(self.budget, ratio, plan_kind="anchors")
         if kind == "published":
             return published(self.budget, ratio)
-        return method_named(self.name, ours(self.budget), max_new_tokens=ROOM)
+        method = method_named(name, ours(self.budget), max_new_tokens=ROOM)
+        return method.with_settings(settings) if isinstance(method, HShare) else method
 
     def begin_line(self, kind: str) -> dict[str, Any]:
         """The fields of a line that tell what is measured, when and with what."""
@@ -110,11 +124,14 @@ def hash_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def windows_of(model: Model, texts: dict[str, str], context: int) -> list[Window]:
-    """The windows of one context, equally many from each text."""
-    count = WINDOWS // len(texts)
+def windows_of(model: Model, texts: dict[str, str], context: int, per_text: int | None = None) -> list[Window]:
+    """The windows of one context, `per_text` from each text; None: `WINDOWS` in all.
+
+    The first window of each text is left out, because defaults were chosen on it.
+    """
+    count = 1 + (per_text or WINDOWS // len(texts))
     by_text = (cut_windows(model, *text, context=context, count=count, skip=SKIP) for text in texts.items())
-    return list(itertools.chain.from_iterable(by_text))
+    return list(itertools.chain.from_iterable(windows[1:] for windows in by_text))
 
 
 def beginnings(texts: dict[str, str]) -> list[str]:

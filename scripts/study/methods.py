@@ -16,7 +16,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -37,7 +37,6 @@ from hshare_jax.methods.base import Method
 from hshare_jax.methods.hshare.method import HShare
 from hshare_jax.models.pretrained import Model, load_model
 from scripts.study.cells import (
-    EXTREMES,
     NAMES,
     PASSKEY_BATCH,
     PASSKEY_BUDGET,
@@ -60,10 +59,7 @@ from scripts.study.tables import report
 MARK = "<!-- The text below is written by scripts/study/methods.py. -->"
 # Contexts and budgets that are measured from one prefill. The longest stages come first, so that the stages that run
 # side by side end together.
-STAGES = (
-    (8192, (512, 128, 256, 64)), (4096, (512, 128, 256, 64)),
-    (1024, (128,)), (1024, (512,)), (1024, (64,)), (1024, (256,)),
-)  # fmt: skip
+STAGES = ((8192, (512, 128)), (4096, (512, 128)), (1024, (128,)), (1024, (512,)))
 # The context and budget at which recall is measured, on every 53rd step because it takes time. 53 is a prime.
 RECALL_AT, RECALL_EVERY = (4096, 512), 53
 CALIBRATED_ON = 8000  # characters of each text: one block or two
@@ -84,22 +80,22 @@ Stage = tuple[Callable[..., None], list[Cell], dict[str, Any]]  # a function, it
 def cells(context: int, budgets: tuple[int, ...]) -> Iterator[Cell]:
     """Yields the cells of one stage.
 
-    Dense decoding is measured once a context, and other kinds of plans only at 512 of 4,096. The ratios that compute
-    the fewest and the most lists are measured only where speeds are measured too.
+    Dense decoding is measured once a context, and other kinds of plans only at 512 of 4,096.
     """
     first = next(of_stage[0] for its_context, of_stage in STAGES if its_context == context)
     for budget in budgets:
-        is_timed = context == SPEED_CONTEXT and budget in SPEED_BUDGETS
-        left_out = {*(() if budget == first else ("dense",)), *(() if is_timed else EXTREMES)}
         for name in (*NAMES, *(PLANS if (context, budget) == (4096, 512) else ())):
-            if name not in left_out:
+            if name != "dense" or budget == first:
                 yield Cell(context, budget, name)
 
 
-def left(keep: Records, kind: str, wanted: Sequence[Cell]) -> list[Cell]:
-    """The cells that the results lack; ends the run if the results hold one of the cells with other settings."""
+def left(keep: Records, kind: str, wanted: Iterable[Cell], names: Sequence[str] | None) -> list[Cell]:
+    """The cells of these names (None: all) that the results lack.
+
+    Ends the run if the results hold one of the cells with other settings.
+    """
     found = {(line["kind"], line["context"], line["budget"], line["name"]): line["settings"] for line in keep.lines}
-    keys = {cell: (kind, *dataclasses.astuple(cell)) for cell in wanted}
+    keys = {cell: (kind, *dataclasses.astuple(cell)) for cell in wanted if names is None or cell.name in names}
     for cell, key in keys.items():
         if found.get(key, repr(cell.method)) != repr(cell.method):
             sys.exit(f"{keep.path} holds {key} with settings that are no longer this script's; name another file")
@@ -235,13 +231,15 @@ def plan_stages(options: argparse.Namespace, texts: dict[str, str], keep: Record
     model = load_model(options.model)
     keep.settle(identity=model.identity)
     given = {"calibrated_on": [text[:CALIBRATED_ON] for text in beginnings(texts)], "steps": options.steps}
+    names = options.names
     stages: list[Stage] = [
-        (measure_context, left(keep, "text", [*cells(c, b)]), given | {"windows": windows_of(model, texts, c)})
+        (measure_context, left(keep, "text", cells(c, b), names), given | {"windows": windows_of(model, texts, c)})
         for c, b in STAGES if c in options.contexts
     ]  # fmt: skip
-    asked = left(keep, "passkey", all_cells(PASSKEY_CONTEXT, (PASSKEY_BUDGET,)))
-    stages.append((measure_passkeys, asked, {"passkeys": hide_passkeys(model, book, options.seeds)}))
-    timed = left(keep, "speed", all_cells(SPEED_CONTEXT, SPEED_BUDGETS))
+    if options.seeds:
+        asked = left(keep, "passkey", all_cells(PASSKEY_CONTEXT, (PASSKEY_BUDGET,)), names)
+        stages.append((measure_passkeys, asked, {"passkeys": hide_passkeys(model, book, options.seeds)}))
+    timed = left(keep, "speed", all_cells(SPEED_CONTEXT, SPEED_BUDGETS), names)
     return [stages, [(measure_speed, timed, {"windows": windows_of(model, {name: book}, SPEED_CONTEXT)})]]
 
 
@@ -257,13 +255,14 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--contexts", type=int, nargs="+", choices=contexts, default=contexts)
     parser.add_argument("--steps", type=int, default=256, help="positions scored of each of the eight windows")
-    parser.add_argument("--seeds", type=int, default=50, help="number of passkey prompts")
+    parser.add_argument("--names", nargs="+", choices=(*NAMES, *PLANS), help="measure only these methods")
+    parser.add_argument("--seeds", type=int, default=50, help="number of passkey prompts; 0 for none")
     parser.add_argument("--report-only", action="store_true", help="write the report, measure nothing")
     options = parser.parse_args()
     if options.steps > ROOM:
         parser.error(f"--steps {options.steps} must be at most {ROOM}")
-    if not 1 <= options.seeds <= MAX_SEEDS:
-        parser.error(f"--seeds {options.seeds} must lie between 1 and {MAX_SEEDS}")
+    if not 0 <= options.seeds <= MAX_SEEDS:
+        parser.error(f"--seeds {options.seeds} must lie between 0 and {MAX_SEEDS}")
     texts = read_texts(parser, options.text)
     study = {
         "model": options.model, "texts": {name: hash_text(text) for name, text in texts.items()},

@@ -233,3 +233,26 @@ def test_a_disk_that_is_full_is_told_in_one_line_and_nothing_is_left(
     status = main(["convert", tiny, str(tmp_path / "out")])
     assert (status, capfd.readouterr().err) == (1, f"hshare-jax: error: {tmp_path / 'out'}: {reason}\n")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["--tensor-parallel-size", "4"], "--tensor-parallel-size 4 must be at most the 2 kv heads"),
+        (["--tensor-parallel-size", "2", "--kv-sharing", "cla:2"], "--kv-sharing cla:2 is for one device"),
+        (["--tensor-parallel-size", "2", "--quantize", "int8-channel"], "take int8, or leave out"),
+    ],
+)
+def test_convert_refuses_what_several_devices_cannot_write(
+    tiny: str,
+    given: list[str],
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(cli_convert, "read_mesh", lambda options, config: "several devices")
+    status, _, err = call(["convert", tiny, str(tmp_path / "out"), *given], capsys)
+    assert status == 2
+    assert told in err
+    assert not list(tmp_path.iterdir())
