@@ -96,6 +96,12 @@ WHOLE = {
         vary(TAILED, scoring="exact", num_sinks=0, num_recent=1, tail_rank=2),
         LENGTHS,
     ),
+    "units, windows, pools": (WINDOWED, vary(TAILED, pool=2, tail_rank=1, dense_layers=0), LENGTHS),
+    "published, shared KV, exact, pools, gate": (
+        SHARED_KV,
+        vary(PUBLISHED, scoring="exact", pool=3, min_length=20, tail="fitted"),
+        LENGTHS,
+    ),
     "exact top-k": (MODEL, exact_topk(BUDGET), LENGTHS),
     "double sparsity, windows": (WINDOWED, double_sparsity(BUDGET), LENGTHS),
 }

@@ -204,6 +204,7 @@ class Budget:
     head_ratio: Fraction = Fraction(1)
     tail: bool = False
     tail_rank: int = 0
+    pool: int = 1  # computed lists keep so many times their tokens, among which every list chooses
 
     @property
     def size(self):
@@ -223,12 +224,21 @@ class Budget:
 
 
 def critical_tokens(scores, length, budget, window=None):
-    """The J lists of slots that the scores [N, T] of the query at position length - 1 choose."""
+    """The J lists, or pools, of slots that the scores [N, T] of the query at position length - 1 choose."""
     candidates = budget.candidates(length, window)
     scores = pooled(scores, candidates, budget.num_lists)
     if budget.is_dilated and budget.interval > 1:
         scores = [dilated(of_list, candidates) for of_list in scores]
-    return [select(of_list, candidates, budget.num_listed(length)) for of_list in scores]
+    return [select(of_list, candidates, budget.pool * budget.num_listed(length)) for of_list in scores]
+
+
+def lists_in_pools(scores, pools, length, budget, window=None):
+    """The J lists that the scores [N, T] choose, each in a pool: each list by the scores of its own heads."""
+    lists = []
+    for of_heads, pool in zip(np.split(scores, len(pools)), pools, strict=True):
+        candidates = set(pool) & dense_reads(length, window)
+        lists.append(select(pooled(of_heads, candidates, 1)[0], candidates, budget.num_listed(length)))
+    return lists
 
 
 def probe_positions(start, length, budget):

@@ -112,6 +112,8 @@ class SharedRow:
     def __init__(self, row, budget):
         self.row, self.budget = row, budget
         self.lists = [[[] for _ in range(budget.num_lists)] for _ in row.windows]
+        # What computed lists keep until the next refresh: the lists themselves, or pools.
+        self.kept = self.lists if budget.pool == 1 else [[*of_layer] for of_layer in self.lists]
         self.age = self.recent_start = 0
         self.num_read = 0.0  # tokens that the last step read, as the mean over layers and heads
 
@@ -152,6 +154,7 @@ class SharedRow:
         row, budget = self.row, self.budget
         positions = oracle.tail_probe_positions(self.probes)
         choose = functools.cache(self.choose)
+        listed = functools.cache(lambda position: self.read_lists(layer, position, lambda a: choose(a, position)))
         keys, values = row.cached_keys(layer), row.cached(row.values, layer)
         tails = []
         for n in range(row.num_heads):
@@ -159,9 +162,9 @@ class SharedRow:
             probes = []
             for position in positions:
                 # What a decode step that chooses anew would read with this query.
-                length, (a, j) = position + 1, self.source[layer][n // (row.num_heads // budget.num_lists)]
+                length, j = position + 1, n // (row.num_heads // budget.num_lists)
                 seen, recent_start = row.sees(layer, length), length - budget.num_recent
-                reads = oracle.shared_reads(choose(a, position)[j], budget.num_sinks, recent_start, seen)
+                reads = oracle.shared_reads(listed(position)[j], budget.num_sinks, recent_start, seen)
                 probes.append(tail_oracle.probe(row.queries[layer][position][n], keys[k], values[k], reads, seen))
             mean_key = tail_oracle.mean_middle_key(keys[k], budget.num_sinks, budget.num_recent)
             tails.append(tail_oracle.fit(probes, mean_key, budget.tail_rank))
@@ -178,7 +181,7 @@ class SharedRow:
             for position in probes
         ]
         if budget.plan == "published":
-            return oracle.overlaps(lists, budget.num_critical)
+            return oracle.overlaps(lists, budget.pool * budget.num_critical)
         masses = [[mass for layer in range(L) for mass in self.masses(layer, position)] for position in probes]
         return oracle.caught_masses([[tokens for of_layer in probe for tokens in of_layer] for probe in lists], masses)
 
@@ -201,15 +204,25 @@ class SharedRow:
             return oracle.anchor_plan(similarity, L, budget)
         return oracle.units_plan(similarity, L, budget)
 
+    def scores(self, layer, position):
+        """The scores [N, T] by which the query at this position chooses."""
+        q, keys = self.row.queries[layer][position], self.row.cached_keys(layer)
+        if self.budget.is_exact:
+            return oracle.key_scores(q, keys)
+        return oracle.label_scores(q, keys, self.channels[layer], self.budget.bits)
+
     def choose(self, layer, position):
-        """The lists of a layer that the query at this position chooses."""
-        row, budget = self.row, self.budget
-        q, keys = row.queries[layer][position], row.cached_keys(layer)
-        if budget.is_exact:
-            scores = oracle.key_scores(q, keys)
-        else:
-            scores = oracle.label_scores(q, keys, self.channels[layer], budget.bits)
-        return oracle.critical_tokens(scores, position + 1, budget, row.windows[layer])
+        """The lists, or pools, of a layer that the query at this position chooses."""
+        scores = self.scores(layer, position)
+        return oracle.critical_tokens(scores, position + 1, self.budget, self.row.windows[layer])
+
+    def read_lists(self, layer, position, kept_in):
+        """The J lists that the heads of a layer read. `kept_in(a)` gives what the computed lists of layer a keep."""
+        kept = [kept_in(a)[j] for a, j in self.source[layer]]
+        if self.budget.pool == 1:
+            return kept
+        scores = self.scores(layer, position)
+        return oracle.lists_in_pools(scores, kept, position + 1, self.budget, self.row.windows[layer])
 
     @property
     def tail_size(self):
@@ -235,17 +248,19 @@ class SharedRow:
                 new = self.choose(layer, length - 1)
                 for j in range(budget.num_lists):
                     if self.source[layer][j] == (layer, j):
-                        self.lists[layer][j] = new[j]
-            sources = [self.source[layer][n // group] for n in range(row.num_heads)]
+                        self.kept[layer][j] = new[j]
+            listed, seen = self.read_lists(layer, length - 1, self.kept.__getitem__), row.sees(layer, length)
+            if budget.pool > 1 and not is_dense:
+                self.lists[layer] = listed
             reads = [
-                row.sees(layer, length)
+                seen
                 if is_dense or length < budget.min_length
-                else oracle.shared_reads(self.lists[a][j], budget.num_sinks, self.recent_start, row.sees(layer, length))
-                for a, j in sources
+                else oracle.shared_reads(listed[n // group], budget.num_sinks, self.recent_start, seen)
+                for n in range(row.num_heads)
             ]
             # Heads of a list share its tokens, but each has virtual tokens of its own, if it has a tail at all.
             virtual, tails = 0, tail_of(layer, length)
-            if tails is not None and np.mean([*map(len, reads)]) < len(row.sees(layer, length)):
+            if tails is not None and np.mean([*map(len, reads)]) < len(seen):
                 virtual = self.tail_size * group * np.mean(tails[2][:, 4] > tail_oracle.NOTHING)
             counts.extend(len(of_head) + virtual for of_head in reads)
             return reads

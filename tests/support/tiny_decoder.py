@@ -132,6 +132,7 @@ def oracle_budget(method: HShare, config: ModelConfig = MODEL) -> oracle.Budget:
         head_ratio=search.head_ratio,
         tail=settings.tail is not None,
         tail_rank=settings.tail_rank,
+        pool=settings.pool,
     )
 
 

@@ -358,11 +358,11 @@ def _fit_tails(
         if layer < settings.num_dense:
             tails.append(None)
             continue
-        index, (seen, window) = config.kv_index(layer), config.sees(layer, queries.positions + 1)
+        index = config.kv_index(layer)
         tail = fit_tail(
-            queries.probes[layer], listed, lists.source[:, layer], queries.positions, seen, cache.lengths,
+            queries.probes[layer], listed, lists.source[:, layer], queries.positions, cache.lengths,
             cache.keys[index], cache.values[index], lists.labels[index], lists.channels[:, layer],
-            settings=settings, window=window, impl=impl, mesh=mesh,
+            settings=settings, window=config.windows[layer], looks_up=config.looks_up(layer), impl=impl, mesh=mesh,
         )  # fmt: skip
         tails.append(tail)
     return tuple(tails)

@@ -27,13 +27,12 @@ LEAST_VARIANCE = 1e-6  # of the queries along a direction; the value does not mo
 LEAST_RATIO = 1e-5  # of the variance along a direction to the greatest; float32 tells no smaller one from rounding
 
 
-@functools.partial(jax.jit, static_argnames=("settings", "window", "impl", "mesh"))
+@functools.partial(jax.jit, static_argnames=("settings", "window", "looks_up", "impl", "mesh"))
 def fit_tail(
     queries: Float[Array, "B P N H"],
     listed: Int[Array, "padded L B J C"],
     source: Int[Array, "B J"],
     positions: Int[Array, "B P"],
-    seen: Int[Array, "B P"],
     cached: Int[Array, "B"],
     keys: Float[Array, "B K S H"],
     values: Float[Array, "B K S H"],
@@ -42,6 +41,7 @@ def fit_tail(
     *,
     settings: HShareSettings,
     window: int | None,
+    looks_up: bool = False,
     impl: str = "auto",
     mesh: Mesh | None = None,
 ) -> Tail:
@@ -55,47 +55,48 @@ def fit_tail(
         listed: the lists that the probes choose in all layers, padded past the last probe.
         source: the layer's part of the plan.
         positions: where the probes stand; -1 for no probe.
-        seen: where the slots that each probe sees end (`ModelConfig.sees`).
         cached: tokens of each row.
         keys, values: the layer's cache.
         labels, channels: the layer's, by which lists are chosen in pools; without pools they are not used.
         settings: what else the probes read, and the tails' rank.
         window: the layer's sliding window.
+        looks_up: whether the layer reads the keys of a higher layer, and so does not see a probe's own token.
         impl: which implementation computes what the probes read, as `kernels.api` describes it.
         mesh: the devices that hold the arrays in parts; None for one device.
     """
-    arrays = queries, listed, source, positions, seen, cached, keys, values, labels, channels
-    fit = functools.partial(_fit_part, settings=settings, window=window, impl=impl)
+    arrays = queries, listed, source, positions, cached, keys, values, labels, channels
+    fit = functools.partial(_fit_part, settings=settings, window=window, looks_up=looks_up, impl=impl)
     if mesh is None:
         return fit(*arrays)
     takes = (
-        "B P N H", "P L B J C", layout_of("B J", flat_ids=True), "B P", "B P", "B", "B K S H", "B K S H",
+        "B P N H", "P L B J C", layout_of("B J", flat_ids=True), "B P", "B", "B K S H", "B K S H",
         layouts_alike(labels, "B K"), "B K R",
     )  # fmt: skip
     return Tail(*by_parts(lambda *parts: tuple(jax.tree.leaves(fit(*parts))), mesh, arrays, takes, ("B N",) * 3))
 
 
 def _fit_part(
-    queries: Array, listed: Array, source: Array, positions: Array, seen: Array, cached: Array,
+    queries: Array, listed: Array, source: Array, positions: Array, cached: Array,
     keys: Array, values: Array, labels: Labels | None, channels: Array,
-    *, settings: HShareSettings, window: int | None, impl: str,
+    *, settings: HShareSettings, window: int | None, looks_up: bool, impl: str,
 ) -> Tail:  # fmt: skip
     """`fit_tail` on one device."""
     rank = settings.tail_rank
     lists = through_plan(listed[: queries.shape[1]], source)  # [P, B, J, C]
 
-    def split(probe: tuple[Array, Array, Array, Array]) -> tuple[Part, Part]:
-        q, listed, length, end = probe
+    def split(probe: tuple[Array, Array, Array]) -> tuple[Part, Part]:
+        q, listed, length = probe
         if settings.pool > 1:
             listed = choose_in_pools(
                 q, listed, keys, labels, channels, length, settings=settings, window=window, impl=impl
             )
         # A layer that looks up does not see the probe's own token, but that token is one of the recent tokens.
         recent_start = jnp.maximum(length - settings.num_recent, 0)
-        reads = q, keys, values, listed, end, recent_start
-        return split_decode(*reads, num_sinks=settings.num_sinks, window=window, impl=impl)
+        reads = q, keys, values, listed, length - looks_up, recent_start
+        seen = None if window is None else window - looks_up
+        return split_decode(*reads, num_sinks=settings.num_sinks, window=seen, impl=impl)
 
-    parts = lax.map(split, (jnp.swapaxes(queries, 0, 1), lists, positions.T + 1, seen.T))
+    parts = lax.map(split, (jnp.swapaxes(queries, 0, 1), lists, positions.T + 1))
     read, rest = jax.tree.map(lambda array: jnp.moveaxis(array, 0, 2), parts)  # [B, N, P, ...]
     q = jnp.swapaxes(queries, 1, 2).astype(jnp.float32)  # [B, N, P, H]
     # The share of the attention that belongs to the tail.

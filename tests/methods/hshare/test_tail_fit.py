@@ -85,14 +85,10 @@ def fitted(case, dtype=jnp.float32):
     """The tails of the library: keys, values and terms."""
     queries, keys, values = (jnp.asarray(array, dtype) for array in (case.queries, case.keys, case.values))
     listed, source, positions, cached = map(jnp.asarray, (case.listed, case.source, case.positions, case.cached))
-    window = case.window
-    if case.looks_up and window is not None:
-        window -= 1
-    seen = positions + 1 - case.looks_up
     tail = fit_tail(
-        queries, listed, source, positions, seen, cached, keys, values,
+        queries, listed, source, positions, cached, keys, values,
         None, jnp.zeros((B, K, 0), jnp.int32),  # labels and channels are for pools
-        settings=dataclasses.replace(case.settings, tail_rank=case.rank), window=window,
+        settings=dataclasses.replace(case.settings, tail_rank=case.rank), window=case.window, looks_up=case.looks_up,
     )  # fmt: skip
     assert {tail.keys.dtype, tail.values.dtype} == {jnp.dtype(dtype)}
     return tuple(np.asarray(array, np.float64) for array in (tail.keys, tail.values, tail.terms))
