@@ -1,6 +1,7 @@
 """Settings of every test run: the CPU unless asked otherwise, strict ranks, and reproducible property tests."""
 
 import os
+from pathlib import Path
 
 # Set before jax is imported. On the CPU the tests are the same on every machine.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -28,11 +29,18 @@ hypothesis.settings.register_profile("thorough", deadline=None, max_examples=100
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+MAPPINGS = Path("/proc/self/maps")  # a line for each memory mapping of this process, on Linux
+
+
 @pytest.fixture(autouse=True, scope="module")
 def compiled_programs():
-    """Drops the compiled programs of a test file, because each needs memory mappings, and Linux allows only 65,530."""
+    """Drops the compiled programs after a test file, if there are many; else the next file may use them too.
+
+    Each needs memory mappings, of which Linux allows 65,530.
+    """
     yield
-    jax.clear_caches()
+    if MAPPINGS.exists() and len(MAPPINGS.read_bytes().splitlines()) > 25_000:
+        jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)
