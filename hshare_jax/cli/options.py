@@ -253,8 +253,8 @@ def add_settings(parser: argparse.ArgumentParser, *, title: str = "sparse decodi
     )
     group.add_argument(
         "--sharing-ratio", metavar="L-H-Q",
-        help="fractions of layers, heads and decode steps that choose for themselves, such as 7/8-3/4-1/2 "
-        f"(default: {search.layer_ratio}-{search.head_ratio}-{steps})",
+        help="three fractions, such as 7/8-3/4-1/2: the first two multiplied are the share of the lists that is "
+        f"computed, the third is the share of the steps (default: {search.layer_ratio}-{search.head_ratio}-{steps})",
     )  # fmt: skip
     add_fields(group, HShareSettings)
     add_fields(group, PlanSearch, leave_out=_PARTS_OF_RATIO)
