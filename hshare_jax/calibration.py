@@ -15,15 +15,15 @@ from tqdm import tqdm
 from hshare_jax.decode_state import init_state
 from hshare_jax.errors import SettingError
 from hshare_jax.kv_cache import KVCache
-from hshare_jax.mesh import put, to_host
+from hshare_jax.mesh import to_host
 from hshare_jax.methods.base import PromptQueries
 from hshare_jax.methods.hshare.channels import channel_statistic
 from hshare_jax.methods.hshare.method import HShare, measure_prompt, plan_from
 from hshare_jax.methods.hshare.share_plan import SharePlan, to_share_plan
 from hshare_jax.methods.hshare.shared_lists import SharedLists
 from hshare_jax.models.config import ModelConfig
-from hshare_jax.prefill import prefill, read_prompt
-from hshare_jax.prompts import Prompt, choose_capacity, encode_prompts, pad_prompts
+from hshare_jax.prefill import prefill_prompts, read_prompt
+from hshare_jax.prompts import Prompt, choose_capacity, encode_prompts
 
 if TYPE_CHECKING:
     from hshare_jax.models.pretrained import Model, ModelFiles
@@ -61,7 +61,7 @@ def calibrate(
         texts: texts or token ids. A block never spans two texts.
         method: the settings and the search that the plan is for.
         block_length: tokens that are prefilled together. None takes 2,048, or more if a plan needs more
-            (`first_probe` + 1), but no more than the model\'s positions.
+            (`first_probe` + 1), but no more than the model's positions.
         max_blocks: read only so many blocks from the beginning; None reads all.
 
     Raises:
@@ -167,10 +167,6 @@ def find_plans(
 ) -> list[SharePlan]:
     """The plan that decoding each prompt would follow. A prompt too short for a probe shares nothing."""
     ids = encode_prompts(model, prompts)
-    tokens, lengths = pad_prompts(ids)
-    capacity, dtype = choose_capacity(model.config, ids, 1, None), jnp.dtype(model.dtype)
-    state = init_state(model.config, len(ids), capacity, method=method, dtype=dtype, mesh=model.mesh)
-    tokens, lengths = put(tokens, "B T", model.mesh), put(lengths, "B", model.mesh)
-    _, state = prefill(model.params, tokens, lengths, state, config=model.config, method=method)
+    _, state = prefill_prompts(model, ids, choose_capacity(model.config, ids, 1, None), method=method)
     assert isinstance(state.method_state, SharedLists)
     return [to_share_plan(source) for source in to_host(state.method_state.source)]

@@ -31,7 +31,7 @@ class LoopState:
     count: Array = field(metadata=dims("B"))  # tokens in output
     is_active: Array = field(metadata=dims("B"))  # rows that have not ended
     seen: Array | None = field(metadata=dims("B V"))  # tokens seen so far, for a repetition penalty
-    keys: Array = field(metadata=dims("B"))  # random keys
+    random_keys: Array = field(metadata=dims("B"))
     # float32, tokens read, added up over steps; a step adds its mean over layers and heads
     reads: Array = field(metadata=dims("B"))
 
@@ -57,7 +57,7 @@ def take_token(
         args = logits, loop, end_tokens, max_new_tokens
         return _on_mesh(by_parts(take, mesh, args, ("B V", loop, "E", ""), loop), mesh)
     rows = jnp.arange(logits.shape[0])
-    keys = jax.vmap(jax.random.fold_in)(loop.keys, loop.count)
+    keys = jax.vmap(jax.random.fold_in)(loop.random_keys, loop.count)
     is_finite = jnp.isfinite(logits.max(axis=1))
     sampled = jnp.where(is_finite, sample(logits, keys, sampling, seen=loop.seen), NOT_FINITE)
     token = jnp.where(loop.is_active, sampled, loop.token)

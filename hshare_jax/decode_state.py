@@ -64,12 +64,12 @@ def init_state(
     check_parts(config, mesh)
     if mesh is not None and method is not None:
         method.check_mesh(config, mesh)
+    return dataclasses.replace(make_on(mesh, _empty, config, batch_size, capacity, method, jnp.dtype(dtype)), mesh=mesh)
 
-    def make() -> DecodeState:
-        cache = init_cache(config, batch_size, capacity, jnp.dtype(dtype))
-        return DecodeState(cache, None if method is None else method.start(config, cache))
 
-    return dataclasses.replace(make_on(mesh, make), mesh=mesh)
+def _empty(config: ModelConfig, batch_size: int, capacity: int, method: Method | None, dtype: jnp.dtype) -> DecodeState:
+    cache = init_cache(config, batch_size, capacity, dtype)
+    return DecodeState(cache, None if method is None else method.start(config, cache))
 
 
 def check_parts(config: ModelConfig, mesh: Mesh | None) -> None:

@@ -15,15 +15,15 @@ from tqdm import tqdm
 
 from hshare_jax.compile_clock import compile_clock
 from hshare_jax.decode_loop import NO_TOKEN, NOT_FINITE, LoopState, decode_tokens, refresh_interval, take_token
-from hshare_jax.decode_state import DecodeState, init_state
+from hshare_jax.decode_state import init_state
 from hshare_jax.errors import SettingError, check_whole
 from hshare_jax.files.texts import check_text
 from hshare_jax.kernels.api import check_impl
 from hshare_jax.mesh import check_rows_divide, put, to_host
-from hshare_jax.methods.base import Method, count_dense
+from hshare_jax.methods.base import Choices, Method, count_dense
 from hshare_jax.methods.hshare.method import HShare
-from hshare_jax.methods.hshare.settings import REFIT_TOKENS
-from hshare_jax.prefill import prefill, refit
+from hshare_jax.methods.names import REFIT_TOKENS
+from hshare_jax.prefill import prefill_prompts, refit
 from hshare_jax.prompts import Prompt, choose_capacity, encode_prompts, pad_prompts
 from hshare_jax.sampling import SamplingParams
 from hshare_jax.text_stream import TextStream
@@ -116,7 +116,7 @@ def generate(
         stop: a row ends before the first of these strings; special tokens may be among them.
         capacity: cache slots per row, to keep one compiled program over calls of different lengths. None takes what is
             needed, in coarse steps.
-        impl: which implementation computes decode steps, as for `decode_step`.
+        impl: which implementation computes decode steps, and what they need of the prompt, as for `decode_step`.
 
     Raises:
         ValueError: an empty batch or prompt, a text that is not Unicode, a token id that is no whole number or outside
@@ -181,9 +181,11 @@ class _Run:
         self._seeds = _check_seeds(options.seeds, len(prompts))
         tokenizer = _check_tokenizer(model, options.stop)
         self._end_tokens = _find_end_tokens(model, tokenizer, options.stop)
-        jax.eval_shape(lambda: jax.tree.leaves(self._init_state()))  # refuses a method that does not fit the model
+        jax.eval_shape(self._init_state)  # refuses a method that does not fit the model
         self.streams = [] if tokenizer is None else [TextStream(tokenizer, options.stop) for _ in prompts]
         self._tokens: list[list[int]] = [[] for _ in prompts]
+        self._choices = Choices(0, 0, 0)
+        self._counted_steps = np.zeros(len(prompts), np.int64)  # of each row, in `_choices`
         self._prefill_seconds = self._decode_seconds = self._compile_seconds = 0.0
 
     def steps(self, num_steps: int) -> Iterator[int]:
@@ -218,24 +220,19 @@ class _Run:
             yield max(map(len, self._tokens))
         self._usage = self._count_usage(loop)
 
-    def _init_state(self) -> DecodeState:
-        model = self._model
-        dtype = jnp.dtype(model.dtype)
-        return init_state(
-            model.config, len(self._prompts), self._capacity,
-            method=self._options.method, dtype=dtype, mesh=model.mesh,
-        )  # fmt: skip
+    def _init_state(self) -> list[Array]:
+        model, B = self._model, len(self._prompts)
+        method, dtype = self._options.method, jnp.dtype(model.dtype)
+        return jax.tree.leaves(init_state(model.config, B, self._capacity, method=method, dtype=dtype, mesh=model.mesh))
 
     def _start(self, end_tokens: Array, limit: Array) -> LoopState:
         """Prefills the prompts and samples the first token of each row."""
         model, sampling, B = self._model, self._options.sampling, len(self._prompts)
-        tokens, lengths = pad_prompts(self._prompts)
-        tokens, lengths = put(tokens, "B T", model.mesh), put(lengths, "B", model.mesh)
-        state = self._init_state()
-        with tqdm(total=tokens.shape[1], desc="prefill", unit="token", leave=False, disable=None) as bar:
-            logits, state = prefill(
-                model.params, tokens, lengths, state,
-                config=model.config, method=self._options.method, progress=bar.update, impl=self._options.impl,
+        longest = max(map(len, self._prompts))
+        with tqdm(total=longest, desc="prefill", unit="token", leave=False, disable=None) as bar:
+            logits, state = prefill_prompts(
+                model, self._prompts, self._capacity,
+                method=self._options.method, progress=bar.update, impl=self._options.impl,
             )  # fmt: skip
         seen = None
         if sampling.repetition_penalty != 1.0:
@@ -253,7 +250,7 @@ class _Run:
             count=put(np.zeros(B, np.int32), "B", model.mesh),
             is_active=put(np.ones(B, bool), "B", model.mesh),
             seen=seen,
-            keys=jax.vmap(jax.random.key)(seeds),
+            random_keys=jax.vmap(jax.random.key)(seeds),
             reads=put(np.zeros(B, np.float32), "B", model.mesh),
         )
         return take_token(logits, loop, end_tokens, limit, sampling=sampling)
@@ -262,6 +259,7 @@ class _Run:
         """Finds anew what the method found from the prompts; the last tokens of each row are read once more."""
         model, method, lengths = self._model, self._options.method, to_host(loop.state.cache.lengths)
         assert method is not None
+        self._count_choices(loop)
         output = to_host(loop.output)
         texts = [[*prompt, *of_row.tolist()] for prompt, of_row in zip(self._prompts, output, strict=True)]
         last = [text[max(end - REFIT_TOKENS, 0) : end] for text, end in zip(texts, lengths.tolist(), strict=True)]
@@ -302,21 +300,27 @@ class _Run:
         is_stopped = put(np.array([stream.is_stopped for stream in self.streams]), "B", self._model.mesh)
         return dataclasses.replace(loop, is_active=loop.is_active & ~is_stopped)
 
+    def _count_choices(self, loop: LoopState) -> None:
+        """Counts what was chosen since the plan was found, before another one is found."""
+        steps, lengths = to_host(loop.count).astype(np.int64) - 1, to_host(loop.state.cache.lengths)
+        if loop.state.method_state is not None:
+            new = loop.state.method_state.count_choices(steps - self._counted_steps, lengths, self._model.config)
+            self._choices = Choices(*map(operator.add, self._choices, new))
+        self._counted_steps = steps
+
     def _count_usage(self, loop: LoopState) -> Usage:
-        steps = to_host(loop.count).astype(np.int64) - 1
+        self._count_choices(loop)
+        steps = self._counted_steps
         prompts = np.array([len(prompt) for prompt in self._prompts])
         num_steps = max(int(steps.sum()), 1)
         reads = to_host(loop.reads).astype(np.float64)
-        method_state = loop.state.method_state
-        choices = (0, 0, 0) if method_state is None else method_state.count_choices(steps, self._model.config)
-        refreshes, selections, possible = choices
         return Usage(
             reads=(reads / np.maximum(steps, 1)).tolist(),
             mean_reads=float(reads.sum()) / num_steps,
             mean_length=float((steps * prompts + steps * (steps + 1) / 2).sum()) / num_steps,
-            refreshes=refreshes,
-            selections=selections,
-            possible_selections=possible,
+            refreshes=self._choices.refreshes,
+            selections=self._choices.selections,
+            possible_selections=self._choices.possible,
         )
 
     def pieces(self) -> Iterator[StreamedText]:

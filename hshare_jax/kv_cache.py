@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from hshare_jax.kernels.reference_prefill import PREFILL_BLOCK
 from hshare_jax.mesh import dims
 from hshare_jax.models.config import ModelConfig
+from hshare_jax.shapes import CACHE_BLOCK
 
 
 @jax.tree_util.register_dataclass
@@ -33,7 +33,7 @@ class KVCache:
 
 def init_cache(config: ModelConfig, batch_size: int, capacity: int, dtype: jnp.dtype) -> KVCache:
     """An empty cache. `capacity` rounds up to whole prefill blocks."""
-    S = -(-capacity // PREFILL_BLOCK) * PREFILL_BLOCK
+    S = -(-capacity // CACHE_BLOCK) * CACHE_BLOCK
     shape = (batch_size, config.num_kv_heads, S, config.head_dim)
     return KVCache(
         keys=tuple(jnp.zeros(shape, dtype) for _ in config.kv_layers),

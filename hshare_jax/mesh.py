@@ -8,6 +8,7 @@ Arrays know by their dimensions how they are divided. The fields of a state name
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -142,27 +143,39 @@ def by_parts(function: Callable[..., Any], mesh: Mesh, args: Sequence[Any], take
     return jax.tree.unflatten(made[0], results)
 
 
-def make_on(mesh: Mesh | None, make: Callable[[], Any], takes: Any = None) -> Any:
-    """What `make` returns, on a mesh in parts from the start; None takes the default device.
+def make_on(mesh: Mesh | None, make: Callable[..., Any], *sizes: Any, takes: str | None = None) -> Any:
+    """What make(*sizes) returns, on a mesh in parts from the start; None takes the default device.
+
+    On a mesh it is a program, compiled once for each function and its arguments.
 
     Args:
         mesh: the devices.
-        make: returns a tree of arrays.
-        takes: what `layouts` reads; None takes what `make` returns.
+        make: returns a tree of arrays; a function of a module, not a closure.
+        sizes: its arguments, hashable.
+        takes: the dimensions of all arrays, as for `layouts`; None takes what `make` returns.
     """
     if mesh is None:
-        return make()
+        return make(*sizes)
+    tree, program = _program_that_makes(mesh, make, sizes, takes)
+    return jax.tree.unflatten(tree, program())
+
+
+@functools.lru_cache(maxsize=64)
+def _program_that_makes(
+    mesh: Mesh, make: Callable[..., Any], sizes: tuple[Any, ...], takes: str | None
+) -> tuple[Any, Callable[[], tuple[Array, ...]]]:
+    """The structure of what make(*sizes) returns, and a compiled function that gives its arrays."""
     made = []
 
     def leaves() -> tuple[Array, ...]:
-        found = make()
+        found = make(*sizes)
         made.append((jax.tree.structure(found), layouts(found if takes is None else takes)))
         return tuple(jax.tree.leaves(found))
 
     jax.eval_shape(leaves)
     tree, lies = made[0]
     shardings = tuple(NamedSharding(mesh, layout.spec) for layout in lies)
-    return jax.tree.unflatten(tree, jax.jit(leaves, out_shardings=shardings)())
+    return tree, jax.jit(leaves, out_shardings=shardings)
 
 
 def put(array: np.ndarray, letters: str, mesh: Mesh | None) -> Array:
@@ -179,9 +192,14 @@ def put(array: np.ndarray, letters: str, mesh: Mesh | None) -> Array:
 def to_host(array: Array | np.ndarray) -> np.ndarray:
     """The whole array in this process, also if other processes hold parts of it."""
     if isinstance(array, jax.Array) and not array.is_fully_addressable and not array.is_fully_replicated:
-        mesh = array.sharding.mesh  # pyright: ignore[reportAttributeAccessIssue] - only meshes span processes
-        array = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))(array)
+        array = _gather(array.sharding.mesh)(array)  # pyright: ignore[reportAttributeAccessIssue] - they lie on meshes
     return np.asarray(array)
+
+
+@functools.cache
+def _gather(mesh: Mesh) -> Callable[[Array], Array]:
+    """A compiled function that gives each device the whole array."""
+    return jax.jit(lambda array: array, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def check_rows_divide(name: str, num_rows: int, mesh: AnyMesh | None) -> None:

@@ -5,7 +5,8 @@ A refit does the same with the last tokens of a row that has been decoded for lo
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +17,19 @@ from jax.sharding import Mesh
 from jaxtyping import Int
 
 from hshare_jax.attend import prefill_attend
-from hshare_jax.decode_state import DecodeState
+from hshare_jax.decode_state import DecodeState, init_state
 from hshare_jax.kernels.api import project
 from hshare_jax.kv_cache import KVCache
-from hshare_jax.mesh import by_parts, make_on, num_parts, to_host
+from hshare_jax.mesh import by_parts, make_on, num_parts, put, to_host
 from hshare_jax.methods.base import Method, PromptQueries
-from hshare_jax.methods.hshare.settings import REFIT_TOKENS
+from hshare_jax.methods.names import REFIT_TOKENS
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.decoder import parameter_layouts, run_decoder, unembed
+from hshare_jax.prompts import pad_prompts
 from hshare_jax.shapes import Logits, PerRow, Tokens, check_rows
+
+if TYPE_CHECKING:
+    from hshare_jax.models.pretrained import Model
 
 CHUNKS = (REFIT_TOKENS, 512)  # widths of the prefill programs; these two serve prompts of every length
 
@@ -82,6 +87,30 @@ def prefill(
     hidden, state = _read(params, tokens, lengths, state, config=config, method=method, progress=progress, impl=impl)
     logits = _unembed(params, hidden, config=config, impl=impl, mesh=state.mesh)
     return jnp.where(fits[:, None], logits, jnp.nan), state
+
+
+def prefill_prompts(
+    model: "Model",
+    prompts: Sequence[Sequence[int]],
+    capacity: int,
+    *,
+    method: Method | None,
+    progress: Callable[[int], object] | None = None,
+    impl: str = "auto",
+) -> tuple[Logits, DecodeState]:
+    """`prefill` of a batch of token ids into a new state, on the model's devices and in its dtype.
+
+    Args:
+        model: from `load_model`.
+        prompts: token ids of any lengths.
+        capacity, method: as for `init_state`.
+        progress, impl: as for `prefill`.
+    """
+    config, mesh = model.config, model.mesh
+    state = init_state(config, len(prompts), capacity, method=method, dtype=jnp.dtype(model.dtype), mesh=mesh)
+    tokens, lengths = pad_prompts(prompts)
+    tokens, lengths = put(tokens, "B T", mesh), put(lengths, "B", mesh)
+    return prefill(model.params, tokens, lengths, state, config=config, method=method, progress=progress, impl=impl)
 
 
 def refit(
@@ -171,20 +200,12 @@ def read_prompt(
     """
     T, kept = tokens.shape[1], None
     if positions is not None:
-        P, dtype = positions.shape[1], cache.keys[0].dtype
-
-        def start() -> PromptQueries:
-            B, L, N, H, S = lengths.shape[0], config.num_layers, config.num_heads, config.head_dim, cache.capacity
-            return PromptQueries(
-                positions=jnp.zeros((B, P), jnp.int32),
-                probes=tuple(jnp.zeros((B, P, N, H), dtype) for _ in range(L)),
-                sizes=tuple(jnp.zeros((B, N, H), jnp.float32) for _ in config.kv_layers),
-                received=tuple(jnp.zeros((B, N, S), jnp.float32) for _ in range(L)) if sums_received else None,
-            )
-
+        (B, P), S = positions.shape, cache.capacity if sums_received else None
+        kept = make_on(mesh, _no_queries, config, B, P, S, cache.keys[0].dtype)
         # A copy of the positions, because the chunks donate them.
-        kept = dataclasses.replace(make_on(mesh, start), positions=jnp.array(positions, copy=True))
-    hidden = make_on(mesh, lambda: jnp.zeros((tokens.shape[0], config.width), params["embedding"].dtype), "B D")
+        kept = dataclasses.replace(kept, positions=jnp.array(positions, copy=True))
+    sizes = tokens.shape[0], config.width
+    hidden = make_on(mesh, jnp.zeros, sizes, jnp.dtype(params["embedding"].dtype), takes="B D")
     widths = _chunk_widths(T)
     # Concrete tokens are padded on the host, because jnp.pad would compile anew for each length of prompt.
     margin = (0, 0), (0, sum(widths) - T)
@@ -200,6 +221,19 @@ def read_prompt(
             hidden.block_until_ready()
             progress(min(width, T - offset + width))
     return hidden, cache, kept
+
+
+def _no_queries(
+    config: ModelConfig, batch_size: int, num_probes: int, capacity: int | None, dtype: jnp.dtype
+) -> PromptQueries:
+    """Zeros for the queries that a prefill keeps; with a capacity also for the attention that slots receive."""
+    B, P, L, N, H = batch_size, num_probes, config.num_layers, config.num_heads, config.head_dim
+    return PromptQueries(
+        positions=jnp.zeros((B, P), jnp.int32),
+        probes=tuple(jnp.zeros((B, P, N, H), dtype) for _ in range(L)),
+        sizes=tuple(jnp.zeros((B, N, H), jnp.float32) for _ in config.kv_layers),
+        received=None if capacity is None else tuple(jnp.zeros((B, N, capacity), jnp.float32) for _ in range(L)),
+    )
 
 
 def _chunk_widths(num_tokens: int) -> list[int]:

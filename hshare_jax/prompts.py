@@ -42,13 +42,16 @@ def encode_prompts(model: Model | ModelFiles, prompts: Sequence[Prompt], *, name
         ids = _whole_numbers(prompt, f"{name}[{row}]")
         if not ids:
             raise ValueError(f"{name}[{row}] is empty; it must hold at least one token")
-        if not 0 <= min(ids) <= max(ids) < model.config.vocab_size:
-            outside = min(ids) if min(ids) < 0 else max(ids)
-            raise ValueError(
-                f"{name}[{row}] holds token id {outside}; ids must lie in [0, vocab_size={model.config.vocab_size})"
-            )
+        check_ids(f"{name}[{row}]", ids, model.config)
         encoded.append(ids)
     return encoded
+
+
+def check_ids(name: str, ids: Sequence[int], config: ModelConfig) -> None:
+    """Raises ValueError, which names the ids, if one of them is outside the vocabulary."""
+    if not 0 <= min(ids) <= max(ids) < config.vocab_size:
+        outside = min(ids) if min(ids) < 0 else max(ids)
+        raise ValueError(f"{name} holds token id {outside}; ids must lie in [0, vocab_size={config.vocab_size})")
 
 
 def _whole_numbers(ids: Sequence[int], name: str) -> list[int]:
@@ -73,7 +76,7 @@ def tokenize(
     return list(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
 
 
-def pad_prompts(prompts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+def pad_prompts(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     """Tokens [B, T] and lengths [B], int32, padded on the right with token 0.
 
     Take them to the device by `jax.device_put`, because `jnp.asarray` compiles a program for every length.

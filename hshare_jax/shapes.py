@@ -15,6 +15,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 EMPTY = -1  # a place in a list of slots that holds no slot
+CACHE_BLOCK = 256  # slots that a prefill attends to at once; capacities are multiples of it
 DATA, MODEL = "data", "model"  # the axes of a mesh of devices: rows lie along the first, heads along the second
 
 Tokens = Int[Array, "B T"]

@@ -117,6 +117,13 @@ def describe(impl: str) -> str:
     return impl if library is None else f"{impl} ({importlib.import_module(library).instructions()})"
 
 
+def multiplies_codes() -> bool:
+    """Whether `auto` multiplies with weights in few bits as they are, on this platform."""
+    platform = traced_platform()
+    rows = [row for row in IMPLEMENTATIONS.values() if row.is_automatic and row.projects]
+    return any(platform in row.platforms and row.obstacle() is None for row in rows)
+
+
 def run(impl: str, call: Callable[[Implementation], Result]) -> Result:
     """Calls an operation with the implementation that `impl` names.
 

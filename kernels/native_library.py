@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import os
 import platform
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from jax import Array
 
 PATH = Path(__file__).resolve().parent / "native" / "libhshare_native.so"
 ATTENTION, APPENDING = ("dense_decode", "sparse_decode", "split_decode"), ("append_tokens", "append_labels")
+INSTRUCTIONS = ("avx512", "avx2", "any")
 HANDLERS = (*ATTENTION, *APPENDING, "select", "project", "dequantise")
 
 
@@ -21,8 +23,10 @@ def obstacle() -> str | None:
     """Why the library cannot be used here, in words; None if it can. A first call loads it and registers its handlers.
 
     XLA calls a handler by `hshare_` and its name. The library uses the best instructions of the CPU, but at most those
-    that the environment variable HSHARE_JAX_INSTRUCTIONS names (avx512, avx2, any).
+    that the environment variable HSHARE_JAX_INSTRUCTIONS names (one of `INSTRUCTIONS`).
     """
+    if (named := os.environ.get("HSHARE_JAX_INSTRUCTIONS", "any")) not in INSTRUCTIONS:
+        return f"is told HSHARE_JAX_INSTRUCTIONS={named}, which must be one of {', '.join(INSTRUCTIONS)}"
     if not PATH.is_file():
         return "was not compiled when the package was installed (by gcc 11 or clang 14, or newer ones)"
     try:

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -146,7 +146,7 @@ def _decode(
     return _merge(out, log_total, for_tail, window=layout.window, dtype=dtype, interpret=interpret)
 
 
-def in_place(arrays: tuple) -> tuple:
+def in_place(arrays: Any) -> Any:
     """Specifications by which a kernel reads or writes its arrays where they lie."""
     return jax.tree.map(lambda _: pl.BlockSpec(memory_space=pl.ANY), arrays)
 
@@ -388,13 +388,13 @@ def _merge(
             merged = _add_tail(merged, log_total, tally, _num_seen(lengths_ref[b], window), query, tail)
         plgpu.store(merged_ref.at[b, n, columns], merged.astype(dtype), mask=columns < H)
 
-    inputs = (out, log_total, for_tail)
+    inputs, output = (out, log_total, for_tail), jax.ShapeDtypeStruct((B, N, H), dtype)
     return pl.pallas_call(
         merge,
         grid=(B, N),
         in_specs=in_place(inputs),
-        out_specs=pl.BlockSpec(memory_space=pl.ANY),
-        out_shape=jax.ShapeDtypeStruct((B, N, H), dtype),
+        out_specs=in_place(output),
+        out_shape=output,
         compiler_params=plgpu.CompilerParams(num_warps=1 if splits * H <= 1024 else 4, num_stages=1),
         interpret=interpret,
         name="merge_splits",

@@ -144,7 +144,7 @@ def received_attention(
         functools.partial(_receive, window=window, tiles=tiles, width=width),
         grid=(pl.cdiv(S, tiles.block), N, B),
         in_specs=in_place(inputs),
-        out_specs=pl.BlockSpec(memory_space=pl.ANY),
+        out_specs=in_place(output),
         out_shape=output,
         compiler_params=plgpu.CompilerParams(num_warps=tiles.num_warps, num_stages=tiles.num_stages),
         interpret=interpret,

@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float, Int
 from hshare_jax.kernels.choose_tokens import weigh_tokens
 from hshare_jax.kernels.labels import Labels, score_keys
 from hshare_jax.kernels.masked_softmax import MASKED
+from hshare_jax.kernels.pallas_attention import in_place
 from hshare_jax.kernels.tiling import Tiles, merge_tiles, selection_tiles
 from hshare_jax.shapes import EMPTY, Lists, Source
 
@@ -215,14 +216,14 @@ def _call(
         def _() -> None:
             body(layout, given, out_ref, chunk, j, b)
 
-    everywhere = pl.BlockSpec(memory_space=pl.ANY)
     inputs = ([out] if is_array else []) + list(arrays.values())
+    output = jax.ShapeDtypeStruct(out.shape, out.dtype)
     return pl.pallas_call(
         kernel,
         grid=(1 if is_merging else layout.num_chunks, J, B),
-        in_specs=[everywhere] * len(inputs),
-        out_specs=everywhere,
-        out_shape=jax.ShapeDtypeStruct(out.shape, out.dtype),
+        in_specs=in_place(inputs),
+        out_specs=in_place(output),
+        out_shape=output,
         input_output_aliases={0: 0} if is_array else {},
         compiler_params=plgpu.CompilerParams(num_warps=tiles.num_warps, num_stages=tiles.num_stages),
         interpret=interpret,

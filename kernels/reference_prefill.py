@@ -5,8 +5,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from hshare_jax.kernels.masked_softmax import MASKED
-
-PREFILL_BLOCK = 256  # key slots per step; cache capacities are multiples of it
+from hshare_jax.shapes import CACHE_BLOCK
 
 
 def prefill_attention(
@@ -28,7 +27,7 @@ def prefill_attention(
     B, T, N, H = q.shape
     K, S = keys.shape[1:3]
     G = N // K
-    block = min(PREFILL_BLOCK, S)
+    block = min(CACHE_BLOCK, S)
     if S % block:
         raise ValueError(f"the cache holds S={S} slots; it must be a multiple of {block} (init_state rounds up)")
     grouped = q.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H) * H**-0.5
@@ -81,7 +80,7 @@ def received_attention(
         log_total: the second result of `prefill_attention`.
     """
     (B, T, N, H), (K, S) = q.shape, keys.shape[1:3]
-    block = min(PREFILL_BLOCK, S)
+    block = min(CACHE_BLOCK, S)
     grouped = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4) * H**-0.5  # [B, K, G, T, H]
     positions = (starts[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :])[:, None, None, :, None]
     log_total = log_total.reshape(B, K, N // K, T, 1)

@@ -201,7 +201,7 @@ class Decoder(nn.Module):
         is_here = (index >= 0) & (index < of.shape[0])
         if is_divided:
             index = jnp.where(is_here, index, 0)
-        x = of[index].to_floats() if isinstance(of, BlockWeights) else _embed(of, index)
+        x = of[index].to_floats() if isinstance(of, BlockWeights) else _look_up(of, index)
         return lax.psum(jnp.where(is_here[:, :, None], x, 0), MODEL) if is_divided else x
 
     def unembed(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
@@ -214,22 +214,22 @@ class Decoder(nn.Module):
 
 
 @jax.custom_vjp
-def _embed(embedding: Float[Array, "V D"], tokens: Tokens) -> Hidden:
+def _look_up(embedding: Float[Array, "V D"], tokens: Tokens) -> Hidden:
     """The embedding of each token. The gradient of a row is summed in float32, because many tokens may share it."""
     return embedding[tokens]
 
 
-def _embed_forward(embedding: Array, tokens: Array) -> tuple[Array, tuple[Array, Array]]:
+def _look_up_forward(embedding: Array, tokens: Array) -> tuple[Array, tuple[Array, Array]]:
     return embedding[tokens], (embedding, tokens)
 
 
-def _embed_backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array, None]:
+def _look_up_backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array, None]:
     embedding, tokens = kept
     total = jnp.zeros(embedding.shape, jnp.float32).at[tokens].add(gradient.astype(jnp.float32))
     return total.astype(embedding.dtype), None
 
 
-_embed.defvjp(_embed_forward, _embed_backward)
+_look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
 def run_decoder(

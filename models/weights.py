@@ -2,7 +2,8 @@
 
 A checkpoint format is a `TensorSource`, which hands out a tensor in blocks of rows. Beside the finished parameters only
 one block is in memory, and the largest parameters are read first, while memory holds little else. On a mesh each
-process reads the rows and columns that its own devices hold, one device at a time.
+process reads the rows and columns that its own devices hold, one device at a time. Weights in few bits are small: the
+parameter that is read is whole in memory.
 
 Query, key and value projections are one array, and so are gate and up. This saves three products in each layer, and XLA
 would otherwise concatenate the weights on every call. Their rows are mixed so that devices can divide heads, and pairs
@@ -26,7 +27,7 @@ from jaxtyping import Int
 
 from hshare_jax.errors import CheckpointError, SettingError
 from hshare_jax.kernels.block_weights import BLOCK, BlockWeights, quantise_blocks, quantise_channels
-from hshare_jax.kernels.native_library import obstacle
+from hshare_jax.kernels.implementations import multiplies_codes
 from hshare_jax.mesh import num_parts, to_host
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.decoder import layout_of_parameter
@@ -34,7 +35,7 @@ from hshare_jax.models.layers import qkv_rows
 
 DType = Literal["float32", "bfloat16", "float16"]
 DTYPES: tuple[DType, ...] = ("float32", "bfloat16", "float16")
-# The bits of weight matrices. auto: stored where the native library multiplies with them as they are, else none.
+# The bits of weight matrices. auto: stored where an implementation multiplies with them as they are, else none.
 # stored: those of the file. none: floats. int8: codes of 8 bits for the matrices that the file does not keep in codes.
 # int8-channel: as int8, with one scale for each output, which suits GPUs.
 Quantize = Literal["auto", "stored", "none", "int8", "int8-channel"]
@@ -164,8 +165,7 @@ def resolve_quantize(quantize: Quantize, config: ModelConfig) -> Quantize:
         raise SettingError("quantize", quantize, f"must be one of {', '.join(QUANTIZE)}")
     cut = [width for width in (config.width, config.mlp_width, config.num_heads * config.head_dim) if width % BLOCK]
     if quantize == "auto":
-        is_native = jax.default_backend() == "cpu" and obstacle() is None
-        return "stored" if is_native and not (cut and config.is_part) else "none"
+        return "stored" if multiplies_codes() and not (cut and config.is_part) else "none"
     if cut and (quantize == "int8" or (quantize == "stored" and config.is_part)):
         owner = "a device's part" if config.is_part else "this model"
         rule = f"takes blocks of {BLOCK} neighbouring weights, and {owner} has rows of {cut[0]}"

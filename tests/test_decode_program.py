@@ -10,6 +10,7 @@ import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilations import Compilations
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from program_text import compile_for_users, count_copies
 from tiny_decoder import CAPACITY, MODEL, SHARED_KV, TAILED, params, prefill_rows, random_rows, vary
@@ -37,23 +38,6 @@ VARIANTS = {
     "dense layer, gate": (vary(TAILED, min_length=30), None),
 }
 variants = pytest.mark.parametrize(("method", "refresh"), VARIANTS.values(), ids=VARIANTS)
-
-
-class Compilations:
-    """Counts the programs that XLA compiles inside the `with` block."""
-
-    def __init__(self):
-        self.count = 0
-
-    def __call__(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
-        self.count += event == "/jax/core/compile/backend_compile_duration"
-
-    def __enter__(self):
-        jax.monitoring.register_event_duration_secs_listener(self)
-        return self
-
-    def __exit__(self, *_):
-        jax.monitoring.unregister_event_duration_listener(self)
 
 
 def random_state(rng, lengths, method):

@@ -13,9 +13,10 @@ from tiny_decoder import MODEL, TAILED, vary
 from hshare_jax.decode_state import DecodeState, count_reads, init_state
 from hshare_jax.kernels.masked_softmax import MASKED
 from hshare_jax.kernels.tail import HIGH, LOW
+from hshare_jax.methods.base import identity_plan
 from hshare_jax.methods.hshare.channels import check_channels
 from hshare_jax.methods.hshare.method import HShare
-from hshare_jax.methods.hshare.share_plan import SharePlan, identity_plan
+from hshare_jax.methods.hshare.share_plan import SharePlan
 from hshare_jax.methods.hshare.shared_lists import SharedLists
 from hshare_jax.shapes import EMPTY
 

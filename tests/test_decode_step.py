@@ -26,8 +26,9 @@ from tiny_decoder import (
 from hshare_jax.decode_state import count_reads, init_state
 from hshare_jax.decode_step import decode_step
 from hshare_jax.methods import double_sparsity, exact_topk
+from hshare_jax.methods.base import identity_plan
 from hshare_jax.methods.hshare.settings import HShareSettings
-from hshare_jax.methods.hshare.share_plan import SharePlan, identity_plan, kv_layer_plan
+from hshare_jax.methods.hshare.share_plan import SharePlan, kv_layer_plan
 from hshare_jax.shapes import EMPTY
 
 BUDGET = HShareSettings(num_sinks=2, num_critical=6, num_recent=4, label_channels=3, min_length=0)

@@ -310,7 +310,7 @@ def test_the_second_call_compiles_nothing(greedy):
 )
 def test_mistakes_are_refused_before_anything_is_computed(monkeypatch, unchecked, prompts, settings, message):
     module = importlib.import_module("hshare_jax.generate")  # the package's attribute of this name is the function
-    monkeypatch.setattr(module, "prefill", None)
+    monkeypatch.setattr(module, "prefill_prompts", None)
     monkeypatch.setattr(module, "init_state", None)
     with pytest.raises(ValueError, match=message):
         generate(MODEL_OF_IDS, prompts, **settings)
@@ -385,7 +385,7 @@ def test_the_compiled_loop_updates_its_buffers_in_place(hshare, batch):
             count=jnp.zeros((batch,), jnp.int32),
             is_active=jnp.ones((batch,), bool),
             seen=None,
-            keys=jax.random.split(jax.random.key(0), batch),
+            random_keys=jax.random.split(jax.random.key(0), batch),
             reads=jnp.zeros((batch,), jnp.float32),
         )
         one = jnp.int32(1)

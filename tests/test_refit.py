@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,8 @@ from hshare_jax.kernels.masked_softmax import MASKED
 from hshare_jax.kernels.tail import HIGH
 from hshare_jax.methods import exact_topk
 from hshare_jax.methods.hshare.method import HShare
-from hshare_jax.methods.hshare.settings import REFIT_TOKENS, PlanSearch
+from hshare_jax.methods.hshare.settings import PlanSearch
+from hshare_jax.methods.names import REFIT_TOKENS
 from hshare_jax.models.pretrained import Model
 from hshare_jax.prefill import prefill, refit
 from hshare_jax.prompts import pad_prompts
@@ -85,6 +87,28 @@ def test_generation_refits_as_often_as_the_method_asks(monkeypatch):
             reads.append(float(count_reads(state, SHALLOW)[0]))
         assert found.tokens[b] == text[len(prompt) :]
         assert found.usage.reads[b] == pytest.approx(sum(reads) / (new - 1))
+
+
+def test_lists_are_counted_by_the_plan_that_chose_them():
+    # The prompt is too short for a plan: every list chooses, until a refit finds a plan in which half of them do.
+    half = vary(OFTEN, refresh_interval=1, layer_ratio=Fraction(1, 2), head_ratio=Fraction(1), dense_layers=0)
+    prompt, new = random_rows(34, (5,))[0].tolist(), REFIT_TOKENS + 11
+    usage = generate(MODEL_OF_IDS, [prompt], method=half, max_new_tokens=new).usage
+    lists = SHALLOW.num_layers * SHALLOW.num_kv_heads
+    assert usage.refreshes == new - 1
+    assert usage.possible_selections == (new - 1) * lists
+    assert usage.selections == REFIT_TOKENS * lists + 10 * lists // 2
+
+
+def test_rows_that_read_everything_choose_nothing_until_they_turn_sparse():
+    gated = vary(OFTEN, refresh_interval=4, min_length=20, layer_ratio=Fraction(1), head_ratio=Fraction(1))
+    prompt, new = random_rows(35, (5,))[0].tolist(), 33
+    found = generate(MODEL_OF_IDS, [prompt], method=gated, max_new_tokens=new)
+    # Steps 0, 4, 8, ... are due, at 6, 10, 14, ... tokens. The lists of the step at 18 tokens serve up to 21.
+    assert found.usage.refreshes == 5
+    whole = generate(MODEL_OF_IDS, [prompt], method=vary(gated, min_length=64), max_new_tokens=new)
+    assert whole.usage.refreshes == whole.usage.selections == 0
+    assert whole.tokens == generate(MODEL_OF_IDS, [prompt], method=None, max_new_tokens=new).tokens
 
 
 def test_scores_of_a_long_text_are_those_of_its_pieces():

@@ -5,16 +5,11 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float
 
+DRAWS, LEVEL = 2000, 0.95  # bootstrap samples, and the share of them inside an interval
 BLOCK = 32  # neighbouring positions of a window that are drawn together, because they depend on one another
 
 
-def interval(
-    statistic: Callable[..., float],
-    *scores: Float[np.ndarray, "windows steps"],
-    draws: int = 2000,
-    level: float = 0.95,
-    seed: int = 0,
-) -> tuple[float, float]:
+def interval(statistic: Callable[..., float], *scores: Float[np.ndarray, "windows steps"]) -> tuple[float, float]:
     """The percentile interval of a statistic of one or more arrays of scores.
 
     Each draw takes the same blocks of all arrays, so methods scored on the same positions are compared in pairs. The
@@ -25,19 +20,16 @@ def interval(
         statistic: called with one array [blocks, BLOCK] for each array of scores; returns a number.
         scores: arrays over the same positions. The last steps of a window that fill no block are left out; a window
             shorter than a block is one block.
-        draws: the number of bootstrap samples.
-        level: the share of the samples inside the interval.
-        seed: the seed of the draws.
     """
     block = min(BLOCK, scores[0].shape[1])
     whole = scores[0].shape[1] // block * block
     blocks = [array[:, :whole].reshape(-1, block) for array in scores]
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     found = []
-    for _ in range(draws):
+    for _ in range(DRAWS):
         drawn = rng.integers(0, len(blocks[0]), len(blocks[0]))
         found.append(statistic(*(array[drawn] for array in blocks)))
-    low, high = np.percentile(found, [50 - 50 * level, 50 + 50 * level])
+    low, high = np.percentile(found, [50 - 50 * LEVEL, 50 + 50 * LEVEL])
     return float(low), float(high)
 
 

@@ -7,15 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from hshare_jax.decode_state import init_state
 from hshare_jax.errors import check_whole
 from hshare_jax.evaluation.teacher_forcing import score_text
 from hshare_jax.kernels.api import check_impl
-from hshare_jax.mesh import put
 from hshare_jax.methods.base import Method
 from hshare_jax.models.pretrained import Model
-from hshare_jax.prefill import prefill
-from hshare_jax.prompts import choose_capacity, pad_prompts
+from hshare_jax.prefill import prefill_prompts
+from hshare_jax.prompts import check_ids, choose_capacity, pad_prompts
 from hshare_jax.shapes import Logits, PerRow, round_up_coarsely
 
 Request = tuple[Sequence[int], Sequence[int]]  # token ids of a context and of the continuation
@@ -82,12 +80,7 @@ def _check_request(model: Model, index: int, request: Request) -> None:
             f"requests[{index}] has {len(context)} tokens of context and {len(continuation)} of continuation; that is "
             f"beyond the model's {config.positions_told}; shorten either"
         )
-    ids = (*context, *continuation)
-    if not 0 <= min(ids) <= max(ids) < config.vocab_size:
-        outside = min(ids) if min(ids) < 0 else max(ids)
-        raise ValueError(
-            f"requests[{index}] holds token id {outside}; ids must lie in [0, vocab_size={config.vocab_size})"
-        )
+    check_ids(f"requests[{index}]", (*context, *continuation), config)
 
 
 def _pad_steps(num_steps: int) -> int:
@@ -106,17 +99,13 @@ def _score_batch(
         [*context[len(prompt) :], *continuation]
         for (context, continuation), prompt in zip(requests, prompts, strict=True)
     ]
-    tokens, lengths = pad_prompts(prompts)
     forced, sizes = pad_prompts(texts)
     T = _pad_steps(max(int(sizes.max()) - 1, 1))
     forced = np.pad(forced, ((0, 0), (0, T + 1 - forced.shape[1])))
     # Steps beyond a row's text come last and are ignored. Where the model has no positions for them, the cache drops
     # their tokens.
-    capacity = choose_capacity(config, prompts, min(T, config.max_positions - int(lengths.max())), None)
-    dtype = jnp.dtype(model.dtype)
-    state = init_state(config, len(requests), capacity, method=method, dtype=dtype, mesh=model.mesh)
-    tokens, lengths = put(tokens, "B T", model.mesh), put(lengths, "B", model.mesh)
-    logits, state = prefill(model.params, tokens, lengths, state, config=config, method=method)
+    capacity = choose_capacity(config, prompts, min(T, config.max_positions - max(map(len, prompts))), None)
+    logits, state = prefill_prompts(model, prompts, capacity, method=method, impl=impl)
     first_loss, first_chosen = _score_first(logits, jnp.asarray(forced[:, 0]))
     scores, _ = score_text(model.params, jnp.asarray(forced), state, config=config, method=method, impl=impl)
     loss = np.concatenate([np.asarray(first_loss)[None], scores.loss])  # [T + 1, B], of each token of `forced`

@@ -83,12 +83,14 @@ def make_passkeys(
     return passkeys
 
 
-def read_passkeys(model: Model, passkeys: Sequence[Passkey], methods: Sequence[Method | None]) -> Prefilled:
+def read_passkeys(
+    model: Model, passkeys: Sequence[Passkey], methods: Sequence[Method | None], *, impl: str = "auto"
+) -> Prefilled:
     """Reads the texts of passkeys of one length densely, once, so that any of `methods` may be asked."""
     tokens = jnp.asarray([passkey.text for passkey in passkeys], jnp.int32)
     lengths = jnp.full((len(passkeys),), tokens.shape[1], jnp.int32)
     capacity = tokens.shape[1] + len(passkeys[0].question) + ANSWER_TOKENS
-    return prefill_for(model, tokens, lengths, capacity, methods)
+    return prefill_for(model, tokens, lengths, capacity, methods, impl=impl)
 
 
 def answer(

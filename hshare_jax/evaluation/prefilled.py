@@ -11,9 +11,10 @@ import numpy as np
 from jaxtyping import Int
 
 from hshare_jax.decode_state import DecodeState, init_state
-from hshare_jax.kv_cache import KVCache
+from hshare_jax.kv_cache import KVCache, init_cache
 from hshare_jax.mesh import make_on, put
-from hshare_jax.methods.base import Method, PromptQueries
+from hshare_jax.methods.base import Method, MethodState, PromptQueries
+from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.pretrained import Model
 from hshare_jax.prefill import read_prompt
 from hshare_jax.shapes import PerRow, Tokens
@@ -31,6 +32,7 @@ class Prefilled:
     cache: KVCache | None  # None while a state has it
     lengths: Int[np.ndarray, "B"]  # tokens of each prompt
     queries: PromptQueries | None  # at ascending positions; missing positions of a row lie beyond all slots
+    impl: str = "auto"  # which implementation finds what a method needs of the prompts
     # Results that a method can use again for its next variant (`Method.after_prefill`).
     memo: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
 
@@ -45,8 +47,11 @@ class Prefilled:
         cache, config, mesh, method_state = self.cache, self.model.config, self.model.mesh, None
         if method is not None:
             queries = self._queries_for(method, cache)
-            empty = make_on(mesh, lambda: method.start(config, cache))
-            method_state = method.after_prefill(empty, queries, cache, config, memo=self.memo, mesh=mesh)
+            sizes = config, self.lengths.size, cache.capacity, method, cache.keys[0].dtype
+            empty = method.start(config, cache) if mesh is None else make_on(mesh, _start, *sizes)
+            method_state = method.after_prefill(
+                empty, queries, cache, config, memo=self.memo, impl=self.impl, mesh=mesh
+            )
         self.cache = None
         return DecodeState(cache, method_state, mesh)
 
@@ -79,6 +84,11 @@ class Prefilled:
         return PromptQueries(jnp.asarray(asked), tuple(map(take, self.queries.probes)), self.queries.sizes, received)
 
 
+def _start(config: ModelConfig, batch_size: int, capacity: int, method: Method, dtype: jnp.dtype) -> MethodState:
+    """A method's state for an empty cache; within a program, where the cache takes no memory."""
+    return method.start(config, init_cache(config, batch_size, capacity, dtype))
+
+
 def prefill_for(
     model: Model,
     tokens: Tokens,
@@ -87,12 +97,13 @@ def prefill_for(
     methods: Sequence[Method | None],
     *,
     progress: Callable[[int], object] | None = None,
+    impl: str = "auto",
 ) -> Prefilled:
     """Reads prompts densely, once, so that any of `methods` may start from them.
 
     Args:
         model: from `load_model`.
-        tokens, lengths, progress: as for `prefill`.
+        tokens, lengths, progress, impl: as for `prefill`.
         capacity: tokens that each row must be able to hold.
         methods: the methods that will be started; None is dense decoding.
 
@@ -118,6 +129,6 @@ def prefill_for(
     _, cache, queries = read_prompt(
         model.params, tokens, lengths, cache, positions,
         config=config, sums_received=any(method.wants_received for method in sparse), progress=progress,
-        mesh=model.mesh,
+        impl=impl, mesh=model.mesh,
     )  # fmt: skip
-    return Prefilled(model, cache, np.array(lengths), queries)
+    return Prefilled(model, cache, np.array(lengths), queries, impl)

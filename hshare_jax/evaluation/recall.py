@@ -79,9 +79,9 @@ class Measured:
         """The slots that the measured method read."""
         return self.measured.mark_reads(layer, cache, config)
 
-    def count_choices(self, steps: Int[np.ndarray, "B"], config: ModelConfig) -> Choices:
+    def count_choices(self, steps: Int[np.ndarray, "B"], lengths: Int[np.ndarray, "B"], config: ModelConfig) -> Choices:
         """The measured method's choices."""
-        return self.measured.count_choices(steps, config)
+        return self.measured.count_choices(steps, lengths, config)
 
 
 def measure_recall(state: DecodeState, every: int = 1) -> DecodeState:

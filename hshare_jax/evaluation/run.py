@@ -89,13 +89,17 @@ def summarise(lines: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         found: dict[str, Any] = {"items": len(of_method)}
         if reads := [line["reads"] for line in of_method if "reads" in line]:
             found["reads"] = round(statistics.fmean(reads), 1)
-        found |= {name: round(value, 4) for name, value in means.items()}
+        found |= _rounded(means)
         if len(by_task) > 1:
-            found["tasks"] = by_task
+            found["tasks"] = {task: _rounded(scores) for task, scores in by_task.items()}
         summary[method] = found
     return summary
 
 
 def _mean_scores(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
     names = dict.fromkeys(name for line in lines for name in line["scores"])
-    return {name: round(statistics.fmean(line["scores"][name] for line in lines), 4) for name in names}
+    return {name: statistics.fmean(line["scores"][name] for line in lines) for name in names}
+
+
+def _rounded(scores: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(value, 4) for name, value in scores.items()}

@@ -10,15 +10,15 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float
 
-from hshare_jax.decode_state import DecodeState, count_reads, init_state
+from hshare_jax.decode_state import DecodeState, count_reads
 from hshare_jax.decode_step import decode_step
 from hshare_jax.evaluation.recall import measure_recall, recall_of, without_recall
-from hshare_jax.mesh import put, to_host
+from hshare_jax.mesh import to_host
 from hshare_jax.methods.base import Method
-from hshare_jax.methods.hshare.settings import REFIT_TOKENS
+from hshare_jax.methods.names import REFIT_TOKENS
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.pretrained import Model
-from hshare_jax.prefill import prefill, refit
+from hshare_jax.prefill import prefill_prompts, refit
 from hshare_jax.prompts import Prompt, choose_capacity, encode_prompts, pad_prompts
 from hshare_jax.shapes import Tokens
 
@@ -142,7 +142,7 @@ def score_text(
             # Rows that outgrew the cache have lost their last tokens.
             sizes = jnp.where(state.cache.lengths > state.cache.capacity, 0, REFIT_TOKENS)
             last = tokens[:, start - REFIT_TOKENS : start]
-            state = refit(params, last, sizes, state, config=config, method=method)
+            state = refit(params, last, sizes, state, config=config, method=method, impl=impl)
         end = min(start + interval, T)
         scores, state = score_steps(
             params, tokens[:, start : end + 1], state if recall_every is None else measure_recall(state, recall_every),
@@ -191,13 +191,9 @@ def token_agreement(
     encoded = encode_prompts(model, prompts)
     if len(continuations) != len(encoded) or min(map(len, continuations)) < 2:
         raise ValueError(f"continuations must hold at least 2 tokens for each of the {len(encoded)} prompts")
-    tokens, lengths = pad_prompts(encoded)
     forced, sizes = pad_prompts(encode_prompts(model, continuations, name="continuations"))
     capacity = choose_capacity(model.config, encoded, int(sizes.max()), None)
-    dtype = jnp.dtype(model.dtype)
-    state = init_state(model.config, len(encoded), capacity, method=method, dtype=dtype, mesh=model.mesh)
-    tokens, lengths = put(tokens, "B T", model.mesh), put(lengths, "B", model.mesh)
-    _, state = prefill(model.params, tokens, lengths, state, config=model.config, method=method)
+    _, state = prefill_prompts(model, encoded, capacity, method=method, impl=impl)
     scores, _ = score_text(model.params, jnp.asarray(forced), state, config=model.config, method=method, impl=impl)
     chosen = to_host(scores.chosen).T
     return [float((chosen[row, : size - 1] == forced[row, 1:size]).mean()) for row, size in enumerate(sizes.tolist())]

@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array
 
 from hshare_jax.decode_state import DecodeState
-from hshare_jax.errors import SettingError
+from hshare_jax.errors import SettingError, check_whole
 from hshare_jax.evaluation.prefilled import Prefilled, prefill_for
 from hshare_jax.evaluation.teacher_forcing import forced_logits, score_text
 from hshare_jax.methods.base import Method
@@ -81,6 +81,7 @@ class Scorer:
         """Prefills all but the last `steps` tokens of each window, and decodes these densely, as the reference."""
         self.windows, self.steps, self.methods = windows, steps, methods
         self._model, self._impl = model, impl
+        check_whole("steps", steps, 1)
         tokens = jnp.asarray([window.tokens for window in windows], jnp.int32)
         length = tokens.shape[1] - 1 - steps
         if length < 1:
@@ -88,7 +89,7 @@ class Scorer:
             raise SettingError("steps", steps, rule)
         lengths = jnp.full((len(windows),), length, jnp.int32)
         self.prefilled: Prefilled = prefill_for(
-            model, tokens[:, :length], lengths, length + steps, methods, progress=progress
+            model, tokens[:, :length], lengths, length + steps, methods, progress=progress, impl=impl
         )
         self._scored = tokens[:, length:]
         state = self.prefilled.start(None)

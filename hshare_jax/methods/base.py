@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from hshare_jax.kv_cache import KVCache
 from hshare_jax.mesh import AnyMesh, dims
 from hshare_jax.models.config import ModelConfig
-from hshare_jax.shapes import EMPTY, MODEL
+from hshare_jax.shapes import EMPTY, MODEL, Source
 
 
 @jax.tree_util.register_dataclass
@@ -94,7 +94,7 @@ class MethodState(Protocol):
         ...
 
     def is_of(self, method: "Method") -> bool:
-        """Whether the method that started this state may find a prompt's lists for it again."""
+        """Whether `method` may prefill onto this state: it is the one that started it, but for how a plan is found."""
         ...
 
     def count_reads(self, cache: KVCache, config: ModelConfig) -> Float[Array, "B"]:
@@ -105,8 +105,14 @@ class MethodState(Protocol):
         """The slots that the last step read in a layer, for each list: one list for each kv or query head."""
         ...
 
-    def count_choices(self, steps: Int[np.ndarray, "B"], config: ModelConfig) -> Choices:
-        """How often tokens were chosen by rows that made so many decode steps since their prefill."""
+    def count_choices(self, steps: Int[np.ndarray, "B"], lengths: Int[np.ndarray, "B"], config: ModelConfig) -> Choices:
+        """How often tokens were chosen since the last prefill or refit.
+
+        Args:
+            steps: decode steps that each row has made since.
+            lengths: tokens of each row now.
+            config: the model.
+        """
         ...
 
 
@@ -178,6 +184,12 @@ class Method(Protocol):
 def _seen(config: ModelConfig, layer: int, lengths: Int[Array, "B"]) -> tuple[Int[Array, "B"], int | None]:
     ends, window = config.sees(layer, lengths)
     return jnp.maximum(ends, 0) if config.looks_up(layer) else ends, window  # a row may be empty
+
+
+def identity_plan(batch_size: int, num_layers: int, num_lists: int) -> Source:
+    """The plan in which nothing is shared."""
+    flat = jnp.arange(num_layers * num_lists, dtype=jnp.int32).reshape(1, num_layers, num_lists)
+    return jnp.tile(flat, (batch_size, 1, 1))
 
 
 def mean_over_devices(of_heads: Float[Array, "B"], config: ModelConfig) -> Float[Array, "B"]:

@@ -15,5 +15,5 @@ def double_sparsity(settings: HShareSettings = HShareSettings()) -> HShare:  # n
     Args:
         settings: the budget, gates and labels.
     """
-    settings = dataclasses.replace(settings, lists_per="query_head", scoring="labels", tail=None)
+    settings = dataclasses.replace(settings, lists_per="query_head", scoring="labels", tail=None, pool=1)
     return HShare(settings).with_sharing_ratio("1-1-1")

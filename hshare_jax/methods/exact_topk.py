@@ -15,5 +15,5 @@ def exact_topk(settings: HShareSettings = HShareSettings()) -> HShare:  # noqa: 
     Args:
         settings: the budget and gates.
     """
-    settings = dataclasses.replace(settings, lists_per="query_head", scoring="exact", tail=None)
+    settings = dataclasses.replace(settings, lists_per="query_head", scoring="exact", tail=None, pool=1)
     return HShare(settings).with_sharing_ratio("1-1-1")

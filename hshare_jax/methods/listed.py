@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from dataclasses import field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from hshare_jax.methods.base import (
     Step,
     count_dense,
     count_listed,
+    identity_plan,
     mark_dense,
     mean_over_devices,
 )
@@ -77,8 +78,10 @@ class ListMethod:
     dense_layers: int = 0  # first layers that read everything
     lists_per: Literal["kv_head", "query_head"] = "query_head"
 
+    may_be_zero: ClassVar[tuple[str, ...]] = ()  # a subclass' whole numbers that need not be at least 1
+
     def __post_init__(self) -> None:
-        may_be_zero = ("num_sinks", "dense_layers", "num_pages")
+        may_be_zero = ("num_sinks", "dense_layers", *self.may_be_zero)
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
             if item.type in (int, "int") or (value is not None and item.type == int | None):
@@ -127,13 +130,12 @@ class ListMethod:
         """The state of an empty cache."""
         B, L = cache.lengths.shape[0], config.num_layers
         J = config.num_kv_heads if self.lists_per == "kv_head" else config.num_heads
-        flat = jnp.arange(L * J, dtype=jnp.int32).reshape(1, L, J)
         return ListState(
             token_indices=jnp.full((L, B, J, self.list_size), EMPTY, jnp.int32),
-            source=jnp.tile(flat, (B, 1, 1)),
+            source=identity_plan(B, L, J),
             recent_start=jnp.zeros((B,), jnp.int32),
             prompt_lengths=jnp.zeros((B,), jnp.int32),
-            memory=tuple(self.start_memory(cache, config) for _ in range(L)),
+            memory=tuple(None if layer < self.dense_layers else self.start_memory(cache, config) for layer in range(L)),
             method=self,
         )
 
@@ -193,7 +195,8 @@ class ListState:
     source: Array = field(metadata=dims("B L J", flat_ids=True))  # int32, the plan in which nothing is shared
     recent_start: Array = field(metadata=dims("B"))  # int32, first slot of the recent range
     prompt_lengths: Array = field(metadata=dims("B"))  # int32, tokens at the last prefill
-    memory: tuple[Any, ...] = field(metadata=dims("B K"))  # of each layer; arrays [B, K, ...] or [B, N, ...]
+    # of each layer; arrays [B, K, ...] or [B, N, ...]; None in dense layers
+    memory: tuple[Any, ...] = field(metadata=dims("B K"))
     method: ListMethod = field(metadata={"static": True})
 
     @property
@@ -254,7 +257,7 @@ class ListState:
             return dense
         return dense & mark_listed(self.token_indices[layer], self.recent_start, self.method.num_sinks, cache.capacity)
 
-    def count_choices(self, steps: Int[np.ndarray, "B"], config: ModelConfig) -> Choices:
+    def count_choices(self, steps: Int[np.ndarray, "B"], lengths: Int[np.ndarray, "B"], config: ModelConfig) -> Choices:
         """Zeros: these methods choose every list on every step, so the numbers would say nothing."""
         return Choices(0, 0, 0)
 

@@ -1,4 +1,6 @@
-"""The names of the methods, and which settings each takes. No jax is imported, so the command line starts fast."""
+"""The names of the methods, which settings each takes, and what all know. No jax: the command line starts fast."""
+
+REFIT_TOKENS = 64  # last tokens of each row that a refit reads once more; refits are at least as many steps apart
 
 METHODS = (
     "hshare", "dense", "exact_topk", "streaming_llm", "h2o", "quest", "quest_window", "snapkv", "snapkv_fixed",

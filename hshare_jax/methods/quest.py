@@ -1,7 +1,7 @@
 """Quest: whole pages of tokens, chosen by a bound on the scores in them (Tang et al., 2024, arXiv 2406.10774)."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jax import Array
@@ -28,6 +28,8 @@ class Quest(ListMethod):
     num_pages: int = 63
     page_size: int = 16
     num_recent: int = 1  # last tokens always read; at least the page that is being filled
+
+    may_be_zero: ClassVar[tuple[str, ...]] = ("num_pages",)
 
     @property
     def list_size(self) -> int:

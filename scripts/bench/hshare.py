@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from hshare_jax.decode_state import DecodeState, init_state
 from hshare_jax.decode_step import decode_step
 from hshare_jax.methods.hshare.method import HShare
-from hshare_jax.methods.hshare.settings import REFIT_TOKENS, HShareSettings
+from hshare_jax.methods.hshare.settings import HShareSettings
 from hshare_jax.methods.hshare.shared_lists import SharedLists
+from hshare_jax.methods.names import REFIT_TOKENS
 from hshare_jax.models.pretrained import Model, load_model
 from hshare_jax.prefill import prefill, read_prompt, refit
 from scripts.bench.gpu_timing import command

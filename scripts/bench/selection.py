@@ -20,7 +20,7 @@ from jax import Array, lax
 
 from hshare_jax.kernels import pallas_selection
 from hshare_jax.kernels.labels import Labels
-from hshare_jax.methods.hshare.share_plan import identity_plan
+from hshare_jax.methods.base import identity_plan
 from scripts.bench import gpu_timing as timing
 
 NUM_CHANNELS = 32

@@ -19,7 +19,7 @@ def test_text_goes_to_stdout_and_statistics_to_stderr(capsys: pytest.CaptureFixt
     status, out, err = call(["generate", "What is the capital of France?", "-n", "16"], capsys)
     assert (status, out) == (0, "The capital of France is Paris.\n")
     assert err.startswith(
-        "hshare 1/2-1-1 budget 512 | computes 90 of 90 lists every step | reads 41.0 of 41.0 tokens | "
+        "hshare 1/2-1-1 budget 512 | computes 0 of 90 lists every step | reads 41.0 of 41.0 tokens | "
     )
     assert " | prompt 37 tokens, " in err
     assert err.count("\n") == 1

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilations import Compilations
 from meshes import mesh_of, on_mesh, random_model
 from tiny_tokenizer import LETTERS, byte_tokenizer
 
@@ -164,6 +165,9 @@ def test_generation_and_agreement_are_those_of_one_device():
     assert token_agreement(spread, prompts, ours.tokens, method=method) == token_agreement(
         model, prompts, ours.tokens, method=method
     )
+    with Compilations() as compilations:
+        hshare_jax.generate(spread, prompts, **call)
+    assert compilations.count == 0
 
 
 def test_the_harness_scores_and_answers_on_a_mesh_as_on_one_device():

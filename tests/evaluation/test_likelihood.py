@@ -154,7 +154,7 @@ def test_few_more_steps_are_computed_than_asked_for():
     ],
 )
 def test_what_cannot_be_scored_is_refused_before_anything_is_computed(monkeypatch, requests, settings, message):
-    monkeypatch.setattr(likelihood, "prefill", None)
+    monkeypatch.setattr(likelihood, "prefill_prompts", None)
     with pytest.raises(ValueError, match=message):
         log_likelihoods(TINY, requests, **{"method": None, "batch_size": 2, **settings})
 

@@ -76,9 +76,8 @@ def test_no_module_above_the_kernels_imports_an_implementation():
     folder = Path(hshare_jax.__file__).parent
     above = [path for path in folder.rglob("*.py") if path.relative_to(folder).parts[0] != "kernels"]
     assert len(above) > 20
-    imports = re.compile(
-        rf"import.*\b({prefixes})_(attention|selection)\b|kernels\.({prefixes})_(attention|selection)\b"
-    )
+    name = rf"({prefixes})_(attention|selection|appending|projection|prefill|library)\b"
+    imports = re.compile(rf"import.*\b{name}|kernels\.{name}")
     assert not [path for path in above if imports.search(path.read_text(encoding="utf-8"))]
 
 

@@ -6,7 +6,7 @@ import pytest
 from tiny_decoder import HSHARE, MODEL, params, prefill_rows, random_rows, vary
 
 from hshare_jax.decode_step import decode_step
-from hshare_jax.methods.names import METHODS
+from hshare_jax.methods.names import METHODS, takes_setting
 from hshare_jax.methods.registry import method_named
 
 
@@ -25,6 +25,13 @@ def test_methods_by_name_read_no_more_than_the_budget(name):
         most = 201 if layer < hshare.settings.num_dense else hshare.settings.budget + (name == "snapkv")
         assert (reads <= most).all()
         assert (reads >= most - 16).all()
+
+
+@pytest.mark.parametrize("name", ["exact_topk", "double_sparsity"])
+def test_methods_by_name_follow_no_setting_that_they_do_not_take(name):
+    others = {"pool": 2, "tail": "fitted", "tail_rank": 1, "lists_per": "kv_head", "scoring": "labels"}
+    assert not any(takes_setting(name, setting) for setting in others)
+    assert method_named(name, vary(HSHARE, **others)) == method_named(name, vary(HSHARE, tail_rank=1))
 
 
 def test_unknown_names_and_budgets_too_small_are_refused():

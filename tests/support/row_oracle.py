@@ -166,7 +166,7 @@ class SharedRow:
                 seen, recent_start = row.sees(layer, length), length - budget.num_recent
                 reads = oracle.shared_reads(listed(position)[j], budget.num_sinks, recent_start, seen)
                 probes.append(tail_oracle.probe(row.queries[layer][position][n], keys[k], values[k], reads, seen))
-            mean_key = tail_oracle.mean_middle_key(keys[k], budget.num_sinks, budget.num_recent)
+            mean_key = tail_oracle.mean_middle_key(keys[k], budget.num_sinks, budget.num_recent, row.windows[layer])
             tails.append(tail_oracle.fit(probes, mean_key, budget.tail_rank))
         return tuple(np.stack(arrays) for arrays in zip(*tails, strict=True))
 
@@ -244,7 +244,8 @@ class SharedRow:
 
         def reads_of(layer, length):
             is_dense = layer < budget.dense_layers
-            if is_refresh and not is_dense:
+            # A row chooses nothing while it reads everything, and will until the next refresh.
+            if is_refresh and not is_dense and row.length + 1 + budget.interval > budget.min_length:
                 new = self.choose(layer, length - 1)
                 for j in range(budget.num_lists):
                     if self.source[layer][j] == (layer, j):

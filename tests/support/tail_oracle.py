@@ -51,9 +51,10 @@ def probe(q, keys, values, reads, seen):
     return Probe(q, total, scores.mean(), out, rest_total, rest_out, len(rest))
 
 
-def mean_middle_key(keys, num_sinks, num_recent):
-    """The mean [H] of the keys [T, H] of a row between its sinks and its recent tokens; zero if there are none."""
-    middle = keys[num_sinks : max(len(keys) - num_recent, 0)]
+def mean_middle_key(keys, num_sinks, num_recent, window):
+    """The mean [H] of the keys [T, H] of a row inside its window, between sinks and recent tokens; zero without any."""
+    first = num_sinks if window is None else max(num_sinks, len(keys) - window)
+    middle = keys[first : max(len(keys) - num_recent, 0)]
     return middle.mean(axis=0) if len(middle) else np.zeros(keys.shape[1])
 
 

@@ -89,7 +89,7 @@ class PasskeyRetrieval(Task[str, "Passkey"]):
     ) -> None:
         from hshare_jax.evaluation.passkeys import answer, read_passkeys
 
-        prefilled = read_passkeys(model, batch, methods)
+        prefilled = read_passkeys(model, batch, methods, impl=impl)
         for name, method in asked:
             answers = answer(model, batch, prefilled, method, impl=impl)
             for passkey, text in zip(batch, answers, strict=True):

@@ -18,10 +18,10 @@ from hshare_jax.kernels.labels import Labels, make_labels
 from hshare_jax.kernels.tail import Tail, no_tail
 from hshare_jax.kv_cache import KVCache
 from hshare_jax.mesh import AnyMesh, by_parts, layout_of, layouts_alike, num_parts
-from hshare_jax.methods.base import PromptQueries
+from hshare_jax.methods.base import PromptQueries, identity_plan
 from hshare_jax.methods.hshare.channels import check_channels, choose_channels
 from hshare_jax.methods.hshare.settings import HShareSettings, PlanSearch, read_sharing_ratio
-from hshare_jax.methods.hshare.share_plan import SharePlan, find_plan, identity_plan
+from hshare_jax.methods.hshare.share_plan import SharePlan, find_plan
 from hshare_jax.methods.hshare.shared_lists import SharedLists
 from hshare_jax.methods.hshare.similarity import MEASURES, LabelledPrompt, list_probes, probe_positions
 from hshare_jax.methods.hshare.tail_fit import fit_tail
@@ -114,13 +114,17 @@ class HShare:
         return False
 
     @property
+    def finds_plan(self) -> bool:
+        """Whether a plan is found from each prompt: none is given, and the ratios ask lists to copy."""
+        return self.plan is None and (self.search.layer_ratio < 1 or self.search.head_ratio < 1)
+
+    @property
     def refit_interval(self) -> int | None:
         """Decode steps after which plan and tails are found anew, in whole refresh intervals; None for never.
 
         It is None also where no plan and no tail is to be found.
         """
-        finds_plan = self.plan is None and (self.search.layer_ratio < 1 or self.search.head_ratio < 1)
-        if self.search.refit_interval is None or not (finds_plan or self.settings.tail is not None):
+        if self.search.refit_interval is None or not (self.finds_plan or self.settings.tail is not None):
             return None
         refresh = self.settings.refresh_interval
         return -(-self.search.refit_interval // refresh) * refresh
@@ -179,12 +183,12 @@ class HShare:
         )
 
     def probe_positions(self, starts: Int[Array, "B"], lengths: Int[Array, "B"], num_tokens: int) -> Int[Array, "B P"]:
-        """Positions of the probes that a plan and tails are found from; none if the plan is known and no tail asked."""
+        """Positions of the probes that a plan and tails are found from; none where neither is to be found."""
         P = self.search.num_probes
         if P == "all":
             P = round_up_coarsely(num_tokens, PROBE_STEP)
-        is_needed = self.plan is None or self.settings.tail is not None
-        return probe_positions(starts, lengths, self.settings, P if is_needed else 0)[0]
+        is_needed = self.finds_plan or self.settings.tail is not None
+        return probe_positions(starts, lengths, self.settings, P if is_needed else 0)
 
     def after_prefill(
         self,
@@ -206,7 +210,7 @@ class HShare:
             impl, mesh: as for `Method.after_prefill`.
         """
         settings, search = self.settings, self.search
-        finds_plan = self.plan is None and search.shares_lists(settings, config)
+        finds_plan = self.finds_plan and search.shares_lists(settings, config)
         similarity = search.similarity if finds_plan else None
         key = settings, similarity, search.num_probes, self.plan, self.channels
         found = None if memo is None else memo.get(key)

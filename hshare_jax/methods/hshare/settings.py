@@ -9,9 +9,8 @@ from fractions import Fraction
 from typing import Literal
 
 from hshare_jax.errors import SettingError, check_one_of, check_whole, setting
+from hshare_jax.methods.names import REFIT_TOKENS
 from hshare_jax.models.config import ModelConfig
-
-REFIT_TOKENS = 64  # last tokens of each row that a refit reads once more; refits are at least as many steps apart
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
+from hshare_jax.methods.base import identity_plan
 from hshare_jax.methods.hshare.settings import HShareSettings, PlanSearch
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.shapes import Similarity, Source
@@ -105,12 +106,6 @@ def kv_layer_plan(config: ModelConfig, settings: HShareSettings) -> SharePlan:
         first = lowest.setdefault(group, layer)
         source.append(tuple(first * J + j for j in range(J)))
     return SharePlan(tuple(source))
-
-
-def identity_plan(batch_size: int, num_layers: int, num_lists: int) -> Source:
-    """The plan in which nothing is shared."""
-    flat = jnp.arange(num_layers * num_lists, dtype=jnp.int32).reshape(1, num_layers, num_lists)
-    return jnp.tile(flat, (batch_size, 1, 1))
 
 
 def greedy_map(similarity: Float[Array, "n n"], num_shared: int) -> Int[Array, "n"]:

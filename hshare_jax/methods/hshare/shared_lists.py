@@ -22,13 +22,14 @@ from hshare_jax.methods.base import (
     Step,
     count_dense,
     count_listed,
+    identity_plan,
     mark_dense,
     mean_over_devices,
 )
 from hshare_jax.methods.hshare.critical_tokens import choose_lists
 from hshare_jax.methods.hshare.pools import choose_in_pools
 from hshare_jax.methods.hshare.settings import HShareSettings
-from hshare_jax.methods.hshare.share_plan import SharePlan, identity_plan, mark_computed, through_plan
+from hshare_jax.methods.hshare.share_plan import SharePlan, mark_computed, through_plan
 from hshare_jax.models.config import ModelConfig
 
 
@@ -76,6 +77,10 @@ class SharedLists:
         if step.refresh is not None:
             return step.is_active & step.refresh
         return step.is_active & ((self.age - 1) % self.refresh_interval == 0)
+
+    def _chooses(self, step: Step) -> Bool[Array, "B"]:
+        """The rows that are due, but for those that read everything until they are due again."""
+        return self._is_due(step) & (step.lengths + self.refresh_interval > self.settings.dense_below)
 
     def attend(
         self,
@@ -125,7 +130,7 @@ class SharedLists:
         chosen = "token_indices" if self.pools is None else "pools"
         lists = choose_lists(
             getattr(self, chosen), layer, q, keys, self.labels[step.config.kv_index(layer)], self.channels[:, layer],
-            self.source, self._is_due(step), step.lengths,
+            self.source, self._chooses(step), step.lengths,
             settings=self.settings, window=step.config.windows[layer], impl=step.impl,
         )  # fmt: skip
         return dataclasses.replace(self, **{chosen: lists})
@@ -175,10 +180,12 @@ class SharedLists:
         is_dense = (cache.lengths < self.settings.dense_below) | (layer < self.settings.num_dense)
         return dense & (marks | is_dense[:, None, None])
 
-    def count_choices(self, steps: Int[np.ndarray, "B"], config: ModelConfig) -> Choices:
-        """How often lists were chosen by rows that made so many decode steps since their prefill."""
-        first, J = self.settings.num_dense, self.source.shape[2]
-        refreshes = -(-steps // self.refresh_interval)
+    def count_choices(self, steps: Int[np.ndarray, "B"], lengths: Int[np.ndarray, "B"], config: ModelConfig) -> Choices:
+        """How often lists were chosen by rows of these lengths, in so many decode steps since their plan was found."""
+        first, J, interval = self.settings.num_dense, self.source.shape[2], self.refresh_interval
+        # Before its step of this number, counted from 0, a row read everything and did not choose (`_chooses`).
+        begin = np.clip(self.settings.dense_below - interval - (lengths - steps), 0, steps)
+        refreshes = -(-steps // interval) - -(-begin // interval)
         computed = mark_computed(to_host(self.source))[:, first:].sum(axis=(1, 2))
         possible = self.settings.num_sparse_layers(config) * J * int(steps.sum())
         return Choices(int(refreshes.sum()), int((refreshes * computed).sum()), possible)

@@ -6,14 +6,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from hshare_jax.kernels.labels import Labels, score_keys
 from hshare_jax.kernels.masked_softmax import softmax_over
-from hshare_jax.methods.base import PromptQueries
+from hshare_jax.methods.base import PromptQueries, identity_plan, mark_dense
 from hshare_jax.methods.hshare.critical_tokens import choose_lists
 from hshare_jax.methods.hshare.settings import HShareSettings
-from hshare_jax.methods.hshare.share_plan import identity_plan
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.shapes import EMPTY, Similarity
 
@@ -33,8 +32,8 @@ class LabelledPrompt(NamedTuple):
 
 def probe_positions(
     starts: Int[Array, "B"], lengths: Int[Array, "B"], settings: HShareSettings, num_probes: int
-) -> tuple[Int[Array, "B P"], Bool[Array, "B P"]]:
-    """Positions of the prompt queries that a plan and tails are found from, the last ones of each row; which are real.
+) -> Int[Array, "B P"]:
+    """Positions of the prompt queries that a plan and tails are found from, the last ones of each row.
 
     Decoding goes on where the prompt ends, and its queries are most like the prompt's last ones. A probe stands no
     earlier than `HShareSettings.first_probe`. Only the tokens of this prefill, at [start, length), can be probes. A row
@@ -43,8 +42,7 @@ def probe_positions(
     count = jnp.maximum(lengths - jnp.maximum(starts, settings.first_probe), 0)
     used = jnp.minimum(count, num_probes)[:, None]
     index = jnp.arange(num_probes, dtype=jnp.int32)[None, :]
-    is_probe = index < used
-    return jnp.where(is_probe, lengths[:, None] - used + index, -1), is_probe
+    return jnp.where(index < used, lengths[:, None] - used + index, -1)
 
 
 def measure_overlap(
@@ -79,13 +77,9 @@ def measure_mass(
     keys = prompt.keys
     J, S = settings.num_lists(config), keys[0].shape[2]
     L, B, N = config.num_layers, prompt.queries.positions.shape[0], config.num_heads
-    slots = jnp.arange(S)[None, :]
 
     def mass_of(layer: int, q: Array, lengths: Array) -> Array:
-        seen, window = config.sees(layer, lengths)
-        is_visible = slots < seen[:, None]
-        if window is not None:
-            is_visible &= slots >= seen[:, None] - window
+        is_visible = mark_dense(layer, lengths, S, config)
         scores = score_keys(q, keys[config.kv_index(layer)])
         return softmax_over(is_visible, scores).reshape(B, J, N // J, S).sum(axis=2)
 

@@ -102,7 +102,7 @@ def _fit_part(
     # The share of the attention that belongs to the tail.
     is_probe = (positions >= 0)[:, None, :] & (rest.count > 0) & (read.total > MASKED)
     share = jnp.where(is_probe, jax.nn.sigmoid(rest.total - read.total), 0)
-    mean_key = _mean_middle_key(keys, cached, settings)
+    mean_key = _mean_middle_key(keys, cached, settings, window)
     # A tail that is nearly nothing or nearly everything changes little when its weight is a little wrong.
     of_weight = _sum_to_one(jnp.where(is_probe, share * (1 - share) + 1e-4, 0))
     of_value = _sum_to_one(share)
@@ -121,10 +121,12 @@ def _fit_part(
     )
 
 
-def _mean_middle_key(keys: Array, cached: Array, settings: HShareSettings) -> Float[Array, "B K H"]:
-    """The mean key of each row between its sinks and its recent tokens."""
+def _mean_middle_key(keys: Array, cached: Array, settings: HShareSettings, window: int | None) -> Float[Array, "B K H"]:
+    """The mean key of each row between its sinks, or where its window begins, and its recent tokens."""
     slots = jnp.arange(keys.shape[2])[None, :]
     is_middle = (slots >= settings.num_sinks) & (slots < (cached - settings.num_recent)[:, None])
+    if window is not None:
+        is_middle &= slots >= (cached - window)[:, None]
     total = jnp.einsum("BS,BKSH->BKH", is_middle.astype(keys.dtype), keys, preferred_element_type=jnp.float32)
     return total / jnp.maximum(is_middle.sum(axis=1), 1)[:, None, None]
 

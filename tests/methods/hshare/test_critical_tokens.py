@@ -10,9 +10,9 @@ import numpy as np
 import oracle
 import pytest
 
+from hshare_jax.methods.base import identity_plan
 from hshare_jax.methods.hshare.critical_tokens import choose_lists, num_critical_in_budget
 from hshare_jax.methods.hshare.settings import HShareSettings
-from hshare_jax.methods.hshare.share_plan import identity_plan
 from hshare_jax.shapes import EMPTY
 
 S = 16

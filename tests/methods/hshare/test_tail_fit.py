@@ -106,7 +106,7 @@ def defined(case):
             for i, p in enumerate(case.positions[b].tolist())
             if p >= 0
         ]
-        mean_key = tail_oracle.mean_middle_key(keys, case.settings.num_sinks, case.settings.num_recent)
+        mean_key = tail_oracle.mean_middle_key(keys, case.settings.num_sinks, case.settings.num_recent, case.window)
         tails.append(tail_oracle.fit(probes, mean_key, case.rank))
     return tuple(np.stack(arrays).reshape(B, N, *arrays[0].shape) for arrays in zip(*tails, strict=True))
 
