@@ -1,9 +1,10 @@
-"""Measures what HShare costs in quality on real text, setting by setting; writes docs/quality-tables.md.
+"""Measures what plans, labels and dense layers cost in quality, without tails; writes docs/quality-tables.md.
 
-Settings are compared with dense decoding. Windows of each text are prefilled once, densely and exactly. Every setting
-then decodes the last tokens of each window through the cache, reads the text's own tokens while it does (teacher
-forcing), and is compared with dense decoding step by step. Each finished cell is a line of the results file and is not
-measured again, so a run that was killed resumes where it was.
+A tail hides much of what a list misses, so these settings are compared without one, and with layer 0 dense;
+scripts/study/methods.py compares methods, tails included. Windows of each text are prefilled once, densely and exactly.
+Every setting then decodes the last tokens of each window through the cache, reads the text's own tokens while it does
+(teacher forcing), and is compared with dense decoding step by step. Each finished cell is a line of the results file
+and is not measured again, so a run that was killed resumes where it was.
 
     python -m scripts.study.quality --text A.txt B.txt C.txt D.txt --results quality.jsonl \\
         --report docs/quality-tables.md
@@ -29,13 +30,13 @@ from hshare_jax.methods.hshare.method import HShare
 from hshare_jax.methods.hshare.share_plan import mark_computed
 from hshare_jax.methods.hshare.shared_lists import SharedLists
 from hshare_jax.models.pretrained import Model, load_model
+from scripts.study import cells as subjects
 from scripts.study.cells import (
     PASSKEY_BATCH,
     WINDOWS,
     beginnings,
     hash_text,
     hide_passkeys,
-    ours,
     published,
     read_texts,
     windows_of,
@@ -44,6 +45,11 @@ from scripts.study.reports import command, made_with, write_report
 
 PUBLISHED_RATIOS = ("1-1-1", "7/8-3/4-1/2", "3/4-3/4-1/2", "1/2-1/2-1/2")
 MARK = "<!-- The text below is written by scripts/study/quality.py. -->"
+
+
+def ours(budget: int, ratio: str = "1-1-1", **settings: object) -> HShare:
+    """The package's defaults at a budget and ratio, but without tails and with layer 0 dense."""
+    return subjects.ours(budget, ratio, **{"tail": None, "dense_layers": 1} | settings)
 
 
 @dataclasses.dataclass(frozen=True)
