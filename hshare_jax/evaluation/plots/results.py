@@ -1,5 +1,6 @@
 """Figures of the cost of methods: divergence from dense decoding, against tokens read and against time."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -55,7 +56,7 @@ def plot_quality(lines: Sequence[Mapping[str, Any]], *, highlight: str = DEFAULT
         dense = [p["reads"] for (name, _), p in found.items() if name == "dense"]
         reads = f"\n(dense decoding reads {np.mean(dense):,.0f})" if dense else ""
         axes.set_title(f"{context:,} tokens of context{reads}", fontsize=10)
-        axes.set_xlabel("tokens read a step (mean over layers and heads)")
+        axes.set_xlabel("tokens read a step, mean over heads")
     _add_legend(figure, panels, styles, highlight)
     set_title(figure, "What reading fewer tokens costs", subject)
     return figure
@@ -178,7 +179,7 @@ def _styles(names: list[str], highlight: str) -> dict[str, dict[str, Any]]:
     order = sorted(names, key=lambda name: (name != highlight, name))
     markers = {name: _MARKERS[index % len(_MARKERS)] for index, name in enumerate(order)}
     spare = (ORANGE, PURPLE, GREEN, SKY, VERMILION, GREY)
-    strangers = sorted({name.partition(" ")[0] for name in names} - set(_COLOURS))
+    strangers = sorted({_family(name) for name in names} - set(_COLOURS))
     colours = _COLOURS | {family: spare[index % len(spare)] for index, family in enumerate(strangers)}
     styles = {}
     for name in names:
@@ -186,7 +187,7 @@ def _styles(names: list[str], highlight: str) -> dict[str, dict[str, Any]]:
         styles[name] = {
             "label": name,
             "gid": name,  # by which the legend finds the line; matplotlib replaces labels such as "" and "_x"
-            "color": colours[name.partition(" ")[0]],
+            "color": colours[_family(name)],
             "marker": markers[name],
             "markersize": 9 if stands_out else 6,
             "markeredgewidth": 1.8 if markers[name] in "x+12" else 1.0,  # markers that are only lines
@@ -195,6 +196,11 @@ def _styles(names: list[str], highlight: str) -> dict[str, dict[str, Any]]:
             "zorder": 4 if stands_out else 3,
         }
     return styles
+
+
+def _family(name: str) -> str:
+    """The method of a name that tells its settings too: "exact_topk, tail" or "hshare 1/2-1-1"."""
+    return re.split("[ ,]", name, maxsplit=1)[0]
 
 
 def _add_legend(figure: Figure, panels: list[Axes], styles: dict[str, dict[str, Any]], highlight: str) -> None:
