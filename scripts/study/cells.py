@@ -31,10 +31,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "layer 0 dense": {"dense_layers": 1},
     "pools of 2": {"pool": 2},
     "pools of 4": {"pool": 4},
+    "a list a head": {"lists_per": "query_head"},
 }
 OURS = (
     "hshare 1-1-1", "hshare 1/2-1-1", "hshare 1/2-1-1, layer 0 dense", "hshare 1/2-1-1, no tail",
-    "hshare 1/2-1-1, pools of 2", "hshare 1/3-1-1", "hshare 1/8-1-1", "hshare 1/8-1-1, pools of 4",
+    "hshare 1/2-1-1, pools of 2", "hshare 1/2-1-1, a list a head", "hshare 1/3-1-1", "hshare 1/8-1-1",
+    "hshare 1/8-1-1, pools of 4",
 )  # fmt: skip
 SIMPLER = ("streaming_llm", "h2o", "quest", "quest_window", "snapkv", "snapkv_fixed")  # no labels, no plan
 NAMES = (
