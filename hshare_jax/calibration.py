@@ -16,7 +16,7 @@ from hshare_jax.decode_state import init_state
 from hshare_jax.errors import SettingError
 from hshare_jax.kv_cache import KVCache
 from hshare_jax.mesh import to_host
-from hshare_jax.methods.base import PromptQueries
+from hshare_jax.methods.base import MethodState, PromptQueries
 from hshare_jax.methods.hshare.channels import channel_statistic
 from hshare_jax.methods.hshare.method import HShare, measure_prompt, plan_from
 from hshare_jax.methods.hshare.share_plan import SharePlan, to_share_plan
@@ -72,7 +72,7 @@ def calibrate(
     blocks = cut_blocks(model, texts, method=method, block_length=block_length, max_blocks=max_blocks)
     num_tokens, method = sum(map(len, blocks)), dataclasses.replace(method, plan=None, channels=None)
     with tqdm(total=2 * num_tokens, desc="calibrate", unit="token", leave=False, disable=None) as bar:
-        channels = _rank_channels(model, blocks, method, bar)
+        channels = _rank_channels(model, blocks, bar)
         plan = _find_plan(model, blocks, method, channels, bar)
     return Calibration(channels, plan, num_tokens)
 
@@ -103,10 +103,10 @@ def cut_blocks(
     return blocks
 
 
-def _rank_channels(model: "Model", blocks: list[list[int]], method: HShare, bar: tqdm) -> Int[np.ndarray, "L K H"]:
+def _rank_channels(model: "Model", blocks: list[list[int]], bar: tqdm) -> Int[np.ndarray, "L K H"]:
     total, capacity = np.zeros(()), max(map(len, blocks))
     for block in blocks:
-        queries, cache, _ = _read_block(model, block, capacity, method, bar)
+        queries, cache, _ = _read_block(model, block, capacity, None, bar)
         total = total + to_host(_channel_statistics(queries, cache, config=model.config)).astype(np.float64)
     return np.argsort(-total, axis=-1, kind="stable")
 
@@ -122,6 +122,7 @@ def _find_plan(model: "Model", blocks: list[list[int]], method: HShare, channels
             bar.update(len(block))
             continue
         queries, cache, lists = _read_block(model, block, capacity, method, bar)
+        assert isinstance(lists, SharedLists)
         similarity = measure_prompt(
             lists, queries, cache, config=config, similarity=search.similarity, mesh=model.mesh
         ).similarity
@@ -136,19 +137,20 @@ def _find_plan(model: "Model", blocks: list[list[int]], method: HShare, channels
 
 
 def _read_block(
-    model: "Model", block: list[int], capacity: int, method: HShare, bar: tqdm
-) -> tuple[PromptQueries, KVCache, SharedLists]:
+    model: "Model", block: list[int], capacity: int, method: HShare | None, bar: tqdm
+) -> tuple[PromptQueries, KVCache, MethodState | None]:
+    """What prefill keeps of a block, its cache, and the method's empty state; without a method no probes are kept."""
     dtype, mesh = jnp.dtype(model.dtype), model.mesh
     state = init_state(model.config, 1, capacity, method=method, dtype=dtype, mesh=mesh)
     tokens, lengths = jnp.asarray([block], jnp.int32), jnp.asarray([len(block)], jnp.int32)
-    lists = state.method_state
-    assert isinstance(lists, SharedLists)
-    positions = method.probe_positions(jnp.zeros_like(lengths), lengths, len(block))
+    positions = jnp.zeros((1, 0), jnp.int32)
+    if method is not None:
+        positions = method.probe_positions(jnp.zeros_like(lengths), lengths, len(block))
     _, cache, queries = read_prompt(
         model.params, tokens, lengths, state.cache, positions, config=model.config, progress=bar.update, mesh=mesh
     )
     assert queries is not None
-    return queries, cache, lists
+    return queries, cache, state.method_state
 
 
 @functools.partial(jax.jit, static_argnames=("config",))

@@ -18,7 +18,7 @@ from hshare_jax.methods.hshare.shared_lists import SharedLists
 from hshare_jax.models.config import ModelConfig, RopeConfig
 from hshare_jax.models.decoder import Decoder
 from hshare_jax.models.pretrained import Model, ModelFiles
-from hshare_jax.prefill import prefill
+from hshare_jax.prefill import prefill, read_prompt
 
 MODEL = ModelConfig(
     vocab_size=48, width=32, mlp_width=48, num_layers=3, num_heads=6, num_kv_heads=3, head_dim=8, max_positions=1024,
@@ -73,6 +73,18 @@ def test_channels_are_ranked_by_the_mean_product_over_all_pairs_of_all_blocks(ca
     # Sums in float32 may swap two channels that are this close.
     assert (np.diff(ranked, axis=-1) <= 1e-5 * ranked[..., 1:]).all()
     assert calibrated.num_tokens == len(TEXT)
+
+
+def test_only_the_pass_that_finds_the_plan_keeps_probes(monkeypatch):
+    kept = []
+
+    def read(*args, **how):
+        kept.append(args[4].shape[1])
+        return read_prompt(*args, **how)
+
+    monkeypatch.setattr("hshare_jax.calibration.read_prompt", read)
+    calibrate(MODEL_OF_IDS, [TEXT[:BLOCK]], method=HSHARE, block_length=BLOCK)
+    assert kept == [0, HSHARE.search.num_probes]
 
 
 @pytest.mark.parametrize("method", [HSHARE, PUBLISHED], ids=["units", "published"])
