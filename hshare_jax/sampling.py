@@ -9,6 +9,8 @@ from hshare_jax.sampling_params import SamplingParams
 from hshare_jax.shapes import Logits, PerRow
 
 COLDEST = 1e-6  # the lowest temperature that logits are divided by
+LEAST_TOP_P = 1e-30  # float32 rounds smaller ones to 0, and then no token would stay
+FARTHEST = 1e30  # how far from 0 a repetition penalty may take a logit
 
 
 def sample(logits: Logits, keys: Array, sampling: SamplingParams, *, seen: Bool[Array, "B V"] | None = None) -> PerRow:
@@ -24,7 +26,7 @@ def sample(logits: Logits, keys: Array, sampling: SamplingParams, *, seen: Bool[
         if seen is None:
             raise ValueError(f"repetition_penalty={sampling.repetition_penalty} needs `seen`, the tokens so far")
         penalised = jnp.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
-        logits = jnp.where(seen, penalised, logits)
+        logits = jnp.where(seen, jnp.clip(penalised, -FARTHEST, FARTHEST), logits)
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     # Relative to the peak, and with a temperature that float32 can divide by: the coldest draws are greedy.
@@ -42,7 +44,7 @@ def keep_likely(logits: Logits, sampling: SamplingParams) -> Logits:
         ordered = jnp.sort(logits, axis=-1, descending=True)
         probabilities = jax.nn.softmax(ordered, axis=-1)
         # A token stays while the tokens before it hold less than top_p.
-        is_kept = jnp.cumsum(probabilities, axis=-1) - probabilities < sampling.top_p
+        is_kept = jnp.cumsum(probabilities, axis=-1) - probabilities < max(sampling.top_p, LEAST_TOP_P)
         least = jnp.where(is_kept, ordered, jnp.inf).min(axis=-1, keepdims=True)
         logits = jnp.where(logits < least, -jnp.inf, logits)
     if sampling.min_p > 0:

@@ -166,3 +166,14 @@ def test_the_coldest_temperature_is_greedy():
 def test_a_penalty_without_the_tokens_so_far_is_refused():
     with pytest.raises(ValueError, match=r"repetition_penalty=1\.5 needs `seen`"):
         sample(jnp.zeros((1, 3)), keys(0), SamplingParams(repetition_penalty=1.5))
+
+
+def test_parameters_that_float32_rounds_to_nothing_still_draw_a_likely_token():
+    logits = jnp.asarray([[1.0, 3.0, -2.0, 2.0]])
+    keys, seen = jax.random.split(jax.random.key(0), 1), jnp.asarray([[False, False, False, True]])
+    assert drawn(logits, keys, SamplingParams(temperature=1.0, top_p=1e-50)).tolist() == [1]
+    assert drawn(logits, keys, SamplingParams(temperature=1e-50)).tolist() == [1]
+    # A penalty below 1 makes seen tokens likelier.
+    for temperature in (0.0, 1.0):
+        sampling = SamplingParams(temperature=temperature, repetition_penalty=1e-50)
+        assert drawn(logits, keys, sampling, seen=seen).tolist() == [3]
