@@ -108,7 +108,7 @@ class Seeds:
 # Values that an option, an argument or an entry of a file may get instead of a good one.
 JUNK = (
     "", "-1", "0", "1", "nan", "inf", "1e400", "x", "none", "1/0", "9" * 25, "--", "\ufeff", "\x00", "caf\udce9",
-    "a" * 700,
+    "a" * 700, "1e-50",
 )  # fmt: skip
 JUNK_JSON = (
     None, True, -1, 0, 7, 2**70, 0.5, math.nan, math.inf, "", "x", "\ud800", [], [[]], {}, {"a": 1}, [None], ["x"],
