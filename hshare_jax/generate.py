@@ -181,7 +181,7 @@ class _Run:
         self._seeds = _check_seeds(options.seeds, len(prompts))
         tokenizer = _check_tokenizer(model, options.stop)
         self._end_tokens = _find_end_tokens(model, tokenizer, options.stop)
-        jax.eval_shape(self._init_state)  # refuses a method that does not fit the model
+        self._try_method()
         self.streams = [] if tokenizer is None else [TextStream(tokenizer, options.stop) for _ in prompts]
         self._tokens: list[list[int]] = [[] for _ in prompts]
         self._choices = Choices(0, 0, 0)
@@ -220,10 +220,11 @@ class _Run:
             yield max(map(len, self._tokens))
         self._usage = self._count_usage(loop)
 
-    def _init_state(self) -> list[Array]:
-        model, B = self._model, len(self._prompts)
-        method, dtype = self._options.method, jnp.dtype(model.dtype)
-        return jax.tree.leaves(init_state(model.config, B, self._capacity, method=method, dtype=dtype, mesh=model.mesh))
+    def _try_method(self) -> None:
+        """Raises ValueError if the method does not fit the model. Nothing is computed."""
+        model, B, method = self._model, len(self._prompts), self._options.method
+        how = {"method": method, "dtype": jnp.dtype(model.dtype), "mesh": model.mesh}
+        jax.eval_shape(lambda: jax.tree.leaves(init_state(model.config, B, self._capacity, **how)))
 
     def _start(self, end_tokens: Array, limit: Array) -> LoopState:
         """Prefills the prompts and samples the first token of each row."""

@@ -191,7 +191,8 @@ def _open(
 def save_model(model: Model, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
     """Writes a model as a checkpoint directory that `load_model` can read. On an error nothing is written.
 
-    With `overwrite` the new model takes the place of the one at `path`. Other files in that directory stay.
+    With `overwrite` the new model takes the place of the one at `path`. Other files in that directory stay. If several
+    processes hold the model, all of them call this, and each writes its own parts; they must reach the same directory.
 
     Raises:
         FileExistsError: `path` exists and `overwrite` is False, or `path` is not such a checkpoint.

@@ -75,6 +75,13 @@ def test_channels_are_ranked_by_the_mean_product_over_all_pairs_of_all_blocks(ca
     assert calibrated.num_tokens == len(TEXT)
 
 
+@pytest.mark.parametrize("tail", [None, "fitted"])
+def test_where_nothing_is_shared_the_plan_lets_every_list_choose(tail):
+    single = vary(HSHARE.with_sharing_ratio("1-1-1"), tail=tail)
+    found = calibrate(MODEL_OF_IDS, [TEXT], method=single, block_length=BLOCK)
+    assert found.plan.is_computed.all()
+
+
 def test_only_the_pass_that_finds_the_plan_keeps_probes(monkeypatch):
     kept = []
 

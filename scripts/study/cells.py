@@ -129,7 +129,7 @@ def hash_text(text: str) -> str:
 def windows_of(model: Model, texts: dict[str, str], context: int, per_text: int | None = None) -> list[Window]:
     """The windows of one context, `per_text` from each text; None: `WINDOWS` in all.
 
-    The first window of each text is left out, because defaults were chosen on it.
+    The first window of each text is left out, because the tail's form was chosen on it.
     """
     count = 1 + (per_text or WINDOWS // len(texts))
     by_text = (cut_windows(model, *text, context=context, count=count, skip=SKIP) for text in texts.items())

@@ -64,6 +64,13 @@ def test_the_plan_is_the_one_that_decoding_follows(plan_kind: str) -> None:
     assert patterns.step_overlap.shape == (0, MODEL.num_layers)
 
 
+def test_patterns_of_a_method_that_shares_nothing_are_those_of_one_that_does(found: Patterns) -> None:
+    single = vary(HSHARE, tail=None, layer_ratio=Fraction(1), head_ratio=Fraction(1))
+    alone = measure_patterns(TINY, PROMPT, method=single, steps=STEPS)
+    assert alone.plan.is_computed.all()
+    np.testing.assert_array_equal(alone.layer_overlap, found.layer_overlap)
+
+
 def test_a_list_is_compared_with_itself_later() -> None:
     # One list of each of two layers, at three steps; the first layer has none.
     lists = np.array([[[-1, -1], [1, 2]], [[-1, -1], [2, 3]], [[-1, -1], [3, 4]]], np.int32)[:, :, None]

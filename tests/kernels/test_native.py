@@ -379,6 +379,11 @@ def absent(monkeypatch, tmp_path):
     native_library.obstacle.cache_clear()
 
 
+def test_instructions_that_are_none_keep_the_library_from_running(absent, monkeypatch):
+    monkeypatch.setenv("HSHARE_JAX_INSTRUCTIONS", "avx-512")
+    assert "is told HSHARE_JAX_INSTRUCTIONS=avx-512, which must be one of avx512, avx2, any" in api.describe("auto")
+
+
 def test_without_the_library_auto_takes_the_definition_and_says_why(absent):
     reason = "was not compiled when the package was installed (by gcc 11 or clang 14, or newer ones)"
     assert api.describe("auto") == f"reference (the library of native kernels {reason})"

@@ -183,11 +183,14 @@ class HShare:
         )
 
     def probe_positions(self, starts: Int[Array, "B"], lengths: Int[Array, "B"], num_tokens: int) -> Int[Array, "B P"]:
-        """Positions of the probes that a plan and tails are found from; none where neither is to be found."""
+        """Positions of the probes that a plan and tails are found from; none if the plan is known and no tail asked.
+
+        A ratio of 1-1-1 keeps probes too, because calibration and the plots of overlap measure them.
+        """
         P = self.search.num_probes
         if P == "all":
             P = round_up_coarsely(num_tokens, PROBE_STEP)
-        is_needed = self.finds_plan or self.settings.tail is not None
+        is_needed = self.plan is None or self.settings.tail is not None
         return probe_positions(starts, lengths, self.settings, P if is_needed else 0)
 
     def after_prefill(
