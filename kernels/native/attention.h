@@ -5,15 +5,23 @@
 
 namespace {
 
-constexpr int kAhead = 16;  // slots whose rows are fetched before they are needed
+constexpr int32_t kStreams = 8;  // a CPU fetches several streams by itself, and computes meanwhile; of one it waits
+constexpr int32_t kAhead = 16, kFar = 32;  // slots whose rows are fetched before they are needed, and their first bytes
 
-INLINE int64_t slot_at(const AttendWork& work, int32_t i) { return work.slots ? work.slots[i] : work.first + i; }
+// The slot that is read as number i. A range is read as streams that take turns.
+INLINE int64_t slot_at(const AttendWork& work, int32_t i) {
+  if (work.slots) return work.slots[i];
+  const int32_t length = work.count / kStreams;
+  return work.first + (i < kStreams * length ? i % kStreams * length + i / kStreams : i);
+}
 
+// Starts to fetch rows that are read after number i. The first line of a row brings its neighbour too.
 template <class T>
 INLINE void fetch(const AttendWork& work, const T* rows, int32_t i) {
+  if (i + kFar < work.count) __builtin_prefetch(rows + slot_at(work, i + kFar) * work.H);
   if (i + kAhead >= work.count) return;
   const char* row = (const char*)(rows + slot_at(work, i + kAhead) * work.H);
-  for (int64_t byte = 0; byte < (int64_t)(work.H * sizeof(T)); byte += 64) __builtin_prefetch(row + byte);
+  for (int64_t byte = 64; byte < (int64_t)(work.H * sizeof(T)); byte += 64) __builtin_prefetch(row + byte);
 }
 
 // Scores of the heads [g, g + HEADS) with every slot. A key is read once, four keys at a time.

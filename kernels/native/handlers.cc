@@ -18,7 +18,8 @@ namespace ffi = xla::ffi;
 namespace {
 
 constexpr int64_t kPiecesPerThread = 4;
-constexpr int32_t kPart = 512;  // slots that one piece of attention reads; the same for any number of threads
+// Slots that one piece of attention reads at most, of a list and of a range. They do not depend on the number of threads.
+constexpr int32_t kListPart = 512, kRangePart = 1024;
 
 // The best code that this CPU runs, or the best of at most the instructions that the environment names (for tests).
 const Code& code() {
@@ -106,6 +107,11 @@ char* changed(const Array& argument, ffi::Result<Array>& result) {
 struct Reads {
   const int32_t* slots;  // null: all slots in [first, first + count)
   int32_t first, count;
+
+  int32_t num_parts() const {
+    const int32_t most = slots ? kListPart : kRangePart;
+    return std::max(1, (count + most - 1) / most);
+  }
 };
 
 // Attention of every list over what it reads.
@@ -139,7 +145,7 @@ struct Attention {
     const std::vector<float> wide = widened(q, q_type);
     const int64_t lists = B * parts_of_row * J;
     std::vector<int64_t> begin(lists + 1, 0);  // the first part of each list
-    for (int64_t i = 0; i < lists; ++i) begin[i + 1] = begin[i] + std::max(1, (reads[i].count + kPart - 1) / kPart);
+    for (int64_t i = 0; i < lists; ++i) begin[i + 1] = begin[i] + reads[i].num_parts();
     const int64_t parts = begin.back();
     std::vector<int32_t> list_of(parts);
     for (int64_t i = 0; i < lists; ++i) std::fill(&list_of[begin[i]], &list_of[begin[i]] + (begin[i + 1] - begin[i]), i);
@@ -149,8 +155,9 @@ struct Attention {
     for (int64_t i = 0; i < lists; ++i) left[i] = begin[i + 1] - begin[i];
     in_parallel(pool, parts, [&](int64_t part) {
       const int64_t i = list_of[part], row = i / J, b = row / parts_of_row, j = i % J, k = j / (J / K);
-      const int32_t skipped = static_cast<int32_t>(part - begin[i]) * kPart;
       const Reads& of_list = reads[i];
+      const int32_t most = (of_list.count + of_list.num_parts() - 1) / of_list.num_parts();
+      const int32_t skipped = std::min(static_cast<int32_t>(part - begin[i]) * most, of_list.count);
       static thread_local std::vector<float> scores;
       AttendWork work{};
       work.q = &wide[(b * N + j * G) * H];
@@ -159,9 +166,9 @@ struct Attention {
       work.type = type;
       work.slots = of_list.slots ? of_list.slots + skipped : nullptr;
       work.first = of_list.first + skipped;
-      work.count = std::min(kPart, of_list.count - skipped);
+      work.count = std::min(most, of_list.count - skipped);
       work.G = G, work.H = H;
-      scores.resize(G * kPart);
+      scores.resize(G * kRangePart);
       work.scores = scores.data();
       work.out = of_parts + part * G * H;
       work.stats = stats + part * G * 3;

@@ -76,6 +76,18 @@ INLINE Floats to_floats(Bytes bytes) {
 #endif
 }
 
+// The low and the high four bits of each byte, as floats.
+INLINE void widen_nibbles(Bytes bytes, Floats* low, Floats* high) {
+#if LANES == 16
+  const __m512i wide = _mm512_cvtepu8_epi32((__m128i)bytes);
+  const __m512 of_codes = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  *low = (Floats)_mm512_permutexvar_ps(wide, of_codes);  // which counts the low bits alone
+  *high = (Floats)_mm512_permutexvar_ps(_mm512_srli_epi32(wide, 4), of_codes);
+#else
+  *low = to_floats(bytes & 15), *high = to_floats(bytes >> 4);
+#endif
+}
+
 // Sixteen bytes as floats, in 16 / LANES vectors.
 typedef uint8_t Sixteen __attribute__((vector_size(16)));
 INLINE void widen_sixteen(Sixteen bytes, Floats* to) {

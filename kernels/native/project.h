@@ -8,9 +8,10 @@ namespace {
 constexpr int kBlock = 32;  // neighbouring weights of a row that share a scale
 constexpr int kRows = LANES == 16 ? 8 : 4;  // rows that are multiplied together: as many as the registers hold
 
-// Float weights, FEATURES of them with ROWS rows of x.
+// FEATURES rows of float weights, from `feature` on and so far `apart`, with ROWS rows of x. They lie far apart because a
+// CPU fetches several streams by itself while it computes; of a single one it would wait for the memory.
 template <class T, int ROWS, int FEATURES>
-void multiply(const ProjectWork& work, const float* x, int32_t feature, float* y) {
+void multiply(const ProjectWork& work, const float* x, int32_t feature, int32_t apart, float* y) {
   const T* weights = (const T*)work.weights + (int64_t)feature * work.D;
   const int32_t D = work.D, whole = D / LANES * LANES;
   Floats sums_of[FEATURES][ROWS];
@@ -20,8 +21,8 @@ void multiply(const ProjectWork& work, const float* x, int32_t feature, float* y
   for (int32_t d = 0; d < whole; d += LANES) {
     Floats weight[FEATURES];
     for (int f = 0; f < FEATURES; ++f) {
-      weight[f] = load(weights + (int64_t)f * D + d);
-      __builtin_prefetch(weights + (int64_t)(FEATURES + f) * D + d);  // of the next features
+      weight[f] = load(weights + (int64_t)f * apart * D + d);
+      __builtin_prefetch(weights + ((int64_t)f * apart + 1) * D + d);  // of the next feature
     }
     for (int r = 0; r < ROWS; ++r) {
       const Floats of_row = load(x + (int64_t)r * D + d);
@@ -30,12 +31,12 @@ void multiply(const ProjectWork& work, const float* x, int32_t feature, float* y
   }
   if (whole < D) {
     for (int f = 0; f < FEATURES; ++f) {
-      const Floats weight = load_some(weights + (int64_t)f * D + whole, D - whole);
+      const Floats weight = load_some(weights + (int64_t)f * apart * D + whole, D - whole);
       for (int r = 0; r < ROWS; ++r) sums_of[f][r] += weight * load_some(x + (int64_t)r * D + whole, D - whole);
     }
   }
   for (int f = 0; f < FEATURES; ++f) {
-    for (int r = 0; r < ROWS; ++r) y[(int64_t)r * work.features + feature + f] = sum(sums_of[f][r]);
+    for (int r = 0; r < ROWS; ++r) y[(int64_t)r * work.features + feature + f * apart] = sum(sums_of[f][r]);
   }
 }
 
@@ -83,8 +84,9 @@ INLINE void load_scales(const ProjectWork& work, int64_t first, int32_t count, S
   store(to->minimum, work.minima ? load_some((const Float16*)work.minima + first, count) : zeros());
 }
 
+// The same with weights in blocks.
 template <class Codes, int ROWS, int FEATURES>
-void multiply_blocks(const ProjectWork& work, const float* x, int32_t feature, float* y) {
+void multiply_blocks(const ProjectWork& work, const float* x, int32_t feature, int32_t apart, float* y) {
   const uint8_t* weights = (const uint8_t*)work.weights;
   const int32_t blocks = work.D / kBlock;
   Floats sums_of[FEATURES][ROWS];
@@ -94,13 +96,13 @@ void multiply_blocks(const ProjectWork& work, const float* x, int32_t feature, f
   for (int32_t start = 0; start < blocks; start += LANES) {
     const int32_t here = blocks - start < LANES ? blocks - start : LANES;
     Scales scales[FEATURES];
-    for (int f = 0; f < FEATURES; ++f) load_scales(work, (int64_t)(feature + f) * blocks + start, here, &scales[f]);
+    for (int f = 0; f < FEATURES; ++f) load_scales(work, (int64_t)(feature + f * apart) * blocks + start, here, &scales[f]);
     for (int32_t b = 0; b < here; ++b) {
       Floats weight[FEATURES][kBlock / LANES];
       for (int f = 0; f < FEATURES; ++f) {
-        const uint8_t* codes = weights + ((int64_t)(feature + f) * blocks + start + b) * Codes::kBytes;
+        const uint8_t* codes = weights + ((int64_t)(feature + f * apart) * blocks + start + b) * Codes::kBytes;
         load_block(Codes{}, codes, scales[f].scale[b], scales[f].minimum[b], weight[f]);
-        __builtin_prefetch(codes + (int64_t)FEATURES * blocks * Codes::kBytes);  // of the next features
+        __builtin_prefetch(codes + (int64_t)blocks * Codes::kBytes);  // of the next feature
       }
       for (int r = 0; r < ROWS; ++r) {
         const float* of_row = x + (int64_t)r * work.D + (start + b) * kBlock;
@@ -112,27 +114,27 @@ void multiply_blocks(const ProjectWork& work, const float* x, int32_t feature, f
     }
   }
   for (int f = 0; f < FEATURES; ++f) {
-    for (int r = 0; r < ROWS; ++r) y[(int64_t)r * work.features + feature + f] = sum(sums_of[f][r]);
+    for (int r = 0; r < ROWS; ++r) y[(int64_t)r * work.features + feature + f * apart] = sum(sums_of[f][r]);
   }
 }
 
 template <int ROWS, int FEATURES>
-void multiply_typed(const ProjectWork& work, const float* x, int32_t feature, float* y) {
+void multiply_typed(const ProjectWork& work, const float* x, int32_t feature, int32_t apart, float* y) {
   switch (work.type) {
-    case Type::kBFloat16: return multiply<BFloat16, ROWS, FEATURES>(work, x, feature, y);
-    case Type::kFloat16: return multiply<Float16, ROWS, FEATURES>(work, x, feature, y);
-    case Type::kFloat32: return multiply<float, ROWS, FEATURES>(work, x, feature, y);
-    case Type::kBytes: return multiply_blocks<Int8, ROWS, FEATURES>(work, x, feature, y);
-    case Type::kNibbles: return multiply_blocks<Nibbles, ROWS, FEATURES>(work, x, feature, y);
+    case Type::kBFloat16: return multiply<BFloat16, ROWS, FEATURES>(work, x, feature, apart, y);
+    case Type::kFloat16: return multiply<Float16, ROWS, FEATURES>(work, x, feature, apart, y);
+    case Type::kFloat32: return multiply<float, ROWS, FEATURES>(work, x, feature, apart, y);
+    case Type::kBytes: return multiply_blocks<Int8, ROWS, FEATURES>(work, x, feature, apart, y);
+    case Type::kNibbles: return multiply_blocks<Nibbles, ROWS, FEATURES>(work, x, feature, apart, y);
   }
 }
 
 template <int ROWS>
 void multiply_features(const ProjectWork& work, const float* x, float* y) {
   constexpr int kFeatures = ROWS == 1 ? 4 : 2;
-  int32_t feature = work.first;
-  for (; feature + kFeatures <= work.last; feature += kFeatures) multiply_typed<ROWS, kFeatures>(work, x, feature, y);
-  for (; feature < work.last; ++feature) multiply_typed<ROWS, 1>(work, x, feature, y);
+  const int32_t apart = (work.last - work.first) / kFeatures, end = work.first + kFeatures * apart;
+  for (int32_t i = 0; i < apart; ++i) multiply_typed<ROWS, kFeatures>(work, x, work.first + i, apart, y);
+  for (int32_t feature = end; feature < work.last; ++feature) multiply_typed<ROWS, 1>(work, x, feature, 1, y);
 }
 
 void project(const ProjectWork& work) {

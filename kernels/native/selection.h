@@ -20,9 +20,8 @@ void score_labels(const SelectWork& work, int g, const float* query, float* scor
     for (int32_t r = 0; r < rows; ++r) {
       const T* from = column + r * work.S;
       if constexpr (NIBBLES) {
-        const Bytes codes = here == LANES ? read<Bytes>(from) : read_some(from, here);
-        const Floats low = to_floats(codes & 15);
-        const Floats high = to_floats(codes >> 4);
+        Floats low, high;
+        widen_nibbles(here == LANES ? read<Bytes>(from) : read_some(from, here), &low, &high);
         for (int n = 0; n < HEADS; ++n) {
           const float* of_head = query + (g + n) * 2 * rows;
           sums[n] += low * of_head[r];

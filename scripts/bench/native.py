@@ -66,13 +66,17 @@ def main() -> None:
     labels, query = [make_labels(of_layer, channels, 4) for of_layer in keys], label_query(q, channels, 4)
     matrices = [leaf for leaf in jax.tree.leaves(model.params, is_leaf=_is_blocks) if _is_blocks(leaf)]
 
-    def dense(keys: list, values: list) -> list:
-        return [api.dense_decode(q, *cache, lengths, impl=impl) for cache in zip(keys, values, strict=True)]
+    # As in a model, a layer waits for the one before it.
+    def dense(out: jax.Array, keys: list, values: list) -> jax.Array:
+        for cache in zip(keys, values, strict=True):
+            out = api.dense_decode(out, *cache, lengths, impl=impl)
+        return out
 
-    def through_lists(keys: list, values: list) -> list:
+    def through_lists(out: jax.Array, keys: list, values: list) -> jax.Array:
         decode = functools.partial(api.sparse_decode, num_sinks=NUM_SINKS, max_recent=NUM_RECENT, impl=impl)
-        caches = enumerate(zip(keys, values, strict=True))
-        return [decode(q, *cache, lists, source, i, lengths, lengths - NUM_RECENT) for i, cache in caches]
+        for i, cache in enumerate(zip(keys, values, strict=True)):
+            out = decode(out, *cache, lists, source, i, lengths, lengths - NUM_RECENT)
+        return out
 
     def choose(lists: jax.Array, labels: list) -> jax.Array:
         ends = jnp.full((B,), NUM_SINKS), lengths - NUM_RECENT
@@ -80,8 +84,11 @@ def main() -> None:
             lists = api.select_by_labels(lists, i, query, of_layer, source, jnp.ones(B, bool), *ends, None, impl=impl)
         return lists
 
-    def project(matrices: list) -> list:
-        return [api.project(weight, jnp.ones((B, weight.shape[1])), impl=impl) for weight in matrices]
+    def project(matrices: list) -> jax.Array:
+        one = jnp.ones(())
+        for weight in matrices:
+            one = 1 + 0 * api.project(weight, jnp.full((B, weight.shape[1]), one), impl=impl)[0, 0]
+        return one
 
     read = NUM_SINKS + NUM_CRITICAL + NUM_RECENT
     per_layer, scale = 2 * B * K * H * 4, L / LAYERS
@@ -90,9 +97,9 @@ def main() -> None:
     memory = jnp.ones((128 * 2**20,), jnp.float32)  # far larger than the caches
     sides = {
         "reading memory": (jax.jit(jnp.sum), (memory,), 1, memory.nbytes),
-        "dense attention": (jax.jit(dense), (keys, values), scale, L * per_layer * S),
+        "dense attention": (jax.jit(dense), (q, keys, values), scale, L * per_layer * S),
         f"attention through lists, {read} tokens": (
-            jax.jit(through_lists), (keys, values), scale, L * per_layer * read,
+            jax.jit(through_lists), (q, keys, values), scale, L * per_layer * read,
         ),
         "choice of all lists": (jax.jit(choose), (lists, labels), scale, label_bytes),
         "projections and logits": (jax.jit(project), (matrices,), 1, weight_bytes),

@@ -273,7 +273,7 @@ def test_two_threads_may_decode_at_once():
 @FEW
 @given(
     heads=st.sampled_from([(1, 1), (3, 1), (5, 1), (7, 7), (6, 2), (9, 3)]), H=st.integers(1, 40),
-    S=st.integers(1, 700), window=st.none() | st.integers(1, 50),
+    S=st.integers(1, 2500), window=st.none() | st.integers(1, 50),  # up to three pieces of a range, five of a list
     dtype=st.sampled_from(["float32", "bfloat16", "float16"]), data=st.data(),
 )  # fmt: skip
 def test_dense_attention_of_any_shape_equals_the_definition(heads, H, S, window, dtype, data):
@@ -287,6 +287,13 @@ def test_dense_attention_of_any_shape_equals_the_definition(heads, H, S, window,
         for impl in ("native", "reference")
     )
     np.testing.assert_allclose(found, expected, atol=1e-5 if dtype == "float32" else 3e-2, rtol=0)
+    slots = jnp.arange(S)
+    lists = jnp.broadcast_to(jnp.where(slots < lengths[:, None], slots, EMPTY)[None, :, None], (1, 2, K, S))
+    plan = jnp.broadcast_to(jnp.arange(K), (2, 1, K)), 0
+    listed = api.sparse_decode(
+        q, keys, values, lists, *plan, lengths, lengths, num_sinks=0, max_recent=0, window=window, impl="native"
+    )
+    np.testing.assert_allclose(np.asarray(listed, np.float32), found, atol=1e-5 if dtype == "float32" else 3e-2, rtol=0)
 
 
 @needs_library
