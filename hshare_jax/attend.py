@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 
 from hshare_jax.decode_state import DecodeState
 from hshare_jax.kernels.api import append_tokens, dense_decode, prefill_attention, prefill_attention_received
+from hshare_jax.kernels.int8_rows import as_cached, row_floats
 from hshare_jax.kv_cache import KVCache, replace_layer
 from hshare_jax.methods.base import PromptQueries, Step
 from hshare_jax.models.config import ModelConfig
@@ -79,7 +80,8 @@ def decode_attend(step: Step) -> Attend[DecodeState]:
             lengths, window = step.sees(layer)
             out = dense_decode(query, keys, values, lengths, window=window, impl=step.impl)
         else:
-            out, method_state = method_state.attend(layer, query, k, keys, values, step)
+            cached_k = None if k is None else row_floats(as_cached(keys, k))
+            out, method_state = method_state.attend(layer, query, cached_k, keys, values, step)
         return out[:, None], dataclasses.replace(state, cache=cache, method_state=method_state)
 
     return attend

@@ -12,7 +12,7 @@ from jax import Array
 from jaxtyping import Float, Int
 from tqdm import tqdm
 
-from hshare_jax.decode_state import init_state
+from hshare_jax.decode_state import state_for
 from hshare_jax.errors import SettingError
 from hshare_jax.kv_cache import KVCache
 from hshare_jax.mesh import to_host
@@ -140,14 +140,20 @@ def _read_block(
     model: "Model", block: list[int], capacity: int, method: HShare | None, bar: tqdm
 ) -> tuple[PromptQueries, KVCache, MethodState | None]:
     """What prefill keeps of a block, its cache, and the method's empty state; without a method no probes are kept."""
-    dtype, mesh = jnp.dtype(model.dtype), model.mesh
-    state = init_state(model.config, 1, capacity, method=method, dtype=dtype, mesh=mesh)
+    state = state_for(model, 1, capacity, method=method)
     tokens, lengths = jnp.asarray([block], jnp.int32), jnp.asarray([len(block)], jnp.int32)
     positions = jnp.zeros((1, 0), jnp.int32)
     if method is not None:
         positions = method.probe_positions(jnp.zeros_like(lengths), lengths, len(block))
     _, cache, queries = read_prompt(
-        model.params, tokens, lengths, state.cache, positions, config=model.config, progress=bar.update, mesh=mesh
+        model.params,
+        tokens,
+        lengths,
+        state.cache,
+        positions,
+        config=model.config,
+        progress=bar.update,
+        mesh=model.mesh,
     )
     assert queries is not None
     return queries, cache, state.method_state

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,13 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from hshare_jax.errors import SettingError, check_one_of
-from hshare_jax.kv_cache import KVCache, init_cache
+from hshare_jax.kv_cache import KV_CACHE_DTYPES, KVCache, KVCacheDType, init_cache
 from hshare_jax.mesh import by_parts, check_rows_divide, make_on, num_parts
 from hshare_jax.methods.base import Method, MethodState, count_dense
 from hshare_jax.models.config import ModelConfig
+
+if TYPE_CHECKING:
+    from hshare_jax.models.pretrained import Model
 
 
 @jax.tree_util.register_dataclass
@@ -36,6 +39,7 @@ def init_state(
     *,
     method: Method | None = None,
     dtype: jnp.dtype | type = jnp.float32,
+    kv_cache_dtype: KVCacheDType = "auto",
     mesh: Mesh | None = None,
 ) -> DecodeState:
     """An empty state.
@@ -46,6 +50,7 @@ def init_state(
         capacity: tokens that each row must be able to hold, prompt and output together. It rounds up to whole blocks.
         method: how decode steps read the cache (`hshare_jax.methods`); None decodes dense.
         dtype: of keys, values and labels: float32, bfloat16 or float16.
+        kv_cache_dtype: "auto" keeps keys and values in `dtype`; "int8" in 8 bits, with a scale for each token and head.
         mesh: the devices that the model was loaded on (`load_model`); None for one device. Rows lie along its axis
             "data", heads along its axis "model".
 
@@ -60,15 +65,30 @@ def init_state(
         rule = f"must lie between 1 and the model's max_positions={config.max_positions}"
         raise SettingError("capacity", capacity, rule)
     check_one_of("dtype", str(getattr(dtype, "__name__", dtype)), ("float32", "bfloat16", "float16"))
+    check_one_of("kv_cache_dtype", kv_cache_dtype, KV_CACHE_DTYPES)
     check_rows_divide("batch_size", batch_size, mesh)
     check_parts(config, mesh)
     if mesh is not None and method is not None:
         method.check_mesh(config, mesh)
-    return dataclasses.replace(make_on(mesh, _empty, config, batch_size, capacity, method, jnp.dtype(dtype)), mesh=mesh)
+    sizes = config, batch_size, capacity, method, jnp.dtype(dtype), kv_cache_dtype
+    return dataclasses.replace(make_on(mesh, _empty, *sizes), mesh=mesh)
 
 
-def _empty(config: ModelConfig, batch_size: int, capacity: int, method: Method | None, dtype: jnp.dtype) -> DecodeState:
-    cache = init_cache(config, batch_size, capacity, dtype)
+def state_for(model: "Model", batch_size: int, capacity: int, *, method: Method | None = None) -> DecodeState:
+    """`init_state` for a model: on its devices and in its dtypes."""
+    how = {"dtype": jnp.dtype(model.dtype), "kv_cache_dtype": model.kv_cache_dtype, "mesh": model.mesh}
+    return init_state(model.config, batch_size, capacity, method=method, **how)
+
+
+def _empty(
+    config: ModelConfig,
+    batch_size: int,
+    capacity: int,
+    method: Method | None,
+    dtype: jnp.dtype,
+    kv_cache_dtype: KVCacheDType,
+) -> DecodeState:
+    cache = init_cache(config, batch_size, capacity, dtype, kv_cache_dtype)
     return DecodeState(cache, None if method is None else method.start(config, cache))
 
 

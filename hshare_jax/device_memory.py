@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from hshare_jax.decode_state import init_state
 from hshare_jax.errors import check_whole
+from hshare_jax.kv_cache import KVCacheDType
 from hshare_jax.mesh import AnyMesh, bytes_per_device, check_rows_divide, num_parts
 from hshare_jax.methods.base import Method
 from hshare_jax.methods.hshare.shared_lists import SharedLists
@@ -37,6 +38,7 @@ def device_memory(
     *,
     method: Method | None = None,
     dtype: jnp.dtype | type = jnp.bfloat16,
+    kv_cache_dtype: KVCacheDType = "auto",
     mesh: AnyMesh | None = None,
 ) -> DeviceMemory:
     """The bytes of weights and of an empty state on each device.
@@ -45,6 +47,7 @@ def device_memory(
         config: the model. Its kv heads are repeated as `load_model` repeats them where there are more devices.
         batch_size, capacity, method: as for `init_state`.
         dtype: of weights, keys, values and labels of all bits. Weights in few bits are not counted here.
+        kv_cache_dtype: as for `init_state`.
         mesh: the devices; None for one device. `jax.sharding.AbstractMesh((data, model), ("data", "model"))` stands
             for devices that this machine lacks.
 
@@ -63,7 +66,8 @@ def device_memory(
     found = []
 
     def count() -> None:
-        state = init_state(config, batch_size, capacity, method=method, dtype=dtype)
+        how = {"method": method, "dtype": dtype, "kv_cache_dtype": kv_cache_dtype}
+        state = init_state(config, batch_size, capacity, **how)
         carried = state.method_state
         rest = dataclasses.replace(carried, labels=()) if isinstance(carried, SharedLists) else carried
         found.extend(

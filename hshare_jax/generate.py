@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from hshare_jax.compile_clock import compile_clock
 from hshare_jax.decode_loop import NO_TOKEN, NOT_FINITE, LoopState, decode_tokens, refresh_interval, take_token
-from hshare_jax.decode_state import init_state
+from hshare_jax.decode_state import state_for
 from hshare_jax.errors import SettingError, check_whole
 from hshare_jax.files.texts import check_text
 from hshare_jax.kernels.api import check_impl
@@ -222,9 +222,8 @@ class _Run:
 
     def _try_method(self) -> None:
         """Raises ValueError if the method does not fit the model. Nothing is computed."""
-        model, B, method = self._model, len(self._prompts), self._options.method
-        how = {"method": method, "dtype": jnp.dtype(model.dtype), "mesh": model.mesh}
-        jax.eval_shape(lambda: jax.tree.leaves(init_state(model.config, B, self._capacity, **how)))
+        sizes, method = (len(self._prompts), self._capacity), self._options.method
+        jax.eval_shape(lambda: jax.tree.leaves(state_for(self._model, *sizes, method=method)))
 
     def _start(self, end_tokens: Array, limit: Array) -> LoopState:
         """Prefills the prompts and samples the first token of each row."""

@@ -2,14 +2,19 @@
 
 import dataclasses
 from dataclasses import field
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from hshare_jax.kernels.int8_rows import Int8Rows, Rows
 from hshare_jax.mesh import dims
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.shapes import CACHE_BLOCK
+
+KVCacheDType = Literal["auto", "int8"]
+KV_CACHE_DTYPES: tuple[str, ...] = get_args(KVCacheDType)
 
 
 @jax.tree_util.register_dataclass
@@ -17,12 +22,12 @@ from hshare_jax.shapes import CACHE_BLOCK
 class KVCache:
     """Rotated keys, and values; slot s of a row holds the row's token at position s.
 
-    There is one array for each layer that has keys and values (`ModelConfig.kv_layers`). Layer l reads array
-    `kv_index(l)`. A donated step updates each array in place; one stacked array would be copied on every step.
+    There is one array, or `Int8Rows`, for each layer that has keys and values (`ModelConfig.kv_layers`). Layer l reads
+    number `kv_index(l)`. A donated step updates each array in place; one stacked array would be copied on every step.
     """
 
-    keys: tuple[Array, ...] = field(metadata=dims("B K S H"))  # one for each KV layer
-    values: tuple[Array, ...] = field(metadata=dims("B K S H"))
+    keys: tuple[Any, ...] = field(metadata=dims("B K S"))  # `Rows` [B, K, S, H], one for each KV layer
+    values: tuple[Any, ...] = field(metadata=dims("B K S"))
     lengths: Array = field(metadata=dims("B"))  # int32, filled slots
 
     @property
@@ -31,13 +36,21 @@ class KVCache:
         return self.keys[0].shape[2]
 
 
-def init_cache(config: ModelConfig, batch_size: int, capacity: int, dtype: jnp.dtype) -> KVCache:
-    """An empty cache. `capacity` rounds up to whole prefill blocks."""
+def init_cache(
+    config: ModelConfig, batch_size: int, capacity: int, dtype: jnp.dtype, kv_cache_dtype: KVCacheDType = "auto"
+) -> KVCache:
+    """An empty cache. `capacity` rounds up to whole prefill blocks, and `kv_cache_dtype` is that of `init_state`."""
     S = -(-capacity // CACHE_BLOCK) * CACHE_BLOCK
     shape = (batch_size, config.num_kv_heads, S, config.head_dim)
+
+    def empty() -> Rows:
+        if kv_cache_dtype == "int8":
+            return Int8Rows(jnp.zeros(shape, jnp.int8), jnp.zeros(shape[:3], jnp.float32), jnp.dtype(dtype))
+        return jnp.zeros(shape, dtype)
+
     return KVCache(
-        keys=tuple(jnp.zeros(shape, dtype) for _ in config.kv_layers),
-        values=tuple(jnp.zeros(shape, dtype) for _ in config.kv_layers),
+        keys=tuple(empty() for _ in config.kv_layers),
+        values=tuple(empty() for _ in config.kv_layers),
         lengths=jnp.zeros((batch_size,), jnp.int32),
     )
 

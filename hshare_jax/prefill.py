@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Int
 
 from hshare_jax.attend import prefill_attend
-from hshare_jax.decode_state import DecodeState, init_state
+from hshare_jax.decode_state import DecodeState, state_for
 from hshare_jax.kernels.api import project
 from hshare_jax.kv_cache import KVCache
 from hshare_jax.mesh import by_parts, make_on, num_parts, put, to_host
@@ -98,7 +98,7 @@ def prefill_prompts(
     progress: Callable[[int], object] | None = None,
     impl: str = "auto",
 ) -> tuple[Logits, DecodeState]:
-    """`prefill` of a batch of token ids into a new state, on the model's devices and in its dtype.
+    """`prefill` of a batch of token ids into a new state, on the model's devices and in its dtypes.
 
     Args:
         model: from `load_model`.
@@ -107,7 +107,7 @@ def prefill_prompts(
         progress, impl: as for `prefill`.
     """
     config, mesh = model.config, model.mesh
-    state = init_state(config, len(prompts), capacity, method=method, dtype=jnp.dtype(model.dtype), mesh=mesh)
+    state = state_for(model, len(prompts), capacity, method=method)
     tokens, lengths = pad_prompts(prompts)
     tokens, lengths = put(tokens, "B T", mesh), put(lengths, "B", mesh)
     return prefill(model.params, tokens, lengths, state, config=config, method=method, progress=progress, impl=impl)

@@ -12,6 +12,8 @@ A name that cannot run where the program runs raises `SettingError`. Code outsid
 imports no implementation.
 """
 
+from typing import Any
+
 import jax
 from jax import Array
 from jax.experimental import checkify
@@ -19,6 +21,7 @@ from jaxtyping import Bool, Float, Int
 
 from hshare_jax.kernels.block_weights import Weights
 from hshare_jax.kernels.implementations import IMPLS, Implementation, check_impl, describe, run
+from hshare_jax.kernels.int8_rows import Rows, as_cached
 from hshare_jax.kernels.labels import Labels
 from hshare_jax.kernels.tail import Part, Tail
 from hshare_jax.shapes import EMPTY, Lists, Source
@@ -41,25 +44,25 @@ __all__ = [
 
 
 def append_tokens(
-    keys: Float[Array, "B K S H"],
-    values: Float[Array, "B K S H"],
+    keys: Rows,
+    values: Rows,
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
     slots: Int[Array, "B T"],
     *,
     impl: str = "auto",
-) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
+) -> tuple[Any, Any]:
     """The keys and values of one layer's cache, with token t of row b written at slots[b, t].
 
     A slot outside the cache drops the write. The cache is changed in place where it is donated.
 
     Args:
-        keys, values: the cache of one layer.
-        k, v: the new tokens. They take the dtype of the cache.
+        keys, values: the cache of one layer, as floats or in 8 bits.
+        k, v: the new tokens. They take the form of the cache.
         slots: where each token goes; the slots of a row differ, but for those outside.
         impl: the implementation, as the module describes it. On a GPU this is the reference's plain jnp.
     """
-    new = k.astype(keys.dtype), v.astype(values.dtype)
+    new = as_cached(keys, k), as_cached(values, v)
     return run(impl, lambda chosen: chosen.appending.append_tokens(keys, values, *new, slots))
 
 
@@ -93,8 +96,8 @@ def append_labels(
 
 def dense_decode(
     q: Float[Array, "B N H"],
-    keys: Float[Array, "B K S H"],
-    values: Float[Array, "B K S H"],
+    keys: Rows,
+    values: Rows,
     lengths: Int[Array, "B"],
     *,
     window: int | None = None,
@@ -120,8 +123,8 @@ def dense_decode(
 
 def sparse_decode(
     q: Float[Array, "B N H"],
-    keys: Float[Array, "B K S H"],
-    values: Float[Array, "B K S H"],
+    keys: Rows,
+    values: Rows,
     lists: Lists,
     source: Source,
     layer: int,
@@ -177,8 +180,8 @@ def sparse_decode(
 
 def split_decode(
     q: Float[Array, "B N H"],
-    keys: Float[Array, "B K S H"],
-    values: Float[Array, "B K S H"],
+    keys: Rows,
+    values: Rows,
     listed: Int[Array, "B J C"],
     lengths: Int[Array, "B"],
     recent_start: Int[Array, "B"],
@@ -273,7 +276,7 @@ def select_by_keys(
     lists: Lists,
     layer: int,
     q: Float[Array, "B N H"],
-    keys: Float[Array, "B K S H"],
+    keys: Rows,
     source: Source,
     is_due: Bool[Array, "B"],
     first: Int[Array, "B"],
@@ -315,8 +318,8 @@ def project(weight: Weights, x: Float[Array, "*rows D"], *, impl: str = "auto") 
 
 def prefill_attention(
     q: Float[Array, "B T N H"],
-    keys: Float[Array, "B K S H"],
-    values: Float[Array, "B K S H"],
+    keys: Rows,
+    values: Rows,
     starts: Int[Array, "B"],
     *,
     window: int | None = None,
@@ -344,8 +347,8 @@ def prefill_attention(
 
 def prefill_attention_received(
     q: Float[Array, "B T N H"],
-    keys: Float[Array, "B K S H"],
-    values: Float[Array, "B K S H"],
+    keys: Rows,
+    values: Rows,
     starts: Int[Array, "B"],
     is_counted: Bool[Array, "B T"],
     *,

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int, UInt
 
+from hshare_jax.kernels.int8_rows import Rows, row_floats
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -119,11 +121,14 @@ def _score_channels(query: Float[Array, "B K G R"], labels: Float[Array, "B K R 
     return lax.dot_general(query, labels, (((3,), (2,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
 
 
-def score_keys(q: Float[Array, "B N H"], keys: Float[Array, "B K S H"]) -> Float[Array, "B N S"]:
+def score_keys(q: Float[Array, "B N H"], keys: Rows) -> Float[Array, "B N S"]:
     """Scores q . k / sqrt(H) on all channels, in float32, for every slot of the cache. Labels approximate them."""
     B, K, S, H = keys.shape
     N = q.shape[1]
     scores = lax.dot_general(
-        q.reshape(B, K, N // K, H), keys, (((3,), (3,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32
+        q.reshape(B, K, N // K, H),
+        row_floats(keys),
+        (((3,), (3,)), ((0, 1), (0, 1))),
+        preferred_element_type=jnp.float32,
     )
     return scores.reshape(B, N, S) * H**-0.5

@@ -5,20 +5,24 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
+from hshare_jax.kernels.int8_rows import NewRows, Rows
 from hshare_jax.kernels.labels import Labels
 from hshare_jax.kernels.native_library import change_in_place
 
 
 def append_tokens(
-    keys: Float[Array, "B K S H"],
-    values: Float[Array, "B K S H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
+    keys: Rows,
+    values: Rows,
+    k: NewRows,
+    v: NewRows,
     slots: Int[Array, "B T"],
-) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
+) -> tuple[Rows, Rows]:
     """`api.append_tokens`, in place."""
-    keys, values = change_in_place("append_tokens", keys, values, k, v, slots, changed=(0, 1))
-    return keys, values
+    (old, tree), new = jax.tree.flatten((keys, values)), jax.tree.leaves((k, v))
+    half = len(old) // 2
+    # A call writes two arrays that are alike: numbers of keys and values, or their scales.
+    pairs = [change_in_place("append_tokens", *old[i::half], *new[i::half], slots, changed=(0, 1)) for i in range(half)]
+    return jax.tree.unflatten(tree, [array for pair in zip(*pairs, strict=True) for array in pair])
 
 
 def append_labels(

@@ -6,6 +6,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
+from hshare_jax.kernels.int8_rows import Int8Rows, Rows
 from hshare_jax.kernels.native_library import call_library
 from hshare_jax.kernels.tail import Part, Tail
 from hshare_jax.shapes import Lists, Source
@@ -13,20 +14,21 @@ from hshare_jax.shapes import Lists, Source
 
 def dense_decode(
     q: Float[Array, "B N H"],
-    keys: Float[Array, "B K S H"],
-    values: Float[Array, "B K S H"],
+    keys: Rows,
+    values: Rows,
     lengths: Int[Array, "B"],
     *,
     window: int | None = None,
 ) -> Float[Array, "B N H"]:
     """`api.dense_decode`; a key or value is read once for all query heads of its group."""
-    return call_library("dense_decode", q, q, keys, values, lengths, window=_number(window))
+    cache, scales = _arrays(keys, values)
+    return call_library("dense_decode", q, q, *cache, lengths, *scales, window=_number(window))
 
 
 def sparse_decode(
     q: Float[Array, "B N H"],
-    keys: Float[Array, "B K S H"],
-    values: Float[Array, "B K S H"],
+    keys: Rows,
+    values: Rows,
     lists: Lists,
     source: Source,
     layer: int,
@@ -40,8 +42,9 @@ def sparse_decode(
     tail: Tail | None = None,
 ) -> Float[Array, "B N H"]:
     """`api.sparse_decode`. Lists, plans and lengths that point outside the arrays read nothing."""
+    cache, scales = _arrays(keys, values)
     return call_library(
-        "sparse_decode", q, q, keys, values, lists, source, lengths, recent_start, *jax.tree.leaves(tail),
+        "sparse_decode", q, q, *cache, lists, source, lengths, recent_start, *scales, *jax.tree.leaves(tail),
         layer=np.int64(layer), num_sinks=np.int64(num_sinks), max_recent=np.int64(max_recent),
         window=_number(window), min_length=np.int64(min_length),
     )  # fmt: skip
@@ -49,8 +52,8 @@ def sparse_decode(
 
 def split_decode(
     q: Float[Array, "B N H"],
-    keys: Float[Array, "B K S H"],
-    values: Float[Array, "B K S H"],
+    keys: Rows,
+    values: Rows,
     listed: Int[Array, "B J C"],
     lengths: Int[Array, "B"],
     recent_start: Int[Array, "B"],
@@ -61,8 +64,9 @@ def split_decode(
     """`api.split_decode`. Slots of lists that point outside the cache count for nothing."""
     B, N, H = q.shape
     told = jax.ShapeDtypeStruct((B, 2, N, H + 3), jnp.float32)  # the attention, log of the sum, mean score, number
+    cache, scales = _arrays(keys, values)
     parts = call_library(
-        "split_decode", told, q, keys, values, listed, lengths, recent_start,
+        "split_decode", told, q, *cache, listed, lengths, recent_start, *scales,
         num_sinks=np.int64(num_sinks), window=_number(window),
     )  # fmt: skip
     read, rest = (
@@ -70,6 +74,13 @@ def split_decode(
         for part in (parts[:, 0], parts[:, 1])
     )
     return read, rest
+
+
+def _arrays(keys: Rows, values: Rows) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
+    """The numbers of keys and values, and their scales if they have 8 bits."""
+    if isinstance(keys, Int8Rows) and isinstance(values, Int8Rows):
+        return (keys.qvalue, values.qvalue), (keys.scale, values.scale)
+    return (keys, values), ()
 
 
 def _number(window: int | None) -> np.int64:

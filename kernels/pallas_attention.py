@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Float, Int
 
+from hshare_jax.kernels.int8_rows import Int8Rows, Rows
 from hshare_jax.kernels.masked_softmax import MASKED
 from hshare_jax.kernels.reference_attention import split_decode
 from hshare_jax.kernels.tail import MAX_FEATURE, Tail
@@ -31,8 +32,8 @@ LOG2_E = math.log2(math.e)  # the kernels use exp2, which the hardware has
 
 def dense_decode(
     q: Float[Array, "B N H"],
-    keys: Float[Array, "B K S H"],
-    values: Float[Array, "B K S H"],
+    keys: Rows,
+    values: Rows,
     lengths: Int[Array, "B"],
     *,
     window: int | None = None,
@@ -57,8 +58,8 @@ def dense_decode(
 
 def sparse_decode(
     q: Float[Array, "B N H"],
-    keys: Float[Array, "B K S H"],
-    values: Float[Array, "B K S H"],
+    keys: Rows,
+    values: Rows,
     lists: Lists,
     source: Source,
     layer: int,
@@ -105,7 +106,7 @@ class _Layout:
 
 
 def _lay_out(
-    keys: Array, num_lists: int, max_slots: int, *, num_sinks: int, num_listed: int, window: int | None,
+    keys: Rows, num_lists: int, max_slots: int, *, num_sinks: int, num_listed: int, window: int | None,
     tiles: Tiles | None,
 ) -> _Layout:  # fmt: skip
     """The sizes for a layer's cache and its lists, each of which reads at most `max_slots` slots."""
@@ -117,7 +118,7 @@ def _lay_out(
 
 @functools.partial(jax.jit, static_argnames=("layout", "interpret"))
 def _decode(
-    q: Array, keys: Array, values: Array, lists: Array, source: Array, layer: Array, lengths: Array, start: Array,
+    q: Array, keys: Rows, values: Rows, lists: Array, source: Array, layer: Array, lengths: Array, start: Array,
     tail: Tail | None, *, layout: _Layout, interpret: bool,
 ) -> Array:  # fmt: skip
     """Attention [B, N, H] by the kernels."""
@@ -153,8 +154,8 @@ def in_place(arrays: Any) -> Any:
 
 def _attend(
     q_ref,  # [B, N, H]
-    keys_ref,  # [B, K, S, H]
-    values_ref,  # [B, K, S, H]
+    keys_ref,  # [B, K, S, H], or Int8Rows of such references
+    values_ref,  # as the keys
     lists_ref,  # [L, B, J, C]
     source_ref,  # [B, L, J]
     layer_ref,  # [1]
@@ -186,12 +187,14 @@ def _attend(
 
     def read_block(block: Array, carry: _Softmax) -> _Softmax:
         slots, is_read = _find_slots(block, bounds, load_listed, layout)
-        row = jnp.where(is_read, slots, 0)[:, None]
-        mask = is_read[:, None] & (columns < H)
+        slots = jnp.where(is_read, slots, 0)
         # Both loads come before the first use, so that twice as much is under way.
-        key = plgpu.load(keys_ref.at[b, k, row, columns], mask=mask, other=0)
-        value = plgpu.load(values_ref.at[b, k, row, columns], mask=mask, other=0)
-        return _add_block(carry, _scores(query, key) * (H**-0.5 * LOG2_E), value, is_read)
+        key, key_scale = load_rows(keys_ref, (b, k), slots, is_read, columns)
+        value, value_scale = load_rows(values_ref, (b, k), slots, is_read, columns)
+        scores = _scores(query, key) * (H**-0.5 * LOG2_E)
+        if key_scale is not None:
+            scores *= key_scale
+        return _add_block(carry, scores, value, value_scale, is_read)
 
     num_places = layout.num_sinks + layout.num_listed + jnp.maximum(bounds.length - bounds.recent_start, 0)
     num_blocks = pl.cdiv(num_places, tiles.block)
@@ -212,6 +215,32 @@ def _attend(
             num_read_ref[b, j, split] = tally.num_read
     plgpu.store(out_ref.at[b, head, split, columns], out.astype(out_ref.dtype), mask=is_query)
     plgpu.store(log_total_ref.at[b, head[:, 0], split], log_total, mask=is_head[:, 0])
+
+
+def load_rows(
+    rows_ref: Any, head: tuple[Array, Array], slots: Array, is_read: Array | None, columns: Array
+) -> tuple[Array, Array | None]:
+    """The numbers [slots, width] of cached rows, and their scales [1, slots] if they have 8 bits.
+
+    Codes are given in the dtype that they stand for, which holds them exactly. Scores and weights are multiplied by the
+    scales, and not the rows, because there are fewer of them.
+
+    Args:
+        rows_ref: keys or values, as references.
+        head: the row of the batch, and the kv head.
+        slots: the rows' slots.
+        is_read: those of them that are loaded; None loads all, and needs rows as wide as `columns`.
+        columns: [1, width].
+    """
+    mask = other = None
+    if is_read is not None:
+        mask, other = is_read[:, None] & (columns < rows_ref.shape[3]), 0
+    at = *head, slots[:, None], columns
+    if not isinstance(rows_ref, Int8Rows):
+        return plgpu.load(rows_ref.at[at], mask=mask, other=other), None
+    codes = plgpu.load(rows_ref.qvalue.at[at], mask=mask, other=other)
+    scale = plgpu.load(rows_ref.scale.at[*head, slots], mask=is_read, other=other)
+    return codes.astype(rows_ref.dtype), scale[None, :]
 
 
 class _Bounds(NamedTuple):
@@ -277,9 +306,10 @@ def _no_softmax(heads: int, width: int, *, with_tally: bool) -> _Softmax:
 
 
 def _add_block(
-    softmax: _Softmax, scores: Float[Array, "heads slots"], value: Float[Array, "slots H"], is_read: Array
-) -> _Softmax:
-    """The softmax with one more block of slots; scores are in powers of two."""
+    softmax: _Softmax, scores: Float[Array, "heads slots"], value: Float[Array, "slots H"],
+    value_scale: Float[Array, "1 slots"] | None, is_read: Array,
+) -> _Softmax:  # fmt: skip
+    """The softmax with one more block of slots; scores are in powers of two, values are divided by their scale."""
     out, peak, total, tally = softmax
     if tally is not None:
         score_sum = tally.score_sum + jnp.where(is_read[None, :], scores, 0).sum(axis=1)
@@ -288,7 +318,7 @@ def _add_block(
     new_peak = jnp.maximum(peak, scores.max(axis=1))
     weights = jnp.where(is_read[None, :], jnp.exp2(scores - new_peak[:, None]), 0)
     shrink = jnp.exp2(peak - new_peak)
-    out = out * shrink[:, None] + _weighted(weights, value)
+    out = out * shrink[:, None] + _weighted(weights if value_scale is None else weights * value_scale, value)
     return _Softmax(out, new_peak, total * shrink + weights.sum(axis=1), tally)
 
 

@@ -15,8 +15,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Bool, Float, Int
 
+from hshare_jax.kernels.int8_rows import Rows
 from hshare_jax.kernels.masked_softmax import MASKED
-from hshare_jax.kernels.pallas_attention import LOG2_E, in_place, precision_of
+from hshare_jax.kernels.pallas_attention import LOG2_E, in_place, load_rows, precision_of
 from hshare_jax.kernels.reference_prefill import sees
 from hshare_jax.kernels.tiling import Tiles, prefill_tiles
 
@@ -24,8 +25,8 @@ from hshare_jax.kernels.tiling import Tiles, prefill_tiles
 @functools.partial(jax.jit, static_argnames=("window", "tiles", "interpret"))
 def prefill_attention(
     q: Float[Array, "B T N H"],
-    keys: Float[Array, "B K S H"],
-    values: Float[Array, "B K S H"],
+    keys: Rows,
+    values: Rows,
     starts: Int[Array, "B"],
     *,
     window: int | None = None,
@@ -57,8 +58,8 @@ def prefill_attention(
 
 def _attend(
     q_ref,  # [B, T, N, H]
-    keys_ref,  # [B, K, S, H]
-    values_ref,  # [B, K, S, H]
+    keys_ref,  # [B, K, S, H], or Int8Rows of such references
+    values_ref,  # as the keys
     starts_ref,  # [B]
     out_ref,  # [B, T, N, H]
     log_total_ref,  # [B, N, T]
@@ -81,18 +82,20 @@ def _attend(
     def read_block(index: Array, carry: tuple[Array, Array, Array], *, is_masked: bool) -> tuple[Array, Array, Array]:
         out, peak, total = carry
         slots = index * block + jnp.arange(block, dtype=jnp.int32)
-        mask = (slots < S)[:, None] & (columns < H) if is_masked or width != H else None
-        key, value = (
-            plgpu.load(ref.at[b, n // (N // K), slots[:, None], columns], mask=mask, other=None if mask is None else 0)
-            for ref in (keys_ref, values_ref)
+        is_slot = slots < S if is_masked or width != H else None
+        (key, key_scale), (value, value_scale) = (
+            load_rows(ref, (b, n // (N // K)), slots, is_slot, columns) for ref in (keys_ref, values_ref)
         )
         scores = plgpu.dot(query, key, trans_b=True, precision=precision_of(key)) * (H**-0.5 * LOG2_E)
+        if key_scale is not None:
+            scores *= key_scale
         if is_masked:
             scores = jnp.where(sees(positions[:, None], slots[None, :], window), scores, MASKED)
         # A query may see no slot of its first blocks. Their weights of 1 vanish with the first real peak.
         new_peak = jnp.maximum(peak, scores.max(axis=1))
         weights, shrink = jnp.exp2(scores - new_peak[:, None]), jnp.exp2(peak - new_peak)
-        read = plgpu.dot(weights.astype(value.dtype), value, precision=precision_of(value))
+        scaled = weights if value_scale is None else weights * value_scale
+        read = plgpu.dot(scaled.astype(value.dtype), value, precision=precision_of(value))
         return out * shrink[:, None] + read, new_peak, total * shrink + weights.sum(axis=1)
 
     # Blocks [begin, end) hold what some query sees, and blocks [whole, part) what all of them see.
@@ -120,7 +123,7 @@ def _attend(
 @functools.partial(jax.jit, static_argnames=("window", "tiles", "interpret"))
 def received_attention(
     q: Float[Array, "B T N H"],
-    keys: Float[Array, "B K S H"],
+    keys: Rows,
     starts: Int[Array, "B"],
     is_counted: Bool[Array, "B T"],
     log_total: Float[Array, "B N T"],
@@ -154,7 +157,7 @@ def received_attention(
 
 def _receive(
     q_ref,  # [B, T, N, H]
-    keys_ref,  # [B, K, S, H]
+    keys_ref,  # [B, K, S, H], or Int8Rows of such references
     starts_ref,  # [B]
     is_counted_ref,  # [B, T]
     log_total_ref,  # [B, N, T]
@@ -169,8 +172,7 @@ def _receive(
     (_, T, N, H), (_, K, S, _) = q_ref.shape, keys_ref.shape
     slots = index * tiles.block + jnp.arange(tiles.block, dtype=jnp.int32)
     columns = jnp.arange(width, dtype=jnp.int32)[None, :]
-    is_key = (slots < S)[:, None] & (columns < H)
-    key = plgpu.load(keys_ref.at[b, n // (N // K), slots[:, None], columns], mask=is_key, other=0)
+    key, key_scale = load_rows(keys_ref, (b, n // (N // K)), slots, slots < S, columns)
     start = starts_ref[b]
 
     def add_queries(turn: Array, received: Array) -> Array:
@@ -180,6 +182,8 @@ def _receive(
         log_total = plgpu.load(log_total_ref.at[b, n, token], mask=token < T, other=0)
         is_counted = plgpu.load(is_counted_ref.at[b, token], mask=token < T, other=False)
         scores = plgpu.dot(query, key, trans_b=True, precision=precision_of(key)) * H**-0.5
+        if key_scale is not None:
+            scores *= key_scale
         is_added = sees(start + token[:, None], slots[None, :], window) & is_counted[:, None]
         return received + jnp.where(is_added, jnp.exp2((scores - log_total[:, None]) * LOG2_E), 0).sum(axis=0)
 

@@ -19,6 +19,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Bool, Float, Int
 
 from hshare_jax.kernels.choose_tokens import weigh_tokens
+from hshare_jax.kernels.int8_rows import Rows
 from hshare_jax.kernels.labels import Labels, score_keys
 from hshare_jax.kernels.masked_softmax import MASKED
 from hshare_jax.kernels.pallas_attention import in_place
@@ -60,7 +61,7 @@ def select_by_keys(
     lists: Lists,
     layer: int,
     q: Float[Array, "B N H"],
-    keys: Float[Array, "B K S H"],
+    keys: Rows,
     source: Source,
     is_due: Bool[Array, "B"],
     first: Int[Array, "B"],

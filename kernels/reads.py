@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
+from hshare_jax.kernels.int8_rows import Rows, row_floats
 from hshare_jax.kernels.masked_softmax import MASKED
 from hshare_jax.shapes import EMPTY
 
@@ -47,21 +48,24 @@ def mark_listed(
     return marks.at[rows, lists, jnp.where(listed == EMPTY, capacity, listed)].set(True, mode="drop")
 
 
-def take_rows(cache: Float[Array, "B K S H"], slots: Int[Array, "B J W"]) -> Float[Array, "B J W H"]:
-    """The cached rows of each list's slots. For EMPTY it is the row of slot 0."""
+def take_rows(cache: Rows, slots: Int[Array, "B J W"]) -> Float[Array, "B J W H"]:
+    """The cached rows of each list's slots, as floats. For EMPTY it is the row of slot 0."""
     B, K, _, H = cache.shape
     # The lists of one kv head are gathered together: [B, K, (J // K) * W].
-    flat = jnp.maximum(slots, 0).reshape(B, K, -1, 1)
-    rows = jnp.take_along_axis(cache, flat, axis=2, mode="promise_in_bounds")
+    flat = jnp.maximum(slots, 0).reshape(B, K, -1)
+
+    def take(array: Array) -> Array:
+        index = flat[..., None] if array.ndim == 4 else flat
+        return jnp.take_along_axis(array, index, axis=2, mode="promise_in_bounds")
+
+    rows = row_floats(jax.tree.map(take, cache))
     # XLA:CPU copies the rows of a bare gather on one core, number by number. Fused into arithmetic the gather takes a
     # fifth of the time. This maximum changes no number, and the barrier keeps XLA from moving it elsewhere.
     rows = lax.optimization_barrier(jnp.maximum(rows, jnp.finfo(rows.dtype).min))
     return rows.reshape(B, slots.shape[1], -1, H)
 
 
-def weights_of_reads(
-    q: Float[Array, "B N H"], keys: Float[Array, "B K S H"], slots: Int[Array, "B J W"]
-) -> Float[Array, "B N W"]:
+def weights_of_reads(q: Float[Array, "B N H"], keys: Rows, slots: Int[Array, "B J W"]) -> Float[Array, "B N W"]:
     """The attention probabilities of `api.sparse_decode` on the slots that it reads, in float32; 0 for EMPTY."""
     (B, N, H), J = q.shape, slots.shape[1]
     picked, grouped = take_rows(keys, slots), q.reshape(B, J, N // J, H)

@@ -6,18 +6,19 @@ from jax import Array
 from jaxtyping import Float, Int, Shaped
 
 from hshare_jax.kernels.implementations import traced_platform
+from hshare_jax.kernels.int8_rows import NewRows, Rows
 from hshare_jax.kernels.labels import Labels, make_labels
 
 
 def append_tokens(
-    keys: Float[Array, "B K S H"],
-    values: Float[Array, "B K S H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
+    keys: Rows,
+    values: Rows,
+    k: NewRows,
+    v: NewRows,
     slots: Int[Array, "B T"],
-) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
-    """The definition of `api.append_tokens`."""
-    return _write(keys, k, slots, axis=2), _write(values, v, slots, axis=2)
+) -> tuple[Rows, Rows]:
+    """The definition of `api.append_tokens`. New tokens [B, T, K, H] have the form of the cache."""
+    return jax.tree.map(lambda old, new: _write(old, new, slots, axis=2), (keys, values), (k, v))
 
 
 def append_labels(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 
+from hshare_jax.kernels.int8_rows import Rows, row_floats
 from hshare_jax.kernels.labels import score_keys
 from hshare_jax.kernels.masked_softmax import MASKED
 from hshare_jax.kernels.reads import mark_listed, slots_to_read, take_rows
@@ -18,8 +19,8 @@ from hshare_jax.shapes import EMPTY, Lists, Source
 
 def dense_decode(
     q: Float[Array, "B N H"],
-    keys: Float[Array, "B K S H"],
-    values: Float[Array, "B K S H"],
+    keys: Rows,
+    values: Rows,
     lengths: Int[Array, "B"],
     *,
     window: int | None = None,
@@ -30,13 +31,14 @@ def dense_decode(
     is_visible = slots < lengths[:, None]
     if window is not None:
         is_visible &= slots >= lengths[:, None] - window
-    return _attend_one_query(q, keys, values, jnp.broadcast_to(is_visible[:, None, :], (B, K, S)))
+    is_visible = jnp.broadcast_to(is_visible[:, None, :], (B, K, S))
+    return _attend_one_query(q, row_floats(keys), row_floats(values), is_visible)
 
 
 def sparse_decode(
     q: Float[Array, "B N H"],
-    keys: Float[Array, "B K S H"],
-    values: Float[Array, "B K S H"],
+    keys: Rows,
+    values: Rows,
     lists: Lists,
     source: Source,
     layer: int,
@@ -74,8 +76,8 @@ def sparse_decode(
 
 def split_decode(
     q: Float[Array, "B N H"],
-    keys: Float[Array, "B K S H"],
-    values: Float[Array, "B K S H"],
+    keys: Rows,
+    values: Rows,
     listed: Int[Array, "B J C"],
     lengths: Int[Array, "B"],
     recent_start: Int[Array, "B"],
@@ -93,6 +95,7 @@ def split_decode(
     if window is not None:
         is_seen &= slots >= lengths[:, None] - window
     is_read = mark_listed(listed, recent_start, num_sinks, S)
+    values = row_floats(values)
     masks = jnp.repeat(is_seen[:, None, None] & jnp.stack([is_read, ~is_read], axis=1), N // J, axis=2)  # [B, 2, N, S]
     scores = score_keys(q, keys)
     seen_scores = jnp.where(is_seen[:, None], scores, MASKED)

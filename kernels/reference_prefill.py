@@ -1,17 +1,19 @@
 """Prefill attention in plain jnp: causal attention of many new tokens over the cache, and what each slot receives."""
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
+from hshare_jax.kernels.int8_rows import Rows, row_floats
 from hshare_jax.kernels.masked_softmax import MASKED
 from hshare_jax.shapes import CACHE_BLOCK
 
 
 def prefill_attention(
     q: Float[Array, "B T N H"],
-    keys: Float[Array, "B K S H"],
-    values: Float[Array, "B K S H"],
+    keys: Rows,
+    values: Rows,
     starts: Int[Array, "B"],
     *,
     window: int | None = None,
@@ -37,8 +39,7 @@ def prefill_attention(
     def visit(index: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         out, peak, total = carry
         slots = (index * block + jnp.arange(block, dtype=jnp.int32))[None, None, None, :]
-        block_keys = lax.dynamic_slice_in_dim(keys, index * block, block, axis=2)
-        block_values = lax.dynamic_slice_in_dim(values, index * block, block, axis=2)
+        block_keys, block_values = (_slots_of(rows, index * block, block) for rows in (keys, values))
         scores = jnp.einsum("BKQH,BKSH->BKQS", grouped, block_keys, preferred_element_type=jnp.float32)
         scores = jnp.where(sees(positions, slots, window), scores, MASKED)
         new_peak = jnp.maximum(peak, scores.max(axis=-1))
@@ -63,7 +64,7 @@ def prefill_attention(
 
 def received_attention(
     q: Float[Array, "B T N H"],
-    keys: Float[Array, "B K S H"],
+    keys: Rows,
     starts: Int[Array, "B"],
     is_counted: Bool[Array, "B T"],
     log_total: Float[Array, "B N T"],
@@ -87,7 +88,7 @@ def received_attention(
 
     def add_weights(index: Array, received: Array) -> Array:
         slots = (index * block + jnp.arange(block, dtype=jnp.int32))[None, None, None, None, :]
-        block_keys = lax.dynamic_slice_in_dim(keys, index * block, block, axis=2)
+        block_keys = _slots_of(keys, index * block, block)
         scores = jnp.einsum("BKGTH,BKSH->BKGTS", grouped, block_keys, preferred_element_type=jnp.float32)
         is_added = sees(positions, slots, window) & is_counted[:, None, None, :, None]
         weights = jnp.where(is_added, jnp.exp(scores - log_total), 0).sum(axis=3)
@@ -101,6 +102,10 @@ def sees(positions: Array, slots: Array, window: int | None) -> Array:
     """Which slots a query at each position sees: those up to the position, or only the last `window` slots."""
     is_seen = slots <= positions
     return is_seen if window is None else is_seen & (slots > positions - window)
+
+
+def _slots_of(rows: Rows, first: Array, count: int) -> Float[Array, "B K count H"]:
+    return row_floats(jax.tree.map(lambda array: lax.dynamic_slice_in_dim(array, first, count, axis=2), rows))
 
 
 def _visible_blocks(starts: Array, T: int, S: int, block: int, window: int | None) -> tuple[int | Array, Array]:

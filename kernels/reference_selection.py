@@ -7,6 +7,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from hshare_jax.kernels.choose_tokens import choose_tokens
+from hshare_jax.kernels.int8_rows import Rows
 from hshare_jax.kernels.labels import Labels, score_keys, score_labels
 from hshare_jax.shapes import Lists, Source
 
@@ -34,7 +35,7 @@ def select_by_keys(
     lists: Lists,
     layer: int,
     q: Float[Array, "B N H"],
-    keys: Float[Array, "B K S H"],
+    keys: Rows,
     source: Source,
     is_due: Bool[Array, "B"],
     first: Int[Array, "B"],

@@ -301,9 +301,9 @@ class ModelConfig:
         kv_width = 2 * self.num_kv_heads * self.head_dim
         return len(self.kv_layers) * (kv_width * (self.width + self.qkv_bias) + self.qk_norm * self.head_dim)
 
-    def cache_bytes_per_token(self, bytes_per_number: int) -> int:
-        """Bytes that one token takes in the cache: keys and values of all layers."""
-        return 2 * len(self.kv_layers) * self.num_kv_heads * self.head_dim * bytes_per_number
+    def cache_bytes_per_token(self, bytes_per_number: int, bytes_of_scale: int = 0) -> int:
+        """Bytes that one token takes in the cache: keys and values of all layers, and the scale of each row of them."""
+        return 2 * len(self.kv_layers) * self.num_kv_heads * (self.head_dim * bytes_per_number + bytes_of_scale)
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:

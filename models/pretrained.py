@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from hshare_jax.errors import CheckpointError, SettingError
+from hshare_jax.errors import CheckpointError, SettingError, check_one_of
 from hshare_jax.files.texts import check_path
+from hshare_jax.kv_cache import KV_CACHE_DTYPES, KVCacheDType
 from hshare_jax.mesh import num_parts
 from hshare_jax.models.builtin_model import BUILTIN_MODELS, builtin_checkpoint
 from hshare_jax.models.config import ModelConfig
@@ -73,6 +74,7 @@ class Model:
     name: str
     identity: str
     mesh: Mesh | None = None  # the devices that hold the parameters in parts; None: one device holds them
+    kv_cache_dtype: KVCacheDType = "auto"  # of the caches that decode with this model, as for `init_state`
 
     @property
     def dtype(self) -> DType:
@@ -92,12 +94,16 @@ class ModelFiles:
     # Reads the parameters one by one, on the host or on a mesh.
     stream: Callable[[DType, Quantize, Mesh | None], Iterator[tuple[str, Parameter]]]
 
-    def load(self, dtype: DType | None = None, quantize: Quantize = "auto", mesh: Mesh | None = None) -> Model:
+    def load(
+        self, dtype: DType | None = None, quantize: Quantize = "auto", mesh: Mesh | None = None,
+        kv_cache_dtype: KVCacheDType = "auto",
+    ) -> Model:  # fmt: skip
         """Reads the weights onto JAX's default device, or on a mesh. See `load_model` for arguments and errors."""
         config = self.config.for_parts(num_parts(mesh))
         with self._read("loading", dtype, quantize, mesh) as bar:
             params, identity = load_parameters(config, iter(bar))
-        return Model(config, params, self.tokenizer, self.eos_token_ids, self.name, identity, mesh)
+        names = self.tokenizer, self.eos_token_ids, self.name
+        return Model(config, params, *names, identity, mesh, kv_cache_dtype)
 
     def identify(self, dtype: DType | None = None, quantize: Quantize = "auto") -> tuple[str, int]:
         """The identity of the model that `load` returns, and the bytes of its parameters. They are not kept."""
@@ -117,6 +123,7 @@ def load_model(
     *,
     dtype: DType | None = None,
     quantize: Quantize = "auto",
+    kv_cache_dtype: KVCacheDType = "auto",
     cache_dir: str | os.PathLike[str] | None = None,
     revision: str | None = None,
     mesh: Mesh | None = None,
@@ -134,6 +141,8 @@ def load_model(
             get 8 bits, and a scale for each 32 weights. `int8-channel`: a scale for each output, which loses more and
             suits GPUs. docs/quality.md has what they lose. `auto`: `stored` where the native kernels multiply with
             such weights as they are, else `none`.
+        kv_cache_dtype: of the caches that decode with the model. `auto`: the dtype that it computes in. `int8`: 8 bits,
+            with a scale for each token and head. docs/quality.md has what that loses.
         cache_dir: the directory of downloads and conversions. None: $HSHARE_JAX_CACHE, or hshare-jax in the user's
             cache directory; for a hub id the cache of the hub.
         revision: a branch, tag or commit of a hub id.
@@ -148,7 +157,9 @@ def load_model(
     """
     if dtype is not None:
         dtype_of(dtype)
-    return open_model(name_or_path, cache_dir=cache_dir, revision=revision).load(dtype, quantize, mesh)
+    check_one_of("kv_cache_dtype", kv_cache_dtype, KV_CACHE_DTYPES)
+    files = open_model(name_or_path, cache_dir=cache_dir, revision=revision)
+    return files.load(dtype, quantize, mesh, kv_cache_dtype)
 
 
 def open_model(

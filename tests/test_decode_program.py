@@ -102,7 +102,7 @@ def test_a_step_does_not_know_how_its_plan_was_found(impl):
 def large_buffers(state: DecodeState) -> list[jax.Array]:
     shared = state.method_state
     lists = [*jax.tree.leaves(shared.labels), shared.token_indices] if isinstance(shared, SharedLists) else []
-    return [*state.cache.keys, *state.cache.values, *lists]
+    return [*jax.tree.leaves((state.cache.keys, state.cache.values)), *lists]
 
 
 @pytest.mark.usefixtures("unchecked")

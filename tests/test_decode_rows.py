@@ -31,14 +31,18 @@ def test_rows_below_the_gate_decode_as_dense_to_the_bit(lengths):
         assert np.abs(sparse[:, ~below] - dense[:, ~below]).max() > 100 * SAME  # rows above the gate are not dense
 
 
-@pytest.mark.parametrize("method", [None, TAILED, vary(PUBLISHED, num_probes=4)], ids=["dense", "units", "published"])
-def test_a_row_in_a_ragged_batch_equals_the_row_alone(method):
+@pytest.mark.parametrize(
+    ("method", "kv_cache_dtype"),
+    [(None, "auto"), (TAILED, "auto"), (vary(PUBLISHED, num_probes=4), "auto"), (TAILED, "int8")],
+    ids=["dense", "units", "published", "units, 8 bits"],
+)
+def test_a_row_in_a_ragged_batch_equals_the_row_alone(method, kv_cache_dtype):
     rows = random_rows(24, more=7)
-    started = start(rows, method=method)
+    started = start(rows, method=method, kv_cache_dtype=kv_cache_dtype)
     source = None if method is None else np.asarray(shared_of(started).source)
     logits, state = decode(rows, started, 7)
     for b, length in enumerate(LENGTHS):
-        alone = start([rows[b]], [length], method=method)
+        alone = start([rows[b]], [length], method=method, kv_cache_dtype=kv_cache_dtype)
         if source is not None:
             np.testing.assert_array_equal(shared_of(alone).source[0], source[b])
         own, alone = decode([rows[b]], alone, 7, lengths=[length])

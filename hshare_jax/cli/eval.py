@@ -15,6 +15,7 @@ from hshare_jax.cli.errors import UsageError, option_name, usage_errors
 from hshare_jax.cli.options import (
     add_files,
     add_impl,
+    add_kv_cache_dtype,
     add_named_model,
     add_settings,
     argument_of,
@@ -66,6 +67,7 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     add_impl(parser)
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
     add_named_model(parser)
+    add_kv_cache_dtype(parser)
     add_devices(parser)
     _add_task_options(parser.add_argument_group("tasks", argument_default=argparse.SUPPRESS))
     add_files(add_settings(parser))
@@ -122,7 +124,7 @@ def run_eval(options: argparse.Namespace) -> int:
     notes = notes_on_short_texts(hshare, files.config, sizes, names=options.method)
     for note in notes:
         print(f"hshare-jax: note: {note}", file=sys.stderr)
-    model = files.load(options.dtype, read_quantize(options, files), mesh)
+    model = files.load(options.dtype, read_quantize(options, files), mesh, options.kv_cache_dtype)
     for origin in origins:
         origin.check(model)
     with usage_errors():
@@ -214,6 +216,7 @@ def _open_records(options: argparse.Namespace, task: Task, files: "ModelFiles", 
         "batch_size": options.batch_size,
         "impl": options.impl,
         "dtype": options.dtype or files.dtype,
+        "kv_cache_dtype": options.kv_cache_dtype,
     }
     for field in dataclasses.fields(task):
         value = getattr(task, field.name)

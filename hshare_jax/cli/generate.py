@@ -13,6 +13,7 @@ from hshare_jax.cli.options import (
     add_fields,
     add_files,
     add_impl,
+    add_kv_cache_dtype,
     add_named_model,
     add_prompt_files,
     add_settings,
@@ -45,6 +46,7 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", nargs="*", type=unicode_text, help="one or more prompts; none reads standard input")
     add_prompt_files(parser)
     add_named_model(parser)
+    add_kv_cache_dtype(parser)
     parser.add_argument(
         "--max-new-tokens", "-n", type=whole, default=128, metavar="N",
         help="most tokens of an answer (default: %(default)s)",
@@ -96,7 +98,7 @@ def run_generate(options: argparse.Namespace) -> int:
         method = method_named(options.method, hshare, max_new_tokens=options.max_new_tokens)
         if method is not None and mesh is not None:
             method.check_mesh(config, mesh)
-    model = files.load(options.dtype, read_quantize(options, files), mesh)
+    model = files.load(options.dtype, read_quantize(options, files), mesh, options.kv_cache_dtype)
     for origin in origins:
         origin.check(model)
     is_streamed = len(prompts) == 1 and not options.json and not options.no_stream
@@ -212,6 +214,7 @@ def _statistics(result: "Generation", model: "Model", name: str, method: "Method
         }
     return statistics | {
         "dtype": model.dtype,
+        "kv_cache_dtype": model.kv_cache_dtype,
         "weight_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)),
         "impl": describe(impl),
         "prompt_tokens": timing.prompt_tokens,

@@ -9,6 +9,7 @@ from hshare_jax.cli.devices import add_sizes
 from hshare_jax.cli.errors import UsageError, option_name, usage_errors
 from hshare_jax.cli.options import (
     DEFAULT_MODEL,
+    add_kv_cache_dtype,
     add_kv_sharing,
     add_model,
     add_prompt_files,
@@ -48,6 +49,7 @@ def add_info(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_model(parser)
+    add_kv_cache_dtype(parser)
     add_kv_sharing(parser.add_argument_group("the model as it would be with cross-layer KV sharing"), weights=False)
     parser.add_argument(
         "--plan", dest="show_plan", action="store_true", help="show which list copies which, for each prompt"
@@ -80,7 +82,7 @@ def run_info(options: argparse.Namespace) -> int:
         identity, size = files.identify(options.dtype, read_quantize(options, files))
     else:  # a model without weights has no identity
         identity, size = None, config.num_parameters * _BYTES[dtype]
-    _print_facts(_facts(config, files, dtype, identity, size), options)
+    _print_facts(_facts(config, files, dtype, options.kv_cache_dtype, identity, size), options)
     return 0
 
 
@@ -93,7 +95,9 @@ def _print_facts(facts: dict[str, Any], options: argparse.Namespace) -> None:
         print(f"{name:{width}}  {value}")
 
 
-def _facts(config: "ModelConfig", files: "ModelFiles", dtype: str, identity: str | None, size: int) -> dict[str, Any]:
+def _facts(
+    config: "ModelConfig", files: "ModelFiles", dtype: str, kv_cache_dtype: str, identity: str | None, size: int
+) -> dict[str, Any]:
     from hshare_jax.kernels.api import describe
 
     of_sharing = ("kv_layer_map", "forward_passes", "backward_passes")
@@ -115,7 +119,10 @@ def _facts(config: "ModelConfig", files: "ModelFiles", dtype: str, identity: str
         "kv_parameters": config.num_kv_parameters,
         "dtype": dtype,
         "parameter_bytes": size,
-        "cache_bytes_per_token": config.cache_bytes_per_token(_BYTES[dtype]),
+        "kv_cache_dtype": kv_cache_dtype,
+        "cache_bytes_per_token": config.cache_bytes_per_token(
+            *((1, 4) if kv_cache_dtype == "int8" else (_BYTES[dtype],))
+        ),
         "eos_token_ids": list(files.eos_token_ids),
         "chat_template": bool(files.tokenizer is not None and files.tokenizer.chat_template),
         "impl": describe("auto"),
@@ -166,11 +173,12 @@ def _show_memory(options: argparse.Namespace) -> int:
         check_rows_divide("batch", batch, mesh)
         divided = config.for_parts(parts)
         method.settings.check(divided)
-        how = {"method": method, "dtype": jnp.dtype(dtype), "mesh": mesh}
+        how = {"method": method, "dtype": jnp.dtype(dtype), "kv_cache_dtype": options.kv_cache_dtype, "mesh": mesh}
         memory = device_memory(config, batch, options.context, **how)
         row = device_memory(config, groups, options.context, **how)  # one row on each device
     facts = {
         "model": files.name, "parameters": config.num_parameters, "dtype": dtype,
+        "kv_cache_dtype": options.kv_cache_dtype,
         "num_kv_heads": config.num_kv_heads, "num_kv_heads_loaded": divided.num_kv_heads,
         "tensor_parallel_size": parts, "data_parallel_size": groups, "devices": parts * groups,
         "batch": batch, "context": options.context, "budget": method.settings.budget,

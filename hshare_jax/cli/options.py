@@ -154,6 +154,15 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def add_kv_cache_dtype(parser: argparse.ArgumentParser) -> None:
+    """Adds --kv-cache-dtype, for the commands that decode."""
+    parser.add_argument(
+        "--kv-cache-dtype", choices=("auto", "int8"), default="auto",
+        help="dtype of cached keys and values: auto (default), that of --dtype; int8, 8 bits with a scale for each "
+        "token and head",
+    )  # fmt: skip
+
+
 def read_quantize(options: argparse.Namespace, files: "ModelFiles") -> "Quantize":
     """The bits of weights that a command loads. `auto` is for the native kernels, so with others it means floats.
 

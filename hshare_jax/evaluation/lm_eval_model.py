@@ -65,6 +65,7 @@ class HShareLM(TemplateLM):
         sharing_ratio: str | None = None,
         dtype: str | None = None,
         quantize: str = "auto",
+        kv_cache_dtype: str = "auto",
         batch_size: int | str = 1,
         max_length: int | str | None = None,
         revision: str | int | None = None,
@@ -85,7 +86,7 @@ class HShareLM(TemplateLM):
                 none, the others at least the budget.
             preset: `hshare-paper` takes the paper's method instead of the defaults; the settings change it.
             sharing_ratio: layer-head-query, such as `7/8-3/4-1/2`.
-            dtype, quantize, revision, cache_dir: as for `load_model`.
+            dtype, quantize, kv_cache_dtype, revision, cache_dir: as for `load_model`.
             batch_size: requests that are computed together.
             max_length: the most tokens of context and output together; None takes all positions of the model.
             plan_file, channels_file: files of `hshare-jax calibrate`, used instead of a plan and channels found from
@@ -119,7 +120,8 @@ class HShareLM(TemplateLM):
                 raise SettingError("tensor_parallel_size", parts, f"must be at most the {len(devices)} that jax finds")
         if not isinstance(pretrained, Model):
             revision = None if revision is None else str(revision)
-            how: dict[str, Any] = {"dtype": dtype, "quantize": quantize, "cache_dir": cache_dir, "revision": revision}
+            how: dict[str, Any] = {"dtype": dtype, "quantize": quantize, "kv_cache_dtype": kv_cache_dtype}
+            how |= {"cache_dir": cache_dir, "revision": revision}
             mesh = None if parts == 1 else make_mesh(model=parts, devices=devices[:parts])
             pretrained = load_model(pretrained, mesh=mesh, **how)
         if pretrained.tokenizer is None:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from hshare_jax.decode_state import DecodeState, init_state
+from hshare_jax.decode_state import DecodeState, state_for
 from hshare_jax.kv_cache import KVCache, init_cache
 from hshare_jax.mesh import make_on, put
 from hshare_jax.methods.base import Method, MethodState, PromptQueries
@@ -61,7 +61,7 @@ class Prefilled:
         Raises:
             ValueError: a state that was given to decode steps, which donate it.
         """
-        if state.cache.keys[0].is_deleted():
+        if state.cache.lengths.is_deleted():
             raise ValueError("state was given to decode steps, which donates it: give the state that they returned")
         self.cache = dataclasses.replace(state.cache, lengths=put(self.lengths, "B", state.mesh))
 
@@ -111,7 +111,7 @@ def prefill_for(
         ValueError: a method that does not fit the model; before anything is computed.
     """
     config, B = model.config, tokens.shape[0]
-    cache = init_state(config, B, capacity, dtype=jnp.dtype(model.dtype), mesh=model.mesh).cache
+    cache = state_for(model, B, capacity).cache
     sparse = [method for method in methods if method is not None]
     for method in sparse:  # refuses a method that does not fit the model
         if model.mesh is not None:

@@ -10,6 +10,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from hshare_jax.decode_state import DecodeState
+from hshare_jax.kernels.int8_rows import Rows
 from hshare_jax.kernels.labels import score_keys
 from hshare_jax.kernels.masked_softmax import softmax_over
 from hshare_jax.kv_cache import KVCache
@@ -51,8 +52,8 @@ class Measured:
         layer: int,
         q: Float[Array, "B N H"],
         k: Float[Array, "B 1 K H"] | None,
-        keys: Array,
-        values: Array,
+        keys: Rows,
+        values: Rows,
         step: Step,
     ) -> tuple[Float[Array, "B N H"], "Measured"]:
         """The measured method's attention, and the sum with this layer's recall."""

@@ -15,6 +15,7 @@ from jax import Array, lax
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
 
+from hshare_jax.kernels.int8_rows import Rows
 from hshare_jax.kv_cache import KVCache
 from hshare_jax.mesh import AnyMesh, dims
 from hshare_jax.models.config import ModelConfig
@@ -77,8 +78,8 @@ class MethodState(Protocol):
         layer: int,
         q: Float[Array, "B N H"],
         k: Float[Array, "B 1 K H"] | None,
-        keys: Array,
-        values: Array,
+        keys: Rows,
+        values: Rows,
         step: Step,
     ) -> tuple[Float[Array, "B N H"], "MethodState"]:
         """One layer's attention, and the next state.
@@ -86,7 +87,7 @@ class MethodState(Protocol):
         Args:
             layer: the layer.
             q: the new queries.
-            k: the new key, or None for a layer that borrows keys and values.
+            k: the new key as it is cached, or None for a layer that borrows keys and values.
             keys, values: the cache that serves the layer [B, K, S, H]. The new token is in it, unless the layer looks
                 up; `Step.sees` tells what the layer may read.
             step: the step.

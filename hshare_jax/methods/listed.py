@@ -14,7 +14,8 @@ from jaxtyping import Bool, Float, Int
 
 from hshare_jax.errors import check_one_of, check_whole
 from hshare_jax.kernels.api import dense_decode, sparse_decode
-from hshare_jax.kernels.reads import mark_listed
+from hshare_jax.kernels.int8_rows import Rows, row_floats
+from hshare_jax.kernels.reads import mark_listed, take_rows
 from hshare_jax.kv_cache import KVCache, replace_layer
 from hshare_jax.mesh import AnyMesh, by_parts, dims, layouts_alike, num_parts
 from hshare_jax.methods.base import (
@@ -54,7 +55,7 @@ class StepLayer:
 
     q: Float[Array, "B N H"]
     k: Float[Array, "B 1 K H"]  # the newest key that the layer sees
-    keys: Float[Array, "B K S H"]  # the newest key included
+    keys: Rows  # the newest key included
     slots: Int[Array, "B 1"]  # the newest key's slot; at or beyond the capacity for idle rows
     lengths: Int[Array, "B"]  # slots that the layer sees
     is_active: Bool[Array, "B"]
@@ -168,7 +169,7 @@ class ListMethod:
                 queries=queries.probes[layer],
                 last_seen=last_seen,
                 received=None if queries.received is None else queries.received[layer],
-                keys=cache.keys[config.kv_index(layer)],
+                keys=row_floats(cache.keys[config.kv_index(layer)]),
                 lengths=seen,
                 recent_start=recent_start,
                 window=window,
@@ -217,8 +218,8 @@ class ListState:
         layer: int,
         q: Float[Array, "B N H"],
         k: Float[Array, "B 1 K H"] | None,
-        keys: Array,
-        values: Array,
+        keys: Rows,
+        values: Rows,
         step: Step,
     ) -> tuple[Float[Array, "B N H"], "ListState"]:
         """Attention through the lists, and the lists and memory after this layer."""
@@ -228,7 +229,8 @@ class ListState:
         slots = step.slots
         if k is None:  # the layer borrows keys; the newest key that it sees is read from the cache
             slots = jnp.where(step.is_active & (lengths > 0), lengths - 1, keys.shape[2])[:, None]
-            k = jnp.take_along_axis(keys, slots[:, None, :, None], axis=2, mode="clip").swapaxes(1, 2)
+            newest = jnp.minimum(slots, keys.shape[2] - 1)[:, None]
+            k = take_rows(keys, jnp.broadcast_to(newest, (slots.shape[0], keys.shape[1], 1))).swapaxes(1, 2)
         now = StepLayer(q, k, keys, slots, lengths, step.is_active, self.recent_start, window, step.impl)
         lists, memory = self.method.list_step(now, self.token_indices[layer], self.memory[layer])
         chosen = dataclasses.replace(

@@ -5,22 +5,13 @@
 
 namespace {
 
-constexpr int32_t kStreams = 8;  // a CPU fetches several streams by itself, and computes meanwhile; of one it waits
-constexpr int32_t kAhead = 16, kFar = 32;  // slots whose rows are fetched before they are needed, and their first bytes
-
-// The slot that is read as number i. A range is read as streams that take turns.
-INLINE int64_t slot_at(const AttendWork& work, int32_t i) {
-  if (work.slots) return work.slots[i];
-  const int32_t length = work.count / kStreams;
-  return work.first + (i < kStreams * length ? i % kStreams * length + i / kStreams : i);
-}
-
 // Starts to fetch rows that are read after number i. The first line of a row brings its neighbour too.
 template <class T>
-INLINE void fetch(const AttendWork& work, const T* rows, int32_t i) {
-  if (i + kFar < work.count) __builtin_prefetch(rows + slot_at(work, i + kFar) * work.H);
-  if (i + kAhead >= work.count) return;
-  const char* row = (const char*)(rows + slot_at(work, i + kAhead) * work.H);
+INLINE void fetch(const AttendWork& work, const T* rows, const float* scales, int32_t i) {
+  const int64_t far = work.slots[i + kFar];
+  __builtin_prefetch(rows + far * work.H);
+  if (scales) __builtin_prefetch(scales + far);
+  const char* row = (const char*)(rows + (int64_t)work.slots[i + kAhead] * work.H);
   for (int64_t byte = 64; byte < (int64_t)(work.H * sizeof(T)); byte += 64) __builtin_prefetch(row + byte);
 }
 
@@ -30,33 +21,37 @@ void score(const AttendWork& work, int g, float scale) {
   const T* keys = (const T*)work.keys;
   const int32_t H = work.H, whole = H / LANES * LANES, rest = H - whole;
   const float* q = work.q + g * H;
-  float* scores = work.scores + (int64_t)g * work.count;
+  float* scores = work.scores + (int64_t)g * work.stride;
   for (int32_t i = 0; i < work.count; i += 4) {
-    const int32_t here = work.count - i < 4 ? work.count - i : 4;
     const T* rows[4];
+    Quad factors = Quad{} + scale;
+    UNROLL for (int k = 0; k < 4; ++k) {
+      const int64_t slot = work.slots[i + k];
+      rows[k] = keys + slot * H;
+      if (work.key_scales) factors[k] *= work.key_scales[slot];
+    }
+    for (int k = 0; k < 4; ++k) fetch(work, keys, work.key_scales, i + k);
     Floats totals[HEADS][4];
-    for (int k = 0; k < 4; ++k) {
-      rows[k] = keys + slot_at(work, k < here ? i + k : i) * H;
-      if (k < here) fetch(work, keys, i + k);
-      for (int n = 0; n < HEADS; ++n) totals[n][k] = zeros();
+    UNROLL for (int n = 0; n < HEADS; ++n) {
+      UNROLL for (int k = 0; k < 4; ++k) totals[n][k] = zeros();
     }
     for (int32_t h = 0; h < whole; h += LANES) {
       Floats part[4];
-      for (int k = 0; k < 4; ++k) part[k] = load(rows[k] + h);
-      for (int n = 0; n < HEADS; ++n) {
+      UNROLL for (int k = 0; k < 4; ++k) part[k] = load(rows[k] + h);
+      UNROLL for (int n = 0; n < HEADS; ++n) {
         const Floats of_query = load(q + n * H + h);
-        for (int k = 0; k < 4; ++k) totals[n][k] += part[k] * of_query;
+        UNROLL for (int k = 0; k < 4; ++k) totals[n][k] += part[k] * of_query;
       }
     }
     if (rest) {
-      for (int n = 0; n < HEADS; ++n) {
+      UNROLL for (int n = 0; n < HEADS; ++n) {
         const Floats of_query = load_some(q + n * H + whole, rest);
-        for (int k = 0; k < 4; ++k) totals[n][k] += load_some(rows[k] + whole, rest) * of_query;
+        UNROLL for (int k = 0; k < 4; ++k) totals[n][k] += load_some(rows[k] + whole, rest) * of_query;
       }
     }
-    for (int n = 0; n < HEADS; ++n) {
-      const Quad four = sums(totals[n][0], totals[n][1], totals[n][2], totals[n][3]) * scale;
-      memcpy(scores + n * work.count + i, &four, here * sizeof(float));
+    UNROLL for (int n = 0; n < HEADS; ++n) {
+      const Quad four = sums(totals[n][0], totals[n][1], totals[n][2], totals[n][3]) * factors;
+      memcpy(scores + (int64_t)n * work.stride + i, &four, sizeof four);
     }
   }
 }
@@ -94,37 +89,37 @@ void weigh(float* scores, int32_t count, float* stats) {
 template <class T, int HEADS, int VECTORS>
 void add_values(const AttendWork& work, int g, int32_t h) {
   const T* values = (const T*)work.values + h;
-  const float* weights = work.scores + (int64_t)g * work.count;
+  const float* weights = work.scores + (int64_t)g * work.stride;
   Floats sums[HEADS][VECTORS];
-  for (int n = 0; n < HEADS; ++n) {
-    for (int v = 0; v < VECTORS; ++v) sums[n][v] = zeros();
+  UNROLL for (int n = 0; n < HEADS; ++n) {
+    UNROLL for (int v = 0; v < VECTORS; ++v) sums[n][v] = zeros();
   }
   for (int32_t i = 0; i < work.count; ++i) {
-    const T* row = values + slot_at(work, i) * work.H;
-    if (h == 0) fetch(work, (const T*)work.values, i);
+    const T* row = values + (int64_t)work.slots[i] * work.H;
+    if (h == 0) fetch(work, (const T*)work.values, work.value_scales, i);
     Floats value[VECTORS];
-    for (int v = 0; v < VECTORS; ++v) value[v] = load(row + v * LANES);
-    for (int n = 0; n < HEADS; ++n) {
-      const Floats weight = all(weights[n * work.count + i]);
-      for (int v = 0; v < VECTORS; ++v) sums[n][v] += weight * value[v];
+    UNROLL for (int v = 0; v < VECTORS; ++v) value[v] = load(row + v * LANES);
+    UNROLL for (int n = 0; n < HEADS; ++n) {
+      const Floats weight = all(weights[(int64_t)n * work.stride + i]);
+      UNROLL for (int v = 0; v < VECTORS; ++v) sums[n][v] += weight * value[v];
     }
   }
-  for (int n = 0; n < HEADS; ++n) {
-    for (int v = 0; v < VECTORS; ++v) store(work.out + (g + n) * work.H + h + v * LANES, sums[n][v]);
+  UNROLL for (int n = 0; n < HEADS; ++n) {
+    UNROLL for (int v = 0; v < VECTORS; ++v) store(work.out + (g + n) * work.H + h + v * LANES, sums[n][v]);
   }
 }
 
 template <class T, int HEADS>
 void add_rest_of_values(const AttendWork& work, int g, int32_t h) {
   const int32_t rest = work.H - h;
-  const float* weights = work.scores + (int64_t)g * work.count;
+  const float* weights = work.scores + (int64_t)g * work.stride;
   Floats sums[HEADS];
-  for (int n = 0; n < HEADS; ++n) sums[n] = zeros();
+  UNROLL for (int n = 0; n < HEADS; ++n) sums[n] = zeros();
   for (int32_t i = 0; i < work.count; ++i) {
-    const Floats value = load_some((const T*)work.values + slot_at(work, i) * work.H + h, rest);
-    for (int n = 0; n < HEADS; ++n) sums[n] += value * weights[n * work.count + i];
+    const Floats value = load_some((const T*)work.values + (int64_t)work.slots[i] * work.H + h, rest);
+    UNROLL for (int n = 0; n < HEADS; ++n) sums[n] += value * weights[(int64_t)n * work.stride + i];
   }
-  for (int n = 0; n < HEADS; ++n) store_some(work.out + (g + n) * work.H + h, sums[n], rest);
+  UNROLL for (int n = 0; n < HEADS; ++n) store_some(work.out + (g + n) * work.H + h, sums[n], rest);
 }
 
 // Four heads at most are computed together, because a CPU has too few registers for more.
@@ -132,7 +127,12 @@ template <class T, int HEADS>
 void attend_heads(const AttendWork& work, int g) {
   constexpr int kVectors = LANES == 16 ? 4 : 2;
   score<T, HEADS>(work, g, 1 / sqrtf((float)work.H));
-  for (int n = 0; n < HEADS; ++n) weigh(work.scores + (int64_t)(g + n) * work.count, work.count, work.stats + 3 * (g + n));
+  float* const scores = work.scores + (int64_t)g * work.stride;
+  for (int n = 0; n < HEADS; ++n) weigh(scores + (int64_t)n * work.stride, work.count, work.stats + 3 * (g + n));
+  for (int32_t i = 0; work.value_scales && i < work.count; ++i) {
+    const float of_slot = work.value_scales[work.slots[i]];
+    for (int n = 0; n < HEADS; ++n) scores[(int64_t)n * work.stride + i] *= of_slot;
+  }
   int32_t h = 0;
   for (; h + kVectors * LANES <= work.H; h += kVectors * LANES) add_values<T, HEADS, kVectors>(work, g, h);
   for (; h + LANES <= work.H; h += LANES) add_values<T, HEADS, 1>(work, g, h);
@@ -155,6 +155,7 @@ void attend(const AttendWork& work) {
   switch (work.type) {
     case Type::kBFloat16: return attend_typed<BFloat16>(work);
     case Type::kFloat16: return attend_typed<Float16>(work);
+    case Type::kBytes: return attend_typed<int8_t>(work);
     default: return attend_typed<float>(work);
   }
 }

@@ -20,6 +20,7 @@ namespace {
 constexpr int64_t kPiecesPerThread = 4;
 // Slots that one piece of attention reads at most, of a list and of a range. They do not depend on the number of threads.
 constexpr int32_t kListPart = 512, kRangePart = 1024;
+constexpr int32_t kStreams = 8;
 
 // The best code that this CPU runs, or the best of at most the instructions that the environment names (for tests).
 const Code& code() {
@@ -48,7 +49,16 @@ std::optional<Type> float_type(ffi::DataType type) {
   }
 }
 
-int64_t size_of(Type type) { return type == Type::kFloat32 ? 4 : type == Type::kBytes || type == Type::kNibbles ? 1 : 2; }
+// The type of cached keys and values.
+std::optional<Type> row_type(ffi::DataType type) { return type == ffi::S8 ? Type::kBytes : float_type(type); }
+
+int64_t size_of(Type type) {
+  switch (type) {
+    case Type::kFloat32: return 4;
+    case Type::kBFloat16: case Type::kFloat16: return 2;
+    default: return 1;
+  }
+}
 
 const char* at(const ffi::AnyBuffer& array, int64_t number, Type type) {
   return static_cast<const char*>(array.untyped_data()) + number * size_of(type);
@@ -103,6 +113,9 @@ char* changed(const Array& argument, ffi::Result<Array>& result) {
   return static_cast<char*>(out);
 }
 
+constexpr const char* kCacheRule =
+    "q must be [B, N, H] and the cache [B, K, S, H], in float32, bfloat16 or float16, or in int8 with scales [B, K, S]";
+
 // What one list reads.
 struct Reads {
   const int32_t* slots;  // null: all slots in [first, first + count)
@@ -112,21 +125,39 @@ struct Reads {
     const int32_t most = slots ? kListPart : kRangePart;
     return std::max(1, (count + most - 1) / most);
   }
+
+  // The slots of a part, in the order in which they are read, and then the last one again. A range is read as
+  // streams that take turns: a CPU fetches several streams by itself while it computes, and for one it waits.
+  void copy_slots(int32_t skipped, int32_t part, int32_t* to) const {
+    const int32_t length = part / kStreams, start = first + skipped;
+    if (slots) {
+      std::copy_n(slots + skipped, part, to);
+    } else {
+      for (int32_t i = 0, at = 0; i < length; ++i) {
+        for (int32_t stream = 0; stream < kStreams; ++stream) to[at++] = start + stream * length + i;
+      }
+      for (int32_t i = kStreams * length; i < part; ++i) to[i] = start + i;
+    }
+    std::fill_n(to + part, kPadding, part ? to[part - 1] : 0);
+  }
 };
 
 // Attention of every list over what it reads.
 struct Attention {
   static constexpr int64_t kFound = 3;  // further numbers of `split_decode`, behind the attention of each head
   ffi::AnyBuffer q, keys, values;
-  Type q_type, type;
+  Type q_type, type, tail_type = Type::kFloat32;
   int64_t B, N, H, K, S, J;
+  const float *key_scales = nullptr, *value_scales = nullptr;  // [B, K, S] of numbers in 8 bits
   const ffi::AnyBuffer *tail_keys = nullptr, *tail_values = nullptr;
   const float* terms = nullptr;
   int64_t rank = -1;
   int64_t parts_of_row = 1;  // 2 where each list's reads are followed by what it leaves, and both are told
 
-  static std::optional<Attention> of(ffi::AnyBuffer q, ffi::AnyBuffer keys, ffi::AnyBuffer values, int64_t J) {
-    const auto q_type = float_type(q.element_type()), type = float_type(keys.element_type());
+  // The first two of the further arguments are scales if the numbers have 8 bits.
+  static std::optional<Attention> of(ffi::AnyBuffer q, ffi::AnyBuffer keys, ffi::AnyBuffer values, int64_t J,
+                                     const ffi::RemainingArgs& further) {
+    const auto q_type = float_type(q.element_type()), type = row_type(keys.element_type());
     if (!q_type || !type || q.dimensions().size() != 3 || keys.dimensions().size() != 4) return std::nullopt;
     const int64_t B = q.dimensions()[0], N = q.dimensions()[1], H = q.dimensions()[2];
     const int64_t K = keys.dimensions()[1], S = keys.dimensions()[2];
@@ -135,7 +166,15 @@ struct Attention {
       return std::nullopt;
     }
     if (values.element_type() != keys.element_type() || S > INT32_MAX) return std::nullopt;
-    return Attention{q, keys, values, *q_type, *type, B, N, H, K, S, J};
+    Attention attention{q, keys, values, *q_type, *type, Type::kFloat32, B, N, H, K, S, J};
+    if (*type == Type::kBytes) {
+      const auto of_keys = further.get<ffi::Buffer<ffi::F32>>(0), of_values = further.get<ffi::Buffer<ffi::F32>>(1);
+      if (!of_keys || !of_values || !has_shape(*of_keys, {B, K, S}) || !has_shape(*of_values, {B, K, S})) {
+        return std::nullopt;
+      }
+      attention.key_scales = of_keys->typed_data(), attention.value_scales = of_values->typed_data();
+    }
+    return attention;
   }
 
   // `reads` [B, parts_of_row, J]; `num_seen` [B] slots that a row sees. A row that reads all slots in a range has no
@@ -159,14 +198,17 @@ struct Attention {
       const int32_t most = (of_list.count + of_list.num_parts() - 1) / of_list.num_parts();
       const int32_t skipped = std::min(static_cast<int32_t>(part - begin[i]) * most, of_list.count);
       static thread_local std::vector<float> scores;
+      static thread_local std::vector<int32_t> slots;
       AttendWork work{};
+      work.count = std::min(most, of_list.count - skipped), work.stride = (work.count + 3) / 4 * 4;
+      slots.resize(kRangePart + kPadding);
+      of_list.copy_slots(skipped, work.count, slots.data());
       work.q = &wide[(b * N + j * G) * H];
       work.keys = at(keys, (b * K + k) * S * H, type);
       work.values = at(values, (b * K + k) * S * H, type);
       work.type = type;
-      work.slots = of_list.slots ? of_list.slots + skipped : nullptr;
-      work.first = of_list.first + skipped;
-      work.count = std::min(most, of_list.count - skipped);
+      if (key_scales) work.key_scales = key_scales + (b * K + k) * S, work.value_scales = value_scales + (b * K + k) * S;
+      work.slots = slots.data();
       work.G = G, work.H = H;
       scores.resize(G * kRangePart);
       work.scores = scores.data();
@@ -183,11 +225,11 @@ struct Attention {
         merge.out = of_parts + (begin[i] * G + g) * H, merge.out_stride = G * H;
         merge.stats = stats + (begin[i] * G + g) * 3, merge.stats_stride = G * 3;
         merge.parts = begin[i + 1] - begin[i];
-        merge.H = H, merge.type = type, merge.rank = -1;
+        merge.H = H, merge.type = tail_type, merge.rank = -1;
         if (terms && of_list.slots) {
           merge.rank = rank;
-          merge.tail_keys = at(*tail_keys, (b * N + n) * (1 + rank) * H, type);
-          merge.tail_values = at(*tail_values, (b * N + n) * (1 + rank) * H, type);
+          merge.tail_keys = at(*tail_keys, (b * N + n) * (1 + rank) * H, tail_type);
+          merge.tail_values = at(*tail_values, (b * N + n) * (1 + rank) * H, tail_type);
           merge.terms = terms + (b * N + n) * (6 + rank);
         }
         merge.num_read = of_list.count, merge.num_seen = num_seen[b];
@@ -213,9 +255,10 @@ Reads seen(int64_t length, int64_t S, int64_t window) {
 }
 
 ffi::Error dense_decode(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer keys, ffi::AnyBuffer values,
-                        ffi::Buffer<ffi::S32> lengths, ffi::Result<ffi::AnyBuffer> out, int64_t window) {
-  const auto attention = Attention::of(q, keys, values, -1);
-  if (!attention) return wrong("q must be [B, N, H] and the cache [B, K, S, H], in float32, bfloat16 or float16");
+                        ffi::Buffer<ffi::S32> lengths, ffi::RemainingArgs scales, ffi::Result<ffi::AnyBuffer> out,
+                        int64_t window) {
+  const auto attention = Attention::of(q, keys, values, -1, scales);
+  if (!attention) return wrong(kCacheRule);
   if (!has_shape(lengths, {attention->B})) return wrong("lengths must be [B]");
   std::vector<Reads> reads;
   for (int64_t b = 0; b < attention->B; ++b) {
@@ -227,11 +270,11 @@ ffi::Error dense_decode(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k
 
 ffi::Error sparse_decode(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer keys, ffi::AnyBuffer values,
                          ffi::Buffer<ffi::S32> lists, ffi::Buffer<ffi::S32> source, ffi::Buffer<ffi::S32> lengths,
-                         ffi::Buffer<ffi::S32> recent_start, ffi::RemainingArgs tail, ffi::Result<ffi::AnyBuffer> out,
+                         ffi::Buffer<ffi::S32> recent_start, ffi::RemainingArgs further, ffi::Result<ffi::AnyBuffer> out,
                          int64_t layer, int64_t num_sinks, int64_t max_recent, int64_t window, int64_t min_length) {
   if (source.dimensions().size() != 3 || lists.dimensions().size() != 4) return wrong("lists or source have no plan");
-  auto attention = Attention::of(q, keys, values, source.dimensions()[2]);
-  if (!attention) return wrong("q must be [B, N, H] and the cache [B, K, S, H], in float32, bfloat16 or float16");
+  auto attention = Attention::of(q, keys, values, source.dimensions()[2], further);
+  if (!attention) return wrong(kCacheRule);
   const int64_t B = attention->B, J = attention->J, N = attention->N, S = attention->S, C = lists.dimensions()[3];
   const int64_t layers = source.dimensions()[1], L = lists.dimensions()[0];
   if (!has_shape(lists, {L, B, J, C}) || !has_shape(source, {B, layers, J}) || !has_shape(lengths, {B}) ||
@@ -239,18 +282,19 @@ ffi::Error sparse_decode(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer 
     return wrong("lists must be [L, B, J, C], source [B, L, J], lengths and recent_start [B]");
   }
   std::optional<ffi::AnyBuffer> tail_keys, tail_values;
-  if (tail.size() == 3) {
-    const auto of_keys = tail.get<ffi::AnyBuffer>(0), of_values = tail.get<ffi::AnyBuffer>(1);
-    const auto terms = tail.get<ffi::Buffer<ffi::F32>>(2);
+  if (const size_t first = attention->key_scales ? 2 : 0; further.size() == first + 3) {  // the tail follows the scales
+    const auto of_keys = further.get<ffi::AnyBuffer>(first), of_values = further.get<ffi::AnyBuffer>(first + 1);
+    const auto terms = further.get<ffi::Buffer<ffi::F32>>(first + 2);
     if (!of_keys || !of_values || !terms) return wrong("the tail's terms must be float32");
     tail_keys = *of_keys, tail_values = *of_values;
     const int64_t rank = terms->dimensions().back() - 6;
-    if (rank < 0 || !has_shape(*terms, {B, N, 6 + rank}) || !has_shape(*tail_keys, {B, N, 1 + rank, attention->H}) ||
-        !has_shape(*tail_values, {B, N, 1 + rank, attention->H}) || tail_keys->element_type() != keys.element_type() ||
-        tail_values->element_type() != keys.element_type()) {
+    const auto tail_type = float_type(tail_keys->element_type());
+    if (!tail_type || (!attention->key_scales && *tail_type != attention->type) || rank < 0 || !has_shape(*terms, {B, N, 6 + rank}) || !has_shape(*tail_keys, {B, N, 1 + rank, attention->H}) ||
+        !has_shape(*tail_values, {B, N, 1 + rank, attention->H}) ||
+        tail_values->element_type() != tail_keys->element_type()) {
       return wrong("the tail must be [B, N, 1 + rank, H] in the cache's dtype, its terms [B, N, 6 + rank]");
     }
-    attention->tail_keys = &*tail_keys, attention->tail_values = &*tail_values;
+    attention->tail_type = *tail_type, attention->tail_keys = &*tail_keys, attention->tail_values = &*tail_values;
     attention->terms = terms->typed_data(), attention->rank = rank;
   }
   num_sinks = std::clamp<int64_t>(num_sinks, 0, S), max_recent = std::clamp<int64_t>(max_recent, 0, S);
@@ -289,10 +333,11 @@ ffi::Error sparse_decode(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer 
 // of the sum of their exponentiated scores, the mean score, and how many they are.
 ffi::Error split_decode(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer keys, ffi::AnyBuffer values,
                         ffi::Buffer<ffi::S32> listed, ffi::Buffer<ffi::S32> lengths, ffi::Buffer<ffi::S32> recent_start,
-                        ffi::Result<ffi::Buffer<ffi::F32>> out, int64_t num_sinks, int64_t window) {
+                        ffi::RemainingArgs scales, ffi::Result<ffi::Buffer<ffi::F32>> out, int64_t num_sinks,
+                        int64_t window) {
   if (listed.dimensions().size() != 3) return wrong("listed must be [B, J, C]");
-  auto attention = Attention::of(q, keys, values, listed.dimensions()[1]);
-  if (!attention) return wrong("q must be [B, N, H] and the cache [B, K, S, H], in float32, bfloat16 or float16");
+  auto attention = Attention::of(q, keys, values, listed.dimensions()[1], scales);
+  if (!attention) return wrong(kCacheRule);
   const int64_t B = attention->B, J = attention->J, S = attention->S, C = listed.dimensions()[2];
   if (!has_shape(listed, {B, J, C}) || !has_shape(lengths, {B}) || !has_shape(recent_start, {B}) ||
       !has_shape(*out, {B, 2, attention->N, attention->H + Attention::kFound})) {
@@ -387,24 +432,23 @@ ffi::Error choose_tokens(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> lists, ffi:
   return ffi::Error::Success();
 }
 
-// Writes the keys and values of new tokens into the cache, in place.
+// Writes rows of new tokens into two arrays of the cache, in place: keys and values, or the scales of their rows.
 ffi::Error append_tokens(ffi::AnyBuffer keys, ffi::AnyBuffer values, ffi::AnyBuffer k, ffi::AnyBuffer v,
                          ffi::Buffer<ffi::S32> slots, ffi::Result<ffi::AnyBuffer> keys_out,
                          ffi::Result<ffi::AnyBuffer> values_out) {
-  const auto type = float_type(keys.element_type());
-  if (!type || keys.dimensions().size() != 4 || slots.dimensions().size() != 2) {
-    return wrong("the cache must be [B, K, S, H], in float32, bfloat16 or float16, and slots [B, T]");
+  const auto type = row_type(keys.element_type());
+  const size_t rank = keys.dimensions().size();
+  if (!type || (rank != 3 && rank != 4) || slots.dimensions().size() != 2) {
+    return wrong("the cache must be [B, K, S, H] or [B, K, S], in float32, bfloat16, float16 or int8, and slots [B, T]");
   }
-  const int64_t B = keys.dimensions()[0], K = keys.dimensions()[1], S = keys.dimensions()[2], H = keys.dimensions()[3];
-  const int64_t T = slots.dimensions()[1];
-  for (const auto& cache : {keys, values}) {
-    if (!has_shape(cache, {B, K, S, H}) || cache.element_type() != keys.element_type()) return wrong("values differ");
-  }
-  for (const auto& tokens : {k, v}) {
-    if (!has_shape(tokens, {B, T, K, H}) || tokens.element_type() != keys.element_type()) {
-      return wrong("new tokens must be [B, T, K, H] in the dtype of the cache");
-    }
-  }
+  const int64_t B = keys.dimensions()[0], K = keys.dimensions()[1], S = keys.dimensions()[2];
+  const int64_t H = rank == 4 ? keys.dimensions()[3] : 1, T = slots.dimensions()[1];
+  const auto differs = [&](const ffi::AnyBuffer& array, int64_t second, int64_t third) {
+    const bool fits = rank == 4 ? has_shape(array, {B, second, third, H}) : has_shape(array, {B, second, third});
+    return !fits || array.element_type() != keys.element_type();
+  };
+  if (differs(values, K, S)) return wrong("values differ");
+  if (differs(k, T, K) || differs(v, T, K)) return wrong("new tokens must be [B, T, K, H] in the dtype of the cache");
   if (!has_shape(slots, {B, T})) return wrong("slots must be [B, T]");
   char *const to_keys = changed(keys, keys_out), *const to_values = changed(values, values_out);
   const int64_t bytes = H * size_of(*type);
@@ -564,6 +608,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(hshare_dense_decode, dense_decode,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
+                                  .RemainingArgs()
                                   .Ret<ffi::AnyBuffer>()
                                   .Attr<int64_t>("window"));
 
@@ -594,6 +639,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(hshare_split_decode, split_decode,
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
+                                  .RemainingArgs()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<int64_t>("num_sinks")
                                   .Attr<int64_t>("window"));

@@ -16,6 +16,11 @@
 #include "types.h"
 
 #define INLINE static inline __attribute__((always_inline))
+#ifdef __clang__  // a loop over an array of vectors is unrolled, so that the vectors stay in registers
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
 
 namespace {
 
@@ -76,6 +81,14 @@ INLINE Floats to_floats(Bytes bytes) {
 #endif
 }
 
+INLINE Floats to_signed_floats(Bytes bytes) {
+#if LANES == 16
+  return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)bytes));
+#else
+  return to_floats(bytes ^ 0x80) - 128.0f;  // from [-128, 127] to [0, 255] and back
+#endif
+}
+
 // The low and the high four bits of each byte, as floats.
 INLINE void widen_nibbles(Bytes bytes, Floats* low, Floats* high) {
 #if LANES == 16
@@ -109,6 +122,7 @@ INLINE Floats load(const float* from) { return read<Floats>(from); }
 INLINE Floats load(const BFloat16* from) { return to_floats(read<Halves>(from), BFloat16{}); }
 INLINE Floats load(const Float16* from) { return to_floats(read<Halves>(from), Float16{}); }
 INLINE Floats load(const uint8_t* from) { return to_floats(read<Bytes>(from)); }
+INLINE Floats load(const int8_t* from) { return to_signed_floats(read<Bytes>(from)); }
 
 // The first `count` of LANES numbers, and zeros behind them. No byte behind the numbers is read.
 INLINE Floats read_some(const float* from, int64_t count) {
@@ -143,6 +157,9 @@ INLINE Floats load_some(const float* from, int64_t count) { return read_some(fro
 INLINE Floats load_some(const BFloat16* from, int64_t count) { return to_floats(read_some(from, count), BFloat16{}); }
 INLINE Floats load_some(const Float16* from, int64_t count) { return to_floats(read_some(from, count), Float16{}); }
 INLINE Floats load_some(const uint8_t* from, int64_t count) { return to_floats(read_some(from, count)); }
+INLINE Floats load_some(const int8_t* from, int64_t count) {
+  return to_signed_floats(read_some((const uint8_t*)from, count));
+}
 
 INLINE void store(float* to, Floats x) { memcpy(to, &x, sizeof x); }
 INLINE void store_some(float* to, Floats x, int64_t count) { memcpy(to, &x, count * sizeof(float)); }
@@ -151,14 +168,13 @@ typedef float Quad __attribute__((vector_size(16)));
 
 // A quad whose sum is the sum of the lanes.
 INLINE Quad folded(Floats x) {
+#if LANES == 16  // compilers would write the vector to memory and read its quads back
+  const __m256 eight = _mm512_castps512_ps256((__m512)x) + _mm512_extractf32x8_ps((__m512)x, 1);
+  return (Quad)(_mm256_castps256_ps128(eight) + _mm256_extractf128_ps(eight, 1));
+#else
   Quad parts[LANES / 4];
   memcpy(parts, &x, sizeof parts);
-#if LANES == 16
-  return (parts[0] + parts[2]) + (parts[1] + parts[3]);
-#elif LANES == 8
-  return parts[0] + parts[1];
-#else
-  return parts[0];
+  return LANES == 8 ? parts[0] + parts[LANES / 4 - 1] : parts[0];
 #endif
 }
 
@@ -176,10 +192,20 @@ INLINE float sum(Floats x) {
 
 // The sums of four vectors.
 INLINE Quad sums(Floats a, Floats b, Floats c, Floats d) {
+#if LANES == 16
+  // Each line halves what is left of a vector, and puts two of the halves together.
+  const __m512 ab = _mm512_shuffle_f32x4((__m512)a, (__m512)b, 0x44) + _mm512_shuffle_f32x4((__m512)a, (__m512)b, 0xee);
+  const __m512 cd = _mm512_shuffle_f32x4((__m512)c, (__m512)d, 0x44) + _mm512_shuffle_f32x4((__m512)c, (__m512)d, 0xee);
+  const __m512 quads = _mm512_shuffle_f32x4(ab, cd, 0x88) + _mm512_shuffle_f32x4(ab, cd, 0xdd);
+  const __m512 pairs = quads + _mm512_permute_ps(quads, 0xb1), singles = pairs + _mm512_permute_ps(pairs, 0x4e);
+  const __m512i first_of_quad = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+  return (Quad)_mm512_castps512_ps128(_mm512_permutexvar_ps(first_of_quad, singles));
+#else
   const Quad p = folded(a), q = folded(b), r = folded(c), s = folded(d);
   const Quad first = SHUFFLE(p, q, 0, 4, 1, 5) + SHUFFLE(p, q, 2, 6, 3, 7);
   const Quad second = SHUFFLE(r, s, 0, 4, 1, 5) + SHUFFLE(r, s, 2, 6, 3, 7);
   return SHUFFLE(first, second, 0, 1, 4, 5) + SHUFFLE(first, second, 2, 3, 6, 7);
+#endif
 }
 
 INLINE int32_t total(Ints x) {

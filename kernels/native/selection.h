@@ -141,12 +141,25 @@ void list_highest(const float* weights, int32_t* order, int32_t count, int32_t w
   Ints above = Ints{};
   for (int32_t i = 0; i < count; i += LANES) above -= read<Ints>(order + i) > least;
   int32_t room = wanted - total(above);  // for slots tied at the threshold
-  for (int32_t i = 0, at = 0; i < count && at < wanted; ++i) {
+  int32_t at = 0;
+#if LANES == 16
+  const __m512i step = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  for (int32_t i = 0; i < count && at < wanted; i += LANES) {
+    const __m512i here = _mm512_loadu_si512(order + i);
+    uint32_t chosen = _mm512_cmpgt_epi32_mask(here, _mm512_set1_epi32(least));
+    uint32_t tied = _mm512_cmpeq_epi32_mask(here, _mm512_set1_epi32(least));
+    for (; tied && room > 0; tied &= tied - 1, --room) chosen |= tied & -tied;
+    _mm512_mask_compressstoreu_epi32(list + at, chosen, _mm512_add_epi32(_mm512_set1_epi32(first + i), step));
+    at += __builtin_popcount(chosen);
+  }
+#else
+  for (int32_t i = 0; i < count && at < wanted; ++i) {
     const int32_t is_tied = (order[i] == least) & (room > 0);
     room -= is_tied;
     list[at] = first + i;
     at += (order[i] > least) | is_tied;
   }
+#endif
 }
 
 void choose(const SelectWork& work) {

@@ -10,7 +10,11 @@ struct Float16 {
   uint16_t bits;
 };
 
-enum class Type : int32_t { kFloat32, kBFloat16, kFloat16, kBytes, kNibbles };  // nibbles: two 4-bit codes a byte
+// Nibbles are two 4-bit codes a byte. Bytes are unsigned as codes of labels, and signed as weights, keys and values.
+enum class Type : int32_t { kFloat32, kBFloat16, kFloat16, kBytes, kNibbles };
+
+constexpr int32_t kAhead = 16, kFar = 32;  // slots whose rows are fetched before they are needed, and their first bytes
+constexpr int32_t kPadding = kFar + 4;
 
 // Attention of the G query heads of one list over some slots of one key/value head.
 struct AttendWork {
@@ -18,10 +22,11 @@ struct AttendWork {
   const void* keys;   // [S, H] in `type`
   const void* values;
   Type type;
-  const int32_t* slots;  // the slots that are read; null: those from `first` on
-  int32_t first, count;
+  const float *key_scales, *value_scales;  // [S], what the numbers of a slot are multiplied by; null for floats
+  const int32_t* slots;  // [count + kPadding], the slots that are read, and any slots at the end
+  int32_t count, stride;
   int32_t G, H;
-  float* scores;  // scratch [G, count]
+  float* scores;  // scratch [G, stride]; the stride is the count, rounded up to whole fours
   float* out;     // [G, H]: the sum of exp(score - peak) * value
   float* stats;   // [G, 3]: peak, the sum of exp(score - peak), the sum of the scores
 };
@@ -59,7 +64,7 @@ struct SelectWork {
 // A weight matrix [features, D] times rows of x, for the features [first, last).
 struct ProjectWork {
   const float* x;                   // [rows, D]
-  const void* weights;              // [features, D] in `type`; bytes are signed here
+  const void* weights;              // [features, D] in `type`
   const void *scales, *minima;      // float16 [features, D / 32]; null for floats; minima may be null for codes too
   Type type;
   int32_t rows, D, features, first, last;

@@ -31,6 +31,7 @@ from jax import lax
 from hshare_jax.decode_state import DecodeState, init_state
 from hshare_jax.decode_step import decode_step
 from hshare_jax.kernels.api import describe
+from hshare_jax.kv_cache import KVCacheDType
 from hshare_jax.methods.hshare.method import HShare
 from hshare_jax.methods.hshare.settings import HShareSettings
 from hshare_jax.models.config import ModelConfig
@@ -46,21 +47,25 @@ METHOD = HShare(HShareSettings(min_length=0))
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """One of ours: the weights, what computes a step, and whether it decodes by HShare."""
+    """One of ours: the weights, what computes a step, whether it decodes by HShare, and the dtype of its cache."""
 
     weights: str
     impl: str
     is_sparse: bool
+    kv_cache_dtype: KVCacheDType = "auto"
 
     @property
     def name(self) -> str:
         """As the table names it."""
-        return f"{'HShare' if self.is_sparse else 'dense'}, {self.weights}, {self.impl}"
+        cache = "" if self.kv_cache_dtype == "auto" else f", {self.kv_cache_dtype} cache"
+        return f"{'HShare' if self.is_sparse else 'dense'}, {self.weights}, {self.impl}{cache}"
 
 
 SIDES = (
     Side("stored", "native", False),
     Side("stored", "native", True),
+    Side("stored", "native", False, "int8"),
+    Side("stored", "native", True, "int8"),
     Side("float32", "native", False),
     Side("float32", "native", True),
     Side("float32", "reference", False),
@@ -106,14 +111,16 @@ def bench_ours(models: dict[str, Model], context: int, batches: list[int], round
     length = context - 2 * (rounds + 1) * ROUND
     tokens = jax.random.randint(jax.random.key(1), (1, length), 0, models["stored"].config.vocab_size)
     rows = {}
-    for weights, model in models.items():
-        state = init_state(model.config, 1, context, method=METHOD)
-        _, rows[weights] = prefill(model.params, tokens, jnp.array([length]), state, config=model.config, method=METHOD)
+    for weights, cache in dict.fromkeys((side.weights, side.kv_cache_dtype) for side in SIDES):
+        model = models[weights]
+        state = init_state(model.config, 1, context, method=METHOD, kv_cache_dtype=cache)
+        _, rows[weights, cache] = prefill(model.params, tokens, jnp.array([length]), state, config=model.config, method=METHOD)
     for batch in batches:
         first, times, reads = {}, {side: [] for side in SIDES}, {}
         for order in (SIDES, SIDES[::-1]):
             for side in order:
-                seconds, found, reads[side] = time_side(side, models[side.weights], rows[side.weights], batch, rounds)
+                row = rows[side.weights, side.kv_cache_dtype]
+                seconds, found, reads[side] = time_side(side, models[side.weights], row, batch, rounds)
                 first.setdefault(side, seconds)
                 times[side] += found
         for side in SIDES:

@@ -36,7 +36,8 @@ def bytes_of_step(model: Model, state: DecodeState) -> tuple[float, float, float
     """(Lists computed a step, bytes that a step must read, tokens that a head reads)."""
     config, B = model.config, state.cache.lengths.shape[0]
     length, reads = float(state.cache.lengths.mean()), float(count_reads(state, config).mean())
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)) + B * reads * config.cache_bytes_per_token(4)
+    caches = sum(leaf.nbytes for leaf in jax.tree.leaves((state.cache.keys, state.cache.values)))
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)) + reads * caches / state.cache.capacity
     lists = state.method_state
     if not isinstance(lists, SharedLists):
         return 0, size, reads

@@ -28,6 +28,7 @@ from hshare_jax import (
 from hshare_jax.decode_state import count_reads
 from hshare_jax.evaluation.recall import Measured, measure_recall, recall_of
 from hshare_jax.evaluation.teacher_forcing import token_agreement
+from hshare_jax.kv_cache import KVCacheDType
 from hshare_jax.mesh import put
 from hshare_jax.methods.registry import method_named
 from hshare_jax.models.config import ModelConfig
@@ -64,10 +65,10 @@ def given_plan(config, **changes):
     return HShare(settings, SEARCH, plan=head_for_head(config, settings.num_lists(config)))
 
 
-def decode(model, method, *, steps=2, parts=((0, 60), (60, 90))):
+def decode(model, method, *, steps=2, parts=((0, 60), (60, 90)), kv_cache_dtype: KVCacheDType = "auto"):
     """Logits after a prefill in parts and after each of some steps, what the last step read, and the last state."""
     config, mesh, found = model.config, model.mesh, []
-    state = init_state(config, 8, 128, method=method, mesh=mesh)
+    state = init_state(config, 8, 128, method=method, mesh=mesh, kv_cache_dtype=kv_cache_dtype)
     for start, end in parts:
         lengths = np.clip(LENGTHS, start + 1, end) - start
         args = put(TOKENS[:, start:end], "B T", mesh), put(lengths.astype(np.int32), "B", mesh)
@@ -133,6 +134,17 @@ def test_weights_in_few_bits_are_divided_too(quantize):
     )
     model = dataclasses.replace(model, params=params)
     assert_equal(decode(on_mesh(model, mesh_of(2, 4)), None), decode(model, None))
+
+
+def test_caches_in_8_bits_are_divided_too():
+    method, mesh = given_plan(GROUPED, tail="fitted"), mesh_of(2, 4)
+    model = random_model(GROUPED)
+    ours, theirs = (decode(each, method, kv_cache_dtype="int8") for each in (on_mesh(model, mesh), model))
+    for found, wanted in zip(ours[:3], theirs[:3], strict=True):  # a key that is rounded the other way changes 1e-3
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=0.01)
+    keys = ours[-1].cache.keys[0]
+    assert keys.qvalue.sharding.shard_shape(keys.qvalue.shape) == (4, 1, 256, 8)
+    assert keys.scale.sharding.shard_shape(keys.scale.shape) == (4, 1, 256)
 
 
 def plans_of(model, method):

@@ -20,6 +20,7 @@ from hshare_jax.errors import SettingError
 from hshare_jax.kernels import api
 from hshare_jax.kernels.block_weights import quantise_blocks
 from hshare_jax.kernels.implementations import IMPLEMENTATIONS
+from hshare_jax.kernels.int8_rows import quantise_rows
 from hshare_jax.kernels.labels import label_query, make_labels
 from hshare_jax.kernels.masked_softmax import MASKED
 from hshare_jax.kernels.tail import HIGH, LOW, Tail
@@ -121,6 +122,25 @@ def test_what_is_appended_takes_the_dtype_of_the_cache(impl):
         found = api.append_labels(before, 0, k, channels, slots, bits=bits, impl=impl)
         for ours, defined in zip(jax.tree.leaves(found), jax.tree.leaves(of_cached), strict=True):
             np.testing.assert_array_equal(ours, defined)
+
+
+@every_implementation
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("T", [1, 3])
+def test_tokens_in_8_bits_are_written_with_their_scales_and_nowhere_else(T, dtype, impl):
+    rng = np.random.default_rng(23)
+    k, v, *old = (random_of(rng, dtype, len(SLOTS), *rest) for rest in ((T, 3, 8), (T, 3, 8), (3, 40, 8), (3, 40, 8)))
+    cache = keys, values = quantise_rows(old[0]), quantise_rows(old[1])
+    found = api.append_tokens(keys, values, k, v, jnp.asarray(SLOTS[:, :T]), impl=impl)
+    for before, tokens, after in zip(cache, (k, v), found, strict=True):
+        codes, scales = np.array(before.qvalue), np.array(before.scale)
+        for b, t, slot in written(T):
+            rows = np.asarray(tokens[b, t], np.float32)
+            scales[b, :, slot] = np.abs(rows).max(axis=-1) * np.float32(1 / 127)
+            codes[b, :, slot] = np.round(rows * (1 / scales[b, :, slot, None]))
+        np.testing.assert_array_equal(after.qvalue, codes)
+        np.testing.assert_array_equal(after.scale, scales)
+        assert after.dtype == dtype
 
 
 # --- attention
@@ -370,26 +390,54 @@ def test_lists_stay_as_they_are_where_no_row_is_due(impl):
     np.testing.assert_array_equal(got, lists)
 
 
+@every_implementation
+@pytest.mark.parametrize(("N", "K", "J", "H", "window", "min_length"), [(8, 2, 2, 64, 20, 0), (4, 2, 4, 24, None, 33)])
+def test_a_cache_in_8_bits_reads_as_the_floats_that_it_stands_for(N, K, J, H, window, min_length, impl):
+    q, keys, values, lists, source = map(jnp.asarray, attention_case(8, N, K, J, H))
+    bits, tail, T = (quantise_rows(keys), quantise_rows(values)), tail_case(9, N, H, 1), 5
+    queries = jnp.tile(q[:, None], (1, T, 1, 1)) * jnp.arange(1, T + 1).reshape(1, T, 1, 1)
+    starts, lengths = jnp.asarray(STARTS), jnp.asarray(LENGTHS)
+    ranges = {"num_sinks": NUM_SINKS, "window": window}
+
+    def outputs(keys, values, impl):
+        sparse = ranges | {"max_recent": MAX_RECENT, "min_length": min_length, "tail": tail, "impl": impl}
+        listed, first = lists[0], jnp.full(B, NUM_SINKS)
+        told = [jax.tree.map(lambda array: array[2:], argument) for argument in (queries, keys, values, lengths - T)]
+        return (
+            api.dense_decode(q, keys, values, lengths, window=window, impl=impl),
+            api.sparse_decode(q, keys, values, lists, source, 1, lengths, starts, **sparse),
+            api.split_decode(q, keys, values, listed, lengths, starts, **ranges, impl=impl),
+            api.prefill_attention_received(*told, is_counted=jnp.ones((B - 2, T), bool), window=window, impl=impl),
+            api.select_by_keys(lists, 0, q, keys, source, jnp.ones(B, bool), first, starts, None, impl=impl),
+        )
+
+    found, expected = outputs(*bits, impl), outputs(bits[0].to_floats(), bits[1].to_floats(), "reference")
+    for ours, defined in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, defined, atol=F32, rtol=F32)
+
+
 # --- whole decodes
 
 
 @every_other_implementation
 @pytest.mark.parametrize(
-    "method",
+    ("method", "kv_cache_dtype"),
     [
         # Without dilation, because it makes ties, which rounding may break differently here and there.
-        vary(HSHARE, dilate=False),
-        vary(HSHARE, dilate=False, min_length=30, label_bits=None),
-        vary(HSHARE, scoring="exact", dense_layers=0, lists_per="query_head"),
-        None,
+        (vary(HSHARE, dilate=False), "auto"),
+        (vary(HSHARE, dilate=False, min_length=30, label_bits=None), "auto"),
+        (vary(HSHARE, scoring="exact", dense_layers=0, lists_per="query_head"), "auto"),
+        (vary(HSHARE, scoring="exact", dense_layers=0, pool=2, tail="fitted"), "int8"),
+        (None, "auto"),
     ],
-    ids=["labels", "gate, not quantised", "exact, per query head", "dense"],
+    ids=["labels", "gate, not quantised", "exact, per query head", "exact, pools, tails, 8 bits", "dense"],
 )
-def test_a_whole_decode_equals_that_of_the_reference(method, impl):
+def test_a_whole_decode_equals_that_of_the_reference(method, kv_cache_dtype, impl):
     config, rows = dataclasses.replace(MODEL, windows=(None, 20, None, None)), random_rows(7, more=5)
     found = []
     for name in (impl, "reference"):
-        state = prefill_rows([row[:-5] for row in rows], method=method, config=config)[1]
+        prompts, how = [row[:-5] for row in rows], {"method": method, "config": config}
+        state = prefill_rows(prompts, **how, kv_cache_dtype=kv_cache_dtype)[1]
         logits = []
         for step in range(5):
             tokens = jnp.asarray([row[step - 5] for row in rows])

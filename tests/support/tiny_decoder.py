@@ -13,6 +13,7 @@ import row_oracle
 from random_weights import random_params
 
 from hshare_jax.decode_state import DecodeState, init_state
+from hshare_jax.kv_cache import KVCacheDType
 from hshare_jax.methods.base import Method
 from hshare_jax.methods.hshare.method import HShare
 from hshare_jax.methods.hshare.settings import HShareSettings, PlanSearch
@@ -82,6 +83,7 @@ def prefill_rows(
     config: ModelConfig = MODEL,
     capacity: int = CAPACITY,
     dtype: str = "float32",
+    kv_cache_dtype: KVCacheDType = "auto",
     state: DecodeState | None = None,
 ) -> tuple[jax.Array, DecodeState]:
     """The logits and the state after a ragged batch of prompts. The state is empty before, unless one is given."""
@@ -89,7 +91,8 @@ def prefill_rows(
     for b, row in enumerate(rows):
         tokens[b, : len(row)] = row
     if state is None:
-        state = init_state(config, len(rows), capacity, method=method, dtype=jnp.dtype(dtype))
+        how = {"dtype": jnp.dtype(dtype), "kv_cache_dtype": kv_cache_dtype}
+        state = init_state(config, len(rows), capacity, method=method, **how)
     lengths = jnp.asarray([len(row) for row in rows], jnp.int32)
     return prefill(params(config, dtype), jnp.asarray(tokens), lengths, state, config=config, method=method)
 

@@ -8,20 +8,19 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float, Int
 
+from hshare_jax.kernels.int8_rows import Rows, row_floats
 from hshare_jax.models.config import ModelConfig
 
 
 def choose_channels(
-    query_size: Float[Array, "B N H"], keys: Float[Array, "B K S H"], lengths: Int[Array, "B"], num_channels: int
+    query_size: Float[Array, "B N H"], keys: Rows, lengths: Int[Array, "B"], num_channels: int
 ) -> Int[Array, "B K R"]:
     """The channels with the largest mean |q x k| over a group's queries and the cached keys, ascending."""
     statistic = channel_statistic(query_size, keys, lengths)
     return jnp.sort(lax.top_k(statistic, num_channels)[1], axis=-1)
 
 
-def channel_statistic(
-    query_size: Float[Array, "B N H"], keys: Float[Array, "B K S H"], lengths: Int[Array, "B"]
-) -> Float[Array, "B K H"]:
+def channel_statistic(query_size: Float[Array, "B N H"], keys: Rows, lengths: Int[Array, "B"]) -> Float[Array, "B K H"]:
     """Mean |q x k| over all pairs of a prompt query and a cached key, up to a factor for each row.
 
     The mean over all pairs is the product of the two means, so no pair is ever formed. The heads of a group add up.
@@ -33,7 +32,7 @@ def channel_statistic(
     """
     B, K, S, H = keys.shape
     is_filled = jnp.arange(S)[None, None, :, None] < lengths[:, None, None, None]
-    key_size = jnp.where(is_filled, jnp.abs(keys.astype(jnp.float32)), 0).sum(axis=2)
+    key_size = jnp.where(is_filled, jnp.abs(row_floats(keys).astype(jnp.float32)), 0).sum(axis=2)
     return key_size * query_size.reshape(B, K, -1, H).sum(axis=2)
 
 

@@ -5,6 +5,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from hshare_jax.kernels.api import select_by_keys, select_by_labels
+from hshare_jax.kernels.int8_rows import Rows
 from hshare_jax.kernels.labels import Labels, label_query
 from hshare_jax.methods.hshare.settings import HShareSettings
 from hshare_jax.shapes import Lists, Source
@@ -14,7 +15,7 @@ def choose_lists(
     lists: Lists,
     layer: int,
     q: Float[Array, "B N H"],
-    keys: Float[Array, "B K S H"],
+    keys: Rows,
     labels: Labels | None,
     channels: Int[Array, "B K R"],
     source: Source,

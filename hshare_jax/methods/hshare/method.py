@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Int
 
 from hshare_jax.errors import SettingError
+from hshare_jax.kernels.int8_rows import Rows, row_floats
 from hshare_jax.kernels.labels import Labels, make_labels
 from hshare_jax.kernels.tail import Tail, no_tail
 from hshare_jax.kv_cache import KVCache
@@ -237,7 +238,7 @@ def _as_tuples(values: Any) -> Any:
     return tuple(map(_as_tuples, values)) if isinstance(values, list) else values
 
 
-def _empty_labels(keys: Array, num_channels: int, bits: int | None) -> Labels:
+def _empty_labels(keys: Rows, num_channels: int, bits: int | None) -> Labels:
     codes, scales = (
         None if shape is None else jnp.zeros(shape.shape, shape.dtype)
         for shape in _label_shapes(keys.shape, keys.dtype, num_channels, bits)
@@ -267,7 +268,7 @@ def _with_labels(lists: SharedLists, queries: PromptQueries, cache: KVCache, con
         of_keys = [choose_channels(sizes, keys, cache.lengths, R) for sizes, keys in by_keys]
         channels = jnp.stack([of_keys[config.kv_index(layer)] for layer in range(config.num_layers)], axis=1)
     labels = tuple(
-        None if old is None else make_labels(keys, channels[:, layer], settings.label_bits)
+        None if old is None else make_labels(row_floats(keys), channels[:, layer], settings.label_bits)
         for layer, keys, old in zip(config.kv_layers, cache.keys, lists.labels, strict=True)
     )
     return dataclasses.replace(lists, channels=channels, labels=labels, age=jnp.zeros_like(lists.age))

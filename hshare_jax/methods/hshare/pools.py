@@ -5,6 +5,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from hshare_jax.kernels.api import select_by_keys, select_by_labels
+from hshare_jax.kernels.int8_rows import Rows
 from hshare_jax.kernels.labels import Labels, label_query
 from hshare_jax.kernels.reads import take_rows
 from hshare_jax.methods.hshare.critical_tokens import num_critical_in_budget
@@ -15,7 +16,7 @@ from hshare_jax.shapes import EMPTY
 def choose_in_pools(
     q: Float[Array, "B N H"],
     pools: Int[Array, "B J W"],
-    keys: Float[Array, "B K S H"],
+    keys: Rows,
     labels: Labels | None,
     channels: Int[Array, "B K R"],
     lengths: Int[Array, "B"],

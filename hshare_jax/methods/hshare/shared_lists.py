@@ -10,6 +10,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from hshare_jax.kernels.api import append_labels, dense_decode, sparse_decode
+from hshare_jax.kernels.int8_rows import Rows
 from hshare_jax.kernels.labels import Labels
 from hshare_jax.kernels.masked_softmax import MASKED
 from hshare_jax.kernels.reads import mark_listed
@@ -87,8 +88,8 @@ class SharedLists:
         layer: int,
         q: Float[Array, "B N H"],
         k: Float[Array, "B 1 K H"] | None,
-        keys: Array,
-        values: Array,
+        keys: Rows,
+        values: Rows,
         step: Step,
     ) -> tuple[Float[Array, "B N H"], "SharedLists"]:
         """Attention through the plan, and the lists with what this layer chose."""
@@ -119,7 +120,7 @@ class SharedLists:
         labels = append_labels(labels, layer, k, self.channels, step.slots, bits=bits, impl=step.impl)
         return dataclasses.replace(self, labels=replace_layer(self.labels, index, labels))
 
-    def _choose(self, layer: int, q: Float[Array, "B N H"], keys: Array, step: Step) -> "SharedLists":
+    def _choose(self, layer: int, q: Float[Array, "B N H"], keys: Rows, step: Step) -> "SharedLists":
         """Chooses this layer's computed lists in the rows that are due. The other lists stay.
 
         When no row is due this is free on a CPU, and a few launches that return at once on a GPU. Under exact scoring a
@@ -135,7 +136,7 @@ class SharedLists:
         )  # fmt: skip
         return dataclasses.replace(self, **{chosen: lists})
 
-    def _choose_in_pools(self, layer: int, q: Float[Array, "B N H"], keys: Array, step: Step) -> "SharedLists":
+    def _choose_in_pools(self, layer: int, q: Float[Array, "B N H"], keys: Rows, step: Step) -> "SharedLists":
         """Chooses all lists of this layer anew, each in the pool that the plan gives it."""
         assert self.pools is not None
         pools = through_plan(self.pools, self.source[:, layer])

@@ -1,7 +1,7 @@
 """Similarity: how well the critical tokens of one layer or list would serve another one, measured on the prompt."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ class LabelledPrompt(NamedTuple):
     """A prompt's probe queries, and what they are scored against."""
 
     queries: PromptQueries
-    keys: tuple[Array, ...]  # KV layers x [B, K, S, H], the cache
+    keys: tuple[Any, ...]  # KV layers x [B, K, S, H], the cache
     # KV layers: labels of the keys that sparse layers use; None elsewhere, and everywhere under exact scoring.
     labels: tuple[Labels | None, ...]
     channels: Int[Array, "B L K R"]  # label channels of every layer

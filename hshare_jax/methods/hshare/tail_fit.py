@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 from hshare_jax.kernels.api import split_decode
+from hshare_jax.kernels.int8_rows import Rows, row_floats
 from hshare_jax.kernels.labels import Labels
 from hshare_jax.kernels.masked_softmax import MASKED
 from hshare_jax.kernels.tail import HIGH, LOW, MAX_FEATURE, NUM_TERMS, Part, Tail
@@ -34,8 +35,8 @@ def fit_tail(
     source: Int[Array, "B J"],
     positions: Int[Array, "B P"],
     cached: Int[Array, "B"],
-    keys: Float[Array, "B K S H"],
-    values: Float[Array, "B K S H"],
+    keys: Rows,
+    values: Rows,
     labels: Labels | None,
     channels: Int[Array, "B K R"],
     *,
@@ -69,15 +70,15 @@ def fit_tail(
     if mesh is None:
         return fit(*arrays)
     takes = (
-        "B P N H", "P L B J C", layout_of("B J", flat_ids=True), "B P", "B", "B K S H", "B K S H",
-        layouts_alike(labels, "B K"), "B K R",
+        "B P N H", "P L B J C", layout_of("B J", flat_ids=True), "B P", "B",
+        layouts_alike(keys, "B K S"), layouts_alike(values, "B K S"), layouts_alike(labels, "B K"), "B K R",
     )  # fmt: skip
     return Tail(*by_parts(lambda *parts: tuple(jax.tree.leaves(fit(*parts))), mesh, arrays, takes, ("B N",) * 3))
 
 
 def _fit_part(
     queries: Array, listed: Array, source: Array, positions: Array, cached: Array,
-    keys: Array, values: Array, labels: Labels | None, channels: Array,
+    keys: Rows, values: Rows, labels: Labels | None, channels: Array,
     *, settings: HShareSettings, window: int | None, looks_up: bool, impl: str,
 ) -> Tail:  # fmt: skip
     """`fit_tail` on one device."""
@@ -121,13 +122,15 @@ def _fit_part(
     )
 
 
-def _mean_middle_key(keys: Array, cached: Array, settings: HShareSettings, window: int | None) -> Float[Array, "B K H"]:
+def _mean_middle_key(keys: Rows, cached: Array, settings: HShareSettings, window: int | None) -> Float[Array, "B K H"]:
     """The mean key of each row between its sinks, or where its window begins, and its recent tokens."""
     slots = jnp.arange(keys.shape[2])[None, :]
     is_middle = (slots >= settings.num_sinks) & (slots < (cached - settings.num_recent)[:, None])
     if window is not None:
         is_middle &= slots >= (cached - window)[:, None]
-    total = jnp.einsum("BS,BKSH->BKH", is_middle.astype(keys.dtype), keys, preferred_element_type=jnp.float32)
+    total = jnp.einsum(
+        "BS,BKSH->BKH", is_middle.astype(keys.dtype), row_floats(keys), preferred_element_type=jnp.float32
+    )
     return total / jnp.maximum(is_middle.sum(axis=1), 1)[:, None, None]
 
 

@@ -1,0 +1,56 @@
+"""Keys and values in 8 bits: the row of each token and head has a scale of its own."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Int8Rows:
+    """Keys or values of one layer that stand for floats: row = qvalue * scale.
+
+    The largest number of a row is 127 times its scale. Slots lie along axis 2 of both arrays, which in a kernel are
+    references. Fields are named as in qwix.
+    """
+
+    qvalue: Any  # [B, K, S, H] int8
+    scale: Any  # [B, K, S] float32
+    dtype: jnp.dtype = dataclasses.field(metadata={"static": True})  # of the floats
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(B, K, S, H)."""
+        return self.qvalue.shape
+
+    def to_floats(self) -> Float[Array, "B K S H"]:
+        """The floats in `dtype`, computed in float32."""
+        return (self.qvalue.astype(jnp.float32) * self.scale[..., None]).astype(self.dtype)
+
+
+Rows = Float[Array, "B K S H"] | Int8Rows  # one layer's keys or values
+NewRows = Float[Array, "B T K H"] | Int8Rows  # those of new tokens
+
+
+def quantise_rows(x: Float[Array, "*rows H"]) -> Int8Rows:
+    """The 8-bit codes nearest to these rows. A row that holds NaN or infinity becomes NaN."""
+    wide = x.astype(jnp.float32)
+    scale = jnp.abs(wide).max(axis=-1) * (1 / 127)
+    # The inverses are written out, as in `labels.quantise`.
+    inverse = 1 / jnp.where(scale >= jnp.finfo(jnp.float32).tiny, scale, 1)
+    return Int8Rows(jnp.round(wide * inverse[..., None]).astype(jnp.int8), scale, jnp.dtype(x.dtype))
+
+
+def as_cached(cache: Rows, new: Float[Array, "*rows H"]) -> Array | Int8Rows:
+    """New rows in the dtype of a cache; in 8 bits where the cache is."""
+    new = new.astype(cache.dtype)
+    return quantise_rows(new) if isinstance(cache, Int8Rows) else new
+
+
+def row_floats(rows: Array | Int8Rows) -> Array:
+    """The floats that rows are, or stand for."""
+    return rows.to_floats() if isinstance(rows, Int8Rows) else rows
