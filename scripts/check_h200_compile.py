@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec
 from hshare_jax.decode_step import decode_step
 from hshare_jax.kernels import api
 from hshare_jax.kernels.tail import no_tail
+from hshare_jax.kv_cache import KVCacheDType
 from hshare_jax.mesh import Layout
 from hshare_jax.methods.base import Method
 from hshare_jax.methods.hshare.method import HShare
@@ -39,12 +40,13 @@ def first_layers(config: ModelConfig, **changes: object) -> ModelConfig:
 LLAMA2, LLAMA3 = first_layers(LLAMA2_7B), first_layers(LLAMA3_8B)
 LONG = first_layers(LLAMA3_8B, max_positions=131_072)
 SHARED_KV = share_kv(LLAMA3, "sandwich-top:3")  # layer 1 looks up: it reads the cache of a later layer
-# name: (model, batch, slots)
-MODELS = {
-    "LLaMA2-7B": (LLAMA2, 8, 4096),
-    "LLaMA3-8B": (LLAMA3, 8, 4096),
-    "LLaMA3-8B, batch 1, 128k": (LONG, 1, 131_072),  # lists chosen in chunks
-    "LLaMA3-8B, 3 KV layers": (SHARED_KV, 8, 4096),
+# name: (model, batch, slots, dtype of the cache)
+MODELS: dict[str, tuple[ModelConfig, int, int, KVCacheDType]] = {
+    "LLaMA2-7B": (LLAMA2, 8, 4096, "auto"),
+    "LLaMA3-8B": (LLAMA3, 8, 4096, "auto"),
+    "LLaMA3-8B, batch 1, 128k": (LONG, 1, 131_072, "auto"),  # lists chosen in chunks
+    "LLaMA3-8B, 3 KV layers": (SHARED_KV, 8, 4096, "auto"),
+    "LLaMA3-8B, int8 cache": (LLAMA3, 8, 4096, "int8"),
 }
 HSHARE = HShare(HShareSettings(num_sinks=16, num_critical=432, num_recent=64, min_length=0))
 STEPS = {"dense": (None, None)} | {f"hshare, refresh={refresh}": (HSHARE, refresh) for refresh in (True, False, None)}
@@ -54,6 +56,7 @@ LIMITS = {
     "LLaMA2-7B": ((65, 2), (85, 2), (73, 6.5), (85, 2)),
     "LLaMA3-8B": ((65, 2.1), (93, 2.1), (73, 2.7), (93, 2.1)),
     "LLaMA3-8B, batch 1, 128k": ((73, 1.1), (107, 1.1), (83, 1.1), (107, 1.1)),
+    "LLaMA3-8B, int8 cache": ((81, 2.1), (105, 2.1), (89, 2.7), (105, 2.1)),
     "LLaMA3-8B, 3 KV layers": ((62, 2.1), (88, 2.1), (69, 2.1), (88, 2.1)),
 }
 # The same limits for the sparse attention of one layer. They hold without a tail and with one, because a tail is no
@@ -80,10 +83,12 @@ PREFILL_ATTENTION = [
 TAIL_RANKS = {"attention": None, "attention with a tail": 2}
 
 
-def compile_step(config: ModelConfig, method: Method | None, refresh: bool | None, batch: int, slots: int) -> Program:
+def compile_step(
+    config: ModelConfig, method: Method | None, refresh: bool | None, batch: int, slots: int, cache: KVCacheDType
+) -> Program:
     """Compiles a bfloat16 decode step, to which the state is donated."""
     mesh = one_device()
-    arguments = step_arguments(config, method, batch, slots, mesh, spread=False)
+    arguments = step_arguments(config, method, batch, slots, mesh, spread=False, kv_cache_dtype=cache)
     step = functools.partial(decode_step, config=config, refresh=refresh)
     return compile_program(step, arguments, mesh, donated=(2,), large=batch * slots)
 
@@ -140,9 +145,9 @@ def compile_all() -> Iterator[tuple[str, str, int, Program, tuple[int, float]]]:
         program = compile_prefill_attention((N, K, H), T, slots, window, dtype)
         name = f"{N}/{K} heads of {H}, {jnp.dtype(dtype)}, window {window}"
         yield name, f"prefill attention of {T} tokens over {slots} slots", 1, program, (2, 0.1)
-    for name, (config, batch, slots) in MODELS.items():
+    for name, (config, batch, slots, cache) in MODELS.items():
         for (step, (method, refresh)), limits in zip(STEPS.items(), LIMITS[name], strict=True):
-            yield name, step, config.num_layers, compile_step(config, method, refresh, batch, slots), limits
+            yield name, step, config.num_layers, compile_step(config, method, refresh, batch, slots, cache), limits
 
 
 def main() -> int:

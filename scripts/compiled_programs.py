@@ -18,6 +18,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
 from hshare_jax.decode_state import DecodeState, init_state
+from hshare_jax.kv_cache import KVCacheDType
 from hshare_jax.mesh import layouts, make_mesh
 from hshare_jax.methods.base import Method
 from hshare_jax.models.config import ModelConfig
@@ -52,7 +53,9 @@ dnn_version_info { major: 9 minor: 12 }
 runtime_version { major: 13 minor: 0 }
 device_description_str: "NVIDIA H200"
 """
-HLO_TYPES = {"bfloat16": "bf16", "float32": "f32", "int32": "s32", "uint8": "u8", "float16": "f16", "bool": "pred"}
+HLO_TYPES = {
+    "bfloat16": "bf16", "float32": "f32", "float16": "f16", "int32": "s32", "int8": "s8", "uint8": "u8", "bool": "pred",
+}  # fmt: skip
 FREE = {"parameter", "constant", "bitcast", "get-tuple-element", "tuple"}  # operations that run nothing
 COLLECTIVES = (
     "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
@@ -106,7 +109,14 @@ def place(tree: Any, takes: Any, mesh: Mesh) -> Any:
 
 
 def step_arguments(
-    config: ModelConfig, method: Method | None, batch: int, slots: int, mesh: Mesh, *, spread: bool
+    config: ModelConfig,
+    method: Method | None,
+    batch: int,
+    slots: int,
+    mesh: Mesh,
+    *,
+    spread: bool,
+    kv_cache_dtype: KVCacheDType = "auto",
 ) -> tuple[dict, jax.ShapeDtypeStruct, DecodeState]:
     """The shapes that a bfloat16 decode step takes: parameters, tokens and state.
 
@@ -116,10 +126,11 @@ def step_arguments(
         batch, slots: rows, and the capacity of the cache.
         mesh: the devices.
         spread: whether the state says that its arrays lie in parts on the mesh; else one device holds them.
+        kv_cache_dtype: as for `init_state`.
     """
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), parameter_shapes(config))
-    on = mesh if spread else None
-    state = jax.eval_shape(lambda: init_state(config, batch, slots, method=method, dtype=jnp.bfloat16, mesh=on))
+    how = {"method": method, "dtype": jnp.bfloat16, "mesh": mesh if spread else None}
+    state = jax.eval_shape(lambda: init_state(config, batch, slots, **how, kv_cache_dtype=kv_cache_dtype))
     tokens = jax.ShapeDtypeStruct((batch,), jnp.int32)
     return place(params, parameter_layouts(params, mesh), mesh), place(tokens, "B", mesh), place(state, state, mesh)
 

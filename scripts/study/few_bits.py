@@ -1,9 +1,9 @@
-"""Measures what weights in fewer bits lose: KL to the float32 model, and the agreement of the likeliest token.
+"""Measures what weights or caches in fewer bits lose: KL to the float32 model, and agreement of the likeliest token.
 
-Weights alone are changed; all arithmetic is in float32. The first row is how far the file's own bits are from float32,
-read as they are; for types that are kept it must be rounding alone.
+Weights alone are changed, or keys and values alone; all arithmetic is in float32. The first row is how far the file's
+own bits are from float32, read as they are; for types that are kept it must be rounding alone.
 
-    python -m scripts.study.weights --text A.txt B.txt --model smollm2-135m-instruct
+    python -m scripts.study.few_bits --text A.txt B.txt --model smollm2-135m-instruct
 """
 
 import argparse
@@ -20,6 +20,7 @@ from tqdm import tqdm
 from hshare_jax.evaluation.bootstrap import interval
 from hshare_jax.evaluation.text_windows import cut_windows
 from hshare_jax.kernels.block_weights import BlockWeights, quantise_blocks, quantise_channels
+from hshare_jax.kernels.int8_rows import quantise_rows, row_floats
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.models.decoder import run_decoder, unembed
 from hshare_jax.models.pretrained import load_model
@@ -30,11 +31,19 @@ from scripts.study.reports import command, made_with
 FLOAT32 = np.dtype("float32")
 
 
-@functools.partial(jax.jit, static_argnames=("config",))
-def log_probabilities(params: dict, tokens: jax.Array, *, config: ModelConfig) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("config", "has_int8_cache"))
+def log_probabilities(
+    params: dict, tokens: jax.Array, *, config: ModelConfig, has_int8_cache: bool = False
+) -> jax.Array:
     """Log-probabilities [T, V] after each token of a window [T]."""
-    rows, positions = tokens[None, :], jnp.arange(len(tokens))[None, :]
-    hidden, _ = run_decoder(params, rows, positions, causal_attend(config), {}, config=config)
+    rows, positions, attend = tokens[None, :], jnp.arange(len(tokens))[None, :], causal_attend(config)
+
+    def attend_to_codes(layer: int, q: jax.Array, k: jax.Array | None, v: jax.Array | None, state: dict) -> Any:
+        cached_k, cached_v = (None if x is None else row_floats(quantise_rows(x)) for x in (k, v))
+        return attend(layer, q, cached_k, cached_v, state)
+
+    how = attend_to_codes if has_int8_cache else attend
+    hidden, _ = run_decoder(params, rows, positions, how, {}, config=config)
     return jax.nn.log_softmax(unembed(params, hidden[0], config=config))
 
 
@@ -57,6 +66,7 @@ CHANGES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "int8: a scale for each 32 weights": lambda weight: floats(quantise_blocks(weight, FLOAT32)),
     "int8-channel: a scale for each output": lambda weight: floats(quantise_channels(weight, FLOAT32)),
 }
+CACHE = "int8 cache: a scale for each token and head"
 
 
 def main() -> None:
@@ -78,14 +88,16 @@ def main() -> None:
     kinds: dict[str, Callable[[], dict]] = {
         "the file's own bits": lambda: load_model(options.model, quantize="stored").params,
         **{name: functools.partial(change_matrices, model.params, change) for name, change in CHANGES.items()},
+        CACHE: lambda: model.params,
     }
     size = len(windows) * options.context
     print(f"{made_with(model.name)}, {len(windows)} windows, {size} positions\n\n    {command(options)}\n")
-    print("| weights | KL to float32, mean (95 %) | 99th percentile | same top token (95 %) |\n|---|---|---|---|")
+    print("| fewer bits | KL to float32, mean (95 %) | 99th percentile | same top token (95 %) |")
+    print("|---|---|---|---|")
     for name, make in tqdm(kinds.items(), disable=None):
         params, divergence, agrees = make(), [], []
         for window, wanted in zip(windows, expected, strict=True):
-            found = np.asarray(score(params, window))
+            found = np.asarray(score(params, window, has_int8_cache=name == CACHE))
             divergence.append((np.exp(wanted) * (wanted - found)).sum(axis=1))
             agrees.append(wanted.argmax(axis=1) == found.argmax(axis=1))
         kl, same = np.stack(divergence), np.stack(agrees).astype(float)
