@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from hshare_jax.errors import SettingError, check_one_of
-from hshare_jax.kv_cache import KV_CACHE_DTYPES, KVCache, KVCacheDType, init_cache
+from hshare_jax.kernels.int8_rows import KV_CACHE_DTYPES, KVCacheDType
+from hshare_jax.kv_cache import KVCache, init_cache
 from hshare_jax.mesh import by_parts, check_rows_divide, make_on, num_parts
 from hshare_jax.methods.base import Method, MethodState, count_dense
 from hshare_jax.models.config import ModelConfig

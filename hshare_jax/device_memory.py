@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from hshare_jax.decode_state import init_state
 from hshare_jax.errors import check_whole
-from hshare_jax.kv_cache import KVCacheDType
+from hshare_jax.kernels.int8_rows import KVCacheDType
 from hshare_jax.mesh import AnyMesh, bytes_per_device, check_rows_divide, num_parts
 from hshare_jax.methods.base import Method
 from hshare_jax.methods.hshare.shared_lists import SharedLists

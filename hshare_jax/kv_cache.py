@@ -2,19 +2,16 @@
 
 import dataclasses
 from dataclasses import field
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from hshare_jax.kernels.int8_rows import Int8Rows, Rows
+from hshare_jax.kernels.int8_rows import Int8Rows, KVCacheDType, Rows
 from hshare_jax.mesh import dims
 from hshare_jax.models.config import ModelConfig
 from hshare_jax.shapes import CACHE_BLOCK
-
-KVCacheDType = Literal["auto", "int8"]
-KV_CACHE_DTYPES: tuple[str, ...] = get_args(KVCacheDType)
 
 
 @jax.tree_util.register_dataclass

@@ -1,12 +1,15 @@
 """Keys and values in 8 bits: the row of each token and head has a scale of its own."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
+
+KVCacheDType = Literal["auto", "int8"]  # auto: floats, in the dtype that the model computes in
+KV_CACHE_DTYPES: tuple[str, ...] = get_args(KVCacheDType)
 
 
 @jax.tree_util.register_dataclass

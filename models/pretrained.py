@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from hshare_jax.errors import CheckpointError, SettingError, check_one_of
 from hshare_jax.files.texts import check_path
-from hshare_jax.kv_cache import KV_CACHE_DTYPES, KVCacheDType
+from hshare_jax.kernels.int8_rows import KV_CACHE_DTYPES, KVCacheDType
 from hshare_jax.mesh import num_parts
 from hshare_jax.models.builtin_model import BUILTIN_MODELS, builtin_checkpoint
 from hshare_jax.models.config import ModelConfig

@@ -19,8 +19,8 @@ from jax.sharding import PartitionSpec
 
 from hshare_jax.decode_step import decode_step
 from hshare_jax.kernels import api
+from hshare_jax.kernels.int8_rows import KVCacheDType
 from hshare_jax.kernels.tail import no_tail
-from hshare_jax.kv_cache import KVCacheDType
 from hshare_jax.mesh import Layout
 from hshare_jax.methods.base import Method
 from hshare_jax.methods.hshare.method import HShare

@@ -18,7 +18,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
 from hshare_jax.decode_state import DecodeState, init_state
-from hshare_jax.kv_cache import KVCacheDType
+from hshare_jax.kernels.int8_rows import KVCacheDType
 from hshare_jax.mesh import layouts, make_mesh
 from hshare_jax.methods.base import Method
 from hshare_jax.models.config import ModelConfig

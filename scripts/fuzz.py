@@ -140,14 +140,15 @@ def decode_case(rng: random.Random, seeds: Seeds, folder: Path) -> str:
     call: dict[str, Any] = {"max_new_tokens": rng.randrange(1, NEW + 1), "capacity": 256}
     if rng.random() < 0.3:
         call |= {"sampling": SamplingParams(temperature=1.0, top_k=5), "seeds": [rng.randrange(2**31) for _ in prompts]}
-    found = hshare_jax.generate(seeds.model, prompts, method=method, **call)
+    model = dataclasses.replace(seeds.model, kv_cache_dtype=rng.choice(("auto", "int8")))
+    found = hshare_jax.generate(model, prompts, method=method, **call)
     for tokens, prompt, reads in zip(found.tokens, prompts, found.usage.reads, strict=True):
         check(0 < len(tokens) <= call["max_new_tokens"], f"{len(tokens)} tokens are too many or none")
         check(all(0 <= token < TINY.vocab_size for token in tokens), f"{tokens} has an id outside the vocabulary")
         check(math.isfinite(reads) and 0 <= reads <= len(prompt) + NEW, f"{reads} reads of {len(prompt)} tokens")
     # snapkv_fixed lists tokens of the prompt once, so those that leave the last ones later are not read any more.
     if settings.num_critical == WIDE.num_critical and name != "snapkv_fixed":
-        dense = hshare_jax.generate(seeds.model, prompts, method=None, **call)
+        dense = hshare_jax.generate(model, prompts, method=None, **call)
         check(found.tokens == dense.tokens, f"{name} differs from dense: {found.tokens}, not {dense.tokens}")
     return f"{name} decodes"
 
@@ -284,6 +285,7 @@ def random_command(rng: random.Random, source: Path, folder: Path) -> tuple[list
             budget = settings if method == "hshare" else [] if method == "dense" else ["--num-critical", "40"]
             arguments += ["--method", method, *budget]
             arguments += rng.choice(([], ["--json"], ["--no-stream"], ["--stop", random_text(rng)], ["--seed", "3"]))
+            arguments += rng.choice(([], [], ["--kv-cache-dtype", "int8"]))
             arguments += rng.choice(
                 ([], ["--temperature", "1"], ["--system", random_text(rng)], ["--no-chat-template"])
             )

@@ -311,7 +311,7 @@ def test_the_second_call_compiles_nothing(greedy):
 def test_mistakes_are_refused_before_anything_is_computed(monkeypatch, unchecked, prompts, settings, message):
     module = importlib.import_module("hshare_jax.generate")  # the package's attribute of this name is the function
     monkeypatch.setattr(module, "prefill_prompts", None)
-    monkeypatch.setattr(module, "init_state", None)
+    monkeypatch.setattr(module, "state_for", None)
     with pytest.raises(ValueError, match=message):
         generate(MODEL_OF_IDS, prompts, **settings)
 
@@ -323,7 +323,7 @@ def test_an_empty_stop_string_is_refused():
 
 def test_text_that_is_not_unicode_is_refused(monkeypatch):
     module = importlib.import_module("hshare_jax.generate")
-    monkeypatch.setattr(module, "init_state", None)
+    monkeypatch.setattr(module, "state_for", None)
     with pytest.raises(
         ValueError, match=r"prompts\[1\] is not UTF-8 text \(character 3 is U\+DCE9, half a character\)"
     ):

@@ -33,7 +33,7 @@ from jax import lax
 from hshare_jax.decode_state import DecodeState, init_state
 from hshare_jax.decode_step import decode_step
 from hshare_jax.kernels.api import describe
-from hshare_jax.kv_cache import KVCacheDType
+from hshare_jax.kernels.int8_rows import KVCacheDType
 from hshare_jax.methods.hshare.method import HShare
 from hshare_jax.methods.hshare.settings import HShareSettings
 from hshare_jax.models.config import ModelConfig

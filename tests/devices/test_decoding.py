@@ -28,7 +28,7 @@ from hshare_jax import (
 from hshare_jax.decode_state import count_reads
 from hshare_jax.evaluation.recall import Measured, measure_recall, recall_of
 from hshare_jax.evaluation.teacher_forcing import token_agreement
-from hshare_jax.kv_cache import KVCacheDType
+from hshare_jax.kernels.int8_rows import KVCacheDType
 from hshare_jax.mesh import put
 from hshare_jax.methods.registry import method_named
 from hshare_jax.models.config import ModelConfig

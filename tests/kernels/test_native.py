@@ -287,7 +287,7 @@ def test_dense_attention_of_any_shape_equals_the_definition(heads, H, S, window,
         for impl in ("native", "reference")
     )
     np.testing.assert_allclose(found, expected, atol=1e-5 if dtype == "float32" else 3e-2, rtol=0)
-    slots = jnp.arange(S)
+    slots = jnp.arange(S)[None, :]
     lists = jnp.broadcast_to(jnp.where(slots < lengths[:, None], slots, EMPTY)[None, :, None], (1, 2, K, S))
     plan = jnp.broadcast_to(jnp.arange(K), (2, 1, K)), 0
     listed = api.sparse_decode(

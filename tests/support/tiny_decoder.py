@@ -13,7 +13,7 @@ import row_oracle
 from random_weights import random_params
 
 from hshare_jax.decode_state import DecodeState, init_state
-from hshare_jax.kv_cache import KVCacheDType
+from hshare_jax.kernels.int8_rows import KVCacheDType
 from hshare_jax.methods.base import Method
 from hshare_jax.methods.hshare.method import HShare
 from hshare_jax.methods.hshare.settings import HShareSettings, PlanSearch
