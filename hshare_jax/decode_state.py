@@ -50,7 +50,7 @@ def init_state(
         batch_size: B.
         capacity: tokens that each row must be able to hold, prompt and output together. It rounds up to whole blocks.
         method: how decode steps read the cache (`hshare_jax.methods`); None decodes dense.
-        dtype: of keys, values and labels: float32, bfloat16 or float16.
+        dtype: of labels and tails, and of keys and values unless they have 8 bits: float32, bfloat16 or float16.
         kv_cache_dtype: "auto" keeps keys and values in `dtype`; "int8" in 8 bits, with a scale for each token and head.
         mesh: the devices that the model was loaded on (`load_model`); None for one device. Rows lie along its axis
             "data", heads along its axis "model".

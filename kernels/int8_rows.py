@@ -1,6 +1,7 @@
 """Keys and values in 8 bits: the row of each token and head has a scale of its own."""
 
 import dataclasses
+import math
 from typing import Any, Literal, get_args
 
 import jax
@@ -17,8 +18,8 @@ KV_CACHE_DTYPES: tuple[str, ...] = get_args(KVCacheDType)
 class Int8Rows:
     """Keys or values of one layer that stand for floats: row = qvalue * scale.
 
-    The largest number of a row is 127 times its scale. Slots lie along axis 2 of both arrays, which in a kernel are
-    references. Fields are named as in qwix.
+    The largest magnitude of a row is 127 times its scale. In a kernel the arrays are references. New tokens are
+    [B, T, K, H] and [B, T, K] instead. Fields are named as in qwix.
     """
 
     qvalue: Any  # [B, K, S, H] int8
@@ -30,7 +31,7 @@ class Int8Rows:
         """(B, K, S, H)."""
         return self.qvalue.shape
 
-    def to_floats(self) -> Float[Array, "B K S H"]:
+    def to_floats(self) -> Float[Array, "*rows H"]:
         """The floats in `dtype`, computed in float32."""
         return (self.qvalue.astype(jnp.float32) * self.scale[..., None]).astype(self.dtype)
 
@@ -40,7 +41,10 @@ NewRows = Float[Array, "B T K H"] | Int8Rows  # those of new tokens
 
 
 def quantise_rows(x: Float[Array, "*rows H"]) -> Int8Rows:
-    """The 8-bit codes nearest to these rows. A row that holds NaN or infinity becomes NaN."""
+    """The 8-bit codes nearest to rows, and a scale for each row.
+
+    A row that holds NaN or infinity becomes NaN, and one whose numbers are below 1e-36 becomes zeros.
+    """
     wide = x.astype(jnp.float32)
     scale = jnp.abs(wide).max(axis=-1) * (1 / 127)
     # The inverses are written out, as in `labels.quantise`.
@@ -49,9 +53,14 @@ def quantise_rows(x: Float[Array, "*rows H"]) -> Int8Rows:
 
 
 def as_cached(cache: Rows, new: Float[Array, "*rows H"]) -> Array | Int8Rows:
-    """New rows in the dtype of a cache; in 8 bits where the cache is."""
+    """New rows, of the same shape, in the dtype of a cache; in 8 bits where the cache is."""
     new = new.astype(cache.dtype)
     return quantise_rows(new) if isinstance(cache, Int8Rows) else new
+
+
+def row_bytes(cache: Rows) -> int:
+    """The bytes of one row, with its scale."""
+    return sum(math.prod(array.shape[3:]) * array.dtype.itemsize for array in jax.tree.leaves(cache))
 
 
 def row_floats(rows: Array | Int8Rows) -> Array:

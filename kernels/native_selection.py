@@ -6,7 +6,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from hshare_jax.kernels.int8_rows import Rows, row_floats
+from hshare_jax.kernels.int8_rows import Rows
 from hshare_jax.kernels.labels import Labels
 from hshare_jax.kernels.native_library import change_in_place
 from hshare_jax.shapes import Lists, Source
@@ -42,12 +42,12 @@ def select_by_keys(
     *,
     dilate: bool = False,
 ) -> Lists:
-    """`api.select_by_keys`, in place. Of keys as floats only those that compete are read, where a list is chosen."""
-    return _select(lists, layer, q, row_floats(keys), source, is_due, first, last, num_allowed, dilate=dilate)
+    """`api.select_by_keys`, in place. Only the keys that compete are read, and only where a list is chosen."""
+    return _select(lists, layer, q, keys, source, is_due, first, last, num_allowed, dilate=dilate)
 
 
 def _select(
-    lists: Lists, layer: int, query: Array, scored: Labels | Array, source: Source, is_due: Bool[Array, "B"],
+    lists: Lists, layer: int, query: Array, scored: Labels | Rows, source: Source, is_due: Bool[Array, "B"],
     first: Int[Array, "B"], last: Int[Array, "B"], num_allowed: Int[Array, "B"] | None, *, dilate: bool,
 ) -> Lists:  # fmt: skip
     if num_allowed is None:

@@ -191,9 +191,7 @@ def _attend(
         # Both loads come before the first use, so that twice as much is under way.
         key, key_scale = load_rows(keys_ref, (b, k), slots, is_read, columns)
         value, value_scale = load_rows(values_ref, (b, k), slots, is_read, columns)
-        scores = _scores(query, key) * (H**-0.5 * LOG2_E)
-        if key_scale is not None:
-            scores *= key_scale
+        scores = scores_of(query, key, key_scale) * (H**-0.5 * LOG2_E)
         return _add_block(carry, scores, value, value_scale, is_read)
 
     num_places = layout.num_sinks + layout.num_listed + jnp.maximum(bounds.length - bounds.recent_start, 0)
@@ -318,20 +316,34 @@ def _add_block(
     new_peak = jnp.maximum(peak, scores.max(axis=1))
     weights = jnp.where(is_read[None, :], jnp.exp2(scores - new_peak[:, None]), 0)
     shrink = jnp.exp2(peak - new_peak)
-    out = out * shrink[:, None] + _weighted(weights if value_scale is None else weights * value_scale, value)
+    out = out * shrink[:, None] + weighted(weights, value, value_scale)
     return _Softmax(out, new_peak, total * shrink + weights.sum(axis=1), tally)
 
 
-def _scores(query: Float[Array, "heads H"], key: Float[Array, "slots H"]) -> Float[Array, "heads slots"]:
+def scores_of(
+    query: Float[Array, "heads H"], key: Float[Array, "slots H"], key_scale: Float[Array, "1 slots"] | None
+) -> Float[Array, "heads slots"]:
+    """The products q . k of all queries and keys; keys may be divided by a scale."""
     if query.shape[0] == 1:  # one query per key is no work for a tensor core
-        return (query.astype(jnp.float32) * key.astype(jnp.float32)).sum(axis=1)[None, :]
-    return plgpu.dot(query, key, trans_b=True, precision=precision_of(key))
+        scores = (query.astype(jnp.float32) * key.astype(jnp.float32)).sum(axis=1)[None, :]
+    else:
+        scores = plgpu.dot(query, key, trans_b=True, precision=precision_of(key))
+    return scores if key_scale is None else scores * key_scale
 
 
-def _weighted(weights: Float[Array, "heads slots"], value: Float[Array, "slots H"]) -> Float[Array, "heads H"]:
+def weighted(
+    weights: Float[Array, "heads slots"], value: Float[Array, "slots H"], value_scale: Float[Array, "1 slots"] | None
+) -> Float[Array, "heads H"]:
+    """The sum of the values by weight; values may be divided by a scale."""
+    largest = None
+    if value_scale is not None:  # by shares of the largest scale, because float16 does not hold small numbers
+        largest = value_scale.max()
+        weights = weights * (value_scale / jnp.where(largest > 0, largest, 1))
     if weights.shape[0] == 1:
-        return (weights.reshape(-1, 1) * value.astype(jnp.float32)).sum(axis=0)[None, :]
-    return plgpu.dot(weights.astype(value.dtype), value, precision=precision_of(value))
+        read = (weights.reshape(-1, 1) * value.astype(jnp.float32)).sum(axis=0)[None, :]
+    else:
+        read = plgpu.dot(weights.astype(value.dtype), value, precision=precision_of(value))
+    return read if largest is None else read * largest
 
 
 def precision_of(operand: Array) -> lax.Precision | None:

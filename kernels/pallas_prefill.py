@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 
 from hshare_jax.kernels.int8_rows import Rows
 from hshare_jax.kernels.masked_softmax import MASKED
-from hshare_jax.kernels.pallas_attention import LOG2_E, in_place, load_rows, precision_of
+from hshare_jax.kernels.pallas_attention import LOG2_E, in_place, load_rows, scores_of, weighted
 from hshare_jax.kernels.reference_prefill import sees
 from hshare_jax.kernels.tiling import Tiles, prefill_tiles
 
@@ -86,17 +86,17 @@ def _attend(
         (key, key_scale), (value, value_scale) = (
             load_rows(ref, (b, n // (N // K)), slots, is_slot, columns) for ref in (keys_ref, values_ref)
         )
-        scores = plgpu.dot(query, key, trans_b=True, precision=precision_of(key)) * (H**-0.5 * LOG2_E)
-        if key_scale is not None:
-            scores *= key_scale
+        scores = scores_of(query, key, key_scale) * (H**-0.5 * LOG2_E)
         if is_masked:
             scores = jnp.where(sees(positions[:, None], slots[None, :], window), scores, MASKED)
         # A query may see no slot of its first blocks. Their weights of 1 vanish with the first real peak.
         new_peak = jnp.maximum(peak, scores.max(axis=1))
         weights, shrink = jnp.exp2(scores - new_peak[:, None]), jnp.exp2(peak - new_peak)
-        scaled = weights if value_scale is None else weights * value_scale
-        read = plgpu.dot(scaled.astype(value.dtype), value, precision=precision_of(value))
-        return out * shrink[:, None] + read, new_peak, total * shrink + weights.sum(axis=1)
+        return (
+            out * shrink[:, None] + weighted(weights, value, value_scale),
+            new_peak,
+            total * shrink + weights.sum(axis=1),
+        )
 
     # Blocks [begin, end) hold what some query sees, and blocks [whole, part) what all of them see.
     end = jnp.minimum(pl.cdiv(highest + 1, block), pl.cdiv(S, block))
@@ -181,9 +181,7 @@ def _receive(
         query = plgpu.load(q_ref.at[b, token[:, None], n, columns], mask=is_query, other=0)
         log_total = plgpu.load(log_total_ref.at[b, n, token], mask=token < T, other=0)
         is_counted = plgpu.load(is_counted_ref.at[b, token], mask=token < T, other=False)
-        scores = plgpu.dot(query, key, trans_b=True, precision=precision_of(key)) * H**-0.5
-        if key_scale is not None:
-            scores *= key_scale
+        scores = scores_of(query, key, key_scale) * H**-0.5
         is_added = sees(start + token[:, None], slots[None, :], window) & is_counted[:, None]
         return received + jnp.where(is_added, jnp.exp2((scores - log_total[:, None]) * LOG2_E), 0).sum(axis=0)
 

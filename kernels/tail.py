@@ -31,15 +31,18 @@ class Tail:
     A head that has read all that it sees has no tail, and neither has one whose `low` and `high` are MASKED.
     """
 
-    keys: Array  # [B, N, 1 + r, H], in the cache's dtype
-    values: Array  # [B, N, 1 + r, H], in the cache's dtype
+    keys: Array  # [B, N, 1 + r, H], in the dtype that the model computes in
+    values: Array  # [B, N, 1 + r, H], in the same
     terms: Array  # [B, N, 6 + r] float32: constant, of_total, of_mean, low, high, follow, and the shifts
 
-    @property
-    def num_tokens(self) -> float:
-        """How many cached tokens of one kv head the numbers of one query head's tail weigh as much as."""
-        size = self.keys.shape[-1] * self.keys.dtype.itemsize
-        return self.keys.shape[-2] + self.terms.shape[-1] * self.terms.dtype.itemsize / (2 * size)
+    def num_tokens(self, row_bytes: int) -> float:
+        """How many cached tokens of one kv head have as many bytes as one query head's tail.
+
+        Args:
+            row_bytes: bytes of one key or value in the cache.
+        """
+        size = 2 * self.keys.shape[-2] * self.keys.shape[-1] * self.keys.dtype.itemsize
+        return (size + self.terms.shape[-1] * self.terms.dtype.itemsize) / (2 * row_bytes)
 
 
 class Part(NamedTuple):

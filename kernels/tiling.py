@@ -26,7 +26,7 @@ def attention_tiles(head_dim: int, itemsize: int, num_programs: int, num_slots: 
 
     Args:
         head_dim: H, padded to a power of two.
-        itemsize: bytes of a cached number.
+        itemsize: bytes of a number as it is multiplied.
         num_programs: rows times lists.
         num_slots: the most slots that a program reads if nothing is split.
     """
@@ -43,7 +43,7 @@ def prefill_tiles(head_dim: int, itemsize: int, num_queries: int) -> Tiles:
 
     Args:
         head_dim: H, padded to a power of two.
-        itemsize: bytes of a cached number.
+        itemsize: bytes of a number as it is multiplied.
         num_queries: T, the new tokens of a row.
     """
     # The output of 128 queries of 128 channels fills a quarter of the registers of 8 warps. The queries, and three

@@ -302,7 +302,12 @@ class ModelConfig:
         return len(self.kv_layers) * (kv_width * (self.width + self.qkv_bias) + self.qk_norm * self.head_dim)
 
     def cache_bytes_per_token(self, bytes_per_number: int, bytes_of_scale: int = 0) -> int:
-        """Bytes that one token takes in the cache: keys and values of all layers, and the scale of each row of them."""
+        """Bytes that one token takes in the cache: keys and values of all layers.
+
+        Args:
+            bytes_per_number: of each number.
+            bytes_of_scale: further bytes of each key and value; 4 in a cache of 8 bits.
+        """
         return 2 * len(self.kv_layers) * self.num_kv_heads * (self.head_dim * bytes_per_number + bytes_of_scale)
 
 

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec
 
 from hshare_jax.decode_step import decode_step
 from hshare_jax.kernels import api
-from hshare_jax.kernels.int8_rows import KVCacheDType
+from hshare_jax.kernels.int8_rows import KVCacheDType, quantise_rows
 from hshare_jax.kernels.tail import no_tail
 from hshare_jax.mesh import Layout
 from hshare_jax.methods.base import Method
@@ -72,13 +72,16 @@ PREFILLS = {
     "LLaMA3-8B, batch 1, 128k": ((LONG, 1, 131_072), (55, 55)),
 }
 # And for the attention of one layer in a prefill, with what each slot receives: (query heads, kv heads, head size),
-# tokens, slots, window, dtype
+# tokens, slots, window, dtype, whether the cache has 8 bits
 PREFILL_ATTENTION = [
-    ((32, 8, 128), CHUNK, 131_072, None, jnp.bfloat16),
-    ((32, 8, 128), CHUNK, 4096, 1000, jnp.float32),
-    ((14, 2, 64), CHUNKS[0], 4096, None, jnp.float16),
-    ((8, 4, 256), CHUNK, 4096, 1000, jnp.bfloat16),
-    ((8, 4, 80), CHUNKS[0], 4096, None, jnp.float32),
+    ((32, 8, 128), CHUNK, 131_072, None, jnp.bfloat16, False),
+    ((32, 8, 128), CHUNK, 4096, 1000, jnp.float32, False),
+    ((14, 2, 64), CHUNKS[0], 4096, None, jnp.float16, False),
+    ((8, 4, 256), CHUNK, 4096, 1000, jnp.bfloat16, False),
+    ((8, 4, 80), CHUNKS[0], 4096, None, jnp.float32, False),
+    ((32, 8, 128), CHUNK, 131_072, None, jnp.bfloat16, True),
+    ((14, 2, 64), CHUNKS[0], 4096, None, jnp.float16, True),
+    ((8, 4, 80), CHUNKS[0], 4096, 1000, jnp.float32, True),
 ]
 TAIL_RANKS = {"attention": None, "attention with a tail": 2}
 
@@ -124,12 +127,16 @@ def compile_prefill(config: ModelConfig, batch: int, slots: int) -> Program:
     return compile_program(read, (params, tokens, lengths, state), mesh, donated=(3,), large=batch * slots)
 
 
-def compile_prefill_attention(heads: tuple[int, int, int], T: int, slots: int, window: int | None, dtype) -> Program:
+def compile_prefill_attention(
+    heads: tuple[int, int, int], T: int, slots: int, window: int | None, dtype, has_int8_cache: bool
+) -> Program:
     """Compiles the attention of one layer and one row in a prefill, with what each slot receives."""
-    (N, K, H), mesh = heads, one_device()
-    shapes = [((1, T, N, H), dtype), *[((1, K, slots, H), dtype)] * 2, ((1,), jnp.int32), ((1, T), jnp.bool_)]
-    arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
-    arguments = place(tuple(arrays), [Layout(PartitionSpec())] * len(arrays), mesh)
+    (N, K, H), mesh, shape = heads, one_device(), jax.ShapeDtypeStruct
+    rows = shape((1, K, slots, H), dtype)
+    if has_int8_cache:
+        rows = jax.eval_shape(quantise_rows, rows)
+    arrays = shape((1, T, N, H), dtype), rows, rows, shape((1,), jnp.int32), shape((1, T), jnp.bool_)
+    arguments = place(arrays, [Layout(PartitionSpec())] * len(jax.tree.leaves(arrays)), mesh)
     attend = functools.partial(api.prefill_attention_received, window=window)
     return compile_program(attend, arguments, mesh, donated=(), large=slots)
 
@@ -141,9 +148,9 @@ def compile_all() -> Iterator[tuple[str, str, int, Program, tuple[int, float]]]:
             yield name, what, 1, compile_attention(config, rank, batch, slots), limits
     for name, ((config, *sizes), limits) in PREFILLS.items():
         yield name, f"prefill of {CHUNK} tokens", config.num_layers, compile_prefill(config, *sizes), limits
-    for (N, K, H), T, slots, window, dtype in PREFILL_ATTENTION:
-        program = compile_prefill_attention((N, K, H), T, slots, window, dtype)
-        name = f"{N}/{K} heads of {H}, {jnp.dtype(dtype)}, window {window}"
+    for (N, K, H), T, slots, window, dtype, has_int8_cache in PREFILL_ATTENTION:
+        program = compile_prefill_attention((N, K, H), T, slots, window, dtype, has_int8_cache)
+        name = f"{N}/{K} heads of {H}, {jnp.dtype(dtype)}, window {window}{', int8 cache' * has_int8_cache}"
         yield name, f"prefill attention of {T} tokens over {slots} slots", 1, program, (2, 0.1)
     for name, (config, batch, slots, cache) in MODELS.items():
         for (step, (method, refresh)), limits in zip(STEPS.items(), LIMITS[name], strict=True):

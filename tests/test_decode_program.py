@@ -106,10 +106,14 @@ def large_buffers(state: DecodeState) -> list[jax.Array]:
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize(("config", "batch"), [(SHALLOW, 1), (SHALLOW, 3), (LOOKS_UP, 3)])
+@pytest.mark.parametrize(
+    ("config", "batch", "kv_cache_dtype"),
+    [(SHALLOW, 1, "auto"), (SHALLOW, 3, "auto"), (LOOKS_UP, 3, "auto"), (LOOKS_UP, 3, "int8")],
+)
 @variants
-def test_a_compiled_step_updates_its_buffers_in_place(method, refresh, config, batch):
-    state, tokens = init_state(config, batch, CAPACITY, method=method), jnp.zeros((batch,), jnp.int32)
+def test_a_compiled_step_updates_its_buffers_in_place(method, refresh, config, batch, kv_cache_dtype):
+    state = init_state(config, batch, CAPACITY, method=method, kv_cache_dtype=kv_cache_dtype)
+    tokens = jnp.zeros((batch,), jnp.int32)
     compiled = compile_for_users(decode_step.lower(params(config), tokens, state, config=config, refresh=refresh))
     text = compiled.as_text()
     assert text is not None

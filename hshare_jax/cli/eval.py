@@ -216,8 +216,9 @@ def _open_records(options: argparse.Namespace, task: Task, files: "ModelFiles", 
         "batch_size": options.batch_size,
         "impl": options.impl,
         "dtype": options.dtype or files.dtype,
-        "kv_cache_dtype": options.kv_cache_dtype,
     }
+    if options.kv_cache_dtype != "auto":  # results of before there was a choice can be resumed
+        study["kv_cache_dtype"] = options.kv_cache_dtype
     for field in dataclasses.fields(task):
         value = getattr(task, field.name)
         if field.name != "limit":

@@ -155,7 +155,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def add_kv_cache_dtype(parser: argparse.ArgumentParser) -> None:
-    """Adds --kv-cache-dtype, for the commands that decode."""
+    """Adds --kv-cache-dtype."""
     parser.add_argument(
         "--kv-cache-dtype", choices=("auto", "int8"), default="auto",
         help="dtype of cached keys and values: auto (default), that of --dtype; int8, 8 bits with a scale for each "

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from hshare_jax.cli.errors import Parser, UsageError, usage_errors
 from hshare_jax.cli.options import (
     add_files,
+    add_kv_cache_dtype,
     add_named_model,
     add_prompt_files,
     add_settings,
@@ -57,6 +58,7 @@ def add_plot(parser: argparse.ArgumentParser) -> None:
         of_text = figures.add_parser(name, help=what)
         add_prompt_files(of_text)
         add_named_model(of_text)
+        add_kv_cache_dtype(of_text)
         if name == "steps":
             of_text.add_argument(
                 "--steps", type=whole, default=64, metavar="N",
@@ -122,7 +124,7 @@ def _draw_text(options: argparse.Namespace) -> "Figure":
         method.settings.check(files.config)
         check_prompt(files.config, len(prompt), settings=method.settings, steps=steps)
         method, origins = read_files(options, files, method)
-    model = files.load(options.dtype, read_quantize(options, files))
+    model = files.load(options.dtype, read_quantize(options, files), None, options.kv_cache_dtype)
     for origin in origins:
         origin.check(model)
     found = measure_patterns(model, prompt, method=method, steps=steps)

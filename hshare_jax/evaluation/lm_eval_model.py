@@ -86,7 +86,7 @@ class HShareLM(TemplateLM):
                 none, the others at least the budget.
             preset: `hshare-paper` takes the paper's method instead of the defaults; the settings change it.
             sharing_ratio: layer-head-query, such as `7/8-3/4-1/2`.
-            dtype, quantize, kv_cache_dtype, revision, cache_dir: as for `load_model`.
+            dtype, quantize, kv_cache_dtype, revision, cache_dir: as for `load_model`; not used if a model is given.
             batch_size: requests that are computed together.
             max_length: the most tokens of context and output together; None takes all positions of the model.
             plan_file, channels_file: files of `hshare-jax calibrate`, used instead of a plan and channels found from
@@ -161,7 +161,7 @@ class HShareLM(TemplateLM):
     def get_model_info(self) -> dict[str, str]:
         """Facts that lm-evaluation-harness writes beside the results."""
         info = {"model_identity": self.model.identity, "model_dtype": self.model.dtype, "method": self._description}
-        return info | self._files
+        return info | {"kv_cache_dtype": self.model.kv_cache_dtype} | self._files
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A chat in the tokenizer's template, as text. Without a generation prompt the last message stays open."""

@@ -10,7 +10,7 @@ from hshare_jax.methods.names import METHODS, takes_setting
 
 # The fields of each kind of line, beside context, budget and name of the method. Lines of other kinds are left out.
 _KINDS = {"text": ("reads", "divergence"), "speed": ("batch", "milliseconds")}
-_PROTOCOL = ("steps", "dtype")  # facts that all results of one context share
+_PROTOCOL = ("steps", "dtype", "kv_cache_dtype")  # facts that all results of one context share
 # Lines of studies that differ only in these facts may be pooled.
 _POOLED = (
     "results", "task", "data", "data_sha256", "texts", "limit", "skip_start", "seeds", "batch_size",
@@ -36,6 +36,7 @@ def read_results(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[dict[str
     agreement, model = _Agreement(), ""
     for path in map(Path, paths):
         study, results = _read_file(path)
+        study = {"kv_cache_dtype": "auto"} | study  # which is not told
         model = study["model"]
         agreement.check((), path, {name: study.get(name) for name in ("model", "identity")}, "results of a model")
         for line in results:

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 
 from hshare_jax.errors import check_one_of, check_whole
 from hshare_jax.kernels.api import dense_decode, sparse_decode
-from hshare_jax.kernels.int8_rows import Rows, row_floats
+from hshare_jax.kernels.int8_rows import Rows
 from hshare_jax.kernels.reads import mark_listed, take_rows
 from hshare_jax.kv_cache import KVCache, replace_layer
 from hshare_jax.mesh import AnyMesh, by_parts, dims, layouts_alike, num_parts
@@ -42,7 +42,7 @@ class PromptLayer:
     last_seen: Int[Array, "B P"] = field(metadata=dims("B P"))  # the last slot that each query sees; negative for none
     # Attention that each slot received in this prefill, if the method wants it.
     received: Float[Array, "B N S"] | None = field(metadata=dims("B N S"))
-    keys: Float[Array, "B K S H"] = field(metadata=dims("B K S H"))
+    keys: Rows = field(metadata=dims("B K S"))
     lengths: Int[Array, "B"] = field(metadata=dims("B"))
     recent_start: Int[Array, "B"] = field(metadata=dims("B"))
     window: int | None = field(metadata={"static": True})
@@ -169,7 +169,7 @@ class ListMethod:
                 queries=queries.probes[layer],
                 last_seen=last_seen,
                 received=None if queries.received is None else queries.received[layer],
-                keys=row_floats(cache.keys[config.kv_index(layer)]),
+                keys=cache.keys[config.kv_index(layer)],
                 lengths=seen,
                 recent_start=recent_start,
                 window=window,

@@ -8,6 +8,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from hshare_jax.kernels.api import append_tokens
+from hshare_jax.kernels.int8_rows import row_floats
 from hshare_jax.kernels.top_k import select_tokens
 from hshare_jax.kv_cache import KVCache
 from hshare_jax.methods.listed import ListMethod, PromptLayer, StepLayer, sum_over_lists
@@ -55,7 +56,7 @@ class Quest(ListMethod):
         """Empty lists, and the pages of the prompt."""
         B, K, S, H = prompt.keys.shape
         pages = memory[0].shape[2]
-        padded = jnp.pad(prompt.keys, ((0, 0), (0, 0), (0, pages * self.page_size - S), (0, 0)))
+        padded = jnp.pad(row_floats(prompt.keys), ((0, 0), (0, 0), (0, pages * self.page_size - S), (0, 0)))
         is_filled = jnp.arange(pages * self.page_size)[None, None, :, None] < prompt.lengths[:, None, None, None]
         most = jnp.finfo(padded.dtype).max
         least, greatest = (

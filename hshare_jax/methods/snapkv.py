@@ -9,6 +9,7 @@ from jax import Array, lax
 from jaxtyping import Int
 
 from hshare_jax.errors import SettingError
+from hshare_jax.kernels.int8_rows import row_floats
 from hshare_jax.kernels.masked_softmax import MASKED
 from hshare_jax.kernels.top_k import select_tokens
 from hshare_jax.methods.listed import ListMethod, PromptLayer, sum_over_lists
@@ -66,7 +67,8 @@ class SnapKV(ListMethod):
         """The tokens that the last queries attend to; there is no memory."""
         (B, P, N, H), (_, K, S, _) = prompt.queries.shape, prompt.keys.shape
         grouped = prompt.queries.reshape(B, P, K, N // K, H)
-        scores = jnp.einsum("BPKGH,BKSH->BKGPS", grouped, prompt.keys, preferred_element_type=jnp.float32) * H**-0.5
+        keys = row_floats(prompt.keys)
+        scores = jnp.einsum("BPKGH,BKSH->BKGPS", grouped, keys, preferred_element_type=jnp.float32) * H**-0.5
         slots, last_seen = jnp.arange(S)[None, None, :], prompt.last_seen[:, :, None]
         is_visible = slots <= last_seen
         if prompt.window is not None:

@@ -282,7 +282,9 @@ ffi::Error sparse_decode(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer 
     return wrong("lists must be [L, B, J, C], source [B, L, J], lengths and recent_start [B]");
   }
   std::optional<ffi::AnyBuffer> tail_keys, tail_values;
-  if (const size_t first = attention->key_scales ? 2 : 0; further.size() == first + 3) {  // the tail follows the scales
+  const size_t first = attention->key_scales ? 2 : 0;  // of the tail, which follows the scales
+  if (further.size() != first && further.size() != first + 3) return wrong("a tail has three arrays");
+  if (further.size() > first) {
     const auto of_keys = further.get<ffi::AnyBuffer>(first), of_values = further.get<ffi::AnyBuffer>(first + 1);
     const auto terms = further.get<ffi::Buffer<ffi::F32>>(first + 2);
     if (!of_keys || !of_values || !terms) return wrong("the tail's terms must be float32");
@@ -292,7 +294,7 @@ ffi::Error sparse_decode(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer 
     if (!tail_type || (!attention->key_scales && *tail_type != attention->type) || rank < 0 || !has_shape(*terms, {B, N, 6 + rank}) || !has_shape(*tail_keys, {B, N, 1 + rank, attention->H}) ||
         !has_shape(*tail_values, {B, N, 1 + rank, attention->H}) ||
         tail_values->element_type() != tail_keys->element_type()) {
-      return wrong("the tail must be [B, N, 1 + rank, H] in the cache's dtype, its terms [B, N, 6 + rank]");
+      return wrong("the tail must be [B, N, 1 + rank, H] in the cache's floats, its terms [B, N, 6 + rank]");
     }
     attention->tail_type = *tail_type, attention->tail_keys = &*tail_keys, attention->tail_values = &*tail_values;
     attention->terms = terms->typed_data(), attention->rank = rank;
@@ -386,8 +388,10 @@ ffi::Error choose_tokens(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> lists, ffi:
     return wrong("the shapes of lists, queries, labels and plan do not fit each other");
   }
   const auto query_type = float_type(query.element_type());
-  const bool has_codes = labels.element_type() == ffi::U8;
-  const auto type = has_codes ? std::optional(rows < R ? Type::kNibbles : Type::kBytes) : float_type(labels.element_type());
+  const bool has_codes = labels.element_type() == ffi::U8, has_int8_keys = by_keys && labels.element_type() == ffi::S8;
+  const auto type = has_codes       ? std::optional(rows < R ? Type::kNibbles : Type::kBytes)
+                    : has_int8_keys ? std::optional(Type::kBytes)
+                                    : float_type(labels.element_type());
   if (!query_type || !type) return wrong("queries and labels must be float32, bfloat16 or float16, or labels uint8");
   const int64_t expected = by_keys ? S : *type == Type::kNibbles ? (R + 1) / 2 : R;
   if (rows != expected || (by_keys && (has_codes || labels.dimensions()[3] != R))) return wrong("R differs");
@@ -398,6 +402,12 @@ ffi::Error choose_tokens(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> lists, ffi:
     if (!given || !has_shape(*given, {B, K, 2, S})) return wrong("codes need scales [B, K, 2, S]");
     of_codes = *given, scale_type = float_type(given->element_type());
     if (!scale_type) return wrong("scales must be float32, bfloat16 or float16");
+  }
+  const float* key_scales = nullptr;
+  if (has_int8_keys) {
+    const auto given = scales.get<ffi::Buffer<ffi::F32>>(0);
+    if (!given || !has_shape(*given, {B, K, S})) return wrong("keys of 8 bits need scales [B, K, S]");
+    key_scales = given->typed_data();
   }
   int32_t* const lists_out = reinterpret_cast<int32_t*>(changed(lists, out));
   std::vector<int64_t> chosen;
@@ -416,6 +426,7 @@ ffi::Error choose_tokens(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> lists, ffi:
     work.query = &wide[(b * N + j * G) * R];
     work.labels = at(labels, (b * K + k) * labels.dimensions()[2] * labels.dimensions()[3], *type);
     if (of_codes) work.scales = at(*of_codes, (b * K + k) * 2 * S, *scale_type);
+    if (key_scales) work.scales = key_scales + (b * K + k) * S;
     work.type = *type, work.scale_type = *scale_type;
     work.by_keys = by_keys;
     work.scale = 1 / std::sqrt(static_cast<float>(R));

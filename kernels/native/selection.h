@@ -67,6 +67,7 @@ void unquantise(const SelectWork& work, float* scores, int64_t stride) {
 template <class T>
 void score_keys(const SelectWork& work, float* scores, int64_t stride) {
   const int32_t H = work.R, whole = H / LANES * LANES;
+  const float* const scales = (const float*)work.scales;  // of keys in 8 bits
   for (int32_t i = 0; i < work.last - work.first; ++i) {
     const T* key = (const T*)work.labels + (int64_t)(work.first + i) * H;
     for (int g = 0; g < work.G; ++g) {
@@ -74,7 +75,7 @@ void score_keys(const SelectWork& work, float* scores, int64_t stride) {
       Floats total = zeros();
       for (int32_t h = 0; h < whole; h += LANES) total += load(key + h) * load(q + h);
       if (whole < H) total += load_some(key + whole, H - whole) * load_some(q + whole, H - whole);
-      scores[g * stride + i] = sum(total) * work.scale;
+      scores[g * stride + i] = sum(total) * work.scale * (scales ? scales[work.first + i] : 1);
     }
   }
 }
@@ -84,6 +85,7 @@ void score_slots(const SelectWork& work, const float* query, float* scores, int6
     switch (work.type) {
       case Type::kBFloat16: return score_keys<BFloat16>(work, scores, stride);
       case Type::kFloat16: return score_keys<Float16>(work, scores, stride);
+      case Type::kBytes: return score_keys<int8_t>(work, scores, stride);
       default: return score_keys<float>(work, scores, stride);
     }
   }
@@ -149,8 +151,11 @@ void list_highest(const float* weights, int32_t* order, int32_t count, int32_t w
     uint32_t chosen = _mm512_cmpgt_epi32_mask(here, _mm512_set1_epi32(least));
     uint32_t tied = _mm512_cmpeq_epi32_mask(here, _mm512_set1_epi32(least));
     for (; tied && room > 0; tied &= tied - 1, --room) chosen |= tied & -tied;
-    _mm512_mask_compressstoreu_epi32(list + at, chosen, _mm512_add_epi32(_mm512_set1_epi32(first + i), step));
-    at += __builtin_popcount(chosen);
+    if (!chosen) continue;
+    const int32_t number = __builtin_popcount(chosen);  // packed in a register, because some CPUs pack into memory slowly
+    const __m512i packed = _mm512_maskz_compress_epi32(chosen, _mm512_add_epi32(_mm512_set1_epi32(first + i), step));
+    _mm512_mask_storeu_epi32(list + at, (1u << number) - 1, packed);
+    at += number;
   }
 #else
   for (int32_t i = 0; i < count && at < wanted; ++i) {

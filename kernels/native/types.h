@@ -49,7 +49,7 @@ struct MergeWork {
 struct SelectWork {
   const float* query;  // [G, R]
   const void* labels;  // [rows, S] codes in `type`; or [S, R] keys
-  const void* scales;  // [2, S] in `scale_type`; null if labels are not quantised
+  const void* scales;  // [2, S] in `scale_type` of labels, [S] floats of keys; null if they are not quantised
   Type type, scale_type;
   bool by_keys;
   float scale;  // of scores by keys

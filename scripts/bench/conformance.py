@@ -21,12 +21,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from hshare_jax.decode_state import init_state
 from hshare_jax.decode_step import decode_step
 from hshare_jax.kernels import api
 from hshare_jax.kernels.choose_tokens import weigh_tokens
+from hshare_jax.kernels.int8_rows import quantise_rows
 from hshare_jax.kernels.labels import label_query, make_labels, score_labels
 from hshare_jax.kernels.tail import HIGH, LOW, NUM_TERMS, Tail
 from hshare_jax.methods.hshare.method import HShare
@@ -67,6 +67,7 @@ def cases(*, toy: bool) -> Iterator[Case]:
     if toy:
         yield _attention("sparse", (4, 2, 2, 64), "float32", window=None, **small)
         yield _attention("dense", (4, 2, 2, 64), "bfloat16", window=20, **small)
+        yield _attention("sparse", (4, 2, 2, 64), "float32", window=None, has_int8_cache=True, **small)
         yield _selection((4, 2, 2), 256, bits=4, dilate=False)
         yield _attention("sparse", (4, 2, 2, 64), "float32", window=20, rank=2, **small)
         yield _prefill((4, 2, 16), 256, "float32", window=None)
@@ -95,6 +96,8 @@ def cases(*, toy: bool) -> Iterator[Case]:
         yield _attention(kind, sizes, "float32", window=20, **small)
     for kind in ("sparse", "dense"):
         yield _attention(kind, (8, 2, 2, 128), "float16", window=None, **small)
+        yield _attention(kind, (6, 1, 1, 96), "float16", window=None, has_int8_cache=True, **small)
+        yield _attention(kind, llama3, "bfloat16", window=None, has_int8_cache=True, S=4096, lengths=ragged)
     for sizes, rank in (((4, 2, 4, 80), 0), ((6, 1, 1, 96), 2)):
         yield _attention("sparse", sizes, "float32", window=20, rank=rank, **small)
     for S, lengths in ((32_768, (32_768, 20_001)), (131_072, (131_072,))):
@@ -110,7 +113,7 @@ def cases(*, toy: bool) -> Iterator[Case]:
 
 def _attention(
     kind: str, heads: tuple[int, int, int, int], dtype: str, *, window: int | None, S: int, lengths: tuple[int, ...],
-    rank: int | None = None,
+    rank: int | None = None, has_int8_cache: bool = False,
 ) -> Case:  # fmt: skip
     """A case of attention, with a tail of this rank unless it is None."""
     (N, K, J, H), B = heads, len(lengths)
@@ -143,8 +146,10 @@ def _attention(
             name: jnp.asarray(arrays[name], jnp.int32) for name in ("lists", "source", "lengths", "starts")
         }
 
-    def run(a: Arrays, impl: str, keys: Array, values: Array) -> np.ndarray:
+    def run(a: Arrays, impl: str, keys: Any, values: Any) -> np.ndarray:
         q, lengths = a["q"].astype(keys.dtype), a["lengths"]
+        if has_int8_cache:
+            keys, values = quantise_rows(keys), quantise_rows(values)
         if kind == "dense":
             dense = functools.partial(api.dense_decode, window=window, impl=impl)
             return np.asarray(jax.jit(dense)(q, keys, values, lengths).astype(jnp.float32))
@@ -170,7 +175,8 @@ def _attention(
             most += LOW_PRECISION * float(np.abs(run(a, "reference", *plain) - exact).max())
         return _within(found, exact, most)
 
-    gate = "" if window is None else f", window {window}"
+    gate = ", int8 cache" if has_int8_cache else ""
+    gate += "" if window is None else f", window {window}"
     gate += "" if rank is None else f", tail of rank {rank}"
     return Case(f"{kind} attention, heads {N}/{K}/{J} of {H}, {B} rows of {S}, {dtype}{gate}", make, judge)
 

@@ -348,7 +348,7 @@ def test_the_first_line_says_what_is_measured(tiny: str, data: Path, capsys: pyt
     assert study == {
         "results": "hshare_jax", "task": "perplexity", "model": "tiny", "data": ["rain.txt"],
         "data_sha256": [hashlib.sha256(TEXT.encode()).hexdigest()[:16]], "batch_size": 8, "impl": "auto",
-        "dtype": "float32", "kv_cache_dtype": "auto", "context": "120", "steps": "8", "skip_start": "1/8", "limit": 2,
+        "dtype": "float32", "context": "120", "steps": "8", "skip_start": "1/8", "limit": 2,
     }  # fmt: skip
     assert len(identity) == 16
     # Settings and search are one flat record of texts.

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from hshare_jax.errors import SettingError
 from hshare_jax.kernels import api, native_library
 from hshare_jax.kernels.implementations import IMPLEMENTATIONS
+from hshare_jax.kernels.int8_rows import quantise_rows
 from hshare_jax.kernels.labels import make_labels, score_labels
 from hshare_jax.kernels.native_library import call_library, change_in_place
 from hshare_jax.kernels.tail import Tail
@@ -201,6 +202,7 @@ import numpy as np, jax.numpy as jnp
 from test_native import case, decode
 from hshare_jax.kernels import api
 from hshare_jax.kernels.block_weights import BlockWeights
+from hshare_jax.kernels.int8_rows import quantise_rows
 q, keys, values, lists, source = case()
 outs = [decode(q, keys, values, lists, source, [80, 70], [75, 65])]
 rng = np.random.default_rng(0)
@@ -212,7 +214,10 @@ for kind in "48":
     blocks = BlockWeights(jnp.asarray(codes), *(jnp.asarray(rng.random((40, 2)) / 99, jnp.float16) for _ in "ab"))
     outs += [api.project(blocks, jnp.ones((rows, 64)), impl="native") for rows in (1, 8, 200)]
 ends = jnp.full((2,), 4), jnp.full((2,), 77), None
-outs.append(api.select_by_keys(lists, 1, q, keys, source, jnp.ones(2, bool), *ends, impl="native"))
+bits = quantise_rows(keys), quantise_rows(values)
+outs.append(decode(q, *bits, lists, source, [80, 70], [75, 65]))
+for of_keys in (keys, bits[0]):
+    outs.append(api.select_by_keys(lists, 1, q, of_keys, source, jnp.ones(2, bool), *ends, impl="native"))
 print(json.dumps(np.concatenate([np.asarray(out, float).ravel() for out in outs]).tolist()))
 """
 
@@ -274,26 +279,30 @@ def test_two_threads_may_decode_at_once():
 @given(
     heads=st.sampled_from([(1, 1), (3, 1), (5, 1), (7, 7), (6, 2), (9, 3)]), H=st.integers(1, 40),
     S=st.integers(1, 2500), window=st.none() | st.integers(1, 50),  # up to three pieces of a range, five of a list
-    dtype=st.sampled_from(["float32", "bfloat16", "float16"]), data=st.data(),
+    dtype=st.sampled_from(["float32", "bfloat16", "float16", "int8"]), data=st.data(),
 )  # fmt: skip
 def test_dense_attention_of_any_shape_equals_the_definition(heads, H, S, window, dtype, data):
     (N, K), rng = heads, np.random.default_rng(0)
     q, keys, values = (
-        jnp.asarray(rng.standard_normal(shape), dtype) for shape in ((2, N, H), (2, K, S, H), (2, K, S, H))
+        jnp.asarray(rng.standard_normal(shape), "float32" if dtype == "int8" else dtype)
+        for shape in ((2, N, H), (2, K, S, H), (2, K, S, H))
     )
+    if dtype == "int8":
+        keys, values = quantise_rows(keys), quantise_rows(values)
+    atol = 1e-5 if q.dtype == "float32" else 3e-2
     lengths = jnp.asarray([data.draw(st.integers(0, S)), S], jnp.int32)
     found, expected = (
         np.asarray(api.dense_decode(q, keys, values, lengths, window=window, impl=impl), np.float32)
         for impl in ("native", "reference")
     )
-    np.testing.assert_allclose(found, expected, atol=1e-5 if dtype == "float32" else 3e-2, rtol=0)
+    np.testing.assert_allclose(found, expected, atol=atol, rtol=0)
     slots = jnp.arange(S)[None, :]
     lists = jnp.broadcast_to(jnp.where(slots < lengths[:, None], slots, EMPTY)[None, :, None], (1, 2, K, S))
     plan = jnp.broadcast_to(jnp.arange(K), (2, 1, K)), 0
     listed = api.sparse_decode(
         q, keys, values, lists, *plan, lengths, lengths, num_sinks=0, max_recent=0, window=window, impl="native"
     )
-    np.testing.assert_allclose(np.asarray(listed, np.float32), found, atol=1e-5 if dtype == "float32" else 3e-2, rtol=0)
+    np.testing.assert_allclose(np.asarray(listed, np.float32), found, atol=atol, rtol=0)
 
 
 @needs_library

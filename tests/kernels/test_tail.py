@@ -59,6 +59,8 @@ def test_a_tail_is_all_of_the_attention_where_nothing_is_read():
 )
 def test_the_weight_of_a_tail_in_tokens_counts_all_that_it_holds(rank, dtype, num_tokens):
     tail = no_tail(B, N, H, rank, jnp.dtype(dtype))
-    assert tail.num_tokens == num_tokens
+    row_bytes = H * jnp.dtype(dtype).itemsize
+    assert tail.num_tokens(row_bytes) == num_tokens
     num_bytes = sum(array.nbytes for array in jax.tree.leaves(tail))
-    assert num_bytes == B * N * num_tokens * 2 * H * jnp.dtype(dtype).itemsize
+    assert num_bytes == B * N * num_tokens * 2 * row_bytes
+    assert tail.num_tokens(row_bytes // 2) == 2 * num_tokens  # beside a cache of half as many bytes

@@ -99,13 +99,16 @@ def test_decoding_equals_the_oracle_in_every_row(config, name):
                 assert found == of_layer
 
 
-@pytest.mark.parametrize("config", [MODEL, SHARED_KV], ids=["own KV", "shared KV"])
+@pytest.mark.parametrize(
+    ("config", "kv_cache_dtype"), [(MODEL, "auto"), (SHARED_KV, "auto"), (SHARED_KV, "int8")],
+    ids=["own KV", "shared KV", "shared KV, 8 bits"],
+)  # fmt: skip
 @pytest.mark.parametrize("method", COVERING.values(), ids=COVERING)
-def test_a_budget_that_covers_the_text_is_dense(method, config):
-    rows = random_rows(12, more=4)
+def test_a_budget_that_covers_the_text_is_dense(method, config, kv_cache_dtype):
+    rows, how = random_rows(12, more=4), {"config": config, "kv_cache_dtype": kv_cache_dtype}
     prompts = [row[:n] for row, n in zip(rows, LENGTHS, strict=True)]
-    logits, states = decode(rows, prefill_rows(prompts, method=method, config=config)[1], 4, config=config)
-    expected, dense = decode(rows, prefill_rows(prompts, method=None, config=config)[1], 4, config=config)
+    logits, states = decode(rows, prefill_rows(prompts, method=method, **how)[1], 4, config=config)
+    expected, dense = decode(rows, prefill_rows(prompts, method=None, **how)[1], 4, config=config)
     np.testing.assert_allclose(logits, expected, atol=SAME, rtol=0)
     np.testing.assert_allclose(count_reads(states[-1], config), count_reads(dense[-1], config))
 

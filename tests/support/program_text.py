@@ -15,7 +15,7 @@ def compile_for_users(lowered: Lowered) -> Compiled:
 
 def count_copies(text: str, buffers: Sequence[jax.Array]) -> int:
     """Counts the copy instructions of a compiled program whose result has the shape of one of the buffers."""
-    names = {"float32": "f32", "bfloat16": "bf16", "int32": "s32", "uint8": "u8"}
+    names = {"float32": "f32", "bfloat16": "bf16", "int32": "s32", "uint8": "u8", "int8": "s8"}
     shapes = {f"{names[str(array.dtype)]}[{','.join(map(str, array.shape))}]" for array in buffers}
     copied = re.findall(r"= \(?(\w+\[[\d,]*\])\S* copy(?:-start)?\(", text)
     return sum(shape in shapes for shape in copied)

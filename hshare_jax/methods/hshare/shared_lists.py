@@ -10,7 +10,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from hshare_jax.kernels.api import append_labels, dense_decode, sparse_decode
-from hshare_jax.kernels.int8_rows import Rows
+from hshare_jax.kernels.int8_rows import Rows, row_bytes
 from hshare_jax.kernels.labels import Labels
 from hshare_jax.kernels.masked_softmax import MASKED
 from hshare_jax.kernels.reads import mark_listed
@@ -157,18 +157,18 @@ class SharedLists:
         listed = through_plan(self.token_indices, self.read_source)  # [B, L, J, C]
         sparse = count_listed(listed, self.recent_start, self.settings.num_sinks, cache, config)
         dense = count_dense(cache, config)
-        sparse = sparse + jnp.where(sparse < dense, self._count_virtual(config), 0)
+        sparse = sparse + jnp.where(sparse < dense, self._count_virtual(cache, config), 0)
         is_dense = jnp.arange(config.num_layers)[:, None] < self.settings.num_dense
         is_dense = is_dense | (cache.lengths < self.settings.dense_below)[None, :]
         return mean_over_devices(jnp.where(is_dense, dense, sparse).mean(axis=0), config)
 
-    def _count_virtual(self, config: ModelConfig) -> Float[Array, "L B"]:
+    def _count_virtual(self, cache: KVCache, config: ModelConfig) -> Float[Array, "L B"]:
         """What a list's virtual tokens weigh, in cached tokens. Its heads share its tokens, but not their tails."""
         per_list = config.num_heads / self.source.shape[2]
         of_layers = [
             jnp.zeros(self.age.shape)
             if tail is None
-            else tail.num_tokens * per_list * (tail.terms[..., HIGH] > MASKED).mean(axis=1)
+            else tail.num_tokens(row_bytes(cache.keys[0])) * per_list * (tail.terms[..., HIGH] > MASKED).mean(axis=1)
             for tail in self.tails
         ]
         return jnp.stack(of_layers)
