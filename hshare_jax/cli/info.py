@@ -220,7 +220,7 @@ def _show_plans(options: argparse.Namespace) -> int:
         settings.check(files.config)
     from hshare_jax.calibration import find_plans
 
-    model = files.load(options.dtype, read_quantize(options, files), None, options.kv_cache_dtype)
+    model = files.load(options.dtype, read_quantize(options, files), kv_cache_dtype=options.kv_cache_dtype)
     plans = find_plans(model, prompts, method=method)
     has_probes = [len(prompt) > settings.first_probe for prompt in prompts]
     if options.json:

@@ -124,7 +124,7 @@ def _draw_text(options: argparse.Namespace) -> "Figure":
         method.settings.check(files.config)
         check_prompt(files.config, len(prompt), settings=method.settings, steps=steps)
         method, origins = read_files(options, files, method)
-    model = files.load(options.dtype, read_quantize(options, files), None, options.kv_cache_dtype)
+    model = files.load(options.dtype, read_quantize(options, files), kv_cache_dtype=options.kv_cache_dtype)
     for origin in origins:
         origin.check(model)
     found = measure_patterns(model, prompt, method=method, steps=steps)

@@ -126,8 +126,8 @@ struct Reads {
     return std::max(1, (count + most - 1) / most);
   }
 
-  // The slots of a part, in the order in which they are read, and then the last one again. A range is read as
-  // streams that take turns: a CPU fetches several streams by itself while it computes, and for one it waits.
+  // The slots of a part, in the order in which they are read, and then the last one again. A range is read as streams
+  // that take turns: a CPU fetches several streams by itself while it computes, and for a single one it waits.
   void copy_slots(int32_t skipped, int32_t part, int32_t* to) const {
     const int32_t length = part / kStreams, start = first + skipped;
     if (slots) {
@@ -291,7 +291,8 @@ ffi::Error sparse_decode(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer 
     tail_keys = *of_keys, tail_values = *of_values;
     const int64_t rank = terms->dimensions().back() - 6;
     const auto tail_type = float_type(tail_keys->element_type());
-    if (!tail_type || (!attention->key_scales && *tail_type != attention->type) || rank < 0 || !has_shape(*terms, {B, N, 6 + rank}) || !has_shape(*tail_keys, {B, N, 1 + rank, attention->H}) ||
+    if (!tail_type || (!attention->key_scales && *tail_type != attention->type) || rank < 0 ||
+        !has_shape(*terms, {B, N, 6 + rank}) || !has_shape(*tail_keys, {B, N, 1 + rank, attention->H}) ||
         !has_shape(*tail_values, {B, N, 1 + rank, attention->H}) ||
         tail_values->element_type() != tail_keys->element_type()) {
       return wrong("the tail must be [B, N, 1 + rank, H] in the cache's floats, its terms [B, N, 6 + rank]");

@@ -33,7 +33,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     model = pretrained.Model(TINY, random_params(TINY), byte_tokenizer(LETTERS), (), "tiny", "")
     files = pretrained.ModelFiles(TINY, model.tokenizer, (), "tiny", "float32", lambda dtype, quantize, mesh: iter(()))
     monkeypatch.setattr(cli_plot, "open_named", lambda options: files)
-    monkeypatch.setattr(pretrained.ModelFiles, "load", lambda self, dtype=None, quantize="auto": model)
+    monkeypatch.setattr(pretrained.ModelFiles, "load", lambda self, dtype=None, quantize="auto", **_: model)
     (tmp_path / "prompt.txt").write_text("it is a truth that is known to all, that a man in want of a wife is in luck.")
     (tmp_path / "short.txt").write_text("too short")
     (tmp_path / "empty.txt").touch()
