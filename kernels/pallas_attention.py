@@ -112,7 +112,9 @@ def _lay_out(
     """The sizes for a layer's cache and its lists, each of which reads at most `max_slots` slots."""
     B, _, _, H = keys.shape
     width = max(16, pl.next_power_of_2(H))  # no side of a dot is shorter than 16
-    tiles = tiles or attention_tiles(width, keys.dtype.itemsize, B * num_lists, max_slots)
+    tiles = tiles or attention_tiles(
+        width, keys.dtype.itemsize, B * num_lists, max_slots, is_int8=isinstance(keys, Int8Rows)
+    )
     return _Layout(num_sinks, num_listed, window, tiles, width)
 
 
@@ -336,9 +338,12 @@ def weighted(
 ) -> Float[Array, "heads H"]:
     """The sum of the values by weight; values may be divided by a scale."""
     largest = None
-    if value_scale is not None:  # by shares of the largest scale, because float16 does not hold small numbers
+    if (
+        value_scale is not None and value.dtype == jnp.float16
+    ):  # which does not hold small numbers: shares of the largest
         largest = value_scale.max()
-        weights = weights * (value_scale / jnp.where(largest > 0, largest, 1))
+        value_scale = value_scale / jnp.where(largest > 0, largest, 1)
+    weights = weights if value_scale is None else weights * value_scale
     if weights.shape[0] == 1:
         read = (weights.reshape(-1, 1) * value.astype(jnp.float32)).sum(axis=0)[None, :]
     else:

@@ -21,7 +21,7 @@ class Tiles:
     queries: int = 1  # queries of a head that a program of prefill attention takes at once, a power of two
 
 
-def attention_tiles(head_dim: int, itemsize: int, num_programs: int, num_slots: int) -> Tiles:
+def attention_tiles(head_dim: int, itemsize: int, num_programs: int, num_slots: int, *, is_int8: bool = False) -> Tiles:
     """The layout of decode attention.
 
     Args:
@@ -29,27 +29,33 @@ def attention_tiles(head_dim: int, itemsize: int, num_programs: int, num_slots: 
         itemsize: bytes of a number as it is multiplied.
         num_programs: rows times lists.
         num_slots: the most slots that a program reads if nothing is split.
+        is_int8: whether the cache has 8 bits.
     """
     # One block of keys and one of values take 16 KiB each. With two of three stages in flight, a core still has room
-    # for other programs.
-    block = max(16, min(128, 16_384 // (head_dim * itemsize)))
+    # for other programs. Codes that become float32 stay in registers, which hold few of them.
+    fills_registers = itemsize == 4 and is_int8
+    block = 16 if fills_registers else max(16, min(128, 16_384 // (head_dim * itemsize)))
     most = -(-num_slots // (2 * block))  # a program with less than two blocks has nothing to overlap
     wanted = -(-PROGRAMS_PER_CORE * NUM_CORES // num_programs)
-    return Tiles(block, num_warps=4, num_stages=3, splits=_power_of_two(max(1, min(most, wanted, 128))))
+    splits = _power_of_two(max(1, min(most, wanted, 128)))
+    return Tiles(block, num_warps=4, num_stages=1 if fills_registers else 3, splits=splits)
 
 
-def prefill_tiles(head_dim: int, itemsize: int, num_queries: int) -> Tiles:
+def prefill_tiles(head_dim: int, itemsize: int, num_queries: int, *, is_int8: bool = False) -> Tiles:
     """The layout of prefill attention.
 
     Args:
         head_dim: H, padded to a power of two.
         itemsize: bytes of a number as it is multiplied.
         num_queries: T, the new tokens of a row.
+        is_int8: whether the cache has 8 bits.
     """
     # The output of 128 queries of 128 channels fills a quarter of the registers of 8 warps. The queries, and three
     # stages of a block of keys and one of values, fit the shared memory of a core. Float32 is multiplied outside the
-    # tensor cores, from registers.
+    # tensor cores, from registers; those that were codes of 8 bits take more of them.
     queries = max(16, _power_of_two(num_queries, up=True))
+    if itemsize == 4 and is_int8:
+        return Tiles(16, num_warps=8, num_stages=1, queries=16)
     if itemsize == 4:
         return Tiles(16, num_warps=4, num_stages=2, queries=min(queries, 32))
     queries, block = (min(queries, 128), 64) if head_dim <= 128 else (min(queries, 64), 32)
