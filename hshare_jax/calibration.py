@@ -145,16 +145,8 @@ def _read_block(
     positions = jnp.zeros((1, 0), jnp.int32)
     if method is not None:
         positions = method.probe_positions(jnp.zeros_like(lengths), lengths, len(block))
-    _, cache, queries = read_prompt(
-        model.params,
-        tokens,
-        lengths,
-        state.cache,
-        positions,
-        config=model.config,
-        progress=bar.update,
-        mesh=model.mesh,
-    )
+    prompt = model.params, tokens, lengths, state.cache, positions
+    _, cache, queries = read_prompt(*prompt, config=model.config, progress=bar.update, mesh=model.mesh)
     assert queries is not None
     return queries, cache, state.method_state
 

@@ -18,8 +18,9 @@ KV_CACHE_DTYPES: tuple[str, ...] = get_args(KVCacheDType)
 class Int8Rows:
     """Keys or values of one layer that stand for floats: row = qvalue * scale.
 
-    The largest magnitude of a row is 127 times its scale. In a kernel the arrays are references. New tokens are
-    [B, T, K, H] and [B, T, K] instead. Fields are named as in qwix.
+    Each token and head has a scale. KIVI keeps values so (arXiv 2402.02750, section 3), in fewer bits, and gives keys a
+    scale for each channel. The largest magnitude of a row is 127 times its scale. In a kernel the arrays are
+    references. New tokens are [B, T, K, H] and [B, T, K] instead. Fields are named as in qwix.
     """
 
     qvalue: Any  # [B, K, S, H] int8

@@ -338,9 +338,8 @@ def weighted(
 ) -> Float[Array, "heads H"]:
     """The sum of the values by weight; values may be divided by a scale."""
     largest = None
-    if (
-        value_scale is not None and value.dtype == jnp.float16
-    ):  # which does not hold small numbers: shares of the largest
+    if value_scale is not None and value.dtype == jnp.float16:
+        # Float16 does not hold small numbers, so weights are multiplied by shares of the largest scale.
         largest = value_scale.max()
         value_scale = value_scale / jnp.where(largest > 0, largest, 1)
     weights = weights if value_scale is None else weights * value_scale

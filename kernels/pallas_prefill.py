@@ -92,11 +92,8 @@ def _attend(
         # A query may see no slot of its first blocks. Their weights of 1 vanish with the first real peak.
         new_peak = jnp.maximum(peak, scores.max(axis=1))
         weights, shrink = jnp.exp2(scores - new_peak[:, None]), jnp.exp2(peak - new_peak)
-        return (
-            out * shrink[:, None] + weighted(weights, value, value_scale),
-            new_peak,
-            total * shrink + weights.sum(axis=1),
-        )
+        out = out * shrink[:, None] + weighted(weights, value, value_scale)
+        return out, new_peak, total * shrink + weights.sum(axis=1)
 
     # Blocks [begin, end) hold what some query sees, and blocks [whole, part) what all of them see.
     end = jnp.minimum(pl.cdiv(highest + 1, block), pl.cdiv(S, block))

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 _SIZES = ("batch", "tensor_parallel_size", "data_parallel_size")  # 1 unless they are given
 _OF_MEMORY = (*_SIZES, "device_memory")
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_CACHE_BYTES = {"int8": (1, 4)}  # of a cached number and of a row's scale, unless they are of --dtype
 
 
 def add_info(parser: argparse.ArgumentParser) -> None:
@@ -120,9 +121,7 @@ def _facts(
         "dtype": dtype,
         "parameter_bytes": size,
         "kv_cache_dtype": kv_cache_dtype,
-        "cache_bytes_per_token": config.cache_bytes_per_token(
-            *((1, 4) if kv_cache_dtype == "int8" else (_BYTES[dtype],))
-        ),
+        "cache_bytes_per_token": config.cache_bytes_per_token(*_CACHE_BYTES.get(kv_cache_dtype, (_BYTES[dtype],))),
         "eos_token_ids": list(files.eos_token_ids),
         "chat_template": bool(files.tokenizer is not None and files.tokenizer.chat_template),
         "impl": describe("auto"),

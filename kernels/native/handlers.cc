@@ -20,7 +20,7 @@ namespace {
 constexpr int64_t kPiecesPerThread = 4;
 // Slots that one piece of attention reads at most, of a list and of a range. They do not depend on the number of threads.
 constexpr int32_t kListPart = 512, kRangePart = 1024;
-constexpr int32_t kStreams = 8;
+constexpr int32_t kStreams = 8;  // in which a range is read
 
 // The best code that this CPU runs, or the best of at most the instructions that the environment names (for tests).
 const Code& code() {

@@ -28,6 +28,7 @@ from hshare_jax import (
 from hshare_jax.decode_state import count_reads
 from hshare_jax.evaluation.recall import Measured, measure_recall, recall_of
 from hshare_jax.evaluation.teacher_forcing import token_agreement
+from hshare_jax.evaluation.text_windows import Scorer, Window
 from hshare_jax.kernels.int8_rows import KVCacheDType
 from hshare_jax.mesh import put
 from hshare_jax.methods.registry import method_named
@@ -192,12 +193,21 @@ def test_the_harness_scores_and_answers_on_a_mesh_as_on_one_device():
     arguments = {"num_sinks": 2, "num_critical": 16, "num_recent": 6, "sharing_ratio": "1-1-1", "batch_size": 2}
     asked = [Instance("generate_until", {}, (text, {"max_gen_toks": 4}), 0) for text in ("the rain " * 9, "in spain")]
     scored = [(None, tokenizer.encode("the rain " * 9), tokenizer.encode(text)) for text in ("in spain", "again")]
-    ours, theirs = (HShareLM(on_mesh(model, mesh), **arguments) for mesh in (mesh_of(1, 4), None))
+    ours, theirs = (HShareLM(on_mesh(model, mesh), **arguments) for mesh in (mesh_of(2, 4), None))
     assert ours.generate_until(asked) == theirs.generate_until(asked)
     scores = zip(ours._loglikelihood_tokens(scored), theirs._loglikelihood_tokens(scored), strict=True)
     for (found, is_best), (expected, is_best_too) in scores:
         assert is_best == is_best_too
         np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_windows_are_scored_on_a_mesh_as_on_one_device():
+    model, method = random_model(GROUPED), given_plan(GROUPED)
+    windows = [Window(str(row), tuple(TOKENS[row, :81].tolist())) for row in range(2)]
+    scorers = (Scorer(on_mesh(model, mesh), windows, 6, [None, method]) for mesh in (mesh_of(2, 4), None))
+    ours, theirs = (scorer.score(method, recall_every=2) for scorer in scorers)
+    for name, expected in theirs.items():
+        np.testing.assert_allclose(ours[name], expected, rtol=0, atol=1e-5)
 
 
 def test_a_calibration_on_a_mesh_finds_the_channels_of_one_device_and_a_plan_for_the_mesh():
