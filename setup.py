@@ -16,11 +16,12 @@ FLAGS = ["-std=gnu++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=fas
 CODE_FLAGS = ["-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]  # compilers' false alarms
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
+AMX = [*AVX512, "-mamx-tile", "-mamx-bf16"]
 TARGETS = {"any": ["-DLANES=4"]}  # the code of each instruction set; the library chooses among them when it runs
 if platform.system() == "Darwin":  # not for two machines at once, as python.org's Python would
     os.environ.setdefault("ARCHFLAGS", f"-arch {platform.machine()}")
 if platform.machine() in ("x86_64", "AMD64"):
-    TARGETS |= {"avx2": ["-DLANES=8", *AVX2], "avx512": ["-DLANES=16", *AVX512]}
+    TARGETS |= {"avx2": ["-DLANES=8", *AVX2], "avx512": ["-DLANES=16", *AVX512], "amx": ["-DLANES=16", *AMX]}
 
 
 class BuildLibrary(build_ext):

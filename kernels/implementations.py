@@ -75,7 +75,7 @@ IMPLEMENTATIONS = {
         way_out="leave it 'auto', or use 'interpret' to try the kernels, slowly",
     ),
     "native": Implementation(
-        "native", platforms=("cpu",), is_automatic=True, appends=True, projects=True,
+        "native", platforms=("cpu",), is_automatic=True, appends=True, projects=True, prefills=True,
         library="hshare_jax.kernels.native_library",
     ),
     "reference": Implementation("reference", appends=True, projects=True, prefills=True),

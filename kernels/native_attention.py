@@ -21,8 +21,8 @@ def dense_decode(
     window: int | None = None,
 ) -> Float[Array, "B N H"]:
     """`api.dense_decode`; a key or value is read once for all query heads of its group."""
-    cache, scales = _arrays(keys, values)
-    return call_library("dense_decode", q, q, *cache, lengths, *scales, window=_number(window))
+    cache, scales = cache_arrays(keys, values)
+    return call_library("dense_decode", q, q, *cache, lengths, *scales, window=window_number(window))
 
 
 def sparse_decode(
@@ -42,11 +42,11 @@ def sparse_decode(
     tail: Tail | None = None,
 ) -> Float[Array, "B N H"]:
     """`api.sparse_decode`. Lists, plans and lengths that point outside the arrays read nothing."""
-    cache, scales = _arrays(keys, values)
+    cache, scales = cache_arrays(keys, values)
     return call_library(
         "sparse_decode", q, q, *cache, lists, source, lengths, recent_start, *scales, *jax.tree.leaves(tail),
         layer=np.int64(layer), num_sinks=np.int64(num_sinks), max_recent=np.int64(max_recent),
-        window=_number(window), min_length=np.int64(min_length),
+        window=window_number(window), min_length=np.int64(min_length),
     )  # fmt: skip
 
 
@@ -64,10 +64,10 @@ def split_decode(
     """`api.split_decode`. Slots of lists that point outside the cache count for nothing."""
     B, N, H = q.shape
     told = jax.ShapeDtypeStruct((B, 2, N, H + 3), jnp.float32)  # the attention, log of the sum, mean score, number
-    cache, scales = _arrays(keys, values)
+    cache, scales = cache_arrays(keys, values)
     parts = call_library(
         "split_decode", told, q, *cache, listed, lengths, recent_start, *scales,
-        num_sinks=np.int64(num_sinks), window=_number(window),
+        num_sinks=np.int64(num_sinks), window=window_number(window),
     )  # fmt: skip
     read, rest = (
         Part(part[..., :H], part[..., H], part[..., H + 1], part[..., H + 2].astype(jnp.int32))
@@ -76,12 +76,12 @@ def split_decode(
     return read, rest
 
 
-def _arrays(keys: Rows, values: Rows) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
+def cache_arrays(keys: Rows, values: Rows) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
     """The numbers of keys and values, and their scales if they have 8 bits."""
     if isinstance(keys, Int8Rows) and isinstance(values, Int8Rows):
         return (keys.qvalue, values.qvalue), (keys.scale, values.scale)
     return (keys, values), ()
 
 
-def _number(window: int | None) -> np.int64:
+def window_number(window: int | None) -> np.int64:
     return np.int64(-1 if window is None else window)

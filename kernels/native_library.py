@@ -4,7 +4,9 @@ import ctypes
 import functools
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +16,8 @@ from jax import Array
 
 PATH = Path(__file__).resolve().parent / "native" / "libhshare_native.so"
 ATTENTION, APPENDING = ("dense_decode", "sparse_decode", "split_decode"), ("append_tokens", "append_labels")
-INSTRUCTIONS = ("avx512", "avx2", "any")
-HANDLERS = (*ATTENTION, *APPENDING, "select", "project", "dequantise")
+INSTRUCTIONS = ("amx", "avx512", "avx2", "any")
+HANDLERS = (*ATTENTION, *APPENDING, "prefill", "select", "project", "dequantise")
 
 
 @functools.cache
@@ -39,25 +41,26 @@ def obstacle() -> str | None:
     return None
 
 
+@functools.cache
 def instructions() -> str:
-    """Which instructions the library's code uses on this machine: avx512, avx2, or any."""
+    """Which instructions the library's code uses on this machine: one of `INSTRUCTIONS`."""
     library = ctypes.CDLL(str(PATH))
     library.hshare_instructions.restype = ctypes.c_char_p
     return library.hshare_instructions().decode()
 
 
 def call_library(
-    name: str, like: Array | jax.ShapeDtypeStruct, *arrays: Array, **attributes: np.generic | bool
-) -> Array:
-    """Calls a handler of the library, which returns an array of the shape and dtype of `like`.
+    name: str, like: Array | jax.ShapeDtypeStruct | Sequence, *arrays: Array, **attributes: np.generic | bool
+) -> Any:
+    """Calls a handler of the library, which returns an array of the shape and dtype of `like`, or several of them.
 
     Args:
         name: one of `HANDLERS`.
-        like: the array that the result is like.
+        like: the array that the result is like; a list of arrays if there are several results.
         arrays: the handler's arguments. Integers are passed as int32, codes of 8 bits as they are.
         attributes: the handler's static arguments.
     """
-    shape = jax.ShapeDtypeStruct(like.shape, like.dtype)
+    shape = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), like)
     return jax.ffi.ffi_call(f"hshare_{name}", shape, vmap_method="sequential")(*map(_as_passed, arrays), **attributes)
 
 

@@ -23,7 +23,15 @@ void widen(const void* from, int64_t count, Type type, float* to) {
 
 }  // namespace
 
+#ifdef __AMX_BF16__
+#include "prefill_tiles.h"
+#include "project_tiles.h"
+#define BY_TILES project_by_tiles, split, split_bytes, split_slots, attend_queries, prefill_bytes
+#else
+#define BY_TILES project
+#endif
+
 #define TEXT(x) #x
 #define TEXT_OF(x) TEXT(x)
 
-extern const Code NAME_CODE(TARGET) = {TEXT_OF(TARGET), widen, attend, merge, choose, project, dequantise};
+extern const Code NAME_CODE(TARGET) = {TEXT_OF(TARGET), widen, attend, merge, choose, dequantise, BY_TILES};

@@ -1,6 +1,14 @@
 // What XLA calls: the operations of kernels/api.py on a CPU, as handlers of XLA's foreign function interface.
 //
 // The arguments' shapes are checked. Slots, plans and lengths that point outside the arrays read and write nothing.
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -18,9 +26,26 @@ namespace ffi = xla::ffi;
 namespace {
 
 constexpr int64_t kPiecesPerThread = 4;
+// From how many rows on a projection is computed by a matrix unit, and how many of them at once, so that they stay in a
+// core's cache.
+constexpr int32_t kManyRows = 32, kSplitRows = 512;
 // Slots that one piece of attention reads at most, of a list and of a range. They do not depend on the number of threads.
 constexpr int32_t kListPart = 512, kRangePart = 1024;
 constexpr int32_t kStreams = 8;  // in which a range is read
+
+#if defined(__x86_64__)
+// Whether the CPU has a matrix unit for bfloat16, and the system gives it to this process when asked.
+bool has_amx() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;  // AMX-BF16, AMX-TILE
+#if defined(__linux__)
+  constexpr int kAskForState = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  return syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 // The best code that this CPU runs, or the best of at most the instructions that the environment names (for tests).
 const Code& code() {
@@ -28,11 +53,13 @@ const Code& code() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const char* const named = std::getenv("HSHARE_JAX_INSTRUCTIONS");
-    const std::string_view most = named ? named : "avx512";
+    const std::string_view most = named ? named : "amx";
     const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    if (has_avx512 && most == "avx512") return code_for_avx512;
+    const bool takes_avx512 = has_avx512 && (most == "amx" || most == "avx512");
+    if (takes_avx512 && most == "amx" && has_amx()) return code_for_amx;
+    if (takes_avx512) return code_for_avx512;
     if (has_avx2 && most != "any") return code_for_avx2;
 #endif
     return code_for_any;
@@ -115,6 +142,18 @@ char* changed(const Array& argument, ffi::Result<Array>& result) {
 
 constexpr const char* kCacheRule =
     "q must be [B, N, H] and the cache [B, K, S, H], in float32, bfloat16 or float16, or in int8 with scales [B, K, S]";
+
+constexpr const char* kPrefillRule =
+    "q must be [B, T, N, H], the cache as for decoding, starts [B], and the results like q and [B, N, T]";
+
+// Memory at an address that is a multiple of 64, kept for the next call.
+struct AlignedRoom {
+  std::vector<char> bytes;
+  char* of(int64_t size) {
+    bytes.resize(std::max<size_t>(bytes.size(), size + 63));
+    return bytes.data() + (-reinterpret_cast<uintptr_t>(bytes.data()) & 63);
+  }
+};
 
 // What one list reads.
 struct Reads {
@@ -370,6 +409,58 @@ ffi::Error split_decode(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k
   return ffi::Error::Success();
 }
 
+// Causal attention of many new tokens, on a CPU with a matrix unit.
+ffi::Error prefill(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer keys, ffi::AnyBuffer values,
+                   ffi::Buffer<ffi::S32> starts, ffi::RemainingArgs scales, ffi::Result<ffi::AnyBuffer> out,
+                   ffi::Result<ffi::Buffer<ffi::F32>> log_total, int64_t window) {
+  if (!code().attend_queries) return wrong("prefill attention needs a CPU with AMX");
+  const auto q_type = float_type(q.element_type()), type = row_type(keys.element_type());
+  if (!q_type || !type || q.dimensions().size() != 4 || keys.dimensions().size() != 4) return wrong(kPrefillRule);
+  const int64_t B = q.dimensions()[0], T = q.dimensions()[1], N = q.dimensions()[2], H = q.dimensions()[3];
+  const int64_t K = keys.dimensions()[1], S = keys.dimensions()[2];
+  if (!has_shape(keys, {B, K, S, H}) || !has_shape(values, {B, K, S, H}) || K < 1 || N < K || N % K || S > INT32_MAX / 2 ||
+      T * N > INT32_MAX / 2 || values.element_type() != keys.element_type() || !has_shape(starts, {B}) ||
+      !has_shape(*log_total, {B, N, T})) {
+    return wrong(kPrefillRule);
+  }
+  const float *key_scales = nullptr, *value_scales = nullptr;
+  if (*type == Type::kBytes) {
+    const auto of_keys = scales.get<ffi::Buffer<ffi::F32>>(0), of_values = scales.get<ffi::Buffer<ffi::F32>>(1);
+    if (!of_keys || !of_values || !has_shape(*of_keys, {B, K, S}) || !has_shape(*of_values, {B, K, S})) {
+      return wrong(kPrefillRule);
+    }
+    key_scales = of_keys->typed_data(), value_scales = of_values->typed_data();
+  }
+  const bool is_float = *q_type == Type::kFloat32;
+  std::vector<float> wide, result;
+  if (!is_float) wide = widened(q, *q_type), result.resize(wide.size());
+  const float* const from = is_float ? static_cast<const float*>(q.untyped_data()) : wide.data();
+  float* const to = is_float ? static_cast<float*>(out->untyped_data()) : result.data();
+  for (int64_t i = 0; i < B * K; ++i) {
+    const int64_t b = i / K, G = N / K, start = std::clamp<int64_t>(starts.typed_data()[b], -1, S);
+    PrefillWork work{};
+    work.q = from + b * T * N * H + i % K * G * H;
+    work.keys = at(keys, i * S * H, *type), work.values = at(values, i * S * H, *type), work.type = *type;
+    if (key_scales) work.key_scales = key_scales + i * S, work.value_scales = value_scales + i * S;
+    work.T = T, work.N = N, work.G = G, work.H = H;
+    work.start = start, work.window = std::min<int64_t>(window, INT32_MAX / 2);
+    work.last = std::clamp<int64_t>(start + T, 0, S);
+    work.first = window < 0 ? 0 : std::clamp<int64_t>(start - window + 1, 0, work.last) / 32 * 32;
+    work.out = to + b * T * N * H + i % K * G * H;
+    work.log_total = log_total->typed_data() + (b * N + i % K * G) * T;
+    static thread_local AlignedRoom room;
+    work.split = room.of(code().prefill_bytes(work));
+    in_parallel(pool, (work.last - work.first + 31) / 32, [&](int64_t block) { code().split_slots(work, block); });
+    const int64_t blocks = (T * G + 31) / 32, threads = std::max<int64_t>(pool.num_threads(), 1);
+    const int64_t together = std::clamp<int64_t>(blocks / (3 * threads), 1, kMostBlocks);
+    in_parallel(pool, (blocks + together - 1) / together, [&](int64_t i) {
+      code().attend_queries(work, i * together, std::min(together, blocks - i * together));
+    });
+  }
+  for (size_t i = 0; i < result.size(); ++i) narrow(result[i], out->untyped_data(), i, *q_type);
+  return ffi::Error::Success();
+}
+
 // Chooses the lists of one layer, in place.
 ffi::Error choose_tokens(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> lists, ffi::AnyBuffer query, ffi::AnyBuffer labels,
                          ffi::Buffer<ffi::S32> source, ffi::Buffer<ffi::PRED> is_due, ffi::Buffer<ffi::S32> first,
@@ -562,7 +653,7 @@ std::optional<ProjectWork> weights_of(const ffi::AnyBuffer& weights, const ffi::
 // Features of one piece of work: few pieces, because memory is read fastest in long runs.
 int32_t piece_of(int32_t features, ffi::ThreadPool& pool) {
   const int64_t pieces = kPiecesPerThread * std::max<int64_t>(pool.num_threads(), 1);
-  return std::max<int64_t>(16, (features + pieces - 1) / pieces);
+  return ((features + pieces - 1) / pieces + 31) / 32 * 32;
 }
 
 ffi::Error project(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weights, ffi::RemainingArgs scales,
@@ -576,20 +667,27 @@ ffi::Error project(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weight
   std::vector<float> wide, result;
   if (*type != Type::kFloat32) wide = widened(x, *type), result.resize(int64_t{rows} * work->features);
   float* const y = *type == Type::kFloat32 ? static_cast<float*>(out->untyped_data()) : result.data();
-  const int32_t size = piece_of(work->features, pool);
-  in_parallel(pool, (work->features + size - 1) / size, [&](int64_t piece) {
-    ProjectWork part = *work;
-    part.x = *type == Type::kFloat32 ? static_cast<const float*>(x.untyped_data()) : wide.data();
-    part.rows = rows, part.y = y;
-    part.first = piece * size, part.last = std::min(part.first + size, work->features);
-    code().project(part);
-    if (*type == Type::kFloat32) return;
-    for (int64_t row = 0; row < rows; ++row) {
-      for (int64_t i = row * work->features + part.first; i < row * work->features + part.last; ++i) {
-        narrow(result[i], out->untyped_data(), i, *type);
-      }
+  const bool splits = code().split && rows >= kManyRows;
+  const int32_t most = splits ? kSplitRows : rows, size = piece_of(work->features, pool);
+  for (int32_t row = 0; row < rows; row += most) {
+    ProjectWork some = *work;
+    some.x = (*type == Type::kFloat32 ? static_cast<const float*>(x.untyped_data()) : wide.data()) + int64_t{row} * work->D;
+    some.rows = std::min(most, rows - row), some.y = y + int64_t{row} * work->features;
+    static thread_local AlignedRoom room;
+    if (splits) {
+      char* const to = room.of(code().split_bytes(some));
+      in_parallel(pool, (some.rows + 15) / 16, [&](int64_t group) { code().split(some, group, to); });
+      some.split = to;
     }
-  });
+    in_parallel(pool, (work->features + size - 1) / size, [&](int64_t piece) {
+      ProjectWork part = some;
+      part.first = piece * size, part.last = std::min(part.first + size, work->features);
+      code().project(part);
+    });
+  }
+  if (*type != Type::kFloat32) {
+    for (size_t i = 0; i < result.size(); ++i) narrow(result[i], out->untyped_data(), i, *type);
+  }
   return ffi::Error::Success();
 }
 
@@ -654,6 +752,18 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(hshare_split_decode, split_decode,
                                   .RemainingArgs()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<int64_t>("num_sinks")
+                                  .Attr<int64_t>("window"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(hshare_prefill, prefill,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .RemainingArgs()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<int64_t>("window"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(hshare_select, choose_tokens,

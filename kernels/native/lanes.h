@@ -21,6 +21,14 @@
 #else
 #define UNROLL _Pragma("GCC unroll 16")
 #endif
+// Loads a vector once: compilers would load it again for each sum that it is added to.
+#if LANES == 16
+#define KEEP(vector) __asm__("" : "+v"(vector))
+#elif LANES == 8
+#define KEEP(vector) __asm__("" : "+x"(vector))
+#else
+#define KEEP(vector) (void)(vector)
+#endif
 
 namespace {
 
@@ -215,6 +223,9 @@ INLINE int32_t total(Ints x) {
 }
 
 INLINE float largest(Floats x) {
+#if LANES == 16
+  return _mm512_reduce_max_ps((__m512)x);
+#endif
   float best = x[0];
   for (int i = 1; i < LANES; ++i) best = x[i] > best ? x[i] : best;
   return best;

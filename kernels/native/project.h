@@ -107,7 +107,8 @@ void multiply_blocks(const ProjectWork& work, const float* x, int32_t feature, i
       for (int r = 0; r < ROWS; ++r) {
         const float* of_row = x + (int64_t)r * work.D + (start + b) * kBlock;
         for (int p = 0; p < kBlock / LANES; ++p) {
-          const Floats part = load(of_row + p * LANES);
+          Floats part = load(of_row + p * LANES);
+          KEEP(part);
           for (int f = 0; f < FEATURES; ++f) sums_of[f][r] += weight[f][p] * part;
         }
       }
@@ -131,7 +132,7 @@ void multiply_typed(const ProjectWork& work, const float* x, int32_t feature, in
 
 template <int ROWS>
 void multiply_features(const ProjectWork& work, const float* x, float* y) {
-  constexpr int kFeatures = ROWS == 1 ? 4 : 2;
+  constexpr int kFeatures = ROWS == 1 ? 4 : ROWS == 8 ? 3 : 2;
   const int32_t apart = (work.last - work.first) / kFeatures, end = work.first + kFeatures * apart;
   for (int32_t i = 0; i < apart; ++i) multiply_typed<ROWS, kFeatures>(work, x, work.first + i, apart, y);
   for (int32_t feature = end; feature < work.last; ++feature) multiply_typed<ROWS, 1>(work, x, feature, 1, y);

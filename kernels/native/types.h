@@ -13,6 +13,7 @@ struct Float16 {
 // Nibbles are two 4-bit codes a byte. Bytes are unsigned as codes of labels, and signed as weights, keys and values.
 enum class Type : int32_t { kFloat32, kBFloat16, kFloat16, kBytes, kNibbles };
 
+constexpr int32_t kMostBlocks = 8;  // of queries in prefill attention that take turns at the same slots
 constexpr int32_t kAhead = 16, kFar = 32;  // slots whose rows are fetched before they are needed, and their first bytes
 constexpr int32_t kPadding = kFar + 4;
 
@@ -69,6 +70,21 @@ struct ProjectWork {
   Type type;
   int32_t rows, D, features, first, last;
   float* y;  // [rows, features]; for `dequantise` [features, D]
+  const char* split;  // x as `Code::split` leaves it; null where `project` takes x itself
+};
+
+// Prefill attention of the G query heads of one key/value head, for T new tokens of one row.
+struct PrefillWork {
+  const float* q;  // [T, N, H], from the first head of the group on
+  const void *keys, *values;               // [S, H] in `type`
+  const float *key_scales, *value_scales;  // as for `AttendWork`
+  Type type;
+  int32_t T, N, G, H;
+  int32_t start, window;  // the position of the first token; -1 for no window
+  int32_t first, last;    // slots that some token sees, from a multiple of 32 on
+  char* split;            // `prefill_bytes`, which `split_slots` fills
+  float* out;             // like q
+  float* log_total;       // [G, T]: the log of what each softmax divides by
 };
 
 // What is compiled for each instruction set.
@@ -78,10 +94,17 @@ struct Code {
   void (*attend)(const AttendWork&);
   void (*merge)(const MergeWork&);
   void (*choose)(const SelectWork&);
-  void (*project)(const ProjectWork&);
   void (*dequantise)(const ProjectWork&);
+  void (*project)(const ProjectWork&);
+  // Null where `project` takes x itself. Else it wants many rows of x as `split` leaves them, 16 rows a call.
+  void (*split)(const ProjectWork&, int32_t group, char* to);
+  int64_t (*split_bytes)(const ProjectWork&);
+  // Null where there is no prefill: splits a block of 32 slots, and then attends with some blocks of 32 queries.
+  void (*split_slots)(const PrefillWork&, int32_t block);
+  void (*attend_queries)(const PrefillWork&, int32_t block, int32_t count);
+  int64_t (*prefill_bytes)(const PrefillWork&);
 };
 
 #define PASTE(a, b) a##b
 #define NAME_CODE(target) PASTE(code_for_, target)
-extern const Code code_for_avx512, code_for_avx2, code_for_any;
+extern const Code code_for_amx, code_for_avx512, code_for_avx2, code_for_any;

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hshare_jax.errors import SettingError
-from hshare_jax.kernels import api, native_library
+from hshare_jax.kernels import api, native_library, native_prefill, reference_prefill
 from hshare_jax.kernels.implementations import IMPLEMENTATIONS
 from hshare_jax.kernels.int8_rows import quantise_rows
 from hshare_jax.kernels.labels import make_labels, score_labels
@@ -213,6 +213,10 @@ for kind in "48":
     codes = rng.integers(0, 127, (40, 32 if kind == "4" else 64)).astype("uint8" if kind == "4" else "int8")
     blocks = BlockWeights(jnp.asarray(codes), *(jnp.asarray(rng.random((40, 2)) / 99, jnp.float16) for _ in "ab"))
     outs += [api.project(blocks, jnp.ones((rows, 64)), impl="native") for rows in (1, 8, 200)]
+outs.append(api.project(jnp.asarray(rng.standard_normal((50, 70)), jnp.float32), jnp.ones((100, 70)), impl="native"))
+queries = jnp.asarray(rng.standard_normal((1, 300, 4, 16)), jnp.float32)
+long = [jnp.pad(rows, ((0, 0), (0, 0), (0, 72), (0, 0))) for rows in long]
+outs.append(api.prefill_attention(queries, *long, jnp.asarray([2500]), impl="native"))
 ends = jnp.full((2,), 4), jnp.full((2,), 77), None
 bits = quantise_rows(keys), quantise_rows(values)
 outs.append(decode(q, *bits, lists, source, [80, 70], [75, 65]))
@@ -246,7 +250,7 @@ def test_results_do_not_depend_on_the_number_of_threads(alone, threads):
 
 
 @needs_library
-@pytest.mark.parametrize("instructions", ["avx2", "any"])
+@pytest.mark.parametrize("instructions", ["avx512", "avx2", "any"])
 def test_other_instructions_compute_the_same_within_rounding(alone, instructions):
     np.testing.assert_allclose(results(HSHARE_JAX_INSTRUCTIONS=instructions), alone, atol=2e-5, rtol=0)
 
@@ -367,7 +371,7 @@ def test_what_is_appended_in_any_shape_equals_the_definition(sizes, S, bits, dty
 @needs_library
 @FEW
 @given(
-    rows=st.integers(1, 40), out=st.integers(1, 70), blocks=st.integers(1, 20), kind=st.sampled_from(["4", "8", "f"])
+    rows=st.integers(1, 80), out=st.integers(1, 70), blocks=st.integers(1, 20), kind=st.sampled_from(["4", "8", "f"])
 )
 def test_projections_of_any_shape_equal_the_definition(rows, out, blocks, kind):
     rng = np.random.default_rng(0)
@@ -384,6 +388,35 @@ def test_projections_of_any_shape_equal_the_definition(rows, out, blocks, kind):
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * max(1, np.abs(expected).max()))
 
 
+@needs_library
+@FEW
+@given(
+    heads=st.sampled_from([(1, 1), (3, 1), (7, 7), (6, 2), (9, 3)]), H=st.integers(1, 100), T=st.integers(1, 150),
+    S=st.sampled_from([128, 512]), window=st.none() | st.integers(1, 300),
+    dtype=st.sampled_from(["float32", "bfloat16", "float16", "int8"]), data=st.data(),
+)  # fmt: skip
+def test_prefill_attention_of_any_shape_equals_the_definition(heads, H, T, S, window, dtype, data):
+    (N, K), rng = heads, np.random.default_rng(0)
+    starts = np.array([data.draw(st.integers(-1, S)), max(0, S - T)], np.int32)
+    q, keys, values = (
+        jnp.asarray(rng.standard_normal(shape), "float32" if dtype == "int8" else dtype)
+        for shape in ((2, T, N, H), (2, K, S, H), (2, K, S, H))
+    )
+    if dtype == "int8":
+        keys, values = quantise_rows(keys), quantise_rows(values)
+    (found, log_total), expected = (
+        module.prefill_attention(q, keys, values, jnp.asarray(starts), window=window)
+        for module in (native_prefill, reference_prefill)
+    )
+    positions = starts[:, None] + np.arange(T)
+    means = (positions >= 0) & (positions < S)
+    atol = 1e-5 if q.dtype == "float32" else 3e-2
+    np.testing.assert_allclose(*(np.asarray(out, np.float32)[means] for out in (found, expected[0])), atol=atol, rtol=0)
+    sums = (np.asarray(out).swapaxes(1, 2)[means] for out in (log_total, expected[1]))
+    np.testing.assert_allclose(*sums, atol=atol, rtol=1e-6)
+    assert np.isfinite(np.asarray(found, np.float32)).all()
+
+
 # --- without the library
 
 
@@ -397,7 +430,9 @@ def absent(monkeypatch, tmp_path):
 
 def test_instructions_that_are_none_keep_the_library_from_running(absent, monkeypatch):
     monkeypatch.setenv("HSHARE_JAX_INSTRUCTIONS", "avx-512")
-    assert "is told HSHARE_JAX_INSTRUCTIONS=avx-512, which must be one of avx512, avx2, any" in api.describe("auto")
+    assert "is told HSHARE_JAX_INSTRUCTIONS=avx-512, which must be one of amx, avx512, avx2, any" in api.describe(
+        "auto"
+    )
 
 
 def test_without_the_library_auto_takes_the_definition_and_says_why(absent):

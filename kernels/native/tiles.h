@@ -1,0 +1,113 @@
+// Products of float matrices by the matrix unit of Intel's server CPUs (AMX).
+//
+// The unit multiplies bfloat16 numbers exactly, and adds in float32. A float is the sum of three bfloat16 numbers: high +
+// middle + low, of eight bits each. So the product of two floats is that of their parts; the three products of the lowest
+// parts are less than what float32 rounds away, and are left out. An infinite number becomes NaN.
+#pragma once
+
+#include <immintrin.h>
+#include <new>
+
+#include "lanes.h"
+
+namespace {
+
+constexpr std::align_val_t kAlignment{64};
+constexpr int kParts = 3;
+constexpr int kSide = 16;                  // rows of a tile
+constexpr int kDepth = 32;                 // bfloat16 numbers in a row of a tile
+constexpr int64_t kTile = kSide * kDepth * 2;  // bytes
+
+// Room for bytes at an address that is a multiple of 64; a thread keeps it for its next call.
+INLINE char* room_for(int64_t bytes) {
+  static thread_local struct Room {
+    char* bytes = nullptr;
+    int64_t size = 0;
+    ~Room() { operator delete[](bytes, kAlignment); }
+  } room;
+  if (room.size < bytes) {
+    operator delete[](room.bytes, kAlignment);
+    room.bytes = nullptr, room.size = 0;
+    room.bytes = (char*)operator new[](bytes, kAlignment);
+    room.size = bytes;
+  }
+  return room.bytes;
+}
+
+// 32 floats as three rows of bfloat16 numbers, one in a tile of each part. A bfloat16 number is the upper half of a
+// float, so each part is what the parts before it have left, cut off. Numbers i and 16 + i become a pair.
+INLINE void split_block(Floats low, Floats high, char* to) {
+  UNROLL for (int i = 0; i < kParts; ++i) {
+    const Words of_low = bits_of<Words>(low) & 0xffff0000, of_high = bits_of<Words>(high) & 0xffff0000;
+    const Words pairs = of_low >> 16 | of_high;
+    memcpy(to + i * kTile, &pairs, sizeof pairs);
+    low -= bits_of<Floats>(of_low), high -= bits_of<Floats>(of_high);
+  }
+}
+
+// The transpose of 16 rows of 16 numbers of 32 bits. Rows lie `apart` bytes apart, columns become rows of 64 bytes.
+INLINE void transpose(const void* from, int64_t apart, void* to) {
+  for (int column = 0; column < kSide; column += 4) {
+    __m512i rows[4];
+    UNROLL for (int i = 0; i < 4; ++i) {
+      const auto four = [&](int row) { return _mm_load_si128((const __m128i*)((const char*)from + row * apart + column * 4)); };
+      __m512i row = _mm512_castsi128_si512(four(i));
+      row = _mm512_inserti32x4(row, four(4 + i), 1);
+      row = _mm512_inserti32x4(row, four(8 + i), 2);
+      rows[i] = _mm512_inserti32x4(row, four(12 + i), 3);
+    }
+    const __m512i a = _mm512_unpacklo_epi32(rows[0], rows[1]), b = _mm512_unpacklo_epi32(rows[2], rows[3]);
+    const __m512i c = _mm512_unpackhi_epi32(rows[0], rows[1]), d = _mm512_unpackhi_epi32(rows[2], rows[3]);
+    __m512i* const columns = (__m512i*)((char*)to + column * 64);
+    columns[0] = _mm512_unpacklo_epi64(a, b), columns[1] = _mm512_unpackhi_epi64(a, b);
+    columns[2] = _mm512_unpacklo_epi64(c, d), columns[3] = _mm512_unpackhi_epi64(c, d);
+  }
+}
+
+// The tiles: 0 to 3 have sums, 4 and 5 a part of two left matrices, 6 and 7 a part of two right ones.
+INLINE void configure_tiles() {
+  struct {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } tiles;
+  _tile_loadconfig(&tiles);
+}
+
+INLINE void load_left(const char* left, int64_t next, int part) {
+  _tile_loadd(4, left + part * kTile, 64);
+  _tile_loadd(5, left + next + part * kTile, 64);
+}
+INLINE void multiply_right(const char* right, int64_t next, int part) {
+  _tile_loadd(6, right + part * kTile, 64);
+  _tile_loadd(7, right + next + part * kTile, 64);
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_dpbf16ps(1, 4, 7);
+  _tile_dpbf16ps(2, 5, 6);
+  _tile_dpbf16ps(3, 5, 7);
+}
+
+// Products of two left matrices, of which the second lies so far behind the first, with two right ones. Each matrix is
+// a row of blocks, and each block its parts: tiles [row, 32] on the left, and [pair, column, 2] on the right.
+INLINE void multiply_splits(const char* left, int64_t next_left, const char* right, int64_t next_right, int32_t blocks) {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int32_t b = 0; b < blocks; ++b, left += kParts * kTile, right += kParts * kTile) {
+    for (int part = 0; part < kParts; ++part) {
+      load_left(left, next_left, part);
+      for (int other = 0; part + other < kParts; ++other) multiply_right(right, next_right, other);
+    }
+  }
+}
+
+// The four products: [2 left, 16 rows] by [2 right, 16 columns], in rows so far `apart`.
+INLINE void store_products(float* to, int64_t apart) {
+  _tile_stored(0, to, apart * sizeof(float));
+  _tile_stored(1, to + kSide, apart * sizeof(float));
+  _tile_stored(2, to + kSide * apart, apart * sizeof(float));
+  _tile_stored(3, to + kSide * apart + kSide, apart * sizeof(float));
+}
+
+}  // namespace
