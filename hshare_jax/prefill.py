@@ -61,7 +61,7 @@ def prefill(
         progress: called with the tokens per row of each chunk, once the chunk is computed. It makes the host wait, and
             cannot be used under jit.
         impl: which implementation appends, and computes attention, projections and what the method finds, as for
-            `decode_step`. Attention on a CPU is plain jnp.
+            `decode_step`.
 
     Raises:
         ValueError: shapes that disagree, a state of another method, or rows that outgrow the capacity. Where lengths

@@ -4,7 +4,8 @@ Each operation of a decode step has several implementations, and `impl` names on
 
     auto       the fastest one for the platform that the program is lowered for
     pallas     Pallas kernels through Triton, on NVIDIA GPUs
-    native     a library of C++ kernels, on CPUs, if a compiler was there when the package was installed
+    native     a library of C++ kernels, on CPUs, if a compiler was there when the package was installed; prefill
+               attention is the reference's where the CPU has no AMX
     reference  plain jnp, on every machine; it is the definition, and the only one that can be differentiated
     interpret  the Pallas kernels in Pallas' interpreter, slowly, on every machine; for tests
 
@@ -336,7 +337,7 @@ def prefill_attention(
         starts: the position of each row's first new token. A token at position -1 sees nothing, and its result means
             nothing.
         window: the layer's sliding window.
-        impl: the implementation, as the module describes it. On a CPU this is the reference's plain jnp.
+        impl: the implementation, as the module describes it.
     """
 
     def attend(chosen: Implementation) -> Array:

@@ -103,7 +103,7 @@ def check_impl(impl: str) -> None:
 def describe(impl: str) -> str:
     """Which implementation `impl` takes on this platform, in words; where a library is missing, also why.
 
-    auto -> native (avx512)
+    auto -> native (amx)
     """
     check_impl(impl)
     if impl == "auto":

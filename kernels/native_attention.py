@@ -84,4 +84,5 @@ def cache_arrays(keys: Rows, values: Rows) -> tuple[tuple[Array, Array], tuple[A
 
 
 def window_number(window: int | None) -> np.int64:
+    """A window as the library takes it: -1 if there is none."""
     return np.int64(-1 if window is None else window)

@@ -1,4 +1,4 @@
-// A weight matrix times many rows, by a matrix unit.
+// A weight matrix times many rows, by a matrix unit: weights on the left and rows on the right, each split into parts.
 #pragma once
 
 #include "project.h"
@@ -66,7 +66,7 @@ void project_split(const ProjectWork& work) {
   alignas(64) Floats turned[kSide];
   configure_tiles();
   for (int32_t first = work.first; first < work.last; first += most * kSide) {
-    const int32_t left = (work.last - first + kSide - 1) / kSide, here = left < most ? left : most;
+    const int32_t rest = (work.last - first + kSide - 1) / kSide, here = rest < most ? rest : most;
     for (int i = 0; i < here; ++i) {
       split_weights(work, first + i * kSide, (float*)(weights + most * bytes), weights + i * bytes);
     }

@@ -1,8 +1,8 @@
 // Products of float matrices by the matrix unit of Intel's server CPUs (AMX).
 //
 // The unit multiplies bfloat16 numbers exactly, and adds in float32. A float is the sum of three bfloat16 numbers: high +
-// middle + low, of eight bits each. So the product of two floats is that of their parts; the three products of the lowest
-// parts are less than what float32 rounds away, and are left out. An infinite number becomes NaN.
+// middle + low, of eight bits each. So the product of two floats is that of their parts. Six products of parts make it up;
+// the other three are as small as what float32 rounds away. An infinite number becomes NaN.
 #pragma once
 
 #include <immintrin.h>
@@ -13,10 +13,10 @@
 namespace {
 
 constexpr std::align_val_t kAlignment{64};
-constexpr int kParts = 3;
-constexpr int kSide = 16;                  // rows of a tile
-constexpr int kDepth = 32;                 // bfloat16 numbers in a row of a tile
-constexpr int64_t kTile = kSide * kDepth * 2;  // bytes
+constexpr int kParts = 3;                      // of a float
+constexpr int kSide = 16;                      // rows of a tile
+constexpr int kDepth = 32;                     // bfloat16 numbers in a row of a tile
+constexpr int64_t kTile = kSide * kDepth * 2;  // bytes of a tile
 
 // Room for bytes at an address that is a multiple of 64; a thread keeps it for its next call.
 INLINE char* room_for(int64_t bytes) {
