@@ -445,13 +445,14 @@ ffi::Error prefill(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer keys, 
     work.T = T, work.N = N, work.G = G, work.H = H;
     work.start = start, work.window = std::min<int64_t>(window, INT32_MAX / 2);
     work.last = std::clamp<int64_t>(start + T, 0, S);
-    work.first = window < 0 ? 0 : std::clamp<int64_t>(start - window + 1, 0, work.last) / 32 * 32;
+    work.first = window < 0 ? 0 : std::clamp<int64_t>(start - window + 1, 0, work.last);
     work.out = to + b * T * N * H + i % K * G * H;
     work.log_total = log_total->typed_data() + (b * N + i % K * G) * T;
     static thread_local AlignedRoom room;
     work.split = room.of(code().prefill_bytes(work));
-    in_parallel(pool, (work.last - work.first + 31) / 32, [&](int64_t block) { code().split_slots(work, block); });
-    const int64_t blocks = (T * G + 31) / 32, threads = std::max<int64_t>(pool.num_threads(), 1);
+    const int64_t slot_blocks = (work.last - work.first + kSlots - 1) / kSlots;
+    in_parallel(pool, slot_blocks, [&](int64_t block) { code().split_slots(work, block); });
+    const int64_t blocks = (T * G + kQueries - 1) / kQueries, threads = std::max<int64_t>(pool.num_threads(), 1);
     const int64_t together = std::clamp<int64_t>(blocks / (3 * threads), 1, kMostBlocks);
     in_parallel(pool, (blocks + together - 1) / together, [&](int64_t i) {
       code().attend_queries(work, i * together, std::min(together, blocks - i * together));

@@ -6,8 +6,8 @@
 
 namespace {
 
-constexpr int kQueries = 2 * kSide, kSlots = 128;  // of one block
-constexpr float kUnseen = -1e30f;                  // the score of a slot that a query does not see
+constexpr float kUnseen = -1e30f;  // the score of a slot that a query does not see
+static_assert(kQueries == 2 * kSide && kSlots % (2 * kSide) == 0, "two tiles are multiplied with two");
 
 // Keys are split as [slots / 16, H / 32, part] of tiles [pair of channels, slot, 2], and values behind them as
 // [H / 16, slots / 32, part] of tiles [pair of slots, channel, 2]. Slots and channels are rounded up to whole blocks.
@@ -50,8 +50,8 @@ void load_slots(const PrefillWork& work, const void* from, const float* scales, 
   }
 }
 
-// Splits keys and values of the slots [first + 32 * block, ... + 32).
-void split_slots(const PrefillWork& work, int32_t block) {
+// Splits keys and values of 32 slots.
+void split_some_slots(const PrefillWork& work, int32_t block) {
   const Rooms rooms(work);
   const int32_t width = rooms.key_blocks * kDepth, first = work.first + block * kDepth;
   float* const rows = (float*)room_for(kDepth * width * sizeof(float));
@@ -75,6 +75,10 @@ void split_slots(const PrefillWork& work, int32_t block) {
       split_block(load(row), load(row + kSide * width), to + pair * 64);
     }
   }
+}
+
+void split_slots(const PrefillWork& work, int32_t block) {
+  for (int i = 0; i < kSlots / kDepth; ++i) split_some_slots(work, kSlots / kDepth * block + i);
 }
 
 // 32 queries, and what they have read so far. Query i of a head is that of token i / G and of head i % G of the group.

@@ -36,9 +36,13 @@ void load_weights(const ProjectWork& work, int64_t feature, float* to) {
     case Type::kBFloat16: widen_typed((const BFloat16*)work.weights + feature * D, D, to); break;
     case Type::kFloat16: widen_typed((const Float16*)work.weights + feature * D, D, to); break;
     case Type::kFloat32: memcpy(to, (const float*)work.weights + feature * D, D * sizeof(float)); break;
-    default: {
+    default: {  // in blocks
       ProjectWork one = work;
-      one.first = feature, one.last = feature + 1, one.y = to - feature * D;
+      const int64_t of_scales = feature * (D / kBlock) * sizeof(Float16);
+      one.weights = (const char*)work.weights + feature * (work.type == Type::kNibbles ? D / 2 : D);
+      one.scales = (const char*)work.scales + of_scales;
+      if (work.minima) one.minima = (const char*)work.minima + of_scales;
+      one.first = 0, one.last = 1, one.y = to;
       dequantise(one);
     }
   }

@@ -13,7 +13,8 @@ struct Float16 {
 // Nibbles are two 4-bit codes a byte. Bytes are unsigned as codes of labels, and signed as weights, keys and values.
 enum class Type : int32_t { kFloat32, kBFloat16, kFloat16, kBytes, kNibbles };
 
-constexpr int32_t kMostBlocks = 8;  // of queries in prefill attention that take turns at the same slots
+constexpr int32_t kQueries = 32, kSlots = 128;  // of a block in prefill attention
+constexpr int32_t kMostBlocks = 8;              // of queries that take turns at the same slots
 constexpr int32_t kAhead = 16, kFar = 32;  // slots whose rows are fetched before they are needed, and their first bytes
 constexpr int32_t kPadding = kFar + 4;
 
@@ -81,7 +82,7 @@ struct PrefillWork {
   Type type;
   int32_t T, N, G, H;
   int32_t start, window;  // the position of the first token; -1 for no window
-  int32_t first, last;    // slots that some token sees, from a multiple of 32 on
+  int32_t first, last;    // slots that some token sees
   char* split;            // `prefill_bytes`, which `split_slots` fills
   float* out;             // like q
   float* log_total;       // [G, T]: the log of what each softmax divides by
@@ -99,7 +100,7 @@ struct Code {
   // Null where `project` takes x itself. Else it wants many rows of x as `split` leaves them, 16 rows a call.
   void (*split)(const ProjectWork&, int32_t group, char* to);
   int64_t (*split_bytes)(const ProjectWork&);
-  // Null where there is no prefill: splits a block of 32 slots, and then attends with some blocks of 32 queries.
+  // Null where there is no prefill: splits a block of slots, and then attends with some blocks of queries.
   void (*split_slots)(const PrefillWork&, int32_t block);
   void (*attend_queries)(const PrefillWork&, int32_t block, int32_t count);
   int64_t (*prefill_bytes)(const PrefillWork&);

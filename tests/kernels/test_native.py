@@ -256,6 +256,16 @@ def test_other_instructions_compute_the_same_within_rounding(alone, instructions
 
 
 @needs_library
+def test_a_prefill_of_nan_leaves_nothing_for_the_next_one():
+    rng = np.random.default_rng(0)
+    q, keys, values = (jnp.asarray(rng.standard_normal((1, size, 256, 8)), jnp.float32) for size in (4, 2, 2))
+    read = functools.partial(api.prefill_attention, q.swapaxes(1, 2)[:, :40], impl="native")
+    expected = np.asarray(read(keys, values, jnp.asarray([0])))
+    assert np.isnan(read(keys * jnp.nan, values * jnp.nan, jnp.asarray([200]))).all()
+    np.testing.assert_array_equal(read(keys, values, jnp.asarray([0])), expected)
+
+
+@needs_library
 def test_two_threads_may_decode_at_once():
     cases = [case(seed) for seed in range(4)]
     step = jax.jit(lambda q, keys, values, lists, source: decode(q, keys, values, lists, source, [80, 70], [75, 65]))
