@@ -87,12 +87,13 @@ TAIL_RANKS = {"attention": None, "attention with a tail": 2}
 
 
 def compile_step(
-    config: ModelConfig, method: Method | None, refresh: bool | None, batch: int, slots: int, cache: KVCacheDType
-) -> Program:
-    """Compiles a bfloat16 decode step, to which the state is donated."""
+    config: ModelConfig, method: Method | None, refresh: bool | None, batch: int, slots: int, cache: KVCacheDType,
+    *, impl: str = "auto",
+) -> Program:  # fmt: skip
+    """Compiles a bfloat16 decode step by this implementation, to which the state is donated."""
     mesh = one_device()
     arguments = step_arguments(config, method, batch, slots, mesh, spread=False, kv_cache_dtype=cache)
-    step = functools.partial(decode_step, config=config, refresh=refresh)
+    step = functools.partial(decode_step, config=config, refresh=refresh, impl=impl)
     return compile_program(step, arguments, mesh, donated=(2,), large=batch * slots)
 
 
