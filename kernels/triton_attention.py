@@ -106,8 +106,9 @@ def split_decode(
 
 def _tiles(keys: Rows, num_lists: int, max_slots: int) -> Tiles:
     B, _, _, H = keys.shape
-    is_int8 = isinstance(keys, Int8Rows)
-    return attention_tiles(_padded(H), keys.dtype.itemsize, B * num_lists, max_slots, is_int8=is_int8)
+    # Triton multiplies float32 from registers, which hold as few floats as they hold codes that become float32.
+    fills_registers = isinstance(keys, Int8Rows) or keys.dtype == jnp.float32
+    return attention_tiles(_padded(H), keys.dtype.itemsize, B * num_lists, max_slots, is_int8=fills_registers)
 
 
 def _padded(size: int) -> int:

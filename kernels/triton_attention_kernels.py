@@ -79,7 +79,7 @@ def attend(
     peak = tl.full([HEADS], MASKED, tl.float32)  # the highest score,
     total = tl.zeros([HEADS], tl.float32)  # and the sum of the weights
     sum_of_scores = tl.zeros([HEADS], tl.float32)
-    count = tl.zeros([BLOCK], tl.int32)
+    count = 0
     num_blocks = tl.cdiv(NUM_SINKS + C + tl.maximum(length - recent_start, 0), BLOCK)
     share = tl.cdiv(num_blocks, SPLITS)
     for block in range(split * share, tl.minimum((split + 1) * share, num_blocks)):
@@ -109,7 +109,7 @@ def attend(
         scores = scores * (SCALE * LOG2_E)
         if score_sum is not None or TAIL > 0:
             sum_of_scores += tl.sum(tl.where(is_read[None, :], scores, 0.0), axis=1)
-            count += is_read.to(tl.int32)
+            count += tl.sum(is_read.to(tl.int32), axis=0)
         scores = tl.where(is_read[None, :], scores, MASKED)
         new_peak = tl.maximum(peak, tl.max(scores, axis=1))
         weights = tl.where(is_read[None, :], tl.exp2(scores - new_peak[:, None]), 0.0)
@@ -131,7 +131,7 @@ def attend(
     if TAIL > 0 and score_sum is None:
         num_seen = tl.minimum(length, WINDOW)
         result = _add_tail(
-            result, logs, sum_of_scores, tl.sum(count, axis=0), num_seen, query, tail_keys, tail_values, tail_terms,
+            result, logs, sum_of_scores, count, num_seen, query, tail_keys, tail_values, tail_terms,
             head, is_head, TAIL, H, WIDTH,
         )  # fmt: skip
     at = head * SPLITS + split
@@ -139,7 +139,7 @@ def attend(
     tl.store(log_total + at, logs, mask=is_head)
     if score_sum is not None:
         tl.store(score_sum + at, sum_of_scores, mask=is_head)
-        tl.store(num_read + (b * J + j) * SPLITS + split, tl.sum(count, axis=0))
+        tl.store(num_read + (b * J + j) * SPLITS + split, count)
 
 
 @jit
@@ -194,7 +194,7 @@ def _add_tail(
     weight = tl.minimum(tl.maximum(weight, low), high) + tl.log(tl.maximum(num_unread, 1).to(tl.float32))
     share = tl.where((num_unread > 0) & (high > MASKED), 1 / (1 + tl.exp(total - weight)), 0.0)
     value = _load_virtual(tail_values, head, 0, is_head, TAIL, H, WIDTH) + follow[:, None] * out
-    for i in tl.static_range(1, TAIL):
+    for i in range(1, TAIL):
         key = _load_virtual(tail_keys, head, i, is_head, TAIL, H, WIDTH)
         feature = tl.sum(query * key, axis=1) - tl.load(terms + NUM_TERMS + i - 1, mask=is_head, other=0)
         feature = tl.minimum(tl.maximum(feature, -MAX_FEATURE), MAX_FEATURE)

@@ -115,10 +115,9 @@ def choose_of_chunks(
         slots_at, order_at = best_slots + (b * J + j) * CANDIDATES, best_order + (b * J + j) * CANDIDATES
         place = tl.arange(0, BLOCK)
         order = tl.load(order_at + place, mask=place < CANDIDATES, other=NOTHING)
-        slots = tl.load(slots_at + place, mask=place < CANDIDATES, other=EMPTY)
         allowed = tl.load(bounds + ALLOWED * tl.num_programs(2) + b)
         into = lists + ((tl.load(layer) * tl.num_programs(2) + b) * J + j).to(tl.int64) * C
-        _write_chosen(order, slots, order_at, slots_at, CANDIDATES, allowed, into, None, C, BLOCK, BLOCKS)
+        _write_chosen(order, None, order_at, slots_at, CANDIDATES, allowed, into, None, C, BLOCK, BLOCKS)
 
 
 @jit
@@ -216,8 +215,9 @@ def _write_chosen(
     """Writes the values of the `allowed` highest candidates, in their order of appearance. Ties go to the first.
 
     Args:
-        order, values: numbers in the order of the candidates, NOTHING for none, and the values of the first block.
-        order_at, values_at: where they lie in memory; only read where there are several blocks.
+        order: numbers in the order of the candidates, NOTHING for none; of the first block.
+        values: their values; or None, and they are loaded.
+        order_at, values_at: where both lie in memory. The order is loaded anew only where there are several blocks.
         num_stored: how many there are.
         allowed: how many candidates may be chosen.
         into, order_into: where the values are written; and their order, unless it is None.
@@ -236,12 +236,14 @@ def _write_chosen(
     for block in range(BLOCKS):
         if BLOCKS > 1:
             order = _load_block(order_at, block, num_stored, NOTHING, BLOCK)
-            values = _load_block(values_at, block, num_stored, EMPTY, BLOCK)
         is_tied = (order == threshold) & (order != NOTHING)
         ties = num_tied + tl.cumsum(is_tied.to(tl.int32), axis=0)
         is_listed = (order > threshold) | (is_tied & (ties <= missing))
         place = num_listed + tl.cumsum(is_listed.to(tl.int32), axis=0) - 1
-        tl.store(into + place, values, mask=is_listed)
+        if values is None:  # loaded as late as possible, to save registers
+            tl.store(into + place, _load_block(values_at, block, num_stored, EMPTY, BLOCK), mask=is_listed)
+        else:
+            tl.store(into + place, values, mask=is_listed)
         if order_into is not None:
             tl.store(order_into + place, order, mask=is_listed)
         num_tied += tl.sum(is_tied.to(tl.int32), axis=0)
