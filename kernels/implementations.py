@@ -110,7 +110,9 @@ def check_impl(impl: str) -> None:
         rule = f"runs on {machines}, and this program is for {platform}"
         raise SettingError("impl", impl, rule, chosen.way_out)
     if obstacle := chosen.obstacle():
-        raise SettingError("impl", impl, f"needs {chosen.needs} {obstacle}", f"leave it 'auto', or {chosen.installation}")
+        raise SettingError(
+            "impl", impl, f"needs {chosen.needs} {obstacle}", f"leave it 'auto', or {chosen.installation}"
+        )
 
 
 def describe(impl: str) -> str:

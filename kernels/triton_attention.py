@@ -123,7 +123,7 @@ def _decode(
     tail: Tail | None, *, num_sinks: int = 0, window: int | None, tiles: Tiles,
 ) -> Array:  # fmt: skip
     """Attention [B, N, H] by the kernels. The plan is (lists, source, layer); None is dense attention."""
-    (B, N, H), (_, K, S, _), J = q.shape, keys.shape, keys.shape[1] if plan is None else plan[1].shape[2]
+    (B, N, H), S, J = q.shape, keys.shape[2], keys.shape[1] if plan is None else plan[1].shape[2]
     dtype, splits, num_virtual = q.dtype, tiles.splits, 0 if tail is None else tail.keys.shape[2]
     # A row whose cache is full goes on without its new token. Both operands of a dot have one type.
     lengths, q = jnp.minimum(lengths, S), q.astype(keys.dtype)

@@ -1,4 +1,4 @@
-"""Decode attention in Triton: the code that runs on the GPU. `triton_attention` has the functions around it.
+"""Decode attention in Triton: the code that runs on the GPU. `triton_attention` calls it.
 
 One program reads the slots of one list, or a part (split-K, as in Flash-Decoding), for all query heads that the list
 serves. Names in capitals are static. Scores are in powers of two, because the hardware has exp2.

@@ -72,7 +72,9 @@ def interpret(
             written.append(read.pop())
         pointers = map(Pointer, (*read, *written))
         with np.errstate(all="ignore"):  # a GPU computes on as well
-            Grid(kernel.rewrite(), kernel.arg_names, grid)(**dict(zip(names, pointers, strict=True)), **nothing, **sizes)
+            Grid(kernel.rewrite(), kernel.arg_names, grid)(
+                **dict(zip(names, pointers, strict=True)), **nothing, **sizes
+            )
         return written
 
     given = [array.astype(_widened(array.dtype)) for array in inputs.values()]

@@ -1,7 +1,7 @@
 """The choice of critical tokens as Triton kernels for NVIDIA GPUs, called through jax-triton: scores and exact top-k.
 
-The kernels are in `triton_selection_kernels`. If the cache is one chunk, one kernel does it all. Else each program takes
-a chunk and keeps the C best slots, and one more kernel takes the C best of all chunks.
+The kernels are in `triton_selection_kernels`. If the cache is one chunk, one kernel does it all. Else each program
+takes a chunk and keeps the C best slots, and one more kernel takes the C best of all chunks.
 """
 
 import functools
@@ -119,8 +119,8 @@ def _bounds(
 # Jitted, so that all layers of a step share one trace.
 @functools.partial(jax.jit, static_argnames=("sizes", "dilate", "tiles", "merging"))
 def _select(
-    lists: Array, given: dict[str, Array | None], plan: tuple[Array, Array, Array], *, sizes: tuple[tuple[str, int], ...],
-    dilate: bool, tiles: Tiles, merging: Tiles | None,
+    lists: Array, given: dict[str, Array | None], plan: tuple[Array, Array, Array], *,
+    sizes: tuple[tuple[str, int], ...], dilate: bool, tiles: Tiles, merging: Tiles | None,
 ) -> Array:  # fmt: skip
     """The lists after a layer's lists are chosen in one kernel, or by chunks and then among the best of all chunks.
 

@@ -1,4 +1,4 @@
-"""The choice of critical tokens in Triton: the code that runs on the GPU. `triton_selection` has the functions around it.
+"""The choice of critical tokens in Triton: the code that runs on the GPU. `triton_selection` calls it.
 
 One program takes a chunk of the slots of one list. It keeps the weights in registers as integers of the same order,
 finds the C-th highest by bisection of the bits, and writes the chosen slots in ascending order. Names in capitals are

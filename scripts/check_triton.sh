@@ -31,7 +31,8 @@ END
   pip=("$python" -m pip install --quiet --no-compile --disable-pip-version-check)
   "${pip[@]}" -r "$venv/requirements.txt"
   version=$("$python" -c 'from importlib.metadata import version; print(version("jax"))')
-  "${pip[@]}" --no-deps "jax-cuda13-pjrt==$version" "jax-cuda13-plugin==$version"
+  "${pip[@]}" --no-deps "jax-cuda13-pjrt==$version" "jax-cuda13-plugin==$version" 'nvidia-cuda-nvcc>=13,<14' \
+    'nvidia-nvvm>=13,<14'  # without the rest of CUDA, which only a GPU needs
   echo "$wanted" > "$stamp"
 fi
 

@@ -1,7 +1,7 @@
 """The Triton kernels equal the definition in every layout.
 
-They run in Triton's interpreter, which is slow, so the sizes are the smallest at which blocks, splits and chunks matter.
-scripts/check_triton.sh runs these tests, with Triton installed and TRITON_INTERPRET=1.
+They run in Triton's interpreter, which is slow, so the sizes are the smallest at which blocks, splits and chunks
+matter. scripts/check_triton.sh runs these tests, with Triton installed and TRITON_INTERPRET=1.
 """
 
 import functools
@@ -73,11 +73,11 @@ def test_sparse_decode_equals_the_oracle_however_lists_are_split(N, K, J, H, spl
         units = [source[b, 1, n * J // N] for n in range(N)]
         listed = [lists[unit // J, b, unit % J].tolist() for unit in units]
         reads = [oracle.shared_reads(of_head, NUM_SINKS, int(STARTS[b]), seen) for of_head in listed]
-        arrays = q[b].astype(np.float64), keys[b], values[b], reads
+        q_row, of_tail = q[b].astype(np.float64), [np.float64(x[b]) for x in jax.tree.leaves(tail)]
         if tail is None:
-            expected = oracle.attention(*arrays)
+            expected = oracle.attention(q_row, keys[b], values[b], reads)
         else:
-            expected = oracle.attention_with_tail(*arrays, seen, *(np.float64(x[b]) for x in jax.tree.leaves(tail)))
+            expected = oracle.attention_with_tail(q_row, keys[b], values[b], reads, seen, *of_tail)
         np.testing.assert_allclose(out[b], expected, atol=F32, rtol=0)
 
 
@@ -87,13 +87,13 @@ def test_sparse_decode_equals_the_oracle_however_lists_are_split(N, K, J, H, spl
 def test_dense_and_split_decode_equal_the_definition_however_slots_are_split(N, K, H, splits, window):
     q, keys, values, lists, _ = attention_case(3, N, K, K, H)
     tiles, bounds = Tiles(BLOCK, 4, 1, splits), (jnp.asarray(LENGTHS), jnp.asarray(STARTS))
-    finite = [jnp.asarray(np.nan_to_num(x, posinf=0)) for x in (q, keys, values)]
-    out = triton_attention.dense_decode(*map(jnp.asarray, (q, keys, values)), bounds[0], window=window, tiles=tiles)
-    expected = api.dense_decode(*finite, bounds[0], window=window, impl="reference")
+    out = triton_attention.dense_decode(*map(jnp.asarray, (q, keys, values, LENGTHS)), window=window, tiles=tiles)
+    q, keys, values = (jnp.asarray(np.nan_to_num(x, posinf=0)) for x in (q, keys, values))
+    expected = api.dense_decode(q, keys, values, bounds[0], window=window, impl="reference")
     np.testing.assert_allclose(out, expected, atol=F32, rtol=0)
-    how = {"num_sinks": NUM_SINKS, "window": window}
-    parts = triton_attention.split_decode(*finite, jnp.asarray(lists[0]), *bounds, **how, tiles=tiles)
-    expected = api.split_decode(*finite, jnp.asarray(lists[0]), *bounds, **how, impl="reference")
+    arrays, how = (q, keys, values, jnp.asarray(lists[0]), *bounds), {"num_sinks": NUM_SINKS, "window": window}
+    parts = triton_attention.split_decode(*arrays, **how, tiles=tiles)
+    expected = api.split_decode(*arrays, **how, impl="reference")
     for ours, defined in zip(jax.tree.leaves(parts), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(ours, defined, atol=F32, rtol=F32)
 
@@ -179,17 +179,21 @@ def test_selection_by_weights_breaks_ties_by_slot_and_knows_all_numbers(block, m
 
 def test_without_the_variable_the_interpreter_is_refused_with_the_way_out(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(SettingError, match=r"impl='triton-interpret' needs Triton's interpreter, which is .*INTERPRET=1"):
+    with pytest.raises(
+        SettingError, match=r"impl='triton-interpret' needs Triton's interpreter, which is .*INTERPRET=1"
+    ):
         api.check_impl("triton-interpret")
 
 
 def test_without_packages_triton_is_refused_with_the_way_out(monkeypatch):
     monkeypatch.setattr("hshare_jax.kernels.implementations.traced_platform", lambda: "cuda")
     monkeypatch.setattr(triton_library, "PACKAGES", ("triton", "no_such_package"))
-    with pytest.raises(SettingError, match=r"needs the Triton kernels, which lack .*no-such-package.*hshare-jax\[triton\]"):
+    with pytest.raises(
+        SettingError, match=r"needs the Triton kernels, which lack .*no-such-package.*hshare-jax\[triton\]"
+    ):
         api.check_impl("triton")
 
 
 def test_triton_is_refused_on_a_cpu_with_a_way_out():
-    with pytest.raises(SettingError, match="impl='triton' runs on NVIDIA GPUs.*or use 'triton-interpret'"):
+    with pytest.raises(SettingError, match=r"impl='triton' runs on NVIDIA GPUs.*or use 'triton-interpret'"):
         api.check_impl("triton")
