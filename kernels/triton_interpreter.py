@@ -1,9 +1,12 @@
 """Triton's interpreter behind the call of a kernel: NumPy runs the kernel's Python code, slowly, on every machine.
 
-jax hands the arrays over by a callback. NumPy has no bfloat16, so the interpreter computes in float32 instead.
+jax hands the arrays over by a callback. NumPy has no bfloat16, so the interpreter computes in float32 instead. Whether
+kernels are interpreted is decided by the environment variable TRITON_INTERPRET when Triton is imported, so a process
+either interprets all of its Triton kernels or compiles all of them.
 """
 
 import importlib.util
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,8 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from hshare_jax.kernels import triton_library
-
 TYPES = {"float32": "fp32", "float16": "fp16", "int32": "i32", "int8": "i8", "uint8": "u8"}  # as Triton names them
 
 
@@ -21,9 +22,14 @@ def obstacle() -> str | None:
     """Why the kernels cannot be interpreted here, in words; None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "is not installed"
-    if not triton_library.is_interpreting():
+    if not is_interpreting():
         return "is off: TRITON_INTERPRET=1 must be set before the program starts"
     return None
+
+
+def is_interpreting() -> bool:
+    """Whether Triton interprets kernels in this process. Triton reads the variable so too."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
 def instructions() -> str:

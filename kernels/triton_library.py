@@ -1,13 +1,8 @@
-"""The call of Triton kernels from jax: compiled for an NVIDIA GPU by jax-triton, or run by Triton's interpreter.
-
-Whether kernels are interpreted is decided by the environment variable TRITON_INTERPRET when Triton is imported. So a
-process either compiles all of its Triton kernels, or interprets all of them.
-"""
+"""The call of Triton kernels from jax: compiled for an NVIDIA GPU by jax-triton, or run by Triton's interpreter."""
 
 import importlib.metadata
 import importlib.util
 import inspect
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +10,7 @@ import jax
 from jax import Array
 
 from hshare_jax.kernels.tiling import Tiles
+from hshare_jax.kernels.triton_interpreter import interpret, is_interpreting
 
 PACKAGES = ("triton", "jax_triton")
 # The oldest version of PTX that knows the instructions of an H200. Triton would write the newest version that it knows,
@@ -36,11 +32,6 @@ def obstacle() -> str | None:
 def instructions() -> str:
     """Which Triton compiles the kernels."""
     return " and ".join(f"{name} {importlib.metadata.version(name)}" for name in ("triton", "jax-triton"))
-
-
-def is_interpreting() -> bool:
-    """Whether Triton interprets kernels in this process. Triton reads the variable so too."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
 def load_kernel(kind: str, name: str) -> Any:
@@ -84,8 +75,6 @@ def call_kernel(
     written = {name: shape for name, shape in outputs.items() if shape is not None}
     given = {**arrays, **{name: None for name, shape in outputs.items() if shape is None}}
     if is_interpreting():
-        from hshare_jax.kernels.triton_interpreter import interpret
-
         return interpret(kernel, given, written, grid=grid, sizes=sizes, changed=changed)
     import jax_triton  # pyright: ignore[reportMissingImports]
 
