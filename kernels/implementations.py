@@ -85,13 +85,13 @@ IMPLEMENTATIONS = {
     "reference": Implementation("reference", appends=True, projects=True, prefills=True),
     "interpret": Implementation("pallas", options={"interpret": True}, prefills=True),
     "triton": Implementation(
-        "triton", platforms=("cuda",),
+        "triton", platforms=("cuda",), prefills=True,
         way_out="leave it 'auto', or use 'triton-interpret' to try the kernels, slowly",
         library="hshare_jax.kernels.triton_library", needs="the Triton kernels, which",
         installation="pip install 'hshare-jax[triton]' in Python 3.12 or newer",
     ),
     "triton-interpret": Implementation(
-        "triton", library="hshare_jax.kernels.triton_interpreter", needs="Triton's interpreter, which",
+        "triton", prefills=True, library="hshare_jax.kernels.triton_interpreter", needs="Triton's interpreter, which",
         installation="pip install triton and set TRITON_INTERPRET=1",
     ),
 }  # fmt: skip

@@ -108,10 +108,10 @@ def _tiles(keys: Rows, num_lists: int, max_slots: int) -> Tiles:
     B, _, _, H = keys.shape
     # Triton multiplies float32 from registers, which hold as few floats as they hold codes that become float32.
     fills_registers = isinstance(keys, Int8Rows) or keys.dtype == jnp.float32
-    return attention_tiles(_padded(H), keys.dtype.itemsize, B * num_lists, max_slots, is_int8=fills_registers)
+    return attention_tiles(padded(H), keys.dtype.itemsize, B * num_lists, max_slots, is_int8=fills_registers)
 
 
-def _padded(size: int) -> int:
+def padded(size: int) -> int:
     """A size of at least 16, a power of two, as the sides of a dot are."""
     return max(16, 1 << (size - 1).bit_length())
 
@@ -138,7 +138,7 @@ def _decode(
     score_sums, num_reads = tally or (None, None)
     arrays = {"parts": out, "log_totals": log_total, "score_sums": score_sums, "num_reads": num_reads} | tails
     arrays |= {"lengths": None, "q": None} if tail is None else {"lengths": lengths, "q": q}
-    sizes = {"N": N, "H": H, "J": J, "WINDOW": window or S, "TAIL": num_virtual, "WIDTH": _padded(H), "SPLITS": splits}
+    sizes = {"N": N, "H": H, "J": J, "WINDOW": window or S, "TAIL": num_virtual, "WIDTH": padded(H), "SPLITS": splits}
     shape, kernel = jax.ShapeDtypeStruct((B, N, H), dtype), load_kernel("attention", "merge_splits")
     few = Tiles(0, num_warps=1 if splits * H <= 1024 else 4, num_stages=1)
     return call_kernel(kernel, arrays, {"out": shape}, grid=(N, B, 1), tiles=few, sizes=sizes)[0]
@@ -152,8 +152,8 @@ def _attend(
     """What the kernel `attend` writes: the parts and the logs of their sums, and with a tally two arrays more."""
     (B, N, H), (_, K, S, _), J, splits = q.shape, keys.shape, num_lists, tiles.splits
     lists, source, layer = plan or (None, None, None)
-    key_codes, key_scales = _codes_and_scales(keys)
-    value_codes, value_scales = _codes_and_scales(values)
+    key_codes, key_scales = codes_and_scales(keys)
+    value_codes, value_scales = codes_and_scales(values)
     arrays = {
         "q": q, "keys": key_codes, "key_scales": key_scales, "values": value_codes, "value_scales": value_scales,
         "lists": lists, "source": source, "layer": layer, "marks": marks, "lengths": lengths, "start": start,
@@ -170,14 +170,15 @@ def _attend(
         "N": N, "K": K, "S": S, "H": H, "L": 0 if source is None else source.shape[1], "J": J,
         "C": 0 if lists is None else lists.shape[3], "NUM_SINKS": num_sinks, "WINDOW": window or S, "WANTED": wanted,
         "TAIL": 0 if tail_keys is None else tail_keys.shape[2],
-        "HEADS": 1 if group_size == 1 else _padded(group_size), "WIDTH": _padded(H), "BLOCK": tiles.block,
+        "HEADS": 1 if group_size == 1 else padded(group_size), "WIDTH": padded(H), "BLOCK": tiles.block,
         "SPLITS": splits,
     }  # fmt: skip
     kernel = load_kernel("attention", "attend")
     return call_kernel(kernel, arrays, outputs, grid=(splits, J, B), tiles=tiles, sizes=sizes)
 
 
-def _codes_and_scales(rows: Rows) -> tuple[Array, Array | None]:
+def codes_and_scales(rows: Rows) -> tuple[Array, Array | None]:
+    """The numbers of a cache, and the scales of one in 8 bits."""
     return (rows.qvalue, rows.scale) if isinstance(rows, Int8Rows) else (rows, None)
 
 

@@ -98,15 +98,9 @@ def attend(
             marked = tl.load(marks + (b * J + j).to(tl.int64) * S + slots, mask=is_read, other=-1)
             is_read = is_read & (marked == WANTED)
         # Both loads come before the first use, so that twice as much is under way.
-        key = _load_rows(keys, row_and_head * S, slots, is_read, H, WIDTH)
-        value = _load_rows(values, row_and_head * S, slots, is_read, H, WIDTH)
-        if key_scales is None:
-            scores = _products(query, key, HEADS)
-        else:
-            key_scale = tl.load(key_scales + row_and_head * S + slots, mask=is_read, other=0)
-            value_scale = tl.load(value_scales + row_and_head * S + slots, mask=is_read, other=0)
-            scores = _products(query, key.to(query.dtype), HEADS) * key_scale[None, :]
-        scores = scores * (SCALE * LOG2_E)
+        key = load_rows(keys, row_and_head * S, slots, is_read, H, WIDTH)
+        value = load_rows(values, row_and_head * S, slots, is_read, H, WIDTH)
+        scores = products(query, key, key_scales, row_and_head * S, slots, is_read, HEADS) * (SCALE * LOG2_E)
         if score_sum is not None or TAIL > 0:
             sum_of_scores += tl.sum(tl.where(is_read[None, :], scores, 0.0), axis=1)
             count += tl.sum(is_read.to(tl.int32), axis=0)
@@ -114,13 +108,7 @@ def attend(
         new_peak = tl.maximum(peak, tl.max(scores, axis=1))
         weights = tl.where(is_read[None, :], tl.exp2(scores - new_peak[:, None]), 0.0)
         shrink = tl.exp2(peak - new_peak)
-        if value_scales is None:
-            read = _weighted(weights, value, HEADS)
-        else:
-            # Float16 does not hold small numbers, so weights are multiplied by shares of the largest scale.
-            largest = tl.max(value_scale, axis=0)
-            shares = value_scale / tl.where(largest > 0, largest, 1.0)
-            read = _weighted(weights * shares[None, :], value.to(query.dtype), HEADS) * largest
+        read = weighted(weights, value, value_scales, row_and_head * S, slots, is_read, query, HEADS)
         sums = sums * shrink[:, None] + read
         total = total * shrink + tl.sum(weights, axis=1)
         peak = new_peak
@@ -143,7 +131,7 @@ def attend(
 
 
 @jit
-def _load_rows(rows, first, slots, is_read, H: tl.constexpr, WIDTH: tl.constexpr):
+def load_rows(rows, first, slots, is_read, H: tl.constexpr, WIDTH: tl.constexpr):
     """Cached rows [BLOCK, WIDTH], zeros for a slot that is not read; `first` is the row of slot 0."""
     columns = tl.arange(0, WIDTH)
     at = rows + first * H + slots[:, None] * H + columns[None, :]
@@ -151,17 +139,36 @@ def _load_rows(rows, first, slots, is_read, H: tl.constexpr, WIDTH: tl.constexpr
 
 
 @jit
-def _products(query, key, HEADS: tl.constexpr):
-    """The products q . k [HEADS, BLOCK] of all queries and keys. Float32 is not rounded to TensorFloat-32."""
+def products(query, key, scales, first, slots, is_read, HEADS: tl.constexpr):
+    """The products q . k [HEADS, BLOCK] of all queries and keys. Float32 is not rounded to TensorFloat-32.
+
+    `scales` are those of a cache in 8 bits, or None; `first`, `slots` and `is_read` are as for `load_rows`.
+    """
+    key = key.to(query.dtype)
     if HEADS == 1:  # one query per key is no work for a tensor core
-        return tl.sum(query.to(tl.float32) * key.to(tl.float32), axis=1)[None, :]
+        scores = tl.sum(query.to(tl.float32) * key.to(tl.float32), axis=1)[None, :]
     else:
-        return tl.dot(query, tl.trans(key), input_precision="ieee")
+        scores = tl.dot(query, tl.trans(key), input_precision="ieee")
+    if scales is not None:
+        scores = scores * tl.load(scales + first + slots, mask=is_read, other=0)[None, :]
+    return scores
 
 
 @jit
-def _weighted(weights, value, HEADS: tl.constexpr):
-    """The sum [HEADS, WIDTH] of the values by weight."""
+def weighted(weights, value, scales, first, slots, is_read, query, HEADS: tl.constexpr):
+    """The sum [HEADS, WIDTH] of the values by weight. Codes of 8 bits become numbers like the query's."""
+    if scales is None:
+        return _sum_values(weights, value, HEADS)
+    else:
+        # Float16 does not hold small numbers, so weights are multiplied by shares of the largest scale.
+        scale = tl.load(scales + first + slots, mask=is_read, other=0)
+        largest = tl.max(scale, axis=0)
+        shares = scale / tl.where(largest > 0, largest, 1.0)
+        return _sum_values(weights * shares[None, :], value.to(query.dtype), HEADS) * largest
+
+
+@jit
+def _sum_values(weights, value, HEADS: tl.constexpr):
     if HEADS == 1:
         return tl.sum(tl.trans(weights) * value.to(tl.float32), axis=0)[None, :]
     else:

@@ -16,7 +16,6 @@ PACKAGES = ("triton", "jax_triton")
 # The oldest version of PTX that knows the instructions of an H200. Triton would write the newest version that it knows,
 # which the compiler that comes with jax may not read.
 PTX_VERSION = 80
-KERNEL_MODULES = {"attention": "triton_attention_kernels", "selection": "triton_selection_kernels"}
 
 
 def obstacle() -> str | None:
@@ -38,10 +37,10 @@ def load_kernel(kind: str, name: str) -> Any:
     """A kernel by its name. Triton is imported here, because the functions around kernels are read without it.
 
     Args:
-        kind: a key of `KERNEL_MODULES`.
-        name: the kernel.
+        kind: attention, selection or prefill.
+        name: the kernel, in the module `triton_<kind>_kernels`.
     """
-    return getattr(importlib.import_module(f"hshare_jax.kernels.{KERNEL_MODULES[kind]}"), name)
+    return getattr(importlib.import_module(f"hshare_jax.kernels.triton_{kind}_kernels"), name)
 
 
 def jit(function: Callable) -> Any:

@@ -26,7 +26,17 @@ from hshare_jax.kernels.int8_rows import quantise_rows
 from hshare_jax.kernels.labels import make_labels
 from hshare_jax.kernels.tail import no_tail
 from hshare_jax.mesh import Layout
-from scripts.check_h200_compile import HSHARE, LLAMA2, LLAMA3, STEPS, compile_step
+from scripts.check_h200_compile import (
+    CHUNK,
+    HSHARE,
+    LLAMA2,
+    LLAMA3,
+    PREFILL_ATTENTION,
+    STEPS,
+    compile_prefill,
+    compile_prefill_attention,
+    compile_step,
+)
 from scripts.compiled_programs import Program, compile_program, one_device, place
 
 DUMP = tempfile.TemporaryDirectory()
@@ -141,7 +151,13 @@ def compile_all() -> Iterator[tuple[str, str, Program]]:
     for name, case in CASES.items():
         for operation in OPERATIONS:
             yield name, operation, compile_operation(case, operation)
+    for (N, K, H), *sizes in PREFILL_ATTENTION:
+        T, slots, window, dtype, has_int8_cache = sizes
+        program = compile_prefill_attention((N, K, H), *sizes, impl="triton")
+        name = f"{N}/{K} heads of {H}, {jnp.dtype(dtype)}, window {window}{', int8 cache' * has_int8_cache}"
+        yield name, f"prefill attention of {T} tokens over {slots} slots", program
     for name, config in (("LLaMA2-7B", LLAMA2), ("LLaMA3-8B", LLAMA3)):
+        yield f"{name}, four layers", f"prefill of {CHUNK} tokens", compile_prefill(config, 8, 4096, impl="triton")
         for step, (method, refresh) in STEPS.items():
             program = compile_step(config, method, refresh, 8, 4096, "auto", impl="triton")
             yield f"{name}, four layers", step, program
