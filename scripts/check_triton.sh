@@ -38,6 +38,7 @@ fi
 
 export JAX_PLATFORMS=cpu PYTHONPATH=$PWD
 echo "== the kernels in Triton's interpreter"
-TRITON_INTERPRET=1 "$python" -m pytest -q -n 0 -k triton tests/kernels/test_implementations.py tests/kernels/test_triton.py
+TRITON_INTERPRET=1 "$python" -m pytest -q -n 0 -k triton tests/kernels/test_implementations.py \
+  tests/kernels/test_prefill_attention.py tests/kernels/test_triton.py
 echo "== the kernels compiled for an H200"
 TRITON_INTERPRET=0 "$python" -m scripts.check_triton
