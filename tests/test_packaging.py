@@ -103,7 +103,7 @@ from pathlib import Path
 target, *names = sys.argv[1:]
 for name in names:
     if not name.endswith("__main__"):
-        # The code of the Triton kernels imports Triton, which need not be there. So that code is found and not imported.
+        # The Triton kernels import Triton, which need not be there, so they are found and not imported.
         is_triton = ".triton_" in name and name.endswith("_kernels")
         origin = importlib.util.find_spec(name).origin if is_triton else importlib.import_module(name).__file__
         assert Path(origin).is_relative_to(target), f"{name} came from {origin}"
