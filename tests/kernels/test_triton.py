@@ -105,8 +105,9 @@ def test_lists_and_plans_that_point_outside_read_nothing_outside():
         triton_attention.sparse_decode, q, keys, values, layer=1, lengths=jnp.asarray(LENGTHS),
         recent_start=jnp.asarray(STARTS), num_sinks=NUM_SINKS, max_recent=7,
     )  # fmt: skip
-    beyond = jnp.where(lists == EMPTY, jnp.int32(2**31 - 1), lists)
-    np.testing.assert_array_equal(decode(lists=beyond, source=source), decode(lists=lists, source=source))
+    for slot in (S - 1, S, 2**31 - 1):  # in the recent range or beyond the row, and beyond the cache
+        beyond = jnp.where(lists == EMPTY, jnp.int32(slot), lists)
+        np.testing.assert_array_equal(decode(lists=beyond, source=source), decode(lists=lists, source=source))
     far = decode(lists=lists, source=jnp.full_like(source, 2**31 - 1))
     np.testing.assert_array_equal(far, decode(lists=lists, source=jnp.full_like(source, 3)))
 
