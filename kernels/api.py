@@ -2,12 +2,14 @@
 
 Each operation of a decode step has several implementations, and `impl` names one:
 
-    auto       the fastest one for the platform that the program is lowered for
-    pallas     Pallas kernels through Triton, on NVIDIA GPUs
-    native     a library of C++ kernels, on CPUs, if a compiler was there when the package was installed; prefill
-               attention is the reference's where the CPU has no AMX
-    reference  plain jnp, on every machine; it is the definition, and the only one that can be differentiated
-    interpret  the Pallas kernels in Pallas' interpreter, slowly, on every machine; for tests
+    auto              the fastest one for the platform that the program is lowered for
+    pallas            Pallas kernels through Triton, on NVIDIA GPUs
+    native            a library of C++ kernels, on CPUs, if a compiler was there when the package was installed;
+                      prefill attention is the reference's where the CPU has no AMX
+    reference         plain jnp, on every machine; it is the definition, and the only one that can be differentiated
+    interpret         the Pallas kernels in Pallas' interpreter, slowly, on every machine; for tests
+    triton            kernels in Triton, through jax-triton, on NVIDIA GPUs; for the day when Pallas drops Triton
+    triton-interpret  the Triton kernels in Triton's interpreter, slowly, on every machine; for tests
 
 A name that cannot run where the program runs raises `SettingError`. Code outside this folder calls these functions and
 imports no implementation.
@@ -199,7 +201,7 @@ def split_decode(
         q, keys, values, recent_start, num_sinks, window: as for `sparse_decode`.
         listed: the lists that are read, found through the plan.
         lengths: where the slots that a row sees end.
-        impl: the implementation, as the module describes it. On a GPU this is the reference's plain jnp.
+        impl: the implementation, as the module describes it. `pallas` takes the reference's plain jnp.
 
     Returns:
         The part that is read, and the part that is left.

@@ -37,7 +37,11 @@ class Implementation:
     projects: bool = False  # whether it computes projections too; else the reference does
     prefills: bool = False  # whether it computes prefill attention too; else the reference does
     way_out: str = "leave it 'auto'"  # what a refusal advises on the other platforms
-    library: str | None = None  # the module that says what keeps it from running here: `obstacle() -> str | None`
+    # The module that says what keeps it from running here, `obstacle() -> str | None`; and how a refusal says what is
+    # needed, before the obstacle, and how to get it.
+    library: str | None = None
+    needs: str = "the library of native kernels, which"
+    installation: str = "install a C++17 compiler and then the package again"
 
     @property
     def attention(self) -> ModuleType:
@@ -80,6 +84,16 @@ IMPLEMENTATIONS = {
     ),
     "reference": Implementation("reference", appends=True, projects=True, prefills=True),
     "interpret": Implementation("pallas", options={"interpret": True}, prefills=True),
+    "triton": Implementation(
+        "triton", platforms=("cuda",), prefills=True,
+        way_out="leave it 'auto', or use 'triton-interpret' to try the kernels, slowly",
+        library="hshare_jax.kernels.triton_library", needs="the Triton kernels, which",
+        installation="pip install 'hshare-jax[triton]' in Python 3.12 or newer",
+    ),
+    "triton-interpret": Implementation(
+        "triton", prefills=True, library="hshare_jax.kernels.triton_interpreter", needs="Triton's interpreter, which",
+        installation="pip install triton and set TRITON_INTERPRET=1",
+    ),
 }  # fmt: skip
 IMPLS = ("auto", *IMPLEMENTATIONS)
 
@@ -96,8 +110,9 @@ def check_impl(impl: str) -> None:
         rule = f"runs on {machines}, and this program is for {platform}"
         raise SettingError("impl", impl, rule, chosen.way_out)
     if obstacle := chosen.obstacle():
-        way_out = "leave it 'auto', or install a C++17 compiler and then the package again"
-        raise SettingError("impl", impl, f"needs the library of native kernels, which {obstacle}", way_out)
+        raise SettingError(
+            "impl", impl, f"needs {chosen.needs} {obstacle}", f"leave it 'auto', or {chosen.installation}"
+        )
 
 
 def describe(impl: str) -> str:

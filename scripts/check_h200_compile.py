@@ -87,12 +87,13 @@ TAIL_RANKS = {"attention": None, "attention with a tail": 2}
 
 
 def compile_step(
-    config: ModelConfig, method: Method | None, refresh: bool | None, batch: int, slots: int, cache: KVCacheDType
-) -> Program:
-    """Compiles a bfloat16 decode step, to which the state is donated."""
+    config: ModelConfig, method: Method | None, refresh: bool | None, batch: int, slots: int, cache: KVCacheDType,
+    *, impl: str = "auto",
+) -> Program:  # fmt: skip
+    """Compiles a bfloat16 decode step by this implementation, to which the state is donated."""
     mesh = one_device()
     arguments = step_arguments(config, method, batch, slots, mesh, spread=False, kv_cache_dtype=cache)
-    step = functools.partial(decode_step, config=config, refresh=refresh)
+    step = functools.partial(decode_step, config=config, refresh=refresh, impl=impl)
     return compile_program(step, arguments, mesh, donated=(2,), large=batch * slots)
 
 
@@ -117,19 +118,20 @@ def compile_attention(config: ModelConfig, rank: int | None, batch: int, slots: 
     return compile_program(attend, arguments, mesh, donated=(), large=batch * slots)
 
 
-def compile_prefill(config: ModelConfig, batch: int, slots: int) -> Program:
-    """Compiles the prefill of one chunk in bfloat16, to which the state is donated."""
+def compile_prefill(config: ModelConfig, batch: int, slots: int, *, impl: str = "auto") -> Program:
+    """Compiles the prefill of one chunk in bfloat16 by this implementation, to which the state is donated."""
     mesh = one_device()
     params, _, state = step_arguments(config, None, batch, slots, mesh, spread=False)
     shapes = jax.ShapeDtypeStruct((batch, CHUNK), jnp.int32), jax.ShapeDtypeStruct((batch,), jnp.int32)
     tokens, lengths = place(shapes, ("B T", "B"), mesh)
-    read = functools.partial(prefill, config=config)
+    read = functools.partial(prefill, config=config, impl=impl)
     return compile_program(read, (params, tokens, lengths, state), mesh, donated=(3,), large=batch * slots)
 
 
 def compile_prefill_attention(
-    heads: tuple[int, int, int], T: int, slots: int, window: int | None, dtype, has_int8_cache: bool
-) -> Program:
+    heads: tuple[int, int, int], T: int, slots: int, window: int | None, dtype, has_int8_cache: bool,
+    *, impl: str = "auto",
+) -> Program:  # fmt: skip
     """Compiles the attention of one layer and one row in a prefill, with what each slot receives."""
     (N, K, H), mesh, shape = heads, one_device(), jax.ShapeDtypeStruct
     rows = shape((1, K, slots, H), dtype)
@@ -137,7 +139,7 @@ def compile_prefill_attention(
         rows = jax.eval_shape(quantise_rows, rows)
     arrays = shape((1, T, N, H), dtype), rows, rows, shape((1,), jnp.int32), shape((1, T), jnp.bool_)
     arguments = place(arrays, [Layout(PartitionSpec())] * len(jax.tree.leaves(arrays)), mesh)
-    attend = functools.partial(api.prefill_attention_received, window=window)
+    attend = functools.partial(api.prefill_attention_received, window=window, impl=impl)
     return compile_program(attend, arguments, mesh, donated=(), large=slots)
 
 

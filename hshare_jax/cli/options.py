@@ -193,7 +193,8 @@ def add_impl(parser: argparse.ArgumentParser) -> None:
         "--impl", choices=IMPLS, default="auto", metavar="NAME",
         help="what computes decode steps, and what they need of the prompt: auto (default) takes Pallas kernels on an "
         "NVIDIA GPU, native kernels on a CPU where they are compiled, else plain jnp; or pallas, native, reference "
-        "(plain jnp), or interpret (Pallas' kernels without a GPU, slowly)",
+        "(plain jnp), interpret (Pallas' kernels without a GPU, slowly), triton (kernels in Triton, for NVIDIA GPUs), "
+        "or triton-interpret (those without a GPU, slowly)",
     )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Prefill attention, and the attention that slots receive, equal a float64 oracle in every implementation.
 
-Pallas' kernels run in its interpreter here. tests/kernels/test_pallas.py lowers them for CUDA.
+Pallas' kernels run in its interpreter here. tests/kernels/test_pallas.py lowers them for CUDA. scripts/check_triton.sh
+runs the Triton kernels.
 """
 
 import functools
@@ -24,8 +25,9 @@ ROWS = {
     if row.prefills and (not row.platforms or traced_platform() in row.platforms) and row.obstacle() is None
 }  # fmt: skip
 WAYS = {name: functools.partial(row.prefill.prefill_attention, **row.options) for name, row in ROWS.items()}
-# And Pallas' kernel in blocks that do not divide the queries and the windows.
-WAYS["small blocks"] = functools.partial(WAYS["interpret"], tiles=Tiles(32, 4, 1, queries=16))
+# And the kernels in blocks that do not divide the queries and the windows.
+KERNELS = [name for name in ROWS if name != "reference"]
+WAYS |= {f"{name}, small blocks": functools.partial(WAYS[name], tiles=Tiles(32, 4, 1, queries=16)) for name in KERNELS}
 
 
 def cache(rng, lengths):
@@ -80,13 +82,14 @@ def test_received_attention_is_the_sum_of_the_weights_of_the_counted_queries(win
     np.testing.assert_allclose(received, expected, atol=F32, rtol=0)
 
 
-def test_queries_before_the_first_token_and_beyond_the_cache_are_no_harm_to_others():
+@pytest.mark.parametrize("impl", KERNELS)
+def test_queries_before_the_first_token_and_beyond_the_cache_are_no_harm_to_others(impl):
     # The layers of kv-sharing models that look up begin at position -1.
     rng, T, starts = np.random.default_rng(8), 20, np.array([-1, S - 10])
     q, (keys, values) = rng.standard_normal((2, T, N, H)).astype(np.float32), cache(rng, [T - 1, S])
     attend = functools.partial(prefill_attention_received, *map(jnp.asarray, (q, keys, values, starts)))
     is_counted = jnp.asarray((starts[:, None] + np.arange(T) >= 0) & (starts[:, None] + np.arange(T) < S))
-    found, expected = (attend(is_counted=is_counted, impl=impl) for impl in ("interpret", "reference"))
+    found, expected = (attend(is_counted=is_counted, impl=impl) for impl in (impl, "reference"))
     for ours, theirs in zip(found, expected, strict=True):
         assert np.isfinite(ours).all()
         counted = np.asarray(is_counted) if ours.shape[1] == T else np.ones(ours.shape[:2], bool)
