@@ -88,7 +88,7 @@ IMPLEMENTATIONS = {
         "triton", platforms=("cuda",), prefills=True,
         way_out="leave it 'auto', or use 'triton-interpret' to try the kernels, slowly",
         library="hshare_jax.kernels.triton_library", needs="the Triton kernels, which",
-        installation="pip install 'hshare-jax[triton]' in Python 3.12 or newer",
+        installation="pip install 'hshare-jax[cuda,triton]' in Python 3.12 or newer, and leave TRITON_INTERPRET unset",
     ),
     "triton-interpret": Implementation(
         "triton", prefills=True, library="hshare_jax.kernels.triton_interpreter", needs="Triton's interpreter, which",

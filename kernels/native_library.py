@@ -17,7 +17,7 @@ from jax import Array
 PATH = Path(__file__).resolve().parent / "native" / "libhshare_native.so"
 ATTENTION, APPENDING = ("dense_decode", "sparse_decode", "split_decode"), ("append_tokens", "append_labels")
 INSTRUCTIONS = ("amx", "avx512", "avx2", "any")
-HANDLERS = (*ATTENTION, *APPENDING, "prefill", "select", "project", "dequantise")
+HANDLERS = (*ATTENTION, *APPENDING, "prefill_attention", "select", "project", "dequantise")
 
 
 @functools.cache

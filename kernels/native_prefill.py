@@ -25,10 +25,10 @@ def prefill_attention(
     *,
     window: int | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
-    """`reference_prefill.prefill_attention`, with products in float32 for every dtype."""
+    """`reference_prefill.prefill_attention`, with products in float32 for every dtype, and for every capacity."""
     if instructions() != "amx":
         return reference_prefill.prefill_attention(q, keys, values, starts, window=window)
     (B, T, N, _), (cache, scales) = q.shape, cache_arrays(keys, values)
     like = [q, jax.ShapeDtypeStruct((B, N, T), jnp.float32)]
-    out, log_total = call_library("prefill", like, q, *cache, starts, *scales, window=window_number(window))
+    out, log_total = call_library("prefill_attention", like, q, *cache, starts, *scales, window=window_number(window))
     return out, log_total

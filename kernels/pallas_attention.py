@@ -7,7 +7,6 @@ with no list and recent_start = 0. The kernel that writes the result also adds t
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,15 +18,13 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Float, Int
 
 from hshare_jax.kernels.int8_rows import Int8Rows, Rows
-from hshare_jax.kernels.masked_softmax import MASKED
+from hshare_jax.kernels.masked_softmax import LOG2_E, MASKED
 from hshare_jax.kernels.reference_attention import split_decode
 from hshare_jax.kernels.tail import MAX_FEATURE, Tail
 from hshare_jax.kernels.tiling import Tiles, attention_tiles
 from hshare_jax.shapes import EMPTY, Lists, Source
 
 __all__ = ["dense_decode", "sparse_decode", "split_decode"]  # the last serves prompts alone: left to XLA
-
-LOG2_E = math.log2(math.e)  # the kernels use exp2, which the hardware has
 
 
 def dense_decode(
@@ -113,9 +110,14 @@ def _lay_out(
     B, _, _, H = keys.shape
     width = max(16, pl.next_power_of_2(H))  # no side of a dot is shorter than 16
     tiles = tiles or attention_tiles(
-        width, keys.dtype.itemsize, B * num_lists, max_slots, is_int8=isinstance(keys, Int8Rows)
+        width, keys.dtype.itemsize, B * num_lists, max_slots, in_registers=in_registers(keys)
     )
     return _Layout(num_sinks, num_listed, window, tiles, width)
+
+
+def in_registers(keys: Rows) -> bool:
+    """Whether a cache is multiplied from registers: codes that become float32 are, and registers hold few of them."""
+    return isinstance(keys, Int8Rows) and keys.dtype == jnp.float32
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "interpret"))

@@ -15,9 +15,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Bool, Float, Int
 
-from hshare_jax.kernels.int8_rows import Int8Rows, Rows
-from hshare_jax.kernels.masked_softmax import MASKED
-from hshare_jax.kernels.pallas_attention import LOG2_E, in_place, load_rows, scores_of, weighted
+from hshare_jax.kernels.int8_rows import Rows
+from hshare_jax.kernels.masked_softmax import LOG2_E, MASKED
+from hshare_jax.kernels.pallas_attention import in_place, in_registers, load_rows, scores_of, weighted
 from hshare_jax.kernels.reference_prefill import sees
 from hshare_jax.kernels.tiling import Tiles, prefill_tiles
 
@@ -41,7 +41,7 @@ def prefill_attention(
         interpret: whether the kernel runs in Pallas' interpreter.
     """
     (B, T, N, _), width = q.shape, max(16, pl.next_power_of_2(q.shape[3]))
-    tiles = tiles or prefill_tiles(width, keys.dtype.itemsize, T, is_int8=isinstance(keys, Int8Rows))
+    tiles = tiles or prefill_tiles(width, keys.dtype.itemsize, T, in_registers=in_registers(keys))
     inputs = (q.astype(keys.dtype), keys, values, starts)  # both operands of a dot have one type
     outputs = (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, N, T), jnp.float32))
     return pl.pallas_call(
@@ -137,7 +137,7 @@ def received_attention(
         interpret: whether the kernel runs in Pallas' interpreter.
     """
     (B, T, N, _), S, width = q.shape, keys.shape[2], max(16, pl.next_power_of_2(q.shape[3]))
-    tiles = tiles or prefill_tiles(width, keys.dtype.itemsize, T, is_int8=isinstance(keys, Int8Rows))
+    tiles = tiles or prefill_tiles(width, keys.dtype.itemsize, T, in_registers=in_registers(keys))
     inputs = (q.astype(keys.dtype), keys, starts, is_counted, log_total)
     output = jax.ShapeDtypeStruct((B, N, S), jnp.float32)
     return pl.pallas_call(

@@ -1,4 +1,4 @@
-"""Layouts of the Pallas kernels: the slots that a program takes at a time, its warps, and how often lists are split.
+"""Layouts of the GPU kernels: the slots that a program takes at a time, its warps, and how often lists are split.
 
 Nothing here has been measured yet. The sizes fill an H200 by arithmetic. scripts/bench/tune_kernels.py times the
 alternatives on a GPU and prints what this table should say.
@@ -21,7 +21,9 @@ class Tiles:
     queries: int = 1  # queries of a head that a program of prefill attention takes at once, a power of two
 
 
-def attention_tiles(head_dim: int, itemsize: int, num_programs: int, num_slots: int, *, is_int8: bool = False) -> Tiles:
+def attention_tiles(
+    head_dim: int, itemsize: int, num_programs: int, num_slots: int, *, in_registers: bool = False
+) -> Tiles:
     """The layout of decode attention.
 
     Args:
@@ -29,32 +31,31 @@ def attention_tiles(head_dim: int, itemsize: int, num_programs: int, num_slots: 
         itemsize: bytes of a number as it is multiplied.
         num_programs: rows times lists.
         num_slots: the most slots that a program reads if nothing is split.
-        is_int8: whether the cache has 8 bits.
+        in_registers: whether keys and values are multiplied from registers.
     """
     # One block of keys and one of values take 16 KiB each. With two of three stages in flight, a core still has room
-    # for other programs. Codes that become float32 stay in registers, which hold few of them.
-    fills_registers = itemsize == 4 and is_int8
-    block = 16 if fills_registers else max(16, min(128, 16_384 // (head_dim * itemsize)))
+    # for other programs. Registers hold fewer.
+    block = 16 if in_registers else max(16, min(128, 16_384 // (head_dim * itemsize)))
     most = -(-num_slots // (2 * block))  # a program with less than two blocks has nothing to overlap
     wanted = -(-PROGRAMS_PER_CORE * NUM_CORES // num_programs)
-    splits = _power_of_two(max(1, min(most, wanted, 128)))
-    return Tiles(block, num_warps=4, num_stages=1 if fills_registers else 3, splits=splits)
+    splits = power_of_two(max(1, min(most, wanted, 128)))
+    return Tiles(block, num_warps=4, num_stages=1 if in_registers else 3, splits=splits)
 
 
-def prefill_tiles(head_dim: int, itemsize: int, num_queries: int, *, is_int8: bool = False) -> Tiles:
+def prefill_tiles(head_dim: int, itemsize: int, num_queries: int, *, in_registers: bool = False) -> Tiles:
     """The layout of prefill attention.
 
     Args:
         head_dim: H, padded to a power of two.
         itemsize: bytes of a number as it is multiplied.
         num_queries: T, the new tokens of a row.
-        is_int8: whether the cache has 8 bits.
+        in_registers: whether keys and values are multiplied from registers.
     """
     # The output of 128 queries of 128 channels fills a quarter of the registers of 8 warps. The queries, and three
     # stages of a block of keys and one of values, fit the shared memory of a core. Float32 is multiplied outside the
-    # tensor cores, from registers; those that were codes of 8 bits take more of them.
-    queries = max(16, _power_of_two(num_queries, up=True))
-    if itemsize == 4 and is_int8:
+    # tensor cores.
+    queries = max(16, power_of_two(num_queries, up=True))
+    if in_registers:
         return Tiles(16, num_warps=8, num_stages=1, queries=16)
     if itemsize == 4:
         return Tiles(16, num_warps=4, num_stages=2, queries=min(queries, 32))
@@ -70,17 +71,17 @@ def selection_tiles(num_slots: int, group_size: int) -> Tiles:
         group_size: query heads that a list serves.
     """
     # With 8 warps each thread holds 64 scores in registers. With 16 warps a thread has half the registers, and spills.
-    block = min(_power_of_two(num_slots, up=True), 8192, _power_of_two(16_384 // group_size))
+    block = min(power_of_two(num_slots, up=True), 8192, power_of_two(16_384 // group_size))
     return Tiles(block, num_warps=8 if block * group_size >= 2048 else 4, num_stages=1)
 
 
 def merge_tiles(num_candidates: int) -> Tiles:
     """The layout of the choice among the best of all chunks. Up to 16,384 candidates are one block, in registers."""
-    block = _power_of_two(num_candidates, up=True)
+    block = power_of_two(num_candidates, up=True)
     block = block if block <= 16_384 else 8192
     return Tiles(block, num_warps=8 if block > 4096 else 4, num_stages=1)
 
 
-def _power_of_two(number: int, *, up: bool = False) -> int:
+def power_of_two(number: int, *, up: bool = False) -> int:
     """The power of two at or below a number, or at or above it."""
     return 1 << ((number - 1).bit_length() if up else number.bit_length() - 1)

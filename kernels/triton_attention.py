@@ -5,7 +5,6 @@ that writes the result also adds the tail, so a tail is no further kernel.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +12,12 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from hshare_jax.kernels.int8_rows import Int8Rows, Rows
-from hshare_jax.kernels.masked_softmax import MASKED
+from hshare_jax.kernels.masked_softmax import LOG2_E, MASKED
 from hshare_jax.kernels.reads import mark_listed
 from hshare_jax.kernels.tail import Part, Tail
-from hshare_jax.kernels.tiling import Tiles, attention_tiles
+from hshare_jax.kernels.tiling import Tiles, attention_tiles, power_of_two
 from hshare_jax.kernels.triton_library import call_kernel, load_kernel
 from hshare_jax.shapes import Lists, Source
-
-LOG2_E = math.log2(math.e)
 
 
 def dense_decode(
@@ -106,14 +103,15 @@ def split_decode(
 
 def _tiles(keys: Rows, num_lists: int, max_slots: int) -> Tiles:
     B, _, _, H = keys.shape
-    # Triton multiplies float32 from registers, which hold as few floats as they hold codes that become float32.
-    fills_registers = isinstance(keys, Int8Rows) or keys.dtype == jnp.float32
-    return attention_tiles(padded(H), keys.dtype.itemsize, B * num_lists, max_slots, is_int8=fills_registers)
+    in_registers = (
+        keys.dtype == jnp.float32
+    )  # Triton multiplies float32 so, whether the cache has it or codes of 8 bits
+    return attention_tiles(padded(H), keys.dtype.itemsize, B * num_lists, max_slots, in_registers=in_registers)
 
 
 def padded(size: int) -> int:
     """A size of at least 16, a power of two, as the sides of a dot are."""
-    return max(16, 1 << (size - 1).bit_length())
+    return max(16, power_of_two(size, up=True))
 
 
 # Jitted, so that all layers of a step share one trace.

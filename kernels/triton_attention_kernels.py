@@ -4,14 +4,12 @@ One program reads the slots of one list, or a part (split-K, as in Flash-Decodin
 serves. Names in capitals are static. Scores are in powers of two, because the hardware has exp2.
 """
 
-import math
-
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 from hshare_jax.kernels import masked_softmax, tail
 from hshare_jax.kernels.triton_library import jit
 
-LOG2_E = tl.constexpr(math.log2(math.e))
+LOG2_E = tl.constexpr(masked_softmax.LOG2_E)
 MASKED = tl.constexpr(masked_softmax.MASKED)
 MAX_FEATURE = tl.constexpr(tail.MAX_FEATURE)
 NUM_TERMS = tl.constexpr(tail.NUM_TERMS)

@@ -33,7 +33,7 @@ def prefill_attention(
         tiles: the layout of the kernel; None takes the choice of `tiling`.
     """
     B, T, N, _ = q.shape
-    tiles = tiles or _tiles(keys, T)
+    tiles = tiles or _tiles(keys, T, in_registers=isinstance(keys, Int8Rows) and keys.dtype == jnp.float32)
     key_codes, key_scales = codes_and_scales(keys)
     value_codes, value_scales = codes_and_scales(values)
     arrays = {
@@ -69,7 +69,7 @@ def received_attention(
     """
     (B, T, N, _), S = q.shape, keys.shape[2]
     # Here the keys stay in registers, and in float32 they leave as little room there as codes that become float32.
-    tiles = tiles or _tiles(keys, T, fills_registers=keys.dtype == jnp.float32)
+    tiles = tiles or _tiles(keys, T, in_registers=keys.dtype == jnp.float32)
     key_codes, key_scales = codes_and_scales(keys)
     arrays = {
         "q": q.astype(keys.dtype), "keys": key_codes, "key_scales": key_scales, "starts": starts,
@@ -80,9 +80,8 @@ def received_attention(
     return call_kernel(kernel, arrays, outputs, grid=(-(-S // tiles.block), N, B), tiles=tiles, sizes=sizes)[0]
 
 
-def _tiles(keys: Rows, num_queries: int, *, fills_registers: bool = False) -> Tiles:
-    is_int8 = isinstance(keys, Int8Rows) or fills_registers
-    return prefill_tiles(padded(keys.shape[3]), keys.dtype.itemsize, num_queries, is_int8=is_int8)
+def _tiles(keys: Rows, num_queries: int, *, in_registers: bool) -> Tiles:
+    return prefill_tiles(padded(keys.shape[3]), keys.dtype.itemsize, num_queries, in_registers=in_registers)
 
 
 def _sizes(q: Array, keys: Rows, window: int | None, tiles: Tiles) -> dict[str, int]:

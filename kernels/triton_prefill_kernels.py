@@ -68,7 +68,7 @@ def attend_prompt(
             sums, peak, total, block, query, start + token, keys, key_scales, values, value_scales, first_row,
             True, S, H, WINDOW, QUERIES, WIDTH, BLOCK,
         )  # fmt: skip
-    total = tl.where(total > 0, total, 1.0)  # queries at position -1 see nothing
+    total = tl.where(total == 0, 1.0, total)  # of a query that read no block
     tl.store(out + at, (sums / total[:, None]).to(out.dtype.element_ty), mask=is_query)
     tl.store(log_total + (b * N + n) * T + token, (peak + tl.log2(total)) / LOG2_E, mask=token < T)
 

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from hshare_jax.kernels.choose_tokens import weigh_tokens
 from hshare_jax.kernels.int8_rows import Rows
 from hshare_jax.kernels.labels import Labels, score_keys
-from hshare_jax.kernels.tiling import Tiles, merge_tiles, selection_tiles
+from hshare_jax.kernels.tiling import Tiles, merge_tiles, power_of_two, selection_tiles
 from hshare_jax.kernels.triton_library import call_kernel, load_kernel
 from hshare_jax.shapes import Lists, Source
 
@@ -42,9 +42,9 @@ def select_by_labels(
         merging: the layout of the kernel that sees the best of all chunks. None takes the choice of `tiling`, twice.
     """
     (_, N, R), (_, K, num_codes, S), J = query.shape, labels.codes.shape, source.shape[2]
-    tiles = tiles or selection_tiles(S, _padded(N // J))
+    tiles = tiles or selection_tiles(S, power_of_two(N // J, up=True))
     given = {"query": query, "codes": labels.codes, "scales": labels.scales}
-    sizes = {"N": N, "K": K, "S": S, "R": R, "CODES": num_codes, "HEADS": _padded(N // J)}
+    sizes = {"N": N, "K": K, "S": S, "R": R, "CODES": num_codes, "HEADS": power_of_two(N // J, up=True)}
     plan = source, jnp.full((1,), layer, jnp.int32), _bounds(lists, S, is_due, first, last, num_allowed)
     return _select(lists, given, plan, sizes=tuple(sizes.items()), dilate=dilate, tiles=tiles, merging=merging)
 
@@ -101,11 +101,6 @@ def select_by_weights(
     tiles = tiles or selection_tiles(S, 1)
     given = {"weights": weights}
     return _select(lists, given, plan, sizes=tuple(sizes.items()), dilate=False, tiles=tiles, merging=merging)
-
-
-def _padded(size: int) -> int:
-    """The power of two at or above a size."""
-    return 1 << (size - 1).bit_length()
 
 
 def _bounds(

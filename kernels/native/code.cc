@@ -5,13 +5,6 @@
 
 namespace {
 
-template <class T>
-void widen_typed(const T* from, int64_t count, float* to) {
-  int64_t i = 0;
-  for (; i + LANES <= count; i += LANES) store(to + i, load(from + i));
-  if (i < count) store_some(to + i, load_some(from + i, count - i), count - i);
-}
-
 // Numbers of any float type, as floats.
 void widen(const void* from, int64_t count, Type type, float* to) {
   switch (type) {
@@ -26,7 +19,7 @@ void widen(const void* from, int64_t count, Type type, float* to) {
 #ifdef __AMX_BF16__
 #include "prefill_tiles.h"
 #include "project_tiles.h"
-#define BY_TILES project_by_tiles, split, split_bytes, split_slots, attend_queries, prefill_bytes
+#define BY_TILES project_by_tiles, split_rows, split_rows_bytes, split_slots, attend_queries, prefill_bytes
 #else
 #define BY_TILES project
 #endif

@@ -13,6 +13,8 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
+#include <new>
 #include <optional>
 #include <string_view>
 #include <vector>
@@ -146,14 +148,13 @@ constexpr const char* kCacheRule =
 constexpr const char* kPrefillRule =
     "q must be [B, T, N, H], the cache as for decoding, starts [B], and the results like q and [B, N, T]";
 
-// Memory at an address that is a multiple of 64, kept for the next call.
-struct AlignedRoom {
-  std::vector<char> bytes;
-  char* of(int64_t size) {
-    bytes.resize(std::max<size_t>(bytes.size(), size + 63));
-    return bytes.data() + (-reinterpret_cast<uintptr_t>(bytes.data()) & 63);
-  }
+// Memory at an address that is a multiple of 64.
+constexpr std::align_val_t kAlignment{64};
+struct Free {
+  void operator()(char* bytes) const { operator delete[](bytes, kAlignment); }
 };
+using Room = std::unique_ptr<char[], Free>;
+Room room_of(int64_t bytes) { return Room(static_cast<char*>(operator new[](bytes, kAlignment))); }
 
 // What one list reads.
 struct Reads {
@@ -410,9 +411,9 @@ ffi::Error split_decode(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k
 }
 
 // Causal attention of many new tokens, on a CPU with a matrix unit.
-ffi::Error prefill(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer keys, ffi::AnyBuffer values,
-                   ffi::Buffer<ffi::S32> starts, ffi::RemainingArgs scales, ffi::Result<ffi::AnyBuffer> out,
-                   ffi::Result<ffi::Buffer<ffi::F32>> log_total, int64_t window) {
+ffi::Error prefill_attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer keys, ffi::AnyBuffer values,
+                             ffi::Buffer<ffi::S32> starts, ffi::RemainingArgs scales, ffi::Result<ffi::AnyBuffer> out,
+                             ffi::Result<ffi::Buffer<ffi::F32>> log_total, int64_t window) {
   if (!code().attend_queries) return wrong("prefill attention needs a CPU with AMX");
   const auto q_type = float_type(q.element_type()), type = row_type(keys.element_type());
   if (!q_type || !type || q.dimensions().size() != 4 || keys.dimensions().size() != 4) return wrong(kPrefillRule);
@@ -448,8 +449,8 @@ ffi::Error prefill(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer keys, 
     work.first = window < 0 ? 0 : std::clamp<int64_t>(start - window + 1, 0, work.last);
     work.out = to + b * T * N * H + i % K * G * H;
     work.log_total = log_total->typed_data() + (b * N + i % K * G) * T;
-    static thread_local AlignedRoom room;
-    work.split = room.of(code().prefill_bytes(work));
+    const Room room = room_of(code().prefill_bytes(work));
+    work.split = room.get();
     const int64_t slot_blocks = (work.last - work.first + kSlots - 1) / kSlots;
     in_parallel(pool, slot_blocks, [&](int64_t block) { code().split_slots(work, block); });
     const int64_t blocks = (T * G + kQueries - 1) / kQueries, threads = std::max<int64_t>(pool.num_threads(), 1);
@@ -668,17 +669,18 @@ ffi::Error project(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weight
   std::vector<float> wide, result;
   if (*type != Type::kFloat32) wide = widened(x, *type), result.resize(int64_t{rows} * work->features);
   float* const y = *type == Type::kFloat32 ? static_cast<float*>(out->untyped_data()) : result.data();
-  const bool splits = code().split && rows >= kManyRows;
+  const bool splits = code().split_rows && rows >= kManyRows && work->D > 0;
   const int32_t most = splits ? kSplitRows : rows, size = piece_of(work->features, pool);
   for (int32_t row = 0; row < rows; row += most) {
     ProjectWork some = *work;
     some.x = (*type == Type::kFloat32 ? static_cast<const float*>(x.untyped_data()) : wide.data()) + int64_t{row} * work->D;
-    some.rows = std::min(most, rows - row), some.y = y + int64_t{row} * work->features;
-    static thread_local AlignedRoom room;
+    some.x_type = *type, some.rows = std::min(most, rows - row), some.y = y + int64_t{row} * work->features;
+    Room room;
     if (splits) {
-      char* const to = room.of(code().split_bytes(some));
-      in_parallel(pool, (some.rows + 15) / 16, [&](int64_t group) { code().split(some, group, to); });
-      some.split = to;
+      room = room_of(code().split_rows_bytes(some));
+      const int32_t groups = (some.rows + kSide - 1) / kSide;
+      in_parallel(pool, groups, [&](int64_t group) { code().split_rows(some, group, room.get()); });
+      some.split = room.get();
     }
     in_parallel(pool, (work->features + size - 1) / size, [&](int64_t piece) {
       ProjectWork part = some;
@@ -755,7 +757,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(hshare_split_decode, split_decode,
                                   .Attr<int64_t>("num_sinks")
                                   .Attr<int64_t>("window"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(hshare_prefill, prefill,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(hshare_prefill_attention, prefill_attention,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()

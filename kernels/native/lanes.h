@@ -225,10 +225,11 @@ INLINE int32_t total(Ints x) {
 INLINE float largest(Floats x) {
 #if LANES == 16
   return _mm512_reduce_max_ps((__m512)x);
-#endif
+#else
   float best = x[0];
   for (int i = 1; i < LANES; ++i) best = x[i] > best ? x[i] : best;
   return best;
+#endif
 }
 
 // e to the power x within two units in the last place, for x <= 88; zero where the result would be below 1e-38. NaN
@@ -252,6 +253,14 @@ INLINE Floats exponential(Floats x) {
 template <class T>
 INLINE float to_float(T x) {
   return load_some(&x, 1)[0];
+}
+
+// Numbers as floats.
+template <class T>
+void widen_typed(const T* from, int64_t count, float* to) {
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) store(to + i, load(from + i));
+  if (i < count) store_some(to + i, load_some(from + i, count - i), count - i);
 }
 
 }  // namespace

@@ -154,14 +154,16 @@ void attend_slots(const PrefillWork& work, const Rooms& rooms, int32_t first, Qu
   const int64_t block = (first - work.first) / kDepth;  // of 32 slots
   const char *const keys = work.split + 2 * block * rooms.key_bytes, *const values = work.split + rooms.keys() + block * kParts * kTile;
   for (int s = 0; s < kSlots; s += 2 * kSide) {
-    multiply_splits(queries->split, rooms.key_bytes, keys + s / kSide * rooms.key_bytes, rooms.key_bytes, rooms.key_blocks);
+    const Pair of_keys{keys + s / kSide * rooms.key_bytes, rooms.key_bytes, parts_of(work.type)};
+    multiply_splits({queries->split, rooms.key_bytes, kParts}, of_keys, rooms.key_blocks);
     store_products(&scratch->scores[0][s], kSlots);
   }
   weigh(work, first, queries, scratch);
   const int32_t channels = rooms.channels();
   for (int32_t group = 0; group < rooms.value_groups; group += 2) {
     const int64_t next = group + 1 < rooms.value_groups ? rooms.value_bytes : 0;
-    multiply_splits(scratch->weights, kSlots / kDepth * kParts * kTile, values + group * rooms.value_bytes, next, kSlots / kDepth);
+    const Pair of_values{values + group * rooms.value_bytes, next, parts_of(work.type)};
+    multiply_splits({scratch->weights, kSlots / kDepth * kParts * kTile, kParts}, of_values, kSlots / kDepth);
     store_products(scratch->products + group * kSide, channels);
   }
   for (int n = 0; n < kQueries; ++n) {
@@ -198,7 +200,7 @@ void attend_queries(const PrefillWork& work, int32_t block, int32_t count) {
   for (int32_t n = 0; n < count * kQueries && block * kQueries + n < work.T * work.G; ++n) {
     const Queries& of_query = queries[n / kQueries];
     const int32_t i = block * kQueries + n, token = i / work.G, g = i % work.G, row = n % kQueries;
-    const float total = of_query.total[row] > 0 ? of_query.total[row] : 1;  // 0 for a token that sees nothing
+    const float total = of_query.total[row] == 0 ? 1 : of_query.total[row];  // 0 if no block was read
     float* const to = work.out + ((int64_t)token * work.N + g) * work.H;
     for (int32_t h = 0; h < work.H; ++h) to[h] = of_query.out[row * rooms.channels() + h] / total;
     work.log_total[(int64_t)g * work.T + token] = of_query.peak[row] + logf(total);

@@ -6,14 +6,15 @@
 
 namespace {
 
+static_assert(kBlock == kDepth && LANES == kSide, "a block of weights is a row of a tile");
 constexpr int64_t kPanel = 1 << 20;  // bytes of weights that are split before they are multiplied
 
 INLINE int32_t blocks_of(const ProjectWork& work) { return (work.D + kBlock - 1) / kBlock; }
 
 // Groups of 16 rows, and for each block of a group three tiles [pair, row, 2].
-int64_t split_bytes(const ProjectWork& work) { return (work.rows + kSide - 1) / kSide * blocks_of(work) * kParts * kTile; }
+int64_t split_rows_bytes(const ProjectWork& work) { return (work.rows + kSide - 1) / kSide * blocks_of(work) * kParts * kTile; }
 
-void split(const ProjectWork& work, int32_t group, char* to) {
+void split_rows(const ProjectWork& work, int32_t group, char* to) {
   const int32_t blocks = blocks_of(work);
   alignas(64) char tiles[kParts * kTile];
   for (int32_t b = 0; b < blocks; ++b) {
@@ -76,8 +77,9 @@ void project_split(const ProjectWork& work) {
     }
     for (int32_t group = 0; group < groups; group += 2) {
       for (int i = 0; i < here; i += 2) {
-        multiply_splits(weights + i * bytes, i + 1 < here ? bytes : 0, work.split + group * bytes,
-                        group + 1 < groups ? bytes : 0, blocks);
+        const Pair left{weights + i * bytes, i + 1 < here ? bytes : 0, parts_of(work.type)};
+        const Pair right{work.split + group * bytes, group + 1 < groups ? bytes : 0, parts_of(work.x_type)};
+        multiply_splits(left, right, blocks);
         store_products(sums[0], 2 * kSide);
         for (int tile = 0; tile < 4; ++tile) {
           const int32_t feature = first + (i + tile / 2) * kSide, row = (group + tile % 2) * kSide;

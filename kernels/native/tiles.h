@@ -14,7 +14,6 @@ namespace {
 
 constexpr std::align_val_t kAlignment{64};
 constexpr int kParts = 3;                      // of a float
-constexpr int kSide = 16;                      // rows of a tile
 constexpr int kDepth = 32;                     // bfloat16 numbers in a row of a tile
 constexpr int64_t kTile = kSide * kDepth * 2;  // bytes of a tile
 
@@ -66,7 +65,8 @@ INLINE void transpose(const void* from, int64_t apart, void* to) {
 
 // The tiles: 0 to 3 have sums, 4 and 5 a part of two left matrices, 6 and 7 a part of two right ones.
 INLINE void configure_tiles() {
-  struct {
+  // A constant, because some versions of gcc do not know that the instruction reads all of it.
+  alignas(64) static constexpr struct {
     uint8_t palette = 1, start = 0, reserved[14] = {};
     uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
@@ -87,18 +87,39 @@ INLINE void multiply_right(const char* right, int64_t next, int part) {
   _tile_dpbf16ps(3, 5, 7);
 }
 
-// Products of two left matrices, of which the second lies so far behind the first, with two right ones. Each matrix is
-// a row of blocks, and each block its parts: tiles [row, 32] on the left, and [pair, column, 2] on the right.
-INLINE void multiply_splits(const char* left, int64_t next_left, const char* right, int64_t next_right, int32_t blocks) {
+// Two matrices of one side, of which the second lies so far behind the first. Each is a row of blocks, and each block its
+// parts: tiles [row, 32] on the left, and [pair, column, 2] on the right. Parts beyond `parts` are zeros.
+struct Pair {
+  const char* first;
+  int64_t next;
+  int parts;
+};
+
+// How many bfloat16 numbers add up to a number of a type.
+INLINE int parts_of(Type type) { return type == Type::kBFloat16 ? 1 : type == Type::kFloat16 ? 2 : kParts; }
+
+// Products of two left matrices with two right ones. The small products are added up first, in all blocks: each addition
+// rounds as finely as its sum is small.
+INLINE void multiply_splits(Pair left, Pair right, int32_t blocks) {
+  __asm__ volatile("" ::: "memory");  // what was written is in memory: some versions of gcc do not know that tiles read it
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
-  for (int32_t b = 0; b < blocks; ++b, left += kParts * kTile, right += kParts * kTile) {
-    for (int part = 0; part < kParts; ++part) {
-      load_left(left, next_left, part);
-      for (int other = 0; part + other < kParts; ++other) multiply_right(right, next_right, other);
+  const int64_t size = kParts * kTile, end = blocks * size;
+  for (int64_t at = 0; at < end; at += size) {
+    for (int part = 0; part < left.parts; ++part) {
+      const int first = part == 0;
+      if (first >= right.parts) continue;
+      load_left(left.first + at, left.next, part);
+      for (int other = first; other < right.parts && part + other < kParts; ++other) {
+        multiply_right(right.first + at, right.next, other);
+      }
     }
+  }
+  for (int64_t at = 0; at < end; at += size) {
+    load_left(left.first + at, left.next, 0);
+    multiply_right(right.first + at, right.next, 0);
   }
 }
 

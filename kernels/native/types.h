@@ -13,6 +13,7 @@ struct Float16 {
 // Nibbles are two 4-bit codes a byte. Bytes are unsigned as codes of labels, and signed as weights, keys and values.
 enum class Type : int32_t { kFloat32, kBFloat16, kFloat16, kBytes, kNibbles };
 
+constexpr int32_t kSide = 16;                   // rows of a tile of a matrix unit, and of a group
 constexpr int32_t kQueries = 32, kSlots = 128;  // of a block in prefill attention
 constexpr int32_t kMostBlocks = 8;              // of queries that take turns at the same slots
 constexpr int32_t kAhead = 16, kFar = 32;  // slots whose rows are fetched before they are needed, and their first bytes
@@ -71,7 +72,8 @@ struct ProjectWork {
   Type type;
   int32_t rows, D, features, first, last;
   float* y;  // [rows, features]; for `dequantise` [features, D]
-  const char* split;  // x as `Code::split` leaves it; null where `project` takes x itself
+  const char* split;  // x as `Code::split_rows` leaves it; null where `project` takes x itself
+  Type x_type;        // whose numbers x has
 };
 
 // Prefill attention of the G query heads of one key/value head, for T new tokens of one row.
@@ -97,9 +99,9 @@ struct Code {
   void (*choose)(const SelectWork&);
   void (*dequantise)(const ProjectWork&);
   void (*project)(const ProjectWork&);
-  // Null where `project` takes x itself. Else it wants many rows of x as `split` leaves them, 16 rows a call.
-  void (*split)(const ProjectWork&, int32_t group, char* to);
-  int64_t (*split_bytes)(const ProjectWork&);
+  // Null where `project` takes x itself. Else it wants many rows of x as `split_rows` leaves them, a group a call.
+  void (*split_rows)(const ProjectWork&, int32_t group, char* to);
+  int64_t (*split_rows_bytes)(const ProjectWork&);
   // Null where there is no prefill: splits a block of slots, and then attends with some blocks of queries.
   void (*split_slots)(const PrefillWork&, int32_t block);
   void (*attend_queries)(const PrefillWork&, int32_t block, int32_t count);

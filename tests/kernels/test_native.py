@@ -32,6 +32,9 @@ from hshare_jax.shapes import EMPTY
 needs_library = pytest.mark.skipif(
     native_library.obstacle() is not None, reason=f"the library of CPU kernels {native_library.obstacle()}"
 )
+needs_amx = pytest.mark.skipif(
+    native_library.obstacle() is not None or native_library.instructions() != "amx", reason="the CPU has no AMX"
+)
 FEW = settings(max_examples=10)  # each compiles; HYPOTHESIS_PROFILE does not change it
 B, N, K, S, H, C = 2, 6, 2, 96, 24, 11
 
@@ -255,7 +258,7 @@ def test_other_instructions_compute_the_same_within_rounding(alone, instructions
     np.testing.assert_allclose(results(HSHARE_JAX_INSTRUCTIONS=instructions), alone, atol=2e-5, rtol=0)
 
 
-@needs_library
+@needs_amx
 def test_a_prefill_of_nan_leaves_nothing_for_the_next_one():
     rng = np.random.default_rng(0)
     q, keys, values = (jnp.asarray(rng.standard_normal((1, size, 256, 8)), jnp.float32) for size in (4, 2, 2))
@@ -398,7 +401,33 @@ def test_projections_of_any_shape_equal_the_definition(rows, out, blocks, kind):
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * max(1, np.abs(expected).max()))
 
 
-@needs_library
+@needs_amx
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("kind", ["floats", "4 bits", "8 bits"])
+def test_projections_of_many_rows_in_several_panels_equal_the_definition(kind, dtype):
+    rng, out, D = np.random.default_rng(0), 600, 650 if kind == "floats" else 640
+    if kind == "floats":
+        weight = jnp.asarray(rng.standard_normal((out, D)), dtype)
+    else:
+        weight = random_nibbles(rng, out, D, dtype)
+        codes = rng.integers(-128, 128, (out, D), np.int8) if kind == "8 bits" else weight.qvalue
+        weight = jax.tree.map(jnp.asarray, type(weight)(codes, weight.scale, weight.minimum, weight.dtype))
+    x = jnp.asarray(rng.standard_normal((530, D)), dtype)
+    found = np.asarray(api.project(weight, x, impl="native"), np.float64)
+    wide = weight if kind == "floats" else type(weight)(weight.qvalue, weight.scale, weight.minimum)
+    floats = np.asarray(wide if kind == "floats" else wide.to_floats(), np.float64)
+    expected = np.asarray(x, np.float64) @ floats.T
+    atol = {"float32": 2e-6, "bfloat16": 4e-3, "float16": 5e-4}[dtype] * np.abs(expected).max()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=atol)
+
+
+@needs_amx
+def test_projections_of_no_channels_are_zeros():
+    found = api.project(jnp.zeros((5, 0)), jnp.zeros((40, 0)), impl="native")
+    np.testing.assert_array_equal(found, np.zeros((40, 5)))
+
+
+@needs_amx
 @FEW
 @given(
     heads=st.sampled_from([(1, 1), (3, 1), (7, 7), (6, 2), (9, 3)]), H=st.integers(1, 100), T=st.integers(1, 150),

@@ -27,7 +27,9 @@ ROWS = {
 WAYS = {name: functools.partial(row.prefill.prefill_attention, **row.options) for name, row in ROWS.items()}
 # And the kernels in blocks that do not divide the queries and the windows.
 KERNELS = [name for name in ROWS if name != "reference"]
-WAYS |= {f"{name}, small blocks": functools.partial(WAYS[name], tiles=Tiles(32, 4, 1, queries=16)) for name in KERNELS}
+SMALL = Tiles(32, 4, 1, queries=16)
+TILED = [name for name in KERNELS if name != "native"]
+WAYS |= {f"{name}, small blocks": functools.partial(WAYS[name], tiles=SMALL) for name in TILED}
 
 
 def cache(rng, lengths):
