@@ -3,6 +3,7 @@
 That it computes the right numbers is in test_implementations.py, beside the other implementations.
 """
 
+import dataclasses
 import functools
 import json
 import os
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from block_oracle import random_nibbles
+from block_oracle import definition, random_nibbles
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -408,17 +409,18 @@ def test_projections_of_many_rows_in_several_panels_equal_the_definition(kind, d
     rng, out, D = np.random.default_rng(0), 600, 650 if kind == "floats" else 640
     if kind == "floats":
         weight = jnp.asarray(rng.standard_normal((out, D)), dtype)
+        floats = np.asarray(weight, np.float64)
     else:
-        weight = random_nibbles(rng, out, D, dtype)
-        codes = rng.integers(-128, 128, (out, D), np.int8) if kind == "8 bits" else weight.qvalue
-        weight = jax.tree.map(jnp.asarray, type(weight)(codes, weight.scale, weight.minimum, weight.dtype))
+        blocks = random_nibbles(rng, out, D, dtype)
+        if kind == "8 bits":
+            blocks = dataclasses.replace(blocks, qvalue=rng.integers(-128, 128, (out, D), np.int8))
+        weight, floats = jax.tree.map(jnp.asarray, blocks), definition(blocks).astype(np.float64)
     x = jnp.asarray(rng.standard_normal((530, D)), dtype)
-    found = np.asarray(api.project(weight, x, impl="native"), np.float64)
-    wide = weight if kind == "floats" else type(weight)(weight.qvalue, weight.scale, weight.minimum)
-    floats = np.asarray(wide if kind == "floats" else wide.to_floats(), np.float64)
     expected = np.asarray(x, np.float64) @ floats.T
     atol = {"float32": 2e-6, "bfloat16": 4e-3, "float16": 5e-4}[dtype] * np.abs(expected).max()
-    np.testing.assert_allclose(found, expected, rtol=0, atol=atol)
+    np.testing.assert_allclose(
+        np.asarray(api.project(weight, x, impl="native"), np.float64), expected, rtol=0, atol=atol
+    )
 
 
 @needs_amx
