@@ -25,6 +25,8 @@ def obstacle() -> str | None:
         return f"lack {' and '.join(missing)} here"
     if is_interpreting():
         return "are interpreted, because TRITON_INTERPRET is set"
+    if importlib.metadata.version("jax-triton") == "0.4.1" and jax.__version_info__ >= (0, 12):
+        return f"jax-triton 0.4.1 cannot lower with jax {jax.__version__}"
     return None
 
 

@@ -83,6 +83,8 @@ if ! $quick && [[ $(uname -s) == Linux ]]; then  # the CUDA compiler's wheels ar
 fi
 "${pytest[@]}" && passed=true || passed=false
 if ! $quick && [[ " $* " != *" tests"* ]]; then  # unless a file of tests is named
+  section "pytest of the Triton kernels, in Triton's interpreter"
+  TRITON_INTERPRET=1 "$python" -m pytest -n 2 tests/kernels/test_triton.py || passed=false
   section "pytest on a CPU that counts as eight devices"
   JAX_NUM_CPU_DEVICES=8 "$python" -m pytest -n 2 tests/devices || passed=false
 fi

@@ -1,7 +1,8 @@
 """The Triton kernels equal the definition in every layout.
 
 They run in Triton's interpreter, which is slow, so the sizes are the smallest at which blocks, splits and chunks
-matter. scripts/check_triton.sh runs these tests, with Triton installed and TRITON_INTERPRET=1.
+matter. scripts/test.sh runs these tests once more, with TRITON_INTERPRET=1. scripts/check_triton.sh runs them too, and
+the conformance suite.
 """
 
 import functools
@@ -29,7 +30,7 @@ STARTS = np.maximum(LENGTHS - 7, 0).astype(np.int32)
 
 interpreted = pytest.mark.skipif(
     triton_interpreter.obstacle() is not None,
-    reason=f"Triton's interpreter {triton_interpreter.obstacle()}; scripts/check_triton.sh runs these tests",
+    reason=f"Triton's interpreter {triton_interpreter.obstacle()}; scripts/test.sh runs these tests by themselves",
 )
 
 
@@ -190,9 +191,19 @@ def test_without_packages_triton_is_refused_with_the_way_out(monkeypatch):
     monkeypatch.setattr("hshare_jax.kernels.implementations.traced_platform", lambda: "cuda")
     monkeypatch.setattr(triton_library, "PACKAGES", ("triton", "no_such_package"))
     with pytest.raises(
-        SettingError, match=r"needs the Triton kernels, which lack .*no-such-package.*hshare-jax\[triton\]"
+        SettingError, match=r"needs the Triton kernels, which lack .*no-such-package.*hshare-jax\[cuda,triton\]"
     ):
         api.check_impl("triton")
+
+
+def test_a_jax_that_jax_triton_does_not_know_is_told(monkeypatch):
+    monkeypatch.setattr(triton_library, "PACKAGES", ())
+    monkeypatch.setattr("importlib.metadata.version", {"jax-triton": "0.4.1"}.get)
+    monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert triton_library.obstacle() == f"jax-triton 0.4.1 cannot lower with jax {jax.__version__}"
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
+    assert triton_library.obstacle() is None
 
 
 def test_triton_is_refused_on_a_cpu_with_a_way_out():
