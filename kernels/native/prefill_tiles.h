@@ -31,7 +31,8 @@ int64_t prefill_bytes(const PrefillWork& work) { return Rooms(work).bytes(); }
 
 // 32 slots of keys or values as floats [32, width], with zeros for slots and channels that there are not.
 template <class T>
-void load_slots(const PrefillWork& work, const void* from, const float* scales, int32_t first, int32_t width, float* to) {
+void load_slots(const PrefillWork& work, const void* from, const float* scales, int32_t first, int32_t width,
+                float* to) {
   memset(to, 0, kDepth * width * sizeof(float));
   for (int n = 0; n < kDepth && first + n < work.last; ++n) {
     const int64_t slot = first + n;
@@ -41,7 +42,8 @@ void load_slots(const PrefillWork& work, const void* from, const float* scales, 
   }
 }
 
-void load_slots(const PrefillWork& work, const void* from, const float* scales, int32_t first, int32_t width, float* to) {
+void load_slots(const PrefillWork& work, const void* from, const float* scales, int32_t first, int32_t width,
+                float* to) {
   switch (work.type) {
     case Type::kBFloat16: return load_slots<BFloat16>(work, from, scales, first, width, to);
     case Type::kFloat16: return load_slots<Float16>(work, from, scales, first, width, to);
@@ -120,7 +122,8 @@ void load_queries(const PrefillWork& work, const Rooms& rooms, int32_t first, Qu
 // Scores become weights exp(score - peak), with the peak so far.
 INLINE void weigh(const PrefillWork& work, int32_t first, Queries* queries, Scratch* scratch) {
   const int32_t lowest = queries->position[0], highest = queries->position[kQueries - 1], window = work.window;
-  const bool all_see = first + kSlots - 1 <= lowest && first + kSlots <= work.last && (window < 0 || first > highest - window);
+  const bool all_see = first + kSlots - 1 <= lowest && first + kSlots <= work.last &&
+                       (window < 0 || first > highest - window);
   Ints numbers;
   for (int k = 0; k < LANES; ++k) numbers[k] = k;
   for (int n = 0; n < kQueries; ++n) {
@@ -152,7 +155,8 @@ INLINE void weigh(const PrefillWork& work, int32_t first, Queries* queries, Scra
 // Attention of 32 queries to the slots [first, first + 128) beside what they have read before.
 void attend_slots(const PrefillWork& work, const Rooms& rooms, int32_t first, Queries* queries, Scratch* scratch) {
   const int64_t block = (first - work.first) / kDepth;  // of 32 slots
-  const char *const keys = work.split + 2 * block * rooms.key_bytes, *const values = work.split + rooms.keys() + block * kParts * kTile;
+  const char* const keys = work.split + 2 * block * rooms.key_bytes;
+  const char* const values = work.split + rooms.keys() + block * kParts * kTile;
   for (int s = 0; s < kSlots; s += 2 * kSide) {
     const Pair of_keys{keys + s / kSide * rooms.key_bytes, rooms.key_bytes, parts_of(work.type)};
     multiply_splits({queries->split, rooms.key_bytes, kParts}, of_keys, rooms.key_blocks);

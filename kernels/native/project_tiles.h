@@ -12,7 +12,9 @@ constexpr int64_t kPanel = 1 << 20;  // bytes of weights that are split before t
 INLINE int32_t blocks_of(const ProjectWork& work) { return (work.D + kBlock - 1) / kBlock; }
 
 // Groups of 16 rows, and for each block of a group three tiles [pair, row, 2].
-int64_t split_rows_bytes(const ProjectWork& work) { return (work.rows + kSide - 1) / kSide * blocks_of(work) * kParts * kTile; }
+int64_t split_rows_bytes(const ProjectWork& work) {
+  return (work.rows + kSide - 1) / kSide * blocks_of(work) * kParts * kTile;
+}
 
 void split_rows(const ProjectWork& work, int32_t group, char* to) {
   const int32_t blocks = blocks_of(work);

@@ -1,8 +1,8 @@
 // Products of float matrices by the matrix unit of Intel's server CPUs (AMX).
 //
-// The unit multiplies bfloat16 numbers exactly, and adds in float32. A float is the sum of three bfloat16 numbers: high +
-// middle + low, of eight bits each. So the product of two floats is that of their parts. Six products of parts make it up;
-// the other three are as small as what float32 rounds away. An infinite number becomes NaN.
+// The unit multiplies bfloat16 numbers exactly, and adds in float32. A float is the sum of three bfloat16 numbers of
+// eight bits each: high + middle + low. So the product of two floats is that of their parts. Six products of parts make
+// it up; the other three are as small as what float32 rounds away. An infinite number becomes NaN.
 #pragma once
 
 #include <immintrin.h>
@@ -49,7 +49,9 @@ INLINE void transpose(const void* from, int64_t apart, void* to) {
   for (int column = 0; column < kSide; column += 4) {
     __m512i rows[4];
     UNROLL for (int i = 0; i < 4; ++i) {
-      const auto four = [&](int row) { return _mm_load_si128((const __m128i*)((const char*)from + row * apart + column * 4)); };
+      const auto four = [&](int row) {
+        return _mm_load_si128((const __m128i*)((const char*)from + row * apart + column * 4));
+      };
       __m512i row = _mm512_castsi128_si512(four(i));
       row = _mm512_inserti32x4(row, four(4 + i), 1);
       row = _mm512_inserti32x4(row, four(8 + i), 2);
@@ -87,8 +89,8 @@ INLINE void multiply_right(const char* right, int64_t next, int part) {
   _tile_dpbf16ps(3, 5, 7);
 }
 
-// Two matrices of one side, of which the second lies so far behind the first. Each is a row of blocks, and each block its
-// parts: tiles [row, 32] on the left, and [pair, column, 2] on the right. Parts beyond `parts` are zeros.
+// Two matrices of one side, of which the second lies so far behind the first. Each is a row of blocks, and each block
+// its parts: tiles [row, 32] on the left, and [pair, column, 2] on the right. Parts beyond `parts` are zeros.
 struct Pair {
   const char* first;
   int64_t next;
@@ -101,7 +103,7 @@ INLINE int parts_of(Type type) { return type == Type::kBFloat16 ? 1 : type == Ty
 // Products of two left matrices with two right ones. The small products are added up first, in all blocks: each addition
 // rounds as finely as its sum is small.
 INLINE void multiply_splits(Pair left, Pair right, int32_t blocks) {
-  __asm__ volatile("" ::: "memory");  // what was written is in memory: some versions of gcc do not know that tiles read it
+  __asm__ volatile("" ::: "memory");  // some versions of gcc do not know that tiles read what was written before
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
