@@ -1,4 +1,4 @@
-"""Projections on a CPU by the library of CPU kernels. kernels/native/project.h is the code."""
+"""Projections on a CPU by the library of CPU kernels. kernels/native/project.h and project_tiles.h are the code."""
 
 import math
 

@@ -126,6 +126,15 @@ std::vector<float> widened(const ffi::AnyBuffer& array, Type type) {
   return wide;
 }
 
+// Rounds all floats to numbers of the type.
+void narrow_all(ffi::ThreadPool& pool, const std::vector<float>& from, void* to, Type type) {
+  constexpr int64_t kPiece = 1 << 13;
+  const int64_t count = from.size();
+  in_parallel(pool, (count + kPiece - 1) / kPiece, [&](int64_t piece) {
+    for (int64_t i = piece * kPiece; i < std::min(count, (piece + 1) * kPiece); ++i) narrow(from[i], to, i, type);
+  });
+}
+
 ffi::Error wrong(const std::string& what) { return ffi::Error::InvalidArgument("hshare_jax: " + what); }
 
 template <class Array>
@@ -459,7 +468,7 @@ ffi::Error prefill_attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuf
       code().attend_queries(work, i * together, std::min(together, blocks - i * together));
     });
   }
-  for (size_t i = 0; i < result.size(); ++i) narrow(result[i], out->untyped_data(), i, *q_type);
+  narrow_all(pool, result, out->untyped_data(), *q_type);
   return ffi::Error::Success();
 }
 
@@ -688,9 +697,7 @@ ffi::Error project(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weight
       code().project(part);
     });
   }
-  if (*type != Type::kFloat32) {
-    for (size_t i = 0; i < result.size(); ++i) narrow(result[i], out->untyped_data(), i, *type);
-  }
+  narrow_all(pool, result, out->untyped_data(), *type);
   return ffi::Error::Success();
 }
 
