@@ -157,8 +157,7 @@ constexpr const char* kCacheRule =
 constexpr const char* kPrefillRule =
     "q must be [B, T, N, H], the cache as for decoding, starts [B], and the results like q and [B, N, T]";
 
-// Memory at an address that is a multiple of 64.
-constexpr std::align_val_t kAlignment{64};
+// Memory that is aligned for tiles.
 struct Free {
   void operator()(char* bytes) const { operator delete[](bytes, kAlignment); }
 };
@@ -661,10 +660,10 @@ std::optional<ProjectWork> weights_of(const ffi::AnyBuffer& weights, const ffi::
   return work;
 }
 
-// Features of one piece of work: few pieces, because memory is read fastest in long runs.
+// Features of one piece of work: few pieces, because memory is read fastest in long runs, and whole pairs of tiles.
 int32_t piece_of(int32_t features, ffi::ThreadPool& pool) {
   const int64_t pieces = kPiecesPerThread * std::max<int64_t>(pool.num_threads(), 1);
-  return ((features + pieces - 1) / pieces + 31) / 32 * 32;
+  return ((features + pieces - 1) / pieces + 2 * kSide - 1) / (2 * kSide) * (2 * kSide);
 }
 
 ffi::Error project(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weights, ffi::RemainingArgs scales,

@@ -11,12 +11,12 @@ static_assert(kQueries == 2 * kSide && kSlots % (2 * kSide) == 0, "two tiles are
 
 // Keys are split as [slots / 16, H / 32, part] of tiles [pair of channels, slot, 2], and values behind them as
 // [H / 16, slots / 32, part] of tiles [pair of slots, channel, 2]. Slots and channels are rounded up to whole blocks.
-struct Rooms {
+struct SplitSizes {
   int32_t key_blocks, value_groups;  // H / 32 and H / 16
   int64_t slot_blocks;               // slots / 32
   int64_t key_bytes, value_bytes;    // of 16 slots, and of 16 channels
 
-  explicit Rooms(const PrefillWork& work)
+  explicit SplitSizes(const PrefillWork& work)
       : key_blocks((work.H + kDepth - 1) / kDepth),
         value_groups((work.H + kSide - 1) / kSide),
         slot_blocks((work.last - work.first + kSlots - 1) / kSlots * (kSlots / kDepth)),
@@ -27,7 +27,7 @@ struct Rooms {
   int64_t bytes() const { return keys() + value_groups * value_bytes; }
 };
 
-int64_t prefill_bytes(const PrefillWork& work) { return Rooms(work).bytes(); }
+int64_t prefill_bytes(const PrefillWork& work) { return SplitSizes(work).bytes(); }
 
 // 32 slots of keys or values as floats [32, width], with zeros for slots and channels that there are not.
 template <class T>
@@ -54,14 +54,14 @@ void load_slots(const PrefillWork& work, const void* from, const float* scales, 
 
 // Splits keys and values of 32 slots.
 void split_some_slots(const PrefillWork& work, int32_t block) {
-  const Rooms rooms(work);
-  const int32_t width = rooms.key_blocks * kDepth, first = work.first + block * kDepth;
+  const SplitSizes sizes(work);
+  const int32_t width = sizes.key_blocks * kDepth, first = work.first + block * kDepth;
   float* const rows = (float*)room_for(kDepth * width * sizeof(float));
   alignas(64) char tiles[kParts * kTile];
   load_slots(work, work.keys, work.key_scales, first, width, rows);
   for (int group = 0; group < 2; ++group) {
-    char* const to = work.split + (2 * block + group) * rooms.key_bytes;
-    for (int32_t b = 0; b < rooms.key_blocks; ++b) {
+    char* const to = work.split + (2 * block + group) * sizes.key_bytes;
+    for (int32_t b = 0; b < sizes.key_blocks; ++b) {
       for (int n = 0; n < kSide; ++n) {
         const float* row = rows + (group * kSide + n) * width + b * kDepth;
         split_block(load(row), load(row + LANES), tiles + n * 64);
@@ -70,8 +70,8 @@ void split_some_slots(const PrefillWork& work, int32_t block) {
     }
   }
   load_slots(work, work.values, work.value_scales, first, width, rows);
-  for (int32_t group = 0; group < rooms.value_groups; ++group) {
-    char* const to = work.split + rooms.keys() + group * rooms.value_bytes + block * kParts * kTile;
+  for (int32_t group = 0; group < sizes.value_groups; ++group) {
+    char* const to = work.split + sizes.keys() + group * sizes.value_bytes + block * kParts * kTile;
     for (int pair = 0; pair < kSide; ++pair) {
       const float* row = rows + pair * width + group * kSide;
       split_block(load(row), load(row + kSide * width), to + pair * 64);
@@ -99,24 +99,24 @@ struct Scratch {
   float* products;  // [32, channels]
 };
 
-void load_queries(const PrefillWork& work, const Rooms& rooms, int32_t first, Queries* to) {
+void load_queries(const PrefillWork& work, const SplitSizes& sizes, int32_t first, Queries* to) {
   const int32_t H = work.H, count = work.T * work.G;
   const float scale = 1 / sqrtf((float)H);
   for (int n = 0; n < kQueries; ++n) {
     const int32_t i = first + n < count ? first + n : count - 1, token = i / work.G;
     const float* query = work.q + ((int64_t)token * work.N + i % work.G) * H;
     to->position[n] = work.start + token, to->peak[n] = kUnseen, to->total[n] = 0;
-    for (int32_t b = 0; b < rooms.key_blocks; ++b) {
+    for (int32_t b = 0; b < sizes.key_blocks; ++b) {
       Floats half[2];
       for (int k = 0; k < 2; ++k) {
         const int32_t h = b * kDepth + k * kSide, left = H - h;
         half[k] = left >= kSide ? load(query + h) : left > 0 ? load_some(query + h, left) : zeros();
       }
-      char* const tile = to->split + (n / kSide * rooms.key_blocks + b) * kParts * kTile;
+      char* const tile = to->split + (n / kSide * sizes.key_blocks + b) * kParts * kTile;
       split_block(half[0] * scale, half[1] * scale, tile + n % kSide * 64);
     }
   }
-  memset(to->out, 0, kQueries * rooms.channels() * sizeof(float));
+  memset(to->out, 0, kQueries * sizes.channels() * sizeof(float));
 }
 
 // Scores become weights exp(score - peak), with the peak so far.
@@ -153,20 +153,20 @@ INLINE void weigh(const PrefillWork& work, int32_t first, Queries* queries, Scra
 }
 
 // Attention of 32 queries to the slots [first, first + 128) beside what they have read before.
-void attend_slots(const PrefillWork& work, const Rooms& rooms, int32_t first, Queries* queries, Scratch* scratch) {
+void attend_slots(const PrefillWork& work, const SplitSizes& sizes, int32_t first, Queries* queries, Scratch* scratch) {
   const int64_t block = (first - work.first) / kDepth;  // of 32 slots
-  const char* const keys = work.split + 2 * block * rooms.key_bytes;
-  const char* const values = work.split + rooms.keys() + block * kParts * kTile;
+  const char* const keys = work.split + 2 * block * sizes.key_bytes;
+  const char* const values = work.split + sizes.keys() + block * kParts * kTile;
   for (int s = 0; s < kSlots; s += 2 * kSide) {
-    const Pair of_keys{keys + s / kSide * rooms.key_bytes, rooms.key_bytes, parts_of(work.type)};
-    multiply_splits({queries->split, rooms.key_bytes, kParts}, of_keys, rooms.key_blocks);
+    const Pair of_keys{keys + s / kSide * sizes.key_bytes, sizes.key_bytes, parts_of(work.type)};
+    multiply_splits({queries->split, sizes.key_bytes, kParts}, of_keys, sizes.key_blocks);
     store_products(&scratch->scores[0][s], kSlots);
   }
   weigh(work, first, queries, scratch);
-  const int32_t channels = rooms.channels();
-  for (int32_t group = 0; group < rooms.value_groups; group += 2) {
-    const int64_t next = group + 1 < rooms.value_groups ? rooms.value_bytes : 0;
-    const Pair of_values{values + group * rooms.value_bytes, next, parts_of(work.type)};
+  const int32_t channels = sizes.channels();
+  for (int32_t group = 0; group < sizes.value_groups; group += 2) {
+    const int64_t next = group + 1 < sizes.value_groups ? sizes.value_bytes : 0;
+    const Pair of_values{values + group * sizes.value_bytes, next, parts_of(work.type)};
     multiply_splits({scratch->weights, kSlots / kDepth * kParts * kTile, kParts}, of_values, kSlots / kDepth);
     store_products(scratch->products + group * kSide, channels);
   }
@@ -180,8 +180,8 @@ void attend_slots(const PrefillWork& work, const Rooms& rooms, int32_t first, Qu
 // Attention of the head's queries [32 * block, 32 * (block + count)), `count` being at most kMostBlocks. They take turns at
 // each block of slots, so that a core reads it from its own cache but once.
 void attend_queries(const PrefillWork& work, int32_t block, int32_t count) {
-  const Rooms rooms(work);
-  const int64_t split = 2 * rooms.key_bytes, out = kQueries * rooms.channels() * sizeof(float);
+  const SplitSizes sizes(work);
+  const int64_t split = 2 * sizes.key_bytes, out = kQueries * sizes.channels() * sizeof(float);
   const int64_t weights = 2 * (kSlots / kDepth) * kParts * kTile;
   char* room = room_for(count * (split + out) + weights + out);
   Scratch scratch;
@@ -190,14 +190,14 @@ void attend_queries(const PrefillWork& work, int32_t block, int32_t count) {
   Queries queries[kMostBlocks];
   for (int32_t i = 0; i < count; ++i, room += split + out) {
     queries[i].split = room, queries[i].out = (float*)(room + split);
-    load_queries(work, rooms, (block + i) * kQueries, &queries[i]);
+    load_queries(work, sizes, (block + i) * kQueries, &queries[i]);
   }
   configure_tiles();
   for (int32_t first = work.first; first < work.last; first += kSlots) {
     for (int32_t i = 0; i < count; ++i) {
       const int32_t lowest = queries[i].position[0], highest = queries[i].position[kQueries - 1];
       const bool is_seen = first <= highest && (work.window < 0 || first + kSlots > lowest - work.window + 1);
-      if (is_seen) attend_slots(work, rooms, first, &queries[i], &scratch);
+      if (is_seen) attend_slots(work, sizes, first, &queries[i], &scratch);
     }
   }
   _tile_release();
@@ -206,7 +206,7 @@ void attend_queries(const PrefillWork& work, int32_t block, int32_t count) {
     const int32_t i = block * kQueries + n, token = i / work.G, g = i % work.G, row = n % kQueries;
     const float total = of_query.total[row] == 0 ? 1 : of_query.total[row];  // 0 if no block was read
     float* const to = work.out + ((int64_t)token * work.N + g) * work.H;
-    for (int32_t h = 0; h < work.H; ++h) to[h] = of_query.out[row * rooms.channels() + h] / total;
+    for (int32_t h = 0; h < work.H; ++h) to[h] = of_query.out[row * sizes.channels() + h] / total;
     work.log_total[(int64_t)g * work.T + token] = of_query.peak[row] + logf(total);
   }
 }

@@ -16,6 +16,7 @@ int64_t split_rows_bytes(const ProjectWork& work) {
   return (work.rows + kSide - 1) / kSide * blocks_of(work) * kParts * kTile;
 }
 
+// One group of x. A row behind the last one is the last one again.
 void split_rows(const ProjectWork& work, int32_t group, char* to) {
   const int32_t blocks = blocks_of(work);
   alignas(64) char tiles[kParts * kTile];
@@ -64,6 +65,7 @@ void split_weights(const ProjectWork& work, int32_t first, float* rows, char* to
   }
 }
 
+// Weights are split in panels that stay in a core's cache, and each panel meets all rows.
 void project_split(const ProjectWork& work) {
   const int32_t blocks = blocks_of(work), groups = (work.rows + kSide - 1) / kSide;
   const int64_t bytes = blocks * kParts * kTile;

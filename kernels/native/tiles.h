@@ -6,18 +6,16 @@
 #pragma once
 
 #include <immintrin.h>
-#include <new>
 
 #include "lanes.h"
 
 namespace {
 
-constexpr std::align_val_t kAlignment{64};
 constexpr int kParts = 3;                      // of a float
 constexpr int kDepth = 32;                     // bfloat16 numbers in a row of a tile
 constexpr int64_t kTile = kSide * kDepth * 2;  // bytes of a tile
 
-// Room for bytes at an address that is a multiple of 64; a thread keeps it for its next call.
+// Room for bytes, aligned for tiles; a thread keeps it for its next call.
 INLINE char* room_for(int64_t bytes) {
   static thread_local struct Room {
     char* bytes = nullptr;

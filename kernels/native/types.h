@@ -3,6 +3,8 @@
 
 #include <stdint.h>
 
+#include <new>
+
 struct BFloat16 {
   uint16_t bits;
 };
@@ -13,6 +15,7 @@ struct Float16 {
 // Nibbles are two 4-bit codes a byte. Bytes are unsigned as codes of labels, and signed as weights, keys and values.
 enum class Type : int32_t { kFloat32, kBFloat16, kFloat16, kBytes, kNibbles };
 
+constexpr std::align_val_t kAlignment{64};      // of tiles in memory
 constexpr int32_t kSide = 16;                   // rows of a tile of a matrix unit, and of a group
 constexpr int32_t kQueries = 32, kSlots = 128;  // of a block in prefill attention
 constexpr int32_t kMostBlocks = 8;              // of queries that take turns at the same slots
